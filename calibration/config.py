@@ -19,14 +19,18 @@ class SynthesisConfig(FrozenConfig):
     """How images are optimised through the frozen model."""
 
     preset: Literal["default", "published"] = Field(
-        "default", description="published: the settings of MimiQ, arXiv 2407.20021; values given beside it win."
+        "default", description="published: the settings of MimiQ, arXiv 2407.20021; values given explicitly win."
     )
     steps: Annotated[int, Flag("synthesis-steps")] = Field(
-        60, ge=0, description="Optimizer steps per synthetic image; 0 keeps what it starts from."
+        60, ge=0, description="Optimizer steps per synthetic image; 0 keeps the initial image."
     )
-    batch_size: int = Field(16, ge=1, description="Images optimised together; does not change them.")
-    start: Literal["noise", "leaves"] = Field("leaves", description="White noise, or procedural dead leaves.")
-    canvas: Literal["pyramid", "pixels"] = Field("pyramid", description="What is optimised: layers, or pixels.")
+    batch_size: int = Field(16, ge=1, description="Images optimised at the same time; each is optimised independently.")
+    start: Literal["noise", "leaves"] = Field(
+        "leaves", description="Initial image: white noise, or procedural dead leaves."
+    )
+    canvas: Literal["pyramid", "pixels"] = Field(
+        "pyramid", description="What is optimised: an image pyramid, or pixels."
+    )
     learning_rate: float = Field(0.08, gt=0, description="Peak rate (normalized units); cosine after.")
     final_rate: float = Field(1e-3, ge=0, description="Rate at the end of the cosine.")
     similarity: float = Field(1.0, ge=0, description="Weight of the inter-head similarity.")
@@ -35,21 +39,29 @@ class SynthesisConfig(FrozenConfig):
     class_weight: float = Field(1.0, ge=0, description="Weight of the cross-entropy with the image's class.")
     entropy: float = Field(0.0, ge=0, description="Weight of PSAQ-ViT's patch-similarity entropy.")
     spread: float = Field(0.0, ge=0, description="Weight of MaskAQ's Gaussian entropy of patch similarity.")
-    masked: float = Field(0.0, ge=0, description="Weight of MaskAQ's masked difference that rounding makes.")
+    masked: float = Field(0.0, ge=0, description="Weight of MaskAQ's masked rounding difference.")
     masked_bits: int = Field(4, ge=2, le=8, description="masked: bits of the rounded queries and keys.")
     priors: float = Field(0.0, ge=0, description="Weight of SARDFQ's attention priors.")
-    regions: float = Field(0.0, ge=0, le=1, description="Share of views of one quarter with a class of its own; 0 off.")
+    regions: float = Field(
+        0.0, ge=0, le=1, description="Share of views that show one quarter, with its own class; 0: off."
+    )
     variation: float = Field(0.01, ge=0, description="Weight of the total variation.")
-    views: Literal["camera", "shifts"] = Field("camera", description="Zoomed, rotated, relit; or circular shifts.")
-    nearest: float = Field(0.6, gt=0, le=1, description="camera: least part of the picture's side that is shown.")
-    jitter: int = Field(8, ge=0, description="shifts: the largest in the first half, pixels; twice that later.")
+    views: Literal["camera", "shifts"] = Field(
+        "camera", description="camera: zoomed, rotated, relit; shifts: circular shifts."
+    )
+    nearest: float = Field(0.6, gt=0, le=1, description="camera: smallest part of the image's side that is shown.")
+    jitter: int = Field(
+        8, ge=0, description="shifts: largest shift, in pixels, in the first half of the steps; later twice that."
+    )
     mirror: bool = Field(False, description="shifts: mirror half of the views.")
     colour: bool = Field(True, description="shifts: MimiQ's decaying colour offset and random contrast.")
-    keep: float = Field(1.0, gt=0, le=1, description="Share of the patches that stay after block prune_after.")
-    prune_after: int = Field(3, ge=1, description="keep: blocks that see all patches.")
-    plateau: float = Field(0.0, ge=0, lt=1, description="Least relative fall of a loss; images below stop. 0 off.")
-    plateau_window: int = Field(10, ge=1, description="plateau: steps whose mean is compared with those before.")
-    clamp: bool = Field(True, description="Keep pixels those of a valid image.")
+    keep: float = Field(1.0, gt=0, le=1, description="Share of the patches kept after block prune_after.")
+    prune_after: int = Field(3, ge=1, description="keep below 1: number of blocks that see all patches.")
+    plateau: float = Field(
+        0.0, ge=0, lt=1, description="An image stops when its loss falls by less, relatively. 0: off."
+    )
+    plateau_window: int = Field(10, ge=1, description="plateau: steps averaged and compared with as many before.")
+    clamp: bool = Field(True, description="Clamp pixels to the range of a valid image.")
     bf16: bool = Field(True, description="Run the model in bf16; losses and pixels stay fp32.")
 
     @model_validator(mode="before")

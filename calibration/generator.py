@@ -93,7 +93,7 @@ class Synthesizer:
                         why=f"the losses diverge at learning rate {self.config.learning_rate}",
                         fix="lower the synthesis learning rate, or use --calibration gaussian or images:DIR",
                     )
-                notes.append(f"image {numbers[index]} became NaN and was begun again")
+                notes.append(f"image {numbers[index]} became NaN and was restarted")
                 again = self._optimise([numbers[index]], [attempts[index]], on_step)
                 pixels[index], labels[index] = again[0][0], again[1][0]
                 finite[index] = bool(torch.isfinite(pixels[index]).all())

@@ -42,7 +42,7 @@ class ImageRequest:
             return
         raise ConfigurationError(
             f"there is no calibration {self.method!r}",
-            why=f"it is one of {', '.join(METHODS)}, images:DIR (a folder of pictures), artifact:DIR (an artifact's)",
+            why=f"it is one of {', '.join(METHODS)}, images:DIR (of a folder), artifact:DIR (of an artifact)",
             fix="use --calibration synthetic",
         )
 
@@ -161,7 +161,7 @@ def _prepare(checkpoints: Path, request: ImageRequest, vision: VisionModel) -> N
     different = sorted(key for key in described if stored.get(key) != described[key])
     if different:
         raise ConfigurationError(
-            f"the images in {checkpoints} were begun with other settings",
+            f"the images in {checkpoints} were started with other settings",
             why=f"these differ: {', '.join(different)}",
             fix="resume with the same options, or start anew with --force",
         )
@@ -173,7 +173,7 @@ def _from_folder(request: ImageRequest, vision: VisionModel) -> ImageSet:
     if len(folder.files) < request.count:
         raise ConfigurationError(
             f"{path} has too few pictures",
-            why=f"{request.count} are wanted, it holds {len(folder.files)}",
+            why=f"{request.count} are needed, it holds {len(folder.files)}",
             fix=f"use --images {len(folder.files)} or fewer",
         )
     generator = torch.Generator().manual_seed(request.seed)
@@ -190,14 +190,14 @@ def _from_artifact(request: ImageRequest, structure: VitStructure) -> ImageSet:
         raise ConfigurationError(
             f"{path} holds no calibration images",
             why="it has no folder " + ARTIFACT_IMAGES if path.is_dir() else "there is no such directory",
-            fix="name what an earlier `fp8pipe quantize-vit` wrote",
+            fix="give the directory that an earlier `fp8pipe quantize-vit` wrote",
         )
     found = ImageSet.load(path / ARTIFACT_IMAGES)
     size = tuple(found.images.shape[2:])
     if len(found.images) < request.count or size != tuple(structure.image_size):
         raise ConfigurationError(
-            f"the images of {path} do not serve",
-            why=f"it holds {len(found.images)} of {size}; wanted are {request.count} of {tuple(structure.image_size)}",
+            f"the images of {path} cannot be used",
+            why=f"it holds {len(found.images)} of {size}; {request.count} of {tuple(structure.image_size)} are needed",
             fix="use --images N for fewer, or make new ones with --calibration synthetic",
         )
     few = slice(request.count)

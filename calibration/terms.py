@@ -83,7 +83,7 @@ class Terms:
         if config.regions and structure.classes is None:
             raise ConfigurationError(
                 "regions need a model with classes",
-                why="each quarter of an image is made for a class, and this model has none to choose from",
+                why="each quarter of an image is made for a class, and this model has no classes",
                 fix="leave regions at 0",
             )
         wishes = [name for name in ("masked", "priors") if getattr(config, name)]
@@ -201,7 +201,7 @@ class TokenPruner:
 
     def _best(self) -> Tensor:
         if self._scores is None:
-            raise RuntimeError("the attention before the pruning was not noted")
+            raise RuntimeError("the attention before the pruning was not recorded")
         scores, self._scores = self._scores, None
         return scores.topk(self._count, dim=1).indices.sort(dim=1).values
 
@@ -232,7 +232,7 @@ class TokenPruner:
                 vision_outputs(model, pixels)
         except (RuntimeError, ValueError, IndexError) as error:
             reason = str(error).splitlines()[0][:200]
-            raise _refused(f"it does not run with fewer of them: {reason}", "leave keep at 1") from error
+            raise _refused(f"it does not run with fewer patches: {reason}", "leave keep at 1") from error
         if not bool((moved - whole).abs().max() <= _TOLERANCE * whole.abs().max()):
             raise _refused("its later blocks use the positions of patches", "leave keep at 1")
 
@@ -243,7 +243,7 @@ def _block_of(attention: str) -> str:
     for index, part in enumerate(parts):
         if part.isdigit():
             return ".".join(parts[: index + 1])
-    raise _refused(f"its attention {attention} is in no numbered block", "leave keep at 1")
+    raise _refused(f"its attention {attention} belongs to no numbered block", "leave keep at 1")
 
 
 def _refused(why: str, fix: str) -> ConfigurationError:

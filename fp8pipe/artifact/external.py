@@ -42,19 +42,19 @@ def misplaced(graph: Path, sizes: Mapping[str, int]) -> Iterator[str]:
             if why := _wrong(entries, sizes):
                 yield f"has the tensor {name} in another file: {why}"
     except (ValueError, IndexError, RecursionError) as error:
-        yield f"is no ONNX graph: {error}"
+        yield f"is not an ONNX graph: {error}"
 
 
 def _wrong(entries: list[tuple[str, str]], sizes: Mapping[str, int]) -> str:
     stored = dict(entries)
     if len(stored) != len(entries):
-        return "an entry stands twice"
+        return "an entry occurs twice"
     location = stored.get("location", "")
     if location not in sizes or "/" in location or "\\" in location:
-        return f"{location!r} is no listed file beside the graph"
+        return f"{location!r} is not a file next to the graph that the manifest lists"
     numbers = [stored.get("offset", "0"), stored.get("length", "0")]
     if not all(number.isascii() and number.isdigit() for number in numbers):
-        return f"offset {numbers[0]!r} and length {numbers[1]!r} are no numbers of bytes"
+        return f"offset {numbers[0]!r} and length {numbers[1]!r} are not byte counts"
     offset, length = map(int, numbers)
     if offset + length > sizes[location]:
         return f"bytes {offset} to {offset + length}; {location} has {sizes[location]}"

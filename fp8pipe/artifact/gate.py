@@ -71,10 +71,10 @@ class Gate(FrozenConfig):
     detail: str = Field(default="", description="unit, what was counted, or why this threshold")
     failure: Verdict = Field(
         default=Verdict.ANOMALOUS,
-        description="what its failing means: two things differ that must be equal, or a figure got worse than accepted",
+        description="what a failure means: two things differ that must be equal, or a figure got worse than accepted",
     )
     source: str = Field(
-        default="", description="where the figure stands, as FILE#path; empty for the gate's own artifact"
+        default="", description="where the figure is found, as FILE#path; empty for the gate's own artifact"
     )
 
     @model_validator(mode="wrap")

@@ -94,7 +94,7 @@ def kind_named(name: str, where: str = "") -> ArtifactKind:
     kind = _kinds.get(name) or _all_kinds().get(name)
     if kind is None:
         raise BadArtifactError(
-            f"{where or 'the manifest'} is of the unknown kind {name!r}",
+            f"{where or 'the manifest'} is of unknown kind {name!r}",
             why=f"known kinds: {', '.join(sorted(_kinds))}",
             fix="use the version of fp8pipe, or install the package, that wrote it",
         )  # fmt: skip

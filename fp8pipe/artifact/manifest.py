@@ -125,7 +125,9 @@ class Parent(FrozenConfig):
 
     kind: str = Field(description="the parent's kind, or 'model' for a checkpoint without a manifest")
     digest: str = Field(description="the parent's manifest digest; of a model, a digest of its files")
-    path: str = Field(description="where it was when it was read; what lies there now is taken by its digest alone")
+    path: str = Field(
+        description="its path when it was read; a file found there later is identified by its digest alone"
+    )
     content: Sha256 | None = Field(
         default=None, description="the parent's content digest, which a rerun keeps; a language model's is its digest"
     )
@@ -137,7 +139,7 @@ class Parent(FrozenConfig):
     @property
     def outdated(self) -> str:
         """Why this digest cannot match any language model now; empty for a digest in the current form."""
-        why = "an earlier fp8pipe wrote it, whose digests of models said nothing of tokenizer and chat template"
+        why = "written by an earlier fp8pipe, whose model digests did not cover tokenizer and chat template"
         return why if self.kind == "model" and self.content is None else ""
 
 

@@ -110,7 +110,7 @@ def push(plan: PushPlan, target: Target, api: HfApi | None = None) -> str:
             api.create_repo(target.repo_id, private=target.private or None, exist_ok=True)
         if target.private and not api.model_info(target.repo_id).private:
             raise ConfigurationError(
-                f"{target.repo_id} is public", why="--private was given, and the repository exists already",
+                f"{target.repo_id} is public", why="--private was given, but the repository exists already",
                 fix="make it private on the hub, or name another",
             )  # fmt: skip
         done = api.upload_folder(
@@ -143,7 +143,7 @@ def _translated(target: Target, endpoint: str) -> Iterator[None]:
         yield
     except errors.HFValidationError as error:
         raise ConfigurationError(
-            f"{target.repo_id!r} is no name of a repository", why=" ".join(str(error).split())[:300],
+            f"{target.repo_id!r} is not a repository name", why=" ".join(str(error).split())[:300],
             fix="give organisation/name",
         ) from error  # fmt: skip
     except errors.OfflineModeIsEnabled as error:
@@ -160,7 +160,7 @@ def _translated(target: Target, endpoint: str) -> Iterator[None]:
             raise
         raise MissingCapabilityError(
             f"the hub at {endpoint} cannot be reached", why=" ".join(str(error).split())[:300],
-            fix="check the network (HF_ENDPOINT, proxies) and push again; what has arrived is not sent twice",
+            fix="check the network (HF_ENDPOINT, proxies) and push again; files already uploaded are not sent again",
         ) from error  # fmt: skip
 
 
@@ -175,10 +175,10 @@ _REFUSALS = {
     401: ("the hub does not accept the token", "log in again (`hf auth login`), or set HF_TOKEN"),
     403: ("the token may not write to {repo}", "use a token with write access to it, or --create-pr"),
     404: ("{repo} or its branch is not on the hub, or not visible to this token", "check the name and --revision"),
-    409: ("{repo} was changed at the same time, or exists in another form", "push again"),
+    409: ("{repo} was changed at the same time, or exists in a form that conflicts with this upload", "push again"),
     412: ("{repo} was changed at the same time", "push again"),
     413: ("the hub refuses files of this size", "write the artifact in smaller files"),
-    429: ("the hub asks to slow down", "push again later; what has arrived is not sent twice"),
+    429: ("the hub asks to slow down", "push again later; files already uploaded are not sent again"),
 }
 
 
@@ -187,7 +187,7 @@ def _refused(error: HfHubHTTPError, target: Target, endpoint: str) -> Configurat
     why = f"{endpoint} answered {status}: " + (" ".join(str(error.server_message or error).split())[:300])
     if status >= 500 or status == 0:
         return MissingCapabilityError(
-            "the hub failed", why=why, fix="push again later; what has arrived is not sent twice"
+            "the hub failed", why=why, fix="push again later; files already uploaded are not sent again"
         )
     what, fix = _REFUSALS.get(status, ("the hub refuses the upload to {repo}", "see the reason above"))
     return ConfigurationError(what.format(repo=target.repo_id), why=why, fix=fix)

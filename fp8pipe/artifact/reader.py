@@ -119,7 +119,7 @@ def read_artifact(
     ]
     if findings:
         raise BadArtifactError(
-            f"{root} is not what was written: {len(findings)} of {len(manifest.files)} files differ, or are others",
+            f"{root} is not what was written: {len(findings)} finding(s), {len(manifest.files)} file(s) listed",
             why="; ".join(findings),
             fix="copy the artifact again from its source, or write it again",
         )
@@ -213,12 +213,12 @@ def _not_there(root: Path) -> BadArtifactError:
 def _unfinished(root: Path) -> BadArtifactError:
     if root.name.endswith(PARTIAL_SUFFIX):
         return BadArtifactError(
-            f"{root} is unfinished", why="the run that writes it did not end", fix="resume or repeat the run"
+            f"{root} is unfinished", why="the run that writes it did not finish", fix="resume or repeat the run"
         )
     inside = sorted(path.parent.name for path in root.glob(f"*/{MANIFEST_NAME}"))
     return BadArtifactError(
         f"{root} is not an artifact",
-        why=f"it holds no {MANIFEST_NAME}" + (", but artifacts" if inside else ""),
+        why=f"it holds no {MANIFEST_NAME}" + ("; artifacts lie below it" if inside else ""),
         fix=f"give one of them: {', '.join(str(root / name) for name in inside[:_NAMED])}"
         if inside
         else "give the directory that a finished command wrote",

@@ -44,7 +44,9 @@ class StageRecord(FrozenConfig):
     peak_rss_bytes: int = Field(default=0, ge=0, description="largest resident memory of its processes, bytes")
     gates: list[Gate] = Field(default_factory=list, description="the recipe's gates on this stage")
     verdict: Verdict = Field(description="the worst of its gates, or why it failed")
-    error: dict[str, Any] | None = Field(default=None, description="the failure as `--json` gives it; none if it ended")
+    error: dict[str, Any] | None = Field(
+        default=None, description="the failure as `--json` gives it; none if it succeeded"
+    )
 
 
 class RunRecord(FrozenConfig):
@@ -84,7 +86,7 @@ def read_run(directory: Path) -> RunRecord:
         ) from error
     except (ValueError, KeyError, TypeError, AttributeError, ValidationError) as error:
         raise BadArtifactError(
-            f"{path} is no record of a run", why=" ".join(str(error).split())[:300], fix="run the recipe again"
+            f"{path} is not a record of a run", why=" ".join(str(error).split())[:300], fix="run the recipe again"
         ) from error
 
 

@@ -152,7 +152,7 @@ def check_signature(
     try:
         config.verify(path, signature)
     except Exception as error:  # wrong keys, changed files and damaged signatures raise different types
-        return _in_words(" ".join(str(error).split()), path.name) or f"it does not fit ({type(error).__name__})"
+        return _in_words(" ".join(str(error).split()), path.name) or f"it does not match ({type(error).__name__})"
     return ""
 
 

@@ -28,7 +28,7 @@ def _gate(data: Any) -> Gate:
     try:
         return read_gate(data)
     except (TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"it is no gate: {error!r}") from error
+        raise ValueError(f"it is not a gate: {error!r}") from error
 
 
 class VerdictRecord(BaseModel):
@@ -94,7 +94,7 @@ def read_verdict(path: Path, artifact: Artifact | None = None) -> VerdictRecord:
     digest = read_manifest(export).digest if artifact is None else artifact.digest
     if record.manifest_digest != digest:
         name = (export if artifact is None else artifact.root).name
-        raise _unsound(path, f"it speaks of manifest {record.manifest_digest}; {name} has {digest}")
+        raise _unsound(path, f"it is about manifest {record.manifest_digest}; {name} has {digest}")
     return record
 
 
@@ -110,11 +110,11 @@ def require_accept(artifact: Artifact, place: Path | None = None) -> VerdictReco
         GateFailedError: there is no record, or its verdict is not ACCEPT.
     """
     path = place or record_path(artifact.root)
-    why, fix = f"no record of a validation lies at {path}", f"fp8pipe validate {artifact.root}"
+    why, fix = f"there is no record of a validation at {path}", f"fp8pipe validate {artifact.root}"
     if path.exists():
         record = read_verdict(path, artifact)
         if record.measures:
-            raise _unsound(path, f"it is a record of {record.measures}, and of no validation")
+            raise _unsound(path, f"it is a record of {record.measures}, not of a validation")
         if record.said is Verdict.ACCEPT:
             return record
         why = f"{path.name} says {record.verdict}: {'; '.join([*record.reasons, *record.not_proved])[:300]}"
@@ -148,4 +148,4 @@ def _gates_before_3(data: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _unsound(path: Path, why: str) -> BadArtifactError:
-    return BadArtifactError(f"{path} is no sound record", why=why, fix="validate or measure the artifact again")
+    return BadArtifactError(f"{path} is not a valid record", why=why, fix="validate or measure the artifact again")

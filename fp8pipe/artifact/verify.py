@@ -64,7 +64,9 @@ def find_tree(root: Path) -> Tree:
         why = "it is a file" if root.exists() else "there is no such directory"
         raise BadArtifactError(f"{root} cannot be verified", why=why, fix="give the directory of an artifact or a run")
     if root.name.endswith(PARTIAL_SUFFIX):
-        raise BadArtifactError(f"{root} is unfinished", why="the run that writes it did not end", fix="resume the run")
+        raise BadArtifactError(
+            f"{root} is unfinished", why="the run that writes it did not finish", fix="resume the run"
+        )
     tree = Tree(root)
     for folder, folders, files in os.walk(root):
         here = Path(folder)
@@ -206,7 +208,7 @@ def check_record(path: Path, artifacts: dict[Path, Artifact]) -> tuple[list[Find
         return _check_run(path, artifacts)
     export = artifacts.get(path.with_name(path.stem.rpartition(".")[0]))
     if export is None:
-        return [], [f"{path.name}: the export that it speaks of was not found beside it"]
+        return [], [f"{path.name}: the export that it is about was not found next to it"]
     try:
         read_verdict(path, export)
     except BadArtifactError as error:
@@ -234,7 +236,7 @@ def _check_run(path: Path, artifacts: dict[Path, Artifact]) -> tuple[list[Findin
         elif output.is_file():
             findings += _check_stage_record(output, stage)
         elif artifact is None:
-            notes.append(f"{stage.output}: no artifact that could be opened, so its content is not compared")
+            notes.append(f"{stage.output}: not an artifact that could be opened, so its content is not compared")
     return findings, notes
 
 
@@ -246,7 +248,7 @@ def _check_stage_record(output: Path, stage: StageRecord) -> Iterator[Finding]:
         yield Finding(Check.RECORD, stage.output, error.why)
         return
     if canonical_digest([stage.key, verdict]) != stage.content:
-        why = f"stage {stage.name} was judged with another verdict than the {verdict} that stands there"
+        why = f"stage {stage.name} was judged with another verdict; the record states {verdict} now"
         yield Finding(Check.RECORD, stage.output, why)
 
 

@@ -274,7 +274,7 @@ def _check_output(output: Path, force: bool) -> None:
     if not force:
         raise ConfigurationError(
             f"{output} exists already",
-            why="an artifact is never overwritten unasked",
+            why="an artifact is never overwritten without --force",
             fix="give another output, or --force to replace it",
         )
     artifact = (output / MANIFEST_NAME).is_file()

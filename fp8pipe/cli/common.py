@@ -222,7 +222,7 @@ def require_gates(artifact: Artifact, remedy: str) -> None:
 
     if failed := failures(artifact.manifest.gates):
         raise GateFailedError(
-            f"{artifact.root} was written, and does not hold what it must", why="; ".join(failed), fix=remedy
+            f"{artifact.root} was written, but not every gate passed", why="; ".join(failed), fix=remedy
         )
 
 

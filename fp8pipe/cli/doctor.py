@@ -117,7 +117,7 @@ def _device_checks() -> Iterator[Check]:
         yield Check("cpu features", OK, " ".join(features))
     else:
         value = " ".join(features) or "none of those that matter"
-        fix = "no bf16 arithmetic: products run in fp32, several times slower than where there is some"
+        fix = "no bf16 arithmetic: matrix products run in fp32, which is several times slower"
         yield Check("cpu features", WARNING, value, fix)
     devices = machine.gpus()
     for device in devices:

@@ -135,9 +135,11 @@ def _capabilities(ctx: click.Context, param: click.Parameter, value: tuple[str, 
 @click.argument("graph", type=PATH)
 @click.option(
     "--compute-capability", "capabilities", multiple=True, callback=_capabilities,
-    help="GPUs to compile for, for instance 8.9; without any, no type is judged by them.",
+    help="GPUs to compile for, for instance 8.9; without it, no dtype is checked against a GPU.",
 )  # fmt: skip
-@click.option("--no-require", is_flag=True, help="Accept what is only multiplied in another precision.")
+@click.option(
+    "--no-require", is_flag=True, help="Accept matrix products that would run in another precision than the stored one."
+)
 @common_options()
 def lint_command(graph: Path, capabilities: tuple[str, ...], no_require: bool, console: Console) -> None:
     """Lint the ONNX file GRAPH, from any source; all findings at once, exit 13 when one is an error."""

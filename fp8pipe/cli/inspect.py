@@ -142,7 +142,7 @@ def _encoded(layer: LayerRecord, manifest: Manifest) -> str:
 
 def _contents_text(contents: Contents, list_layers: bool) -> str:
     """Formats, facts, the histogram of scales, and every layer if requested."""
-    rows: list[tuple[object, ...]] = [("weights as", "scales", "layers", "size", "codes at an end")]
+    rows: list[tuple[object, ...]] = [("weights as", "scales", "layers", "size", "saturated codes")]
     for format, granularity, count, size, codes, saturated in contents.by_format():
         rows.append((format, granularity or "-", count, format_bytes(size), _share(saturated, codes)))
     parts = [f"contents: {contents.form}", table(rows)]
@@ -152,7 +152,7 @@ def _contents_text(contents: Contents, list_layers: bool) -> str:
     if scales.count:
         parts.append(f"scales, {scales.count:,} of them, by power of two")
         parts += [f"  {line}" for line in scales.bars()]
-        parts += [f"  {scales.bad} are zero, negative or no numbers"] if scales.bad else []
+        parts += [f"  {scales.bad} are zero, negative or not finite"] if scales.bad else []
     parts += [f"note: {note}" for note in contents.notes]
     if list_layers:
         parts += ["layers", table([_row(layer) for layer in contents.layers])]
@@ -197,7 +197,7 @@ def _fact(value: Any) -> str:
 @click.option(
     "--image",
     type=click.Path(path_type=Path, dir_okay=False, readable=False),
-    help="A picture, to see attention on it too.",
+    help="A picture, to show attention on it as well.",
 )
 @common_options()
 def report_command(directory: Path, output: Path | None, image: Path | None, console: Console) -> None:

@@ -29,7 +29,7 @@ _EXPORT = click.argument("export", type=PATH)
 @click.option(
     "--against",
     type=PATH,
-    help="What was exported, where it lies elsewhere than the manifest says; everything is compared with it.",
+    help="The artifact or model that was exported, if it was moved; the export is compared with it.",
 )
 @click.option(
     "--images",
@@ -157,7 +157,7 @@ def _show_record(console: Console, export: Path, record: Any) -> None:
         from fp8pipe.core.errors import GateFailedError
 
         raise GateFailedError(
-            f"{export} does not hold", why="; ".join(record.reasons), fix="see the record beside the export"
+            f"{export} was not accepted", why="; ".join(record.reasons), fix="see the record beside the export"
         )
 
 

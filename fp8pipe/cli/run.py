@@ -30,7 +30,13 @@ if TYPE_CHECKING:
 @click.option("--from", "first", metavar="STAGE", help="Take the stages before it as they are.")
 @click.option("--until", "last", metavar="STAGE", help="Run it and what it needs, nothing else.")
 @click.option("--force", multiple=True, metavar="STAGE", help="Run it even if nothing has changed; repeatable.")
-@click.option("--jobs", type=click.IntRange(min=1), default=1, show_default=True, help="Stages side by side, at most.")
+@click.option(
+    "--jobs",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="Stages that run at the same time, at most.",
+)
 @click.option("--no-report", is_flag=True, help="Write no report at the end.")
 @common_options(dry_run=True)
 def run_command(
@@ -223,7 +229,7 @@ def _total_lines(total: Mapping[str, Any]) -> list[str]:
     lines += [f"MISSING {item['what']}; {item['fix']}" for item in total["missing"]]
     if total["not_planned"]:
         names = ", ".join(total["not_planned"])
-        lines.append(f"not in these figures: {names}; what they read is not there yet, or their plan failed")
+        lines.append(f"not in these figures: {names}; their inputs do not exist yet, or their plan failed")
     return lines
 
 
@@ -271,6 +277,6 @@ def recipe_schema() -> dict[str, Any]:
 
 
 _COMMON = {
-    "gates": {"type": "array", "items": {"$ref": "#/$defs/Gate"}, "description": "what must hold of what it wrote"},
-    "after": {"type": "array", "items": {"type": "string"}, "description": "stages that must have ended before"},
+    "gates": {"type": "array", "items": {"$ref": "#/$defs/Gate"}, "description": "conditions on the stage's output"},
+    "after": {"type": "array", "items": {"type": "string"}, "description": "stages that must finish first"},
 }

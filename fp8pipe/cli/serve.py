@@ -59,7 +59,7 @@ def _refuse_foreign(options: dict[str, Any], extra: tuple[str, ...], language: b
         mine, other = ("language", "vision") if language else ("vision", "language")
         raise ConfigurationError(
             f"{', '.join(found)} cannot be given here",
-            why=f"this is a {mine} export, and that is for {other} exports", fix="leave it out",
+            why=f"this is a {mine} export, and these options are for {other} exports", fix="leave it out",
         )  # fmt: skip
 
 
@@ -108,11 +108,13 @@ def _show(console: Console, artifact: Artifact, config: ServeConfig, of_vllm: La
 @click.command("serve-repository")
 @click.argument("export", type=PATH)
 @click.option("--output", type=PATH, required=True, help="The repository; may hold other models.")
-@click.option("--layout", type=click.Choice(["triton"]), default="triton", show_default=True, help="Whose repository.")
+@click.option(
+    "--layout", type=click.Choice(["triton"]), default="triton", show_default=True, help="Kind of repository."
+)
 @click.option(
     "--device",
     type=click.Choice(["cpu", "cpu-vnni", "gpu"]),
-    help="Vision: where Triton computes; cpu (default) is right on any, cpu-vnni twice as fast where there is VNNI.",
+    help="Vision: where Triton computes; cpu (default) is exact on any CPU, cpu-vnni twice as fast but only with VNNI.",
 )
 @click.option("--max-model-len", type=click.IntRange(min=16), help="Language exports: context, tokens.")
 @common_options(dry_run=True)

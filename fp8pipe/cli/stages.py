@@ -123,14 +123,14 @@ def _check_export(settings: Settings, read: Mapping[str, str]) -> None:
     _require(settings, "artifact", "target")
     rest = {key: value for key, value in settings.items() if key not in ("artifact", "target")}
     if "force" in rest:
-        raise ConfigurationError("force is no setting of a stage", why="force: the run replaces what is out of date")
+        raise ConfigurationError("force is not a setting of a stage", why="force: the run replaces what is out of date")
     maker = read.get("artifact")
     kinds = (kind_of_source(str(settings["artifact"])),) if maker is None else _LEFT_BY.get(maker, (maker,))
     try:
         target = choose(str(settings["target"]), kinds[0], rest.get("format"))
     except ConfigurationError as error:
         fitting = " or ".join(targets_of(kinds[0]))
-        why = error.why if maker is None or not fitting else f"what {maker} made can go to {fitting}"
+        why = error.why if maker is None or not fitting else f"the output of {maker} can be exported to {fitting}"
         raise ConfigurationError(f"target {settings['target']} does not fit", why=f"target: {why}") from error
     build_config(target.options, rest)
 
@@ -161,7 +161,9 @@ def _check_validate(settings: Settings, read: Mapping[str, str]) -> None:
 def _require_export(settings: Settings, read: Mapping[str, str]) -> None:
     _require(settings, "export")
     if read.get("export", "export") != "export":
-        raise ConfigurationError("not an export", why=f"export: it names a stage of {read['export']}, not of export")
+        raise ConfigurationError(
+            "not an export", why=f"export: it refers to a stage that runs {read['export']}, not export"
+        )
 
 
 def _require(settings: Settings, *names: str) -> None:

@@ -43,7 +43,7 @@ def finetune_command(
     show_artifact(
         console, artifact, finetuned_lines(artifact),
         next_export(artifact),
-        remedy="train longer, with another learning rate or on more data; the artifact is kept for a look",
+        remedy="train longer, with another learning rate or on more data; the artifact is kept for inspection",
         heldout_loss=_losses(artifact).model_dump(),
     )  # fmt: skip
 
@@ -109,7 +109,7 @@ def quantize_vit_command(
         console, artifact, _quantized_lines(artifact, details),
         f"fp8pipe export {artifact.root} --target {target} --output {artifact.root}-{target}",
         remedy="use more bits, more --distill-steps or pictures (--calibration images:DIR); "
-        "the artifact is kept for a look",
+        "the artifact is kept for inspection",
         **facts,
     )  # fmt: skip
 

@@ -38,7 +38,7 @@ class VerificationError(BadArtifactError):
 @click.argument("directory", type=PATH)
 @click.option(
     "--parents", multiple=True, type=PATH,
-    help="Where a parent lies that has been moved: an artifact, a tree of them, or a model. May be repeated.",
+    help="Where a parent is now, if it was moved: an artifact, a directory of artifacts, or a model. May be repeated.",
 )  # fmt: skip
 @click.option("--quick", is_flag=True, help="Hashes, checksums and records only; contents are not looked at.")
 @click.option("--strict", is_flag=True, help="Files that no record covers are findings too.")
@@ -141,7 +141,9 @@ def sign_command(
     try:
         password = None if password_file is None else password_file.read_text(encoding="utf-8").rstrip("\r\n")
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigurationError(f"{password_file} cannot be read", why=str(error), fix="name the file") from error
+        raise ConfigurationError(
+            f"{password_file} cannot be read", why=str(error), fix="give the path of a readable text file"
+        ) from error
     tree = find_tree(directory)
     found = check_bytes(tree).findings
     if found:
@@ -162,7 +164,7 @@ def sign_command(
 @click.option("--private", is_flag=True, help="A private repository; refuse a public one.")
 @click.option("--revision", help="An existing branch to commit to.")
 @click.option("--create-pr", is_flag=True, help="Propose the upload as a pull request.")
-@click.option("--unvalidated", is_flag=True, help="Push an export without an ACCEPT; never one that is rejected.")
+@click.option("--unvalidated", is_flag=True, help="Push an export without an ACCEPT; a rejected one is still refused.")
 @model_options(Trust)
 @common_options(dry_run=True)
 def push_command(

@@ -79,7 +79,7 @@ class Plan:
 
     def text(self) -> str:
         """The plan as readable text."""
-        disk = f"{format_bytes(self.disk_bytes)} at most, {format_bytes(self.output_bytes)} in the end"
+        disk = f"{format_bytes(self.disk_bytes)} at most, {format_bytes(self.output_bytes)} at the end"
         peak = self.peak_memory_bytes
         rows = [
             *(("reads", item) for item in self.reads),
@@ -140,8 +140,8 @@ def refuse_impossible(least_bytes: int, what: str) -> None:
     least = format_bytes(least_bytes)
     raise OutOfMemoryError(
         f"{what} cannot fit into this machine's memory",
-        why=f"it is {least} before anything is done with it; memory and swap are {format_bytes(total)}",
-        fix="use a smaller model or a larger machine; --dry-run tells what a run takes",
+        why=f"it takes at least {least}; memory and swap are {format_bytes(total)}",
+        fix="use a smaller model or a larger machine; --dry-run shows what a run needs",
     )
 
 

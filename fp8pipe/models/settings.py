@@ -90,7 +90,9 @@ def foreign_arguments(config_class: Any, arguments: Mapping[str, Any], place: st
         if name in _MAPPINGS and isinstance(value, Mapping):
             parts = [*value, *value.values()]
         if name not in declared | _COMMON or (name in _OTHER_MODELS and value):
-            yield f"{where} is no setting of {config_class.__name__}" if name not in declared else f"{where} is given"
+            yield (
+                f"{where} is not a setting of {config_class.__name__}" if name not in declared else f"{where} is given"
+            )
         elif isinstance(value, Mapping) and name in config_class.sub_configs:
             yield from foreign_arguments(config_class.sub_configs[name], value, f"{where}.")
         elif name not in _LABELS and not all(_plain(part) for part in parts):

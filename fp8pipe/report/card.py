@@ -59,7 +59,7 @@ def write_card(
     """
     card = _Card(writer, facts, source, parent, format, layers)
     for failed in failures(card.made.gates if card.made else ()):
-        writer.warn(f"what was exported did not hold when it was made: {failed}")
+        writer.warn(f"a gate of the exported artifact failed when it was made: {failed}")
     text = f"---\n{card.front_matter()}\n---\n\n{card.body()}"
     (writer.root / CARD_FILE).write_text(text, encoding="utf-8")
 
@@ -137,7 +137,7 @@ class _Card:
         if vit is not None:
             rows.append(("calibration images", f"{vit.images}, {vit.image_method}"))
         if self.made is None:
-            rows.append(("method", "rounded to nearest by the export, one scale a row, without calibration"))
+            rows.append(("method", "rounded to nearest by the export, one scale per row, without calibration"))
         seed = self.made.seed if self.made else None
         return rows + ([("seed", str(seed))] if seed is not None else []) + [("export format", self.format)]
 

@@ -210,7 +210,7 @@ class Product:
 
 
 @dataclass(frozen=True, slots=True)
-class Reckoning:
+class Estimate:
     """The estimated time of a step, its parts (all in seconds) and the peak memory; none of it is measured."""
 
     seconds: float
@@ -248,7 +248,7 @@ def trained_values(shape: Decoder, rank: int, way: Way) -> int:
     return shape.layers * rank * values
 
 
-def reckon(shape: Decoder, step: Step, way: Way, device: Device) -> Reckoning:
+def estimate(shape: Decoder, step: Step, way: Way, device: Device) -> Estimate:
     """Estimate time and memory of an optimizer step on one GPU."""
     listed = list(products_of(shape, step, way))
     bandwidth = device.bandwidth * MEMORY_SHARE
@@ -262,7 +262,7 @@ def reckon(shape: Decoder, step: Step, way: Way, device: Device) -> Reckoning:
     host = step.micro_batches * (kernels + sum(product.times for product in listed)) * LAUNCH_SECONDS
     products, attention, elementwise = (step.micro_batches * part for part in (products, attention, elementwise))
     seconds = max(products + attention + elementwise + optimizer, host)
-    return Reckoning(seconds, products, attention, elementwise, optimizer, host, memory_bytes(shape, step, way))
+    return Estimate(seconds, products, attention, elementwise, optimizer, host, memory_bytes(shape, step, way))
 
 
 def _moved(shape: Decoder, step: Step, way: Way) -> float:

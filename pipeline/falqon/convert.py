@@ -43,7 +43,7 @@ def read_convertible(model: nn.Module, rank: int) -> ModelStructure:
         left_out = "; ".join(f"{name}: {why}" for name, why in list(structure.left_out.items())[:_SHOWN])
         raise ConfigurationError(
             "the model has no linear layer to convert",
-            why=f"{structure.architecture} holds {len(structure.left_out)} linear layers, left out are {left_out}"
+            why=f"{structure.architecture} has {len(structure.left_out)} linear layers, all left out: {left_out}"
             if structure.left_out
             else f"{structure.architecture} holds no nn.Linear and no Conv1D",
             fix="choose a causal language model whose attention and MLP are linear layers",

@@ -134,16 +134,16 @@ def flush_rows(
     return report
 
 
-def _clear(layer: FalqonLinear, rows: Tensor, rule: UpdateRule, refused: Tensor | None) -> None:
+def _clear(layer: FalqonLinear, rows: Tensor, rule: UpdateRule, residual: Tensor | None) -> None:
     b = layer.lora_B.data
     if rule.clear_all:
         b.zero_()
-    elif refused is None:
+    elif residual is None:
         b.index_fill_(0, rows, 0.0)
     else:
         # Least squares: the combination of A's rows closest to the rounding residual.
         a = layer.adapter_codes.float()
-        solved = torch.linalg.solve(a @ a.t(), a @ refused.t())  # (r, r), (r, k)
+        solved = torch.linalg.solve(a @ a.t(), a @ residual.t())  # (r, r), (r, k)
         b[rows] = solved.t().to(b.dtype)
 
 
@@ -209,7 +209,7 @@ def merge_all(
         group = {names[place]: layers[names[place]] for place in places}
         moments = _second_moments(model, group, inputs) if how is FinalMerge.COMPENSATED else {}
         if how is FinalMerge.COMPENSATED:
-            _tell_unseen([name for name, layer in group.items() if name not in moments and bool(layer.lora_B.any())])
+            _warn_unseen([name for name, layer in group.items() if name not in moments and bool(layer.lora_B.any())])
         for name, layer in group.items():
             codes, reports[name] = _all_rows(layer, moments.get(name))
             layer.weight_codes.view(torch.uint8).copy_(codes.view(torch.uint8))
@@ -217,7 +217,7 @@ def merge_all(
     return reports
 
 
-def _tell_unseen(names: list[str]) -> None:
+def _warn_unseen(names: list[str]) -> None:
     if names:
         _LOG.warning(
             "no token of the final merge's batches reached %d trained layer(s), the first %s: their update is rounded "

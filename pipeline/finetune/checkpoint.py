@@ -73,10 +73,10 @@ class CheckpointStore:
         if changed == [ENCODED_TEXT]:
             then, now = run["inputs"][ENCODED_TEXT], found.get(ENCODED_TEXT)
             raise ConfigurationError(
-                f"the training text is not encoded as when the run in {self.root.parent} was started",
-                why=f"token ids and labels: sha256 {then} then, {now} now. No local file of the data changed: a chat "
-                "template that asks for the date (strftime_now) renders otherwise each day; else the tokenizer, the "
-                "chat template, a data set that is no local file, or the version of transformers or tokenizers changed",
+                f"the training text is encoded differently than when the run in {self.root.parent} was started",
+                why=f"token ids and labels: sha256 {then} then, {now} now. No local data file changed; possible "
+                "causes: a chat template that inserts the current date (strftime_now); a changed tokenizer, chat "
+                "template or remote data set; another version of transformers or tokenizers",
                 fix="restore what changed (a fixed date in the chat template), or start anew (--force, or another "
                 "--output)",
             )

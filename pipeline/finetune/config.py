@@ -56,7 +56,7 @@ class FinetuneConfig(FrozenConfig):
 
     model: str = Field(description="Base model: directory, hub id, .gguf file or sample:NAME.")
     data: str = Field(description="Training text: file, folder, glob, hub id or sample:NAME.")
-    answers: Literal["all", "last"] = Field("all", description="Answers learned of each conversation.")
+    answers: Literal["all", "last"] = Field("all", description="Answers of each conversation that are trained on.")
     method: Literal["falqon", "lora", "qlora"] = Field("falqon", description="How to tune; lora and qlora: baselines.")
     rank: int = Field(64, ge=1, description="Rank of the adapter.")
     update_rule: Annotated[str | None, Flag(default=DEFAULT_RULE)] = Field(
@@ -91,12 +91,12 @@ class FinetuneConfig(FrozenConfig):
     keep_checkpoints: Annotated[int, CONFIG_ONLY] = Field(2, ge=1, description="Checkpoints kept.")
     log_every: int = Field(5, ge=1, description="Steps between log lines.")
     gradient_batches: Annotated[int, CONFIG_ONLY] = Field(
-        2, ge=1, description="FALQON: micro-batches behind the gradient initialisation."
+        2, ge=1, description="FALQON: micro-batches used by the gradient initialisation."
     )
     final_merge_batches: Annotated[int, CONFIG_ONLY] = Field(
-        32, ge=1, description="FALQON: training sequences behind the final merge."
+        32, ge=1, description="FALQON: training sequences used by the final merge."
     )
-    seed: int = Field(0, ge=0, description="Seed of order, initialisation and all other draws.")
+    seed: int = Field(0, ge=0, description="Seed of data order, initialisation and all other random draws.")
     device: DeviceName = Field("auto", description=DEVICE_HELP)
     dtype: Annotated[Literal["bfloat16", "float32"], CONFIG_ONLY] = Field(
         "bfloat16", description="Dtype of activations and unconverted weights."

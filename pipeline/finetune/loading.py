@@ -45,7 +45,9 @@ def load_model(config: FinetuneConfig, source: ModelSource) -> nn.Module:
         use_matmul_attention(model)
     moved: nn.Module = model.to(config.device)
     if unstack_experts(moved) and config.device != "cpu":
-        _LOG.warning("experts run uncompiled and one after the other, so a step takes longer than its products do")
+        _LOG.warning(
+            "experts run uncompiled and one after the other, so a step takes longer than its matrix products alone"
+        )
     return moved
 
 

@@ -227,11 +227,11 @@ def _reason(plain: tuple[float, float], masked: tuple[float, float] | None) -> s
     moved, apart = plain
     if math.isfinite(moved):
         seen = (
-            "examples in one row would not be what they are alone: another neighbour changes an example's logits "
-            f"{moved:.2g} times as much as another first token of its own does, and a row around it {apart:.2g} times"
+            "examples in one row would influence each other: another neighbour changes an example's logits "
+            f"{moved:.2g} times as much as another first token of its own, and packing {apart:.2g} times"
         )
     else:
-        seen = "examples in one row might see each other: no token was seen to affect a later one, so nothing can tell"
+        seen = "examples in one row might influence each other: no token affected a later one, so this cannot be tested"
     if masked is None:
         return f"{seen}; the model takes no mask that would keep them apart"
-    return f"{seen}; with a mask per example a neighbour still counts {masked[0]:.2g} times"
+    return f"{seen}; with a mask per example the factor of another neighbour is still {masked[0]:.2g}"

@@ -24,7 +24,18 @@ from fp8pipe.models.language.ending import read_ending
 from fp8pipe.models.language.experts import unstack_experts
 from fp8pipe.models.language.sources import ModelSource, resolve_model
 from fp8pipe.models.language.structure import load_config, model_class
-from pipeline.dry_run.costs import LIVE, LIVE_COMPILED, LORA, MERGED, MERGED_COMPILED, QLORA, Decoder, Step, Way, reckon
+from pipeline.dry_run.costs import (
+    LIVE,
+    LIVE_COMPILED,
+    LORA,
+    MERGED,
+    MERGED_COMPILED,
+    QLORA,
+    Decoder,
+    Step,
+    Way,
+    estimate,
+)
 from pipeline.dry_run.devices import DEVICES, Device, device_reported
 from pipeline.dry_run.language import layer_count, with_layers, write_model
 from pipeline.dry_run.process import Scaled, dry_run
@@ -47,7 +58,7 @@ _PACKING: Final = {
     "mask": "several examples a row, kept apart by a mask per example",
     "off": "off: this model does not keep the examples of a row apart",
 }
-_NOT_PROBED: Final = "only if the model keeps the examples of a row apart, which is found out once it is loaded"
+_NOT_PROBED: Final = "only if the model keeps the examples of a row apart, which is tested once it is loaded"
 _SMALLER: Final = "a smaller --batch-size or --sequence-length, --gradient-checkpointing, or a smaller model"
 
 
@@ -80,7 +91,7 @@ def plan_finetune(config: FinetuneConfig, output: Path | None = None) -> Plan:
     if can_measure() and config.device == "cpu" and not missing:
         peak, disk, written, seconds, notes, packing = _measured(config, source, settings, layer_bytes)
     else:
-        peak, disk, written, seconds, notes, packing = _reckoned(config, model, shapes)
+        peak, disk, written, seconds, notes, packing = _estimated(config, model, shapes)
     on_gpus, told = _on_gpus(config, settings, shapes)
     where = output or Path(config.model).name
     return Plan(
@@ -175,7 +186,7 @@ def _with_all_layers(widths: Sequence[list[int]], counts: Sequence[int], layers:
     return widths[0] + block * (layers - counts[0])
 
 
-def _reckoned(config: FinetuneConfig, model: nn.Module, shapes: Sequence[tuple[int, int]]) -> _Needs:
+def _estimated(config: FinetuneConfig, model: nn.Module, shapes: Sequence[tuple[int, int]]) -> _Needs:
     """The same as `_measured`, estimated from shapes alone, without activations and time."""
     linear = sum(out * into for out, into in shapes)
     others = sum(p.numel() for p in model.parameters()) - linear
@@ -185,10 +196,8 @@ def _reckoned(config: FinetuneConfig, model: nn.Module, shapes: Sequence[tuple[i
     loaded = (others + linear) * width
     written = others * width + linear * (1 if config.method == "falqon" else width)
     checkpoint = 3 * 4 * adapter  # B and two moments
-    note = (
-        "memory and disk are reckoned from shapes, without activations; no dry run was made (on "
-        f"{'this system' if config.device == 'cpu' else 'a GPU, or without a package,'} there is none)"
-    )
+    why = "this system does not support it" if config.device == "cpu" else "it needs the CPU and every package"
+    note = f"memory and disk are estimated from shapes, without activations; no dry run was made: {why}"
     peak = max(loaded, weights + _FP32_STATES * 4 * adapter)
     return peak, written + config.keep_checkpoints * checkpoint, written, None, (note,), _NOT_PROBED
 
@@ -199,30 +208,28 @@ def _on_gpus(
     """The estimates of `pipeline.dry_run.costs` for a step on GPUs, and notes on them."""
     shape = Decoder.of_config(settings, sum(out * into for out, into in shapes))
     if shape is None:
-        return {}, (
-            "no GPU is reckoned: the layers are not those of a plain decoder (attention and one MLP, all alike)",
-        )
+        return {}, ("no GPU estimate: the layers are not those of a plain decoder (attention and one MLP, all alike)",)
     if config.dtype != "bfloat16" or (config.method == "falqon" and not config.rule.stacked):
-        return {}, ("no GPU is reckoned: kernels were counted in bfloat16, and not for the update rule released",)
+        return {}, ("no GPU estimate: kernels were counted in bfloat16 only, and not for the update rule 'released'",)
     way, compiled = _ways(config)
     step = Step(
         config.batch_size, config.sequence_length, config.rank, config.gradient_checkpointing,
         config.gradient_accumulation,
     )  # fmt: skip
     devices, unknown = _devices(config.device)
-    memory = reckon(shape, step, way, devices[0]).memory_bytes
-    facts: dict[str, Any] = {"reckoned_seconds": _step_seconds(shape, step, way, devices)}
+    memory = estimate(shape, step, way, devices[0]).memory_bytes
+    facts: dict[str, Any] = {"estimated_step_seconds": _step_seconds(shape, step, way, devices)}
     notes = [
-        "reckoned_seconds (a step) and reckoned_memory (peak of the GPU's, bytes) are reckoned from shapes, counted "
-        "kernels and data sheets (docs/cost-model.md); no GPU has confirmed them",
+        "estimated_step_seconds and estimated_memory_bytes (the GPU's peak) are computed from shapes, counted kernels "
+        "and data sheets (docs/cost-model.md); no GPU has confirmed them",
         *unknown,
     ]
     if compiled is not None:
-        facts["reckoned_compiled"] = _step_seconds(shape, step, compiled, devices)
-        notes.append("reckoned_compiled: the same with decoder layers compiled, as finetune has them where it can")
+        facts["estimated_step_seconds_compiled"] = _step_seconds(shape, step, compiled, devices)
+        notes.append("estimated_step_seconds_compiled: with decoder layers compiled, as finetune does where it can")
     if small := [device.name for device in devices if memory > device.memory_bytes]:
-        notes.append(f"reckoned_memory is more than these have: {', '.join(small)}")
-    return facts | {"reckoned_memory": memory}, tuple(notes)
+        notes.append(f"estimated_memory_bytes exceeds the memory of {', '.join(small)}")
+    return facts | {"estimated_memory_bytes": memory}, tuple(notes)
 
 
 def _ways(config: FinetuneConfig) -> tuple[Way, Way | None]:
@@ -237,12 +244,14 @@ def _devices(asked: str) -> tuple[Sequence[Device], tuple[str, ...]]:
     here = machine.gpus()[:1] if asked == "cuda" else []
     known = [device for gpu in here if (device := device_reported(gpu.name)) is not None]
     if here and not known:
-        return DEVICES, (f"{here[0].name} is not in the table of data sheets; others are shown in its place",)
+        return DEVICES, (
+            f"{here[0].name} is not in the table of data sheets; the estimates are for the GPUs of the table",
+        )
     return known or DEVICES, ()
 
 
 def _step_seconds(shape: Decoder, step: Step, way: Way, devices: Sequence[Device]) -> dict[str, float]:
-    return {device.name: float(f"{reckon(shape, step, way, device).seconds:.3g}") for device in devices}
+    return {device.name: float(f"{estimate(shape, step, way, device).seconds:.3g}") for device in devices}
 
 
 def _adapter(config: FinetuneConfig, shapes: Sequence[tuple[int, int]]) -> int:

@@ -47,18 +47,25 @@ class DistillConfig(FrozenConfig):
     """How the student is distilled."""
 
     steps: Annotated[int, Flag("distill-steps")] = Field(
-        200, ge=0, description="Optimizer steps of distillation; 0 deploys the measured ranges as they are."
+        200, ge=0, description="Optimizer steps of distillation; 0 deploys with the measured ranges."
     )
     batch_size: int = Field(16, ge=1, description="Images per step.")
     learning_rate: float = Field(1e-3, gt=0, description="Peak rate of weights, in units of their mean code step.")
     step_learning_rate: float = Field(1e-3, gt=0, description="Peak rate of the logarithms of quantization steps.")
     warmup_steps: int = Field(10, ge=0, description="Steps of linear warm-up; a cosine to zero follows.")
-    temperature: float = Field(5.0, gt=0, description="Softens both answers in the KL divergence.")
+    temperature: float = Field(
+        5.0, gt=0, description="Softens the outputs of teacher and student in the KL divergence."
+    )
     structure_weight: float = Field(10.0, ge=0, description="Weight of the head-wise structural loss.")
     clip_norm: float = Field(1.0, gt=0, description="Global gradient norm limit.")
-    augment: bool = Field(True, description="Mirror, crop, blur and relight in each step, and to measure made images.")
-    smallest_crop: float = Field(0.35, gt=0, le=1, description="Side of the smallest crop, of the image's.")
-    blur: float = Field(0.027, ge=0, lt=0.25, description="Strongest blur: standard deviation, of the image's side.")
+    augment: bool = Field(
+        True,
+        description="Mirror, crop, blur and relight the images in each step, and synthetic ones before calibration.",
+    )
+    smallest_crop: float = Field(0.35, gt=0, le=1, description="Side of the smallest crop, relative to the image's.")
+    blur: float = Field(
+        0.027, ge=0, lt=0.25, description="Strongest blur: standard deviation, relative to the image's side."
+    )
     colour: float = Field(0.4, ge=0, lt=1, description="Strongest change of contrast, brightness and colourfulness.")
     bf16: bool = Field(True, description="Products in bf16 while training; ranges and rounding stay fp32.")
     save_every: int = Field(50, ge=0, description="Steps between checkpoints; 0 keeps none before the end.")
@@ -89,7 +96,7 @@ class QuantizeVitConfig(FrozenConfig):
         "compensated", description="First rounding of weights; compensated: later columns make up for earlier ones."
     )
     head_activation: Literal["auto", "softmax", "sigmoid", "none"] = Field(
-        "auto", description="What makes probabilities of the outputs; auto: what the model's files say of its training."
+        "auto", description="How outputs become probabilities; auto: as the model's files say it was trained."
     )
     evaluate: str | None = Field(
         None, description="Folder of labelled pictures (one folder per class) to measure accuracy on."

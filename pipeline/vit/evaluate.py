@@ -30,7 +30,7 @@ def read_evaluation_folder(source: str | Path, classes: tuple[str, ...] | None) 
     if classes is None:
         raise ConfigurationError(
             "this model cannot be evaluated on labelled pictures",
-            why="it gives features, values or a single label, and not classes of which a picture shows one",
+            why="its outputs are features, values or a single label, not classes that exclude each other",
             fix="put a classifier on it first (scripts/linear_probe.py), or leave --evaluate out",
         )
     sample = sample_name(str(source), ("digits",), "picture")

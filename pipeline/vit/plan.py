@@ -41,7 +41,7 @@ def plan_quantize_vit(config: QuantizeVitConfig, output: Path | None = None) -> 
     parameters = sum(p.numel() for p in vision.model.parameters())
     formats = weight_formats(structure, config.precision, config.edges)
     bits = sum(site.shape[0] * site.shape[1] * formats[site.name].bits for site in structure.linears)
-    found = _measured(config) if can_measure() else _reckoned(config, parameters, 3 * size[0] * size[1])
+    found = _measured(config) if can_measure() else _estimated(config, parameters, 3 * size[0] * size[1])
     peak, disk, written, seconds, notes = found
     where = output or Path(config.model).name
     packages = _PACKAGES if vision.architecture.library == "timm" else ()
@@ -112,9 +112,9 @@ def _seconds(config: QuantizeVitConfig, scaled: Scaled, saves: int) -> dict[str,
     }
 
 
-def _reckoned(config: QuantizeVitConfig, parameters: int, pixels: int) -> _Needs:
+def _estimated(config: QuantizeVitConfig, parameters: int, pixels: int) -> _Needs:
     """Peak memory, disk use and output size, estimated from sizes alone, without activations."""
     images = config.images * pixels
-    note = "memory and disk are reckoned from sizes, without activations: this system does not tell peaks of memory"
+    note = "memory and disk are estimated from sizes, without activations: this system does not report peak memory"
     written = parameters * 2 + images
     return parameters * 4 * 5 + images * 5, written + images + parameters * 4 * 3 * _KEPT, written, {}, (note,)

@@ -209,7 +209,9 @@ def _finish(
     if not similarity.passed:
         writer.warn(f"the quantized model follows its teacher poorly: {similarity.name} {similarity.value:.3f}")
     if structure.is_backbone:
-        writer.warn("a backbone: no class prior in the images, and features (1 - cosine) in the place of answers")
+        writer.warn(
+            "a backbone: images have no class prior, and distillation compares features (1 - cosine), not logits"
+        )
     measured, classes = None, vision.architecture.choices
     if folder is not None and classes is not None:
         enter_phase("evaluate")
@@ -264,7 +266,7 @@ def _agreement(
         name, detail = "top-1 agreement with the teacher", "on the calibration images"
         if not vision.architecture.ranked:
             name = "agreement with the teacher's outputs"
-            detail += ", those whose outputs differ by less than half of what sets the teacher's apart"
+            detail += ": share whose outputs differ by less than half of the teacher's spread"
     return Gate(
         name=name, value=value, comparison=Comparison.AT_LEAST, threshold=0.5, detail=detail,
         failure=Verdict.REGRESSION,

@@ -50,7 +50,7 @@ _TOP_KEYS: Final = ("name", "description", "stages")
 class GateSpec(FrozenConfig):
     """A condition on a figure in a stage's output."""
 
-    name: str = Field(min_length=1, description="what it asks, in a few words")
+    name: str = Field(min_length=1, description="what the gate requires, in a few words")
     figure: str = Field(
         min_length=1, description="path in the stage's manifest or record, for instance details.heldout_loss.deployed"
     )

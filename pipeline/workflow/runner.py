@@ -166,7 +166,7 @@ class WorkflowRunner:
                 for process, _, _ in self._running.values():
                     process.interrupt(_INTERRUPT_S)
                 raise InterruptedRunError(
-                    "interrupted", why=f"while running {names}", fix="run the same command again: it goes on from there"
+                    "interrupted", why=f"while running {names}", fix="run the same command again to continue from there"
                 ) from error
             finally:
                 for process, _, _ in self._running.values():
@@ -232,7 +232,7 @@ class WorkflowRunner:
         spec, output = status.spec, self.state.outputs[status.spec.name]
         error = result.document.get("error") if result.code else None
         if result.code and error is None:
-            what = f"the stage {spec.name} died"
+            what = f"the process of the stage {spec.name} died"
             error = {"type": "Died", "exit_code": result.code, "what": what, "why": "", "fix": ""}
         # A record is an output even if it says REJECT. Old records were removed; an old manifest has an older mtime.
         manifest, began = output / MANIFEST_NAME, self.state.marker(spec).stat().st_mtime_ns
@@ -255,7 +255,7 @@ class WorkflowRunner:
         spec, state = status.spec, self.state
         output = state.outputs[spec.name]
         if not written and error is None:
-            what = f"the stage {spec.name} ended well and wrote nothing at {output}"
+            what = f"the stage {spec.name} succeeded, but wrote nothing at {output}"
             error = {"type": "BadArtifactError", "exit_code": 12, "what": what, "why": "", "fix": "see its log"}
         return StageRecord(
             name=spec.name, command=spec.command, key=status.key, inputs=dict(spec.reads),

@@ -167,8 +167,8 @@ class RunState:
         if spec.name in self._taken_as_is():
             if record is None or record.error is not None or not self._intact(record):
                 raise ConfigurationError(
-                    f"the stage {spec.name} has no output that could be used",
-                    why=f"--from {self.options.first} takes it as it is, and it has not ended, or was changed",
+                    f"the stage {spec.name} has no output that can be reused",
+                    why=f"--from {self.options.first} reuses its output, but that is unfinished or was changed",
                     fix=f"--from {spec.name}, or no --from",
                 )
             return StageStatus(spec, False, "taken as it is", record.key)
@@ -274,7 +274,7 @@ class RunState:
         foreign = self.directory.is_file() or (self.directory.is_dir() and any(self.directory.iterdir()))
         if foreign and not (self.directory / STAGES).is_dir():
             raise ConfigurationError(
-                f"{self.directory} is not a run", why=f"it holds something, and no {RUN_NAME}",
+                f"{self.directory} is not a run", why=f"it is not empty, and has no {RUN_NAME}",
                 fix="name another directory with --output",
             )  # fmt: skip
         return None

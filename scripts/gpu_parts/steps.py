@@ -27,7 +27,7 @@ from fp8pipe.models.language.text import IGNORED, Encoded
 from gpu_parts.context import Context, LeftOut
 from gpu_parts.lora import PlainLoraMethod
 from gpu_parts.timing import counted_syncs, heaviest, peak_bytes, reset_peak, timed
-from pipeline.dry_run.costs import LIVE, LIVE_COMPILED, LORA, QLORA, Decoder, Step, Way, reckon
+from pipeline.dry_run.costs import LIVE, LIVE_COMPILED, LORA, QLORA, Decoder, Step, Way, estimate
 from pipeline.dry_run.devices import Device, device_reported
 from pipeline.falqon.method import FalqonMethod
 from pipeline.falqon.rules import Initialisation, update_rule
@@ -132,18 +132,18 @@ def _profile(one: Run, context: Context) -> dict[str, Any]:
 def beside_model(
     one: Run, shapes: dict[str, int], step: Step, seconds: float, peak: int | None, sheet: Device | None
 ) -> dict[str, Any]:
-    """What the cost model reckons for the same step, and measured over reckoned; nothing where it reckons nothing."""
+    """The cost model's estimate for the same step, and measured over estimated; empty where it has no estimate."""
     way = _WAYS.get(one.way)
     if way is None or sheet is None:
         return {}
     decoder = Decoder.of_config(import_transformers().LlamaConfig(**shapes, num_hidden_layers=one.layers))
     assert decoder is not None
-    found = reckon(decoder, step, way, sheet)
+    found = estimate(decoder, step, way, sheet)
     # The context is no tensor, so torch's peak does not hold it; it is small beside the rest.
     ratio = None if peak is None else peak / found.memory_bytes
     return {
-        "reckoned_seconds": found.seconds, "over_reckoned": seconds / found.seconds,
-        "reckoned_bytes": found.memory_bytes, "memory_over_reckoned": ratio,
+        "estimated_step_seconds": found.seconds, "seconds_over_estimate": seconds / found.seconds,
+        "estimated_memory_bytes": found.memory_bytes, "memory_over_estimate": ratio,
     }  # fmt: skip
 
 

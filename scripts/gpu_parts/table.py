@@ -38,9 +38,9 @@ _STEPS: Final[tuple[_Column, ...]] = (
     ("tokens/s", _number("tokens_per_second")),
     ("peak, GB", _number("peak_bytes", 1e-9, 3)),
     ("syncs", lambda row: row.get("syncs", "")),
-    ("reckoned, ms", _number("reckoned_seconds", 1e3)),
-    ("measured / reckoned", _number("over_reckoned", digits=3)),
-    ("memory / reckoned", _number("memory_over_reckoned", digits=3)),
+    ("estimated, ms", _number("estimated_step_seconds", 1e3)),
+    ("measured / estimated", _number("seconds_over_estimate", digits=3)),
+    ("memory / estimated", _number("memory_over_estimate", digits=3)),
     ("by", lambda row: row.get("method", "")),
 )
 _KERNELS: Final[tuple[_Column, ...]] = (

@@ -116,7 +116,7 @@ def test_an_image_that_becomes_nan_is_begun_again_and_said(monkeypatch):
     monkeypatch.setattr(Synthesizer, "_start", poisoned)
     made = make_images(request(), vision, structure)
     assert calls == [[0, 1, 2, 3], [1]]
-    assert made.notes == ["image 1 became NaN and was begun again"]
+    assert made.notes == ["image 1 became NaN and was restarted"]
 
 
 def test_an_image_that_stays_nan_is_an_error_naming_it(monkeypatch):

@@ -1,7 +1,7 @@
 """What a step of synthesis asks of a GPU, at the shapes of ViT-B: it may only become less, and the host never waits.
 
 Two blocks, 16 images of 224 pixels, counted on fake tensors (`support/fake_cuda.py`), which also hold the memory of a
-step to what `calibration.memory` reckons. Who makes a step cheaper lowers its row of `LIMITS`.
+step to the estimate of `calibration.memory`. Whoever makes a step cheaper lowers its row of `LIMITS`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ LIMITS = {
 
 
 @pytest.mark.filterwarnings("ignore:Accessing the data pointer")
-def test_a_step_asks_no_more_of_a_gpu_than_before_and_holds_what_was_reckoned(monkeypatch):
+def test_a_step_needs_no_more_of_a_gpu_than_before_and_holds_the_memory_that_was_estimated(monkeypatch):
     shapes, counted = BASE.structure(), {}
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (FREE, FREE))
     with fake_cuda() as counter:
@@ -46,9 +46,9 @@ def test_a_step_asks_no_more_of_a_gpu_than_before_and_holds_what_was_reckoned(mo
             synthesizer._optimise(list(range(IMAGES)), [0] * IMAGES, on_step)
             counted[name] += (bytes_per_image(shapes, config), synthesizer.at_once)
     for name, (_, *limits) in LIMITS.items():
-        waited, *sums, reckoned, at_once = counted[name]
+        waited, *sums, estimated, at_once = counted[name]
         assert waited == 0
         assert all(now <= limit for now, limit in zip(sums, limits, strict=True)), counted
         held = sums[-1] * 1e9 / IMAGES
-        assert held <= reckoned <= 1.5 * held
+        assert held <= estimated <= 1.5 * held
         assert 0.5 * FREE < held * at_once < 0.8 * FREE

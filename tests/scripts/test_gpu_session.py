@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from fp8pipe.core.errors import BadArtifactError
-from pipeline.dry_run.costs import LIVE, Decoder, reckon
+from pipeline.dry_run.costs import LIVE, Decoder, estimate
 from pipeline.dry_run.devices import DEVICES
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
@@ -303,14 +303,14 @@ def test_lora_without_peft_is_pefts(parts):
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
-def test_a_step_stands_beside_what_the_cost_model_reckons(parts):
+def test_a_step_is_compared_with_the_estimate_of_the_cost_model(parts):
     steps = parts.steps
     device = DEVICES[3]
     found = steps.beside_model(steps.Run("live", 32), steps._LLAMA_7B, steps._STEP, 1.2, 16 * 10**9, device)
     shape = Decoder(4096, 11008, 4096, 4096, 32, 32000)
-    expected = reckon(shape, steps._STEP, LIVE, device)
-    assert found["over_reckoned"] == 1.2 / expected.seconds
-    assert found["memory_over_reckoned"] == 16 * 10**9 / expected.memory_bytes
+    expected = estimate(shape, steps._STEP, LIVE, device)
+    assert found["seconds_over_estimate"] == 1.2 / expected.seconds
+    assert found["memory_over_estimate"] == 16 * 10**9 / expected.memory_bytes
     assert steps.beside_model(steps.Run("released", 32), steps._LLAMA_7B, steps._STEP, 1.2, None, device) == {}
     assert steps.beside_model(steps.Run("live", 32), steps._LLAMA_7B, steps._STEP, 1.2, None, None) == {}
 

@@ -198,7 +198,7 @@ TEMPLATES = {
     "no-prompt": ChatTemplate(
         _LOOP + "{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}" + _END,
         lambda content: f"<|im_start|>assistant\n{content}<|im_end|>", ("<|im_start|>", "<|im_end|>"),
-        told="takes no notice of add_generation_prompt",
+        told="ignores add_generation_prompt",
     ),
     "gpt-oss": ChatTemplate(
         _LOOP + "{{ '<|start|>' + m.role }}{% if m.role == 'assistant' %}{{ '<|channel|>final' }}{% endif %}"

@@ -45,7 +45,7 @@ def plan_for_people(
     text = None if named is None else str(named)
     need = sum(unit.entry.size_bytes for unit in plan.units)
     written, _ = expected_sizes(need, shape.get("num_hidden_layers", 0), len(engines), pack=False, halves=False)
-    peak, reckoned = _peak_memory(plan, int(config.get("sequence_length", LENGTH)), graph)
+    peak, how = _peak_memory(plan, int(config.get("sequence_length", LENGTH)), graph)
     quantized = sum(unit.action is Action.CODES for unit in plan.units)
     others, format = sum(not layer.converted for layer in plan.layers), str(getattr(options, "format", ""))
     document = {
@@ -69,7 +69,7 @@ def plan_for_people(
         missing=(*(() if text else (no_text,)), *missing_packages(packages), *missing_disk(output, written),
                  *missing_memory(peak, "a machine with more memory, or a smaller model")),
         notes=(
-            reckoned,
+            how,
             *(("engines are compiled by a process of its own, whose memory is not predicted",) if engines else ()),
         ),
         facts={
@@ -88,5 +88,5 @@ def _peak_memory(plan: ExportPlan, length: int, graph: bool) -> tuple[int, str]:
     logits = BATCH * length * plan.source.config.get("vocab_size", 0) * 4 if graph else 0
     floats = 4 * sum(math.prod(unit.entry.shape) for unit in plan.units)
     scored = f", {_LOGITS_COPIES:g} of the logits of {BATCH} texts" if graph else ""
-    note = f"memory is reckoned: {copies:g} copies of all weights in fp32{scored}, beside what is loaded now"
+    note = f"memory is estimated: {copies:g} copies of all weights in fp32{scored}, plus what the process holds now"
     return resident_bytes() + int(copies * floats + _LOGITS_COPIES * logits), note

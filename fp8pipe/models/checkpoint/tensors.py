@@ -153,7 +153,7 @@ def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) < len(pairs):
         counts = Counter(key for key, _ in pairs)
         twice = [key for key, count in counts.items() if count > 1]
-        raise ValueError(f"{len(twice)} name(s) come twice, the first: {twice[0]}")
+        raise ValueError(f"{len(twice)} name(s) occur twice, the first: {twice[0]}")
     return found
 
 
@@ -203,7 +203,7 @@ def weight_entries(root: Path) -> dict[str, TensorEntry]:
         found = header_entries(file)
         if twice := sorted(entries.keys() & found.keys()):
             why = (
-                f"{len(twice)} tensor(s) lie in two files, the first: {twice[0]}, in {file.name}"
+                f"{len(twice)} tensor(s) are in two files, the first: {twice[0]}, in {file.name}"
                 f" and {entries[twice[0]].file.name}"
             )
             fix = "fetch or write the checkpoint again"
@@ -213,7 +213,7 @@ def weight_entries(root: Path) -> dict[str, TensorEntry]:
             raise unusable(
                 file,
                 f"{file} holds tensors of dtype {', '.join(unknown)}",
-                why=f"this exporter carries {', '.join(DTYPES)}",
+                why=f"supported are {', '.join(DTYPES)}",
                 fix="start from an unquantized checkpoint",
             )
     index = root / INDEX_NAME
@@ -231,15 +231,20 @@ def weight_entries(root: Path) -> dict[str, TensorEntry]:
 
 
 def _weight_map(index: Path) -> dict[str, str]:
+    what, fix = f"{index} is not a weight index", "fetch the model again"
     try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"), object_pairs_hook=unique)["weight_map"]
-        names = {str(k): str(v) for k, v in weight_map.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        why = str(error) if type(error) is ValueError else repr(error)
-        raise unusable(index, f"{index} is not a weight index", why=why, fix="fetch the model again") from error
+        document = json.loads(index.read_text(encoding="utf-8"), object_pairs_hook=unique)
+    except ValueError as error:
+        why = str(error) if type(error) is ValueError else f"it is not valid JSON: {error}"
+        raise unusable(index, what, why=why, fix=fix) from error
+    weight_map = document.get("weight_map") if isinstance(document, dict) else None
+    if not isinstance(weight_map, dict):
+        raise unusable(index, what, why="it has no JSON object weight_map that gives each tensor's file", fix=fix)
+    names = {str(k): str(v) for k, v in weight_map.items()}
     outside = [f for f in names.values() if Path(f).name != f]
     if outside:
-        raise unusable(index, f"{index} points outside its directory", why=f"shard name {outside[0]!r}")
+        why = f"a tensor's file is {outside[0]!r}, which is not the name of a file beside the index"
+        raise unusable(index, f"{index} points outside its directory", why=why, fix=fix)
     return names
 
 

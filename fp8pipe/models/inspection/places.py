@@ -47,7 +47,7 @@ def inspect_contents(path: Path, *, look: bool = True) -> Contents:
     if path.is_file() and path.suffix == ".safetensors":
         return Contents("safetensors", read_layers(read_headers(path), look=look))
     raise ConfigurationError(
-        f"{path} is nothing that can be inspected",
+        f"{path} cannot be inspected",
         why="there is no such path" if not path.exists() else f"a file of type '{path.suffix}'",
         fix="give an artifact, a checkpoint's directory, or a .safetensors, .onnx or .gguf file",
     )
@@ -94,9 +94,11 @@ def _describe(contents: Contents, adapter: Adapter, *, alone: bool) -> None:
         contents.facts["replaced_whole"] = list(adapter.modules)
     if alone:
         contents.form = "PEFT adapter"
-        contents.notes.append(f"an adapter is no model of its own: {adapter.merge}")
+        contents.notes.append(f"an adapter is not a model on its own: {adapter.merge}")
     else:
-        contents.notes.append(f"a PEFT adapter lies beside the model, and what is meant is unclear: {adapter.merge}")
+        contents.notes.append(
+            f"a PEFT adapter lies next to the model, so it is unclear which one is meant: {adapter.merge}"
+        )
 
 
 def _method(config: Mapping[str, Any]) -> tuple[str, int]:

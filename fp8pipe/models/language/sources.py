@@ -134,7 +134,7 @@ def check_no_adapter(path: Path) -> None:
         return
     alone = not (path / "config.json").is_file()
     raise ConfigurationError(
-        f"{path} holds a PEFT adapter" + (", which is no model of its own" if alone else " beside the model"),
+        f"{path} holds a PEFT adapter" + (", which is not a model on its own" if alone else " beside the model"),
         why=f"{ADAPTER_FILE} is there, and it is unclear whether base or adapted weights are meant"
         if not alone
         else f"{ADAPTER_FILE} is there, and no config.json",

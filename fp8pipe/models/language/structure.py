@@ -268,7 +268,7 @@ def model_class(config: PretrainedConfig) -> Any:
         )
     if names[0] not in known:
         raise ConfigurationError(
-            f"{names[0]} is no causal language model",
+            f"{names[0]} is not a causal language model",
             why=f"of the model type {config.model_type}, {' and '.join(known) or 'no class'} can predict tokens",
             fix="give a checkpoint of such a class: without its output head a model cannot be trained or served as one",
         )

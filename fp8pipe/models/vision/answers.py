@@ -65,7 +65,7 @@ def probabilities(logits: np.ndarray, activation: Activation) -> np.ndarray:
     import numpy as np
 
     if activation == "none":
-        raise ValueError("these outputs are numbers, and no logits of classes")
+        raise ValueError("these outputs are values, not logits of classes")
     if activation == "sigmoid":
         shares: np.ndarray = np.exp(-np.abs(logits))  # at most 1 for any logit
         shares = np.where(logits >= 0, 1 / (1 + shares), shares / (1 + shares)).astype(np.float32)

@@ -56,8 +56,8 @@ class Architecture(FrozenConfig):
     )
     activation: Activation = Field(
         default="softmax",
-        description="what makes probabilities of the outputs: softmax over classes that exclude each other, sigmoid "
-        "for each label by itself, or none: the outputs are values or features",
+        description="how outputs become probabilities: softmax over classes that exclude each other, sigmoid for each "
+        "label by itself, or none: the outputs are values or features",
     )
 
     @model_validator(mode="before")
@@ -83,7 +83,9 @@ class Architecture(FrozenConfig):
     def _nothing_but_shapes(self) -> Architecture:
         if self.library == "timm":
             if not re.fullmatch(r"[A-Za-z0-9_.]+", self.name):
-                raise ValueError(f"{self.name!r} is no model of timm's own: it may name a file or a place on the hub")
+                raise ValueError(
+                    f"{self.name!r} is not one of timm's model names: it may refer to a file or a hub repository"
+                )
             check_arguments(self.arguments)
         elif foreign := list(foreign_arguments(transformers_class(self.name).config_class, self.arguments)):
             raise ValueError(f"arguments that a stored model may not give to transformers: {'; '.join(foreign)}")
@@ -96,7 +98,7 @@ class Architecture(FrozenConfig):
         if self.classes is not None and (not self.classes or len(set(self.classes)) != len(self.classes)):
             raise ValueError("the class names must be different, and at least one")
         if self.classes is None and self.activation != "none":
-            raise ValueError(f"features are no logits, and {self.activation} makes no probabilities of them")
+            raise ValueError(f"features are not logits, so {self.activation} does not make probabilities of them")
         return self
 
 

@@ -42,8 +42,8 @@ class Pretrained(NamedTuple):
 _RECORDS: Final = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures")
 _OWN_SHAPES: Final = "use a checkpoint whose model_args give shapes and parts of a vision transformer alone"
 _ONE_OUTPUT: Final = (
-    "the head has one output, and the checkpoint does not say that it is a probability: its value is served as it is; "
-    "--head-activation sigmoid makes a probability of it"
+    "the head has one output, and the checkpoint does not say that it is a probability: its value is served unchanged; "
+    "--head-activation sigmoid turns it into a probability"
 )
 
 
@@ -94,7 +94,7 @@ def load_from_timm(
     size = image_size or built
     conflict: tuple[str, ...] = ()
     if size != stated and image_size is None:
-        conflict = (f"{_conflict(built, stated)}: its positions are for {_shown(built)}, which is taken",)
+        conflict = (f"{_conflict(built, stated)}: its position embedding fits {_shown(built)}, which is used",)
     arguments = {**(written or {}), "num_classes": model.num_classes, "img_size": list(size)}
     prepared, name = prepare_model(model), str(model.pretrained_cfg["architecture"])
     names, notes = unique_names(_class_names(prepared))
@@ -158,8 +158,10 @@ def _choose_size(
         return stated, ()
     said = _conflict(stated, prepared)
     if _runs(model, prepared):
-        return prepared, (f"{said}: the preprocessing decides (--image-size {_shown(stated)} takes the other)",)
-    return stated, (f"{said}, which the model does not take: the preprocessing is scaled to {_shown(stated)}",)
+        return prepared, (
+            f"{said}: the size of the preprocessing is used (--image-size {_shown(stated)} selects the other)",
+        )
+    return stated, (f"{said}, which the model does not accept: the preprocessing is scaled to {_shown(stated)}",)
 
 
 def _conflict(stated: tuple[int, int], prepared: tuple[int, int]) -> str:

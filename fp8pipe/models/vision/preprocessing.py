@@ -48,14 +48,14 @@ class Preprocessing(FrozenConfig):
     )
     ratio: Literal["free", "cover", "fit"] = Field(
         default="free",
-        description="with a (height, width) to resize to; free: exactly that; the picture's own ratio kept otherwise: "
-        "cover reaches it on both sides, fit on one and stays within it on the other",
+        description="for a (height, width) to resize to; free: exactly that size; cover and fit keep its ratio: "
+        "cover reaches the size on both sides, fit stays within it",
     )
     crop: tuple[Side, Side] = Field(description="(height, width) in pixels, cut at the anchor: the model's image size")
     anchor: Literal["even", "down", "corner"] = Field(
         default="even",
-        description="where the crop lies: at the centre, half a pixel rounded to an even number (torchvision, timm) or "
-        "down (transformers), or in the upper left corner",
+        description="position of the crop: the centre, with half a pixel rounded to even (torchvision, timm) or "
+        "down (transformers), or the upper left corner",
     )
     padding: tuple[Code, Code, Code] | None = Field(
         default=None, description="colour around a picture smaller than the crop; null: none is ever smaller"
@@ -63,13 +63,13 @@ class Preprocessing(FrozenConfig):
     interpolation: Filter = Field(default="bicubic", description="Pillow's name of the resize's filter (antialiased)")
     resizer: Literal["pillow", "torchvision"] = Field(
         default="pillow",
-        description="whose arithmetic the resize has: Pillow's, or torchvision's on 8-bit tensors, as in most "
-        "processors of transformers; one code in a hundred differs by one, few by two",
+        description="arithmetic of the resize: Pillow's, or torchvision's on 8-bit tensors, as in most processors of "
+        "transformers; about one code in a hundred differs by one, a few by two",
     )
     transparency: Literal["dropped", "white"] = Field(
         default="dropped",
-        description="dropped: the colours that are stored under it count, as image folders usually read it; white: "
-        "white shines through, as in processors of transformers that convert to RGB themselves",
+        description="dropped: the stored colours are used, as image folders are usually read; white: the picture is "
+        "blended onto white, as in processors of transformers that convert to RGB themselves",
     )
     mean: tuple[Fraction, Fraction, Fraction] = Field(description="of each channel, for pixels from 0 to 1")
     std: tuple[Deviation, Deviation, Deviation] = Field(description="of each channel, for pixels from 0 to 1")

@@ -244,7 +244,7 @@ def _triple(values: Any) -> tuple[float, ...]:
     try:
         return (float(values),) * _CHANNELS if isinstance(values, int | float) else tuple(float(v) for v in values)
     except (TypeError, ValueError) as error:
-        raise _unsupported(f"mean or deviation is {values!r}, and there is a number for each channel") from error
+        raise _unsupported(f"mean or deviation is {values!r}, not one number per channel") from error
 
 
 def _shown(size: tuple[int, int]) -> str:

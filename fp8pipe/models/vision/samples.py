@@ -217,11 +217,11 @@ def digits_weights_folder() -> Path:
         BadArtifactError: the weights are missing, or differ from the published ones.
     """
     weights = _WEIGHTS / "model.safetensors"
-    found = sha256_file(weights) if weights.is_file() else "that of no file"
+    found = sha256_file(weights) if weights.is_file() else ""
     if found != _WEIGHTS_SHA256:
         raise BadArtifactError(
             f"{weights} is not the published ViT of sample:vit-digits",
-            why=f"sha256 is {found}, expected {_WEIGHTS_SHA256}",
+            why=f"sha256 is {found}, expected {_WEIGHTS_SHA256}" if found else "the file is missing",
             fix="install fp8pipe again",
         )
     return _WEIGHTS

@@ -14,7 +14,7 @@ from fp8pipe.report.subject import Item, Record, Subject
 LAYERS = "layers.json"
 _MEASURED = (
     ("bench", "speed and size", "its speed was not measured."),
-    ("serve-check", "through its service", "its service was not started and asked."),
+    ("serve-check", "through its service", "its service was not started and queried."),
 )
 
 

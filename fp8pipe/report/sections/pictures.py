@@ -51,7 +51,7 @@ def _pictures(subject: Subject, item: Item) -> Iterator[Block]:
     method = item.artifact.manifest.details_of(VitDetails).image_method
     parts: list[Any] = [count or "No", f" images, method: {_METHODS.get(method, method)}."]
     if seconds is not None and seconds.value:
-        parts += [" Seconds an image: ", seconds, "."]
+        parts += [" Seconds per image: ", seconds, "."]
     yield Text(parts, item.name)
     if item.has(SHEET):
         sheet, smaller = _sheet(item.artifact.root / SHEET)
@@ -83,9 +83,9 @@ def _attention(subject: Subject, item: Item) -> Iterator[Block]:
     shown += [_picture(found, "the picture that was given", str(subject.image)) for found in real]
     token = "of the class token" if made[0].of_class_token else "of all tokens, their mean"
     where = f"Attention {token} in {made[0].layer}, mean of its heads; computed from the artifact's codes."
-    yield Pictures(shown, f"{where} The stronger the colour, the more is read there.")
+    yield Pictures(shown, f"{where} The stronger the colour, the higher the attention.")
     if subject.image is None:
-        yield Missing("No real image stands beside them.", f"fp8pipe report {subject.path} --image PICTURE")
+        yield Missing("No real image is shown for comparison.", f"fp8pipe report {subject.path} --image PICTURE")
 
 
 def _picture(found: _AttentionMap, what: str, source: str) -> Picture:

@@ -52,7 +52,7 @@ def _losses(subject: Subject) -> Iterator[Block]:
             if loss is not None:
                 rows.append([item.name, method, key, loss])
     if rows:
-        caption = "Held-out loss, nats an answer token; less is better. Deployed: of the weights that are saved."
+        caption = "Held-out loss, nats per answer token; lower is better. Deployed: of the weights that are saved."
         yield Table(["artifact", "method", "weights", "loss"], rows, caption, (3,))
         methods = {row[1] for row in rows}
         if len(methods) == 1 and "falqon" in methods:
@@ -66,8 +66,8 @@ def _perplexity(subject: Subject, item: Item) -> Iterator[Block]:
     )
     if own is not None and served is not None:
         rows = [["the artifact, activations as trained", own], ["the exported graph", served]]
-        rows += [["standard error of the difference, nats a token", error], ["tokens", tokens]]
-        caption = f"{item.name}: perplexity on held-out text; less is better."
+        rows += [["standard error of the difference, nats per token", error], ["tokens", tokens]]
+        caption = f"{item.name}: perplexity on held-out text; lower is better."
         yield Table(["perplexity of", "value"], rows, caption, (1,))
 
 
@@ -170,10 +170,10 @@ def _inside_vllm(subject: Subject, record: Record) -> Iterator[Block]:
             ("tokens scored", ("logprobs", "tokens"), Form.COUNT),
             ("as served: weights read back", ("served", "weights", "elements"), Form.COUNT),
             ("as served: weights whose bits differ", ("served", "weights", "differing"), Form.COUNT),
-            ("as served: divergence from fp32, nats a token", ("served", "engine_kl"), Form.PLAIN),
-            ("as served: noise of the form in torch, nats a token", ("served", "noise_kl"), Form.PLAIN),
-            ("as served: accepted, nats a token", ("served", "bound_kl"), Form.PLAIN),
-            ("as served: first choices that agree with fp32, part of all", ("served", "agreement"), Form.PLAIN),
+            ("as served: divergence from fp32, nats per token", ("served", "engine_kl"), Form.PLAIN),
+            ("as served: noise of the form in torch, nats per token", ("served", "noise_kl"), Form.PLAIN),
+            ("as served: accepted divergence, nats per token", ("served", "bound_kl"), Form.PLAIN),
+            ("as served: share of first choices that agree with fp32", ("served", "agreement"), Form.PLAIN),
         )
         if place[0] in held
     ]

@@ -46,7 +46,7 @@ def _curves(subject: Subject, item: Item) -> Iterator[Block]:
         svg = line_chart(curves, f"loss of {item.name}")
         drawings.append(Drawing(svg, [f"Loss against optimizer steps, {_unit(item)}."]))
     for key, meaning in _HEALTH.items():
-        for prefix, when in (("flush", "flushed at each step"), ("pending", "were it rounded now")):
+        for prefix, when in (("flush", "flushed at each step"), ("pending", "if it were rounded now")):
             found = _series(subject, item, f"{prefix}_{key}", f"{key.replace('_', ' ')}, {when}")
             if found is not None:
                 svg = line_chart([found], f"{key} of {item.name}", low=0.0)
@@ -67,7 +67,7 @@ def _what(item: Item) -> str:
 
 
 def _unit(item: Item) -> str:
-    return "distance from the teacher" if item.kind == VIT_KIND else "nats an answer token"
+    return "distance from the teacher" if item.kind == VIT_KIND else "nats per answer token"
 
 
 def _series(subject: Subject, item: Item, key: str, label: str, dashed: bool = False) -> Series | None:

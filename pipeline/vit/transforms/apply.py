@@ -86,7 +86,7 @@ def apply_transforms(
         if done == 0:
             notes.append(f"{name}: left out, no part of this model allows it")
         elif difference > _TOLERANCE:
-            notes.append(f"{name}: left out, it would change the answers by {difference:.1e} of the largest")
+            notes.append(f"{name}: left out, it would change the outputs by {difference:.1e} of the largest")
         else:
             model = changed
             steps.append(f"{name} ({done} places, answers changed by {difference:.1e})")

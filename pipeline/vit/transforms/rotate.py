@@ -90,7 +90,7 @@ def _fold_norm(model: nn.Module, norm: str, linears: tuple[str, ...], rotation: 
     layers = [model.get_submodule(name) for name in linears]
     foldable = all(getattr(layer, "bias", None) is not None for layer in layers)
     if not foldable and bool((bias != 0).any()) and float(gain.abs().min()) < 1e-3 * float(gain.abs().max()):
-        raise NotRotatable(f"{norm} has a bias that its readers cannot take, and gains near zero")
+        raise NotRotatable(f"{norm} has gains near zero, and a bias that the linears after it cannot absorb")
     for layer in layers:
         weight = layer.get_parameter("weight")
         blocks = weight.double().view(weight.shape[0], -1, len(gain))  # pooled tokens are concatenated
@@ -119,7 +119,7 @@ def _fold_layer_scales(
             before = wiring.order[: wiring.order.index(holder)] if holder in wiring.order else ()
             inside = [name for name in before if name in writers][-1:]
         if len(inside) != len(scales):
-            raise NotRotatable(f"{holder} scales something that is not known")
+            raise NotRotatable(f"it is not known which layer {holder} scales")
         for scale, name in zip(scales, inside, strict=True):
             for parameter in model.get_submodule(name).parameters(recurse=False):
                 parameter.mul_(scale.view(-1, *(1,) * (parameter.dim() - 1)))

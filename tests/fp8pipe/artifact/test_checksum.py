@@ -157,7 +157,7 @@ def measured(artifact: Path, **changes: object) -> Path:
 
 @pytest.mark.parametrize(
     ("changes", "why"),
-    [({}, ""), ({"manifest_digest": "0" * 64}, "it speaks of manifest"), ({"reasons": ["slow"]}, "but slow")],
+    [({}, ""), ({"manifest_digest": "0" * 64}, "it is about manifest"), ({"reasons": ["slow"]}, "but slow")],
 )
 def test_a_measurement_beside_an_artifact_is_checked_with_it(artifact, changes, why):
     measured(artifact, **changes)
@@ -218,7 +218,7 @@ def test_a_reader_whose_record_is_replaced_meanwhile_looks_again(record, monkeyp
 @pytest.mark.parametrize("text", ["[]", "{}", '{"schema_version": 1, "stages": [[]]}', "1", "{"])
 def test_what_is_no_record_of_a_run_is_said_to_be_none(tmp_path, text):
     write_checked(tmp_path / "run.json", text)
-    with pytest.raises(BadArtifactError, match="is no record of a run"):
+    with pytest.raises(BadArtifactError, match="is not a record of a run"):
         read_run(tmp_path)
 
 

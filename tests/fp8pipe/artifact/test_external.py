@@ -58,15 +58,15 @@ def found(path, graph, functions=()):
 @pytest.mark.parametrize(
     ("entries", "why"),
     [
-        ({"location": "/etc/hostname"}, "'/etc/hostname' is no listed file"),
-        ({"location": "../model.onnx.data"}, "no listed file"),
-        ({"location": "./model.onnx.data"}, "no listed file"),
-        ({"location": "other.data"}, "no listed file"),
-        ({"location": "*/_ORT_MEM_ADDR_/*", "offset": "4096"}, "no listed file"),
-        ({"offset": "0"}, "no listed file"),
+        ({"location": "/etc/hostname"}, "'/etc/hostname' is not a file next to the graph"),
+        ({"location": "../model.onnx.data"}, "is not a file next to the graph"),
+        ({"location": "./model.onnx.data"}, "is not a file next to the graph"),
+        ({"location": "other.data"}, "is not a file next to the graph"),
+        ({"location": "*/_ORT_MEM_ADDR_/*", "offset": "4096"}, "is not a file next to the graph"),
+        ({"offset": "0"}, "is not a file next to the graph"),
         ({"location": "model.onnx.data", "offset": "1", "length": "64"}, "bytes 1 to 65"),
-        ({"location": "model.onnx.data", "offset": "-8"}, "no numbers of bytes"),
-        ({"location": "model.onnx.data", "length": "0x40"}, "no numbers of bytes"),
+        ({"location": "model.onnx.data", "offset": "-8"}, "not byte counts"),
+        ({"location": "model.onnx.data", "length": "0x40"}, "not byte counts"),
     ],
 )
 @pytest.mark.parametrize("place", [in_graph, in_node, in_branch, in_sparse])

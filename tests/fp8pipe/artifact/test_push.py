@@ -122,7 +122,7 @@ def test_no_hub_at_all(artifact):
 
 
 def test_a_name_that_is_none(hub, artifact):
-    with pytest.raises(ConfigurationError, match="is no name of a repository"):
+    with pytest.raises(ConfigurationError, match="is not a repository name"):
         push(plan_push(artifact.root), Target("a/b/c"), client(hub))
 
 
@@ -152,11 +152,11 @@ def test_a_damaged_artifact_or_one_with_a_failed_gate_stays_here(tmp_path):
 
 def test_the_record_of_a_validation_counts_if_it_speaks_of_these_files(tmp_path):
     artifact = write(tmp_path / "export", gates=0)
-    with pytest.raises(GateFailedError, match="no record of a validation lies"):
+    with pytest.raises(GateFailedError, match="there is no record of a validation"):
         plan_push(artifact.root)
     assert len(plan_push(artifact.root, unvalidated=True).notes) == 2  # no gates, no record
     path = write_sound_record(artifact.root, manifest_digest="0" * 64)
-    with pytest.raises(BadArtifactError, match="it speaks of manifest"):
+    with pytest.raises(BadArtifactError, match="it is about manifest"):
         plan_push(artifact.root)
     write_sound_record(artifact.root)
     assert len(plan_push(artifact.root).notes) == 1

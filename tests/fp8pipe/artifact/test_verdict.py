@@ -38,22 +38,22 @@ def test_a_sound_record_is_read(artifact):
         ({"verdict": ["ACCEPT"]}, "verdict"),
         ({"schema_version": 4}, "schema_version"),
         ({"schema_version": "3"}, "schema_version"),
-        ({"manifest_digest": "0" * 64}, "it speaks of manifest 000000"),
+        ({"manifest_digest": "0" * 64}, "it is about manifest 000000"),
         ({"versions": {}}, "versions"),
         ({"versions": None}, "versions"),
         ({"gates": []}, "its verdict is ACCEPT, but it has no gates"),
         ({"gates": [FAILED]}, "weights differing: 4"),
         ({"gates": [FAILED], "verdict": "CONSISTENT"}, "its verdict is CONSISTENT, but weights differing: 4"),
         ({"gates": [FAILED | {"passed": True, "verdict": "ACCEPT"}]}, "claims passed=True"),
-        ({"gates": [3]}, "it is no gate"),
-        ({"gates": [None]}, "it is no gate"),
+        ({"gates": [3]}, "it is not a gate"),
+        ({"gates": [None]}, "it is not a gate"),
         ({"gates": [{"name": "x", "threshold": 0}]}, "x: missing"),
         ({"reasons": ["one weight differs"]}, "its verdict is ACCEPT, but one weight differs"),
     ],
 )
 def test_what_is_not_borne_out_is_refused_by_name(artifact, changes, named):
     path = write_sound_record(artifact.root, **changes)
-    with pytest.raises(BadArtifactError, match=r"export\.validation\.json is no sound record") as caught:
+    with pytest.raises(BadArtifactError, match=r"export\.validation\.json is not a valid record") as caught:
         read_verdict(path, artifact)
     assert named in caught.value.why
     with pytest.raises(BadArtifactError):
@@ -63,7 +63,7 @@ def test_what_is_not_borne_out_is_refused_by_name(artifact, changes, named):
 def test_a_measurement_needs_no_gates_and_accepts_no_export(artifact):
     path = write_sound_record(artifact.root, gates=[], stage="bench")
     assert read_verdict(path).said is Verdict.ACCEPT
-    with pytest.raises(BadArtifactError, match="record of bench, and of no validation"):
+    with pytest.raises(BadArtifactError, match="record of bench, not of a validation"):
         require_accept(artifact)
 
 
@@ -82,7 +82,7 @@ def test_what_a_record_lacks_is_named(artifact, missing):
 )  # fmt: skip
 def test_what_is_no_record_is_refused(artifact, text):
     path = write_checked(record_path(artifact.root), text)
-    with pytest.raises(BadArtifactError, match="is no sound record"):
+    with pytest.raises(BadArtifactError, match="is not a valid record"):
         read_verdict(path)
 
 
@@ -115,7 +115,7 @@ def test_a_record_may_be_mounted_under_another_name(artifact, tmp_path):
 
 @pytest.mark.parametrize("verdict", ["REJECT", "CONSISTENT", "PROVED-WITHOUT-RUNNING"])
 def test_only_accept_is_accepted(artifact, verdict):
-    with pytest.raises(GateFailedError, match="no record of a validation lies"):
+    with pytest.raises(GateFailedError, match="there is no record of a validation"):
         require_accept(artifact)
     said = read_verdict(write_sound_record(artifact.root, verdict=verdict)).said
     assert said is (Verdict.ANOMALOUS if verdict == "REJECT" else Verdict(verdict))

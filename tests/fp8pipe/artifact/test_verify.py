@@ -100,10 +100,10 @@ GATE = {"name": "error", "value": 2.0, "comparison": "at most", "threshold": 1.0
         ({"reasons": ["it differs"]}, ["its verdict is ACCEPT, but it differs"]),
         ({"gates": [GATE]}, ["its verdict is ACCEPT, but error: 2 (at most 1)"]),
         ({"gates": [GATE | {"value": 1.0}]}, []), ({"reasons": None}, ["reasons: Input should be a valid list"]),
-        ({"gates": None}, ["its verdict is ACCEPT, but it has no gates"]), ({"gates": [7]}, ["it is no gate"]),
+        ({"gates": None}, ["its verdict is ACCEPT, but it has no gates"]), ({"gates": [7]}, ["it is not a gate"]),
         ({"gates": [GATE | {"passed": True}]}, ["claims passed=True"]),
         ({"verdict": "PROVED-WITHOUT-RUNNING", "reasons": ["x"]}, ["its verdict is PROVED-WITHOUT-RUNNING, but x"]),
-        ({"manifest_digest": "0" * 64}, [f"it speaks of manifest {'0' * 64}; a has "]),
+        ({"manifest_digest": "0" * 64}, [f"it is about manifest {'0' * 64}; a has "]),
     ],
 )  # fmt: skip
 def test_a_verdict_agrees_with_what_stands_beside_it(run, changes, said):
@@ -117,7 +117,7 @@ def test_a_verdict_agrees_with_what_stands_beside_it(run, changes, said):
 
 def test_a_record_of_an_absent_export_is_noted_and_one_that_is_no_json_is_found(run):
     assert judged(record(run, "c.validation.json")) == (
-        [], ["c.validation.json: the export that it speaks of was not found beside it"],
+        [], ["c.validation.json: the export that it is about was not found next to it"],
     )  # fmt: skip
     assert "it is not JSON" in judged(write_checked(run / "a.bench.json", "{"))[0][0]
     assert "its top level is a list" in judged(write_checked(run / "a.bench.json", "[1]"))[0][0]
@@ -148,7 +148,7 @@ def test_a_run_is_held_against_what_its_stages_wrote(run):
         assert judged_run(run, stage("x", "c", "0" * 64).model_copy(update=skipped)) == ([], [])
     (run / "plain").mkdir()
     assert judged_run(run, stage("x", "plain", "0" * 64)) == (
-        [], ["plain: no artifact that could be opened, so its content is not compared"],
+        [], ["plain: not an artifact that could be opened, so its content is not compared"],
     )  # fmt: skip
     write_checked(run / "run.json", "{}")
     assert len(judged(run / "run.json")[0]) == 1
@@ -160,7 +160,7 @@ def test_a_run_judged_the_verdict_that_stands_there(run):
     assert judged_run(run, stage("proof", path.name, content)) == ([], [])
     path = record(run, verdict="REJECT")
     ((finding,), _) = judged_run(run, stage("proof", path.name, content))
-    assert finding == "a.validation.json: stage proof was judged with another verdict than the REJECT that stands there"
+    assert finding == "a.validation.json: stage proof was judged with another verdict; the record states REJECT now"
     path.with_suffix(".sha256").unlink()
     ((finding,), _) = judged_run(run, stage("proof", path.name, content))
     assert "has no checksum" in finding

@@ -70,7 +70,7 @@ def test_a_finished_run_shows_what_is_wrong(finished):
 
 def test_a_failed_gate_is_exit_code_14_and_no_next_step_is_named(finished, capsys):
     console = Console()
-    with pytest.raises(GateFailedError, match="does not hold") as caught:
+    with pytest.raises(GateFailedError, match="not every gate passed") as caught:
         show_artifact(console, finished, ["done"], "fp8pipe export", remedy="train longer")
     assert (caught.value.exit_code, caught.value.fix) == (14, "train longer")
     assert "learned: 2.5 (at most 2)" in caught.value.why

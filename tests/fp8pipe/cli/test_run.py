@@ -71,10 +71,10 @@ def test_schema_is_printed_as_json():
     [
         ("model.bits=w9a9", "model: bits"),
         ("model.imagse=3", "did you mean 'images'"),
-        ("onnx.target=vllm", "onnx: target: what quantize-vit made can go to onnx or trt"),
+        ("onnx.target=vllm", "onnx: target: the output of quantize-vit can be exported to onnx or trt"),
         ("onnx.format=fp8", "onnx: format"),
         ("proof.engine=tensorflow", "proof: engine: choose from"),
-        ("proof.export=stage:model", "it names a stage of quantize-vit, not of export"),
+        ("proof.export=stage:model", "it refers to a stage that runs quantize-vit, not export"),
     ],
 )
 def test_mistakes_are_named_before_anything_runs(quick, tmp_path, override, words):

@@ -39,7 +39,7 @@ def test_a_plan_survives_its_document():
 
 def test_text_says_what_is_missing_and_how_to_get_it():
     text = a_plan().text()
-    for words in ("1.5 GB at its peak", "300 B at most, 200 B in the end", "about 2 min", "no GPU; use --device cpu"):
+    for words in ("1.5 GB at its peak", "300 B at most, 200 B at the end", "about 2 min", "no GPU; use --device cpu"):
         assert words in text
     assert "lm_head (output head)" in text
 

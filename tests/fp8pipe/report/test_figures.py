@@ -160,7 +160,7 @@ def test_verdicts_come_first_and_failures_before_what_holds(page_of):
 
 
 def test_a_stale_record_is_named_and_left_out(page_of):
-    assert "it speaks of manifest 000000" in page_of
+    assert "it is about manifest 000000" in page_of
     assert "blocks.0.mlp.fc1" not in sections(page_of)["parity"].partition("engines")[2]
 
 

@@ -15,7 +15,7 @@ from kernel_counts import as_on_cuda, count_layer, to_falqon
 
 from fp8pipe.models.compat import import_transformers
 from pipeline.dry_run import costs
-from pipeline.dry_run.costs import LIVE, LIVE_COMPILED, LORA, MERGED, MERGED_COMPILED, QLORA, Decoder, Step, reckon
+from pipeline.dry_run.costs import LIVE, LIVE_COMPILED, LORA, MERGED, MERGED_COMPILED, QLORA, Decoder, Step, estimate
 from pipeline.dry_run.devices import DEVICES, Device, device_reported
 
 WAYS = (LIVE, LIVE_COMPILED, MERGED, MERGED_COMPILED, LORA, QLORA)
@@ -34,12 +34,12 @@ RTX_4090 = next(device for device in DEVICES if device.name == "RTX 4090")
     ids=["falqon-7b", "falqon-13b", "qlora-7b", "qlora-13b"],
 )  # fmt: skip
 def test_the_papers_step_times(shape, way, seconds):
-    assert reckon(shape, PAPER, way, RTX_4090).seconds == pytest.approx(seconds, rel=0.25)
+    assert estimate(shape, PAPER, way, RTX_4090).seconds == pytest.approx(seconds, rel=0.25)
 
 
 def test_live_takes_little_more_than_the_papers_rule_once_compiled():
-    assert reckon(LLAMA_7B, PAPER, LIVE_COMPILED, RTX_4090).seconds <= 2.1
-    assert reckon(LLAMA_7B, PAPER, LIVE, RTX_4090).seconds > 2.1  # casts that are not fused
+    assert estimate(LLAMA_7B, PAPER, LIVE_COMPILED, RTX_4090).seconds <= 2.1
+    assert estimate(LLAMA_7B, PAPER, LIVE, RTX_4090).seconds > 2.1  # casts that are not fused
 
 
 @pytest.mark.parametrize(("shape", "static", "compiled"), [(LLAMA_7B, 8.5e9, None), (LLAMA_13B, 15.7e9, 22.5e9)])
@@ -100,7 +100,7 @@ tried = settings(max_examples=50, deadline=None, suppress_health_check=[HealthCh
 @given(shapes, steps, ways, devices, st.sampled_from(["batch", "length", "rank", "micro_batches"]))
 def test_more_work_takes_no_less(shape, step, way, device, field):
     more = replace(step, **{field: getattr(step, field) + 1})
-    _no_less(reckon(shape, step, way, device), reckon(shape, more, way, device))
+    _no_less(estimate(shape, step, way, device), estimate(shape, more, way, device))
 
 
 @tried
@@ -109,7 +109,7 @@ def test_more_work_takes_no_less(shape, step, way, device, field):
 )
 def test_a_larger_model_takes_no_less(shape, step, way, device, field):
     larger = replace(shape, **{field: getattr(shape, field) + 64})
-    _no_less(reckon(shape, step, way, device), reckon(larger, step, way, device))
+    _no_less(estimate(shape, step, way, device), estimate(larger, step, way, device))
 
 
 def _no_less(before, after):
@@ -121,7 +121,7 @@ def _no_less(before, after):
 @given(shapes, steps, ways)
 def test_recomputing_trades_time_for_memory(shape, step, way):
     kept, recomputed = (
-        reckon(shape, replace(step, checkpointing=again), way, DEVICES[0]) for again in (False, True)
+        estimate(shape, replace(step, checkpointing=again), way, DEVICES[0]) for again in (False, True)
     )  # fmt: skip
     assert recomputed.seconds >= kept.seconds
     assert recomputed.memory_bytes <= kept.memory_bytes
@@ -131,13 +131,13 @@ def test_recomputing_trades_time_for_memory(shape, step, way):
 @given(shapes, steps, ways, devices, st.sampled_from(["fp8_rate", "bf16_rate", "bandwidth"]), st.floats(1, 4))
 def test_a_faster_device_takes_no_longer(shape, step, way, device, field, factor):
     faster = replace(device, **{field: getattr(device, field) * factor})
-    assert reckon(shape, step, way, faster).seconds <= reckon(shape, step, way, device).seconds * (1 + 1e-12)
+    assert estimate(shape, step, way, faster).seconds <= estimate(shape, step, way, device).seconds * (1 + 1e-12)
 
 
 @tried
 @given(shapes, steps, devices, st.sampled_from([(LIVE, LIVE_COMPILED), (MERGED, MERGED_COMPILED)]))
 def test_a_compiled_layer_takes_no_longer_and_no_more(shape, step, device, pair):
-    eager, compiled = (reckon(shape, step, way, device) for way in pair)
+    eager, compiled = (estimate(shape, step, way, device) for way in pair)
     assert compiled.seconds <= eager.seconds
     assert compiled.memory_bytes <= eager.memory_bytes
 

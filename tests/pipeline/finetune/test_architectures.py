@@ -62,7 +62,7 @@ def test_every_cell_is_as_the_table_says(
     one = ARCHITECTURES[name]
     base = write(one, tmp_path / "base")
     config = config_of(base)
-    # Where nothing can be measured the plan reckons, and needs no process of its own.
+    # Where nothing can be measured, the plan estimates without a process of its own.
     monkeypatch.setattr("pipeline.finetune.plan.can_measure", lambda: LONG or name in MEASURED)
     plan = plan_finetune(config, tmp_path / "tuned")
     assert plan.facts["layers"] == one.trained

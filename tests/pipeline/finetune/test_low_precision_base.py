@@ -84,7 +84,7 @@ def test_it_is_tuned_and_exported_as_the_values_it_stands_for(tmp_path: Path, pa
     assert_equal(tuned.root, twin.root)
     assert tuned.manifest.parents[0].stored == stored
     assert twin.manifest.parents[0].stored is None
-    assert f"the base model was rounded before: {stored}" in tuned.manifest.warnings[0]
+    assert f"the base model was already quantized, as {stored}" in tuned.manifest.warnings[0]
     for format in (ExportFormat.FP8, ExportFormat.BF16):
         options = VllmExportOptions(format=format)
         ours, theirs = (export_vllm(src, tmp_path / f"{src.name}-{format}", options) for src in (base, plain))
@@ -94,7 +94,7 @@ def test_it_is_tuned_and_exported_as_the_values_it_stands_for(tmp_path: Path, pa
         assert_equal(ours.root, theirs.root)
         assert ours.manifest.parents[0].stored == stored
     document, plan = plan_vllm(base, tmp_path / "dry", options)
-    assert any("was rounded before" in warning for warning in document["warnings"])
+    assert any("was already quantized" in warning for warning in document["warnings"])
     assert plan.output_bytes == plan_vllm(plain, tmp_path / "dry", options)[1].output_bytes
 
 

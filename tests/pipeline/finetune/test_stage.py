@@ -278,7 +278,7 @@ def test_resuming_where_the_template_renders_another_date_is_refused_with_the_re
     diverging = config(base, pairs, learning_rate=1e38, steps=40, save_every=1, warmup_steps=0)
     with pytest.raises(ConfigurationError, match="diverged"):
         finetune(diverging, output)
-    with pytest.raises(ConfigurationError, match="is not encoded as when the run") as error:
+    with pytest.raises(ConfigurationError, match="is encoded differently than when the run") as error:
         finetune(diverging, output, resume=True)
     assert error.value.exit_code == 10
     assert "strftime_now" in error.value.why

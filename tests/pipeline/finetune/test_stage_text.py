@@ -27,8 +27,8 @@ def test_what_is_dropped_and_passed_over_stands_in_the_manifest(make_base, tmp_p
     for said in (
         "for evaluation, by their names: test.json", "'source' (in 20 of 20)",
         "10 of 20 records were left out: they repeat another one exactly",
-        "4 of 8 examples were left out: every answer of them has weight 0", "passes over the tools of records: 4",
-        "held-out text: the chat template passes over the tools of records: 1",
+        "4 of 8 examples were left out: every answer of them has weight 0", "ignores the tools of records: 4",
+        "held-out text: the chat template ignores the tools of records: 1",
     ):  # fmt: skip
         assert said in warnings
     assert (artifact.manifest.details.data.train, artifact.manifest.details.data.heldout) == (8, 2)

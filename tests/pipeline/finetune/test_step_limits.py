@@ -29,7 +29,7 @@ LIMITS = {
     "lora": ({"method": "lora"}, 804, 113.3, 7.1),
 }
 
-WHOLE = 13.6  # GB held at most, all 32 layers; 16.5 was promised, and 13.9 is what the cost model reckons
+WHOLE = 13.6  # GB held at most, all 32 layers; 16.5 was promised, and the cost model estimates 13.9
 
 
 class Same:
@@ -55,7 +55,7 @@ def test_a_step_asks_no_more_of_a_gpu_than_before(name, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:Accessing the data pointer", "ignore:.*is_gradient_checkpointing")
-def test_the_whole_model_trains_within_the_memory_that_was_reckoned(tmp_path):
+def test_the_whole_model_trains_within_the_memory_that_was_estimated(tmp_path):
     """16 x 528 tokens with recomputation. A layer more adds the same each, so two counts of layers tell of all 32."""
     peaks = []
     for layers in (1, 2):

@@ -143,7 +143,7 @@ def test_until_runs_it_and_what_it_needs(runner):
 
 
 def test_from_takes_what_is_before_as_it_is(runner):
-    with pytest.raises(ConfigurationError, match="no output that could be used"):
+    with pytest.raises(ConfigurationError, match="no output that can be reused"):
         runner.run(STAGES, first="left")
     runner.run(STAGES)
     runner.run(changed(base={"value": 8}, left={"value": 8}), first="left")

@@ -49,7 +49,7 @@ def test_an_accepted_export_is_served_and_says_what_was_proved(artifact):
             "float32, eager, and here is on a CPU: bfloat16",
         ),
         ({"served": None}, "form unnamed, and here is on a CPU: bfloat16"),
-        ({"manifest_digest": "0" * 64}, "it speaks of manifest 000000"),
+        ({"manifest_digest": "0" * 64}, "it is about manifest 000000"),
     ],
 )
 def test_anything_else_is_refused_and_named_and_never_shown_as_accepted(artifact, changes, named, caplog):

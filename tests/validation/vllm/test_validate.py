@@ -269,7 +269,7 @@ def test_a_former_digest_of_a_plain_model_is_refused_with_the_reason(source: Pat
     export = export_vllm(plain, tmp_path / "export", VllmExportOptions(format=ExportFormat.FP8)).root
     assert plan_of(open_artifact(export), plain).source.root == plain
     rehash(export, lambda data: data["parents"][0].update(digest="0" * 64, content=None))
-    with pytest.raises(ConfigurationError, match="an earlier fp8pipe wrote it") as caught:
+    with pytest.raises(ConfigurationError, match="written by an earlier fp8pipe") as caught:
         plan_of(open_artifact(export), plain)
     assert caught.value.fix == "export it again"
 

@@ -54,7 +54,7 @@ class BaseCheckpoint:
         """What a manifest must state about a low-precision base model."""
         if self.stored is None:
             return []
-        said = [f"the base model was rounded before: {self.stored}; what that rounding took away is not there"]
+        said = [f"the base model was already quantized, as {self.stored}; the precision lost then is not recovered"]
         if self.runtime:
             said.append(
                 f"{len(self.runtime)} tensor(s) of the base for activations or the key/value cache were left out; "
@@ -130,5 +130,5 @@ def _refuse_transposed(root: Path, config: dict[str, Any], scheme: Scheme) -> No
     if kind in _TRANSPOSED and scheme.granularities != {"per-tensor"}:
         how = " and ".join(sorted(scheme.granularities))
         raise refusal(
-            root, f"a {kind} stores its linears as (in, out), and they have scales {how}, of what is not said"
+            root, f"a {kind} stores its linears as (in, out); which axis their scales ({how}) belong to is not stated"
         )

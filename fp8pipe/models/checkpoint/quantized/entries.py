@@ -102,7 +102,7 @@ def dequantized(root: Path, entries: Mapping[str, TensorEntry], scheme: Scheme, 
     """
     codes = {name: entry for name, entry in entries.items() if entry.dtype == "F8_E4M3"}
     if not codes:
-        raise refusal(root, f"config.json declares {scheme.method}, and no tensor is in FP8")
+        raise refusal(root, f"config.json declares {scheme.method}, but no tensor is in FP8")
     scales = {name: _scale(name, entries, scheme) for name in codes}
     if missing := [name for name, scale in scales.items() if scale is None]:
         ends = " or ".join(name + suffix for name in missing[:1] for suffix in scheme.suffixes)
@@ -134,7 +134,9 @@ def _layout(
 ) -> tuple[Granularity, tuple[int, int] | None]:
     """Scale granularity and block, from the shape of the scales; an undeclared granularity is refused."""
     if scale.dtype not in _SCALES or len(codes.shape) < 2:
-        raise refusal(root, f"{scale.name} is {scale.dtype}, of a weight {codes.shape}: scales are floats, of matrices")
+        raise refusal(
+            root, f"{scale.name} is {scale.dtype} for a weight {codes.shape}; only float scales of matrices are read"
+        )
     wanted: list[str] = []
     if "per-tensor" in scheme.granularities:
         if math.prod(scale.shape) == 1:
@@ -155,7 +157,7 @@ def _layout(
 
 def _refuse_offset(root: Path, entry: TensorEntry) -> None:
     if bool((read_tensor(entry).float() != 0).any()):
-        raise refusal(root, f"{entry.name} is not zero: its weight is (code - zero point) * scale")
+        raise refusal(root, f"{entry.name} is not zero; only symmetric weights, code * scale, are read")
 
 
 def _refuse_leftovers(root: Path, table: Mapping[str, TensorEntry], scheme: Scheme) -> None:

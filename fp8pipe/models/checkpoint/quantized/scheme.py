@@ -143,18 +143,18 @@ def _compressed_tensors(root: Path, block: Mapping[str, Any]) -> Scheme:
         if kind != ("float", 8, True) or strategy not in _STRATEGIES:
             said = f"{kind[1]}-bit {kind[0]}, {'' if kind[2] else 'not '}symmetric, {strategy}"
             raise refusal(
-                root, f"{name} of compressed-tensors is {said}; 8-bit float, tensor, channel or block is read"
+                root, f"{name} of compressed-tensors is {said}; only 8-bit float per tensor, channel or block is read"
             )
         found.add(_STRATEGIES[strategy])
         if strategy == "block":
             sizes.add(_sides(root, weights.get("block_structure"), f"block_structure of {name}"))
     if not found or len(sizes) > 1:
-        raise refusal(root, f"compressed-tensors with {len(found)} formats of weights and {len(sizes)} sizes of blocks")
+        raise refusal(root, f"compressed-tensors with {len(found)} weight formats and {len(sizes)} block sizes")
     return Scheme("compressed-tensors", frozenset(found), next(iter(sizes), None))
 
 
 def _sides(root: Path, size: Any, where: str) -> tuple[int, int]:
     sides = size if isinstance(size, list | tuple) else ()
     if len(sides) != 2 or not all(isinstance(side, int) and side > 0 for side in sides):
-        raise refusal(root, f"{where} is {size!r}, and no pair of positive numbers")
+        raise refusal(root, f"{where} is {size!r}, not a pair of positive numbers")
     return int(sides[0]), int(sides[1])

@@ -125,7 +125,11 @@ def encode(
 
 
 def _nothing_left(records: int, reasons: Sequence[tuple[str, int]], counts: Counter[str]) -> ConfigurationError:
-    fix = "use a chat template that renders answers as they are given" if counts["partial"] else "give answers to learn"
+    fix = (
+        "use a chat template that renders answers as they are given"
+        if counts["partial"]
+        else "give records with answers"
+    )
     return ConfigurationError(
         f"no answer token is left in any of the {records} records",
         why="; ".join(f"{count} examples: {why}" for why, count in reasons) or "there are no records",

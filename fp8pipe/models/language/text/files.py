@@ -121,7 +121,7 @@ def _rows(path: Path) -> Iterator[tuple[str, Any]]:
         encoding = json.detect_encoding(head)
         opening = head.decode(encoding, "ignore").lstrip("\ufeff").lstrip()
         if b"\x00" in head and encoding.startswith("utf-8"):
-            yield "at the beginning", BadRow(f"{path.name} is no text, and of no kind of table that is read")
+            yield "at the beginning", BadRow(f"{path.name} is neither text nor a table in a supported format")
         elif opening.startswith("[") or opening.partition("\n")[0].rstrip() == "{":
             yield from _json_document(stream.read(), encoding)
         elif not opening.startswith("{") and (_bare(path).endswith((".csv", ".tsv")) or _is_header(opening)):
@@ -184,7 +184,7 @@ def _json_document(raw: bytes, encoding: str) -> Iterator[tuple[str, Any]]:
         at = _skip(text, at)
         if array and not text.startswith(("]", ","), at):
             line += text.count("\n", last, at)
-            yield f"line {line}", BadRow("not valid JSON: the array does not go on with a comma, nor does it end here")
+            yield f"line {line}", BadRow("not valid JSON: expected a comma or the end of the array")
             return
         at = _skip(text, at + (array and text[at] == ","))
     end = _skip(text, at + array)

@@ -23,7 +23,7 @@ class Kind(StrEnum):
         "served answers begin after it, trained ones do not ({count} answers)"
     )
     HEADER = (
-        "the chat template takes no notice of add_generation_prompt, so that {0!r} before an answer is learned as its "
+        "the chat template ignores add_generation_prompt, so that {0!r} before an answer is learned as its "
         "beginning, and served answers will begin with it ({count} answers); to have it in the prompt, put "
         "{{% if add_generation_prompt %}}{{{{ {0!r} }}}}{{% endif %}} at the end of the template"
     )
@@ -67,7 +67,7 @@ class Notes:
 
     def sentences(self) -> list[str]:
         """One warning for each kind of observation."""
-        found = [f"the chat template passes over {what}: {count}" for what, count in self.passed_over.items()]
+        found = [f"the chat template ignores {what}: {count}" for what, count in self.passed_over.items()]
         found += [kind.format(*self.firsts[kind], count=count) for kind, count in self.counts.items()]
         if self.special:
             listed = ", ".join(f"{token!r} (in {count})" for token, count in self.special.most_common())

@@ -79,7 +79,7 @@ def _parse_all(src: str, rows: Iterable[tuple[str, Any]], warn: Callable[[str], 
             problems.append(f"{place}: {error}")
             damaged += [error] if isinstance(error, DamagedFile) else []
     if problems and len(damaged) == len(problems):
-        raise ConfigurationError(f"{src} is not whole", why="\n    ".join(problems), fix="copy or download it again")
+        raise ConfigurationError(f"{src} is incomplete", why="\n    ".join(problems), fix="copy or download it again")
     if problems:
         bad, more = len(problems), len(problems) - _SHOWN_ERRORS
         raise ConfigurationError(

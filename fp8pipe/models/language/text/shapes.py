@@ -185,7 +185,7 @@ def _weight(fields: Mapping[str, Any], role: str) -> bool:
     if weight is not None and weight not in (0, 1):
         raise BadRow(f"'weight' must be 0 or 1, not {weight!r}")
     if weight and role != "assistant":
-        raise BadRow(f"'weight' is 1 in a message of role {role!r}, and only the assistant's are learned")
+        raise BadRow(f"'weight' is 1 in a message of role {role!r}, but only assistant messages are trained on")
     return weight is None or bool(weight)
 
 

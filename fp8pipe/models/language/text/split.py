@@ -75,8 +75,8 @@ def _shortest_run(members: list[list[int]], wanted: int, warn: Callable[[str], N
     """The smallest group, held out if every opening is shared by more conversations than requested."""
     if len(members) == 1:
         raise ConfigurationError(
-            f"{wanted} records cannot be set aside",
-            why="all conversations open with the same prompt, which would be trained on and tested on",
+            f"{wanted} records cannot be held out",
+            why="all conversations open with the same prompt, which would be in both parts",
             fix="give data with at least two distinct prompts",
         )
     shortest = min(members, key=len)
@@ -97,7 +97,7 @@ def _wanted(distinct: int, fraction: float | None, count: int | None) -> int:
     elif count is None or fraction is not None:
         raise ConfigurationError(
             "how much to hold out is not clear",
-            why="give a fraction or a count, one of them",
+            why="give either a fraction or a count",
             fix="set heldout_fraction or heldout_count",
         )
     if count < 0 or count >= distinct:

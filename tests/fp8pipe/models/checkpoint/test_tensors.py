@@ -82,8 +82,14 @@ def test_what_cannot_be_read_is_named(sharded: Path) -> None:
     with pytest.raises(ConfigurationError, match="disagrees with its shards"):
         weight_entries(sharded)
     write_index(sharded, {"model.a.weight": "../x.safetensors"}, 24)
-    with pytest.raises(ConfigurationError, match="points outside"):
+    with pytest.raises(ConfigurationError, match="points outside") as caught:
         weight_files(sharded)
+    assert caught.value.fix
+    for text in ("[]", '{"weight_map": ["model.a.weight"]}', "{}"):
+        (sharded / "model.safetensors.index.json").write_text(text)
+        with pytest.raises(ConfigurationError, match="not a weight index") as caught:
+            weight_files(sharded)
+        assert "no JSON object weight_map" in caught.value.why
     (sharded / SHARDS[0]).write_bytes(b"no weights")
     with pytest.raises(ConfigurationError, match="not a complete safetensors file"):
         header_entries(sharded / SHARDS[0])
@@ -108,7 +114,7 @@ def test_weights_that_are_not_whole_are_refused_with_numbers(sharded: Path) -> N
     index.write_text(named.replace('"weight_map": {', f'"weight_map": {{"{name}": "{SHARDS[1]}",'))
     with pytest.raises(ConfigurationError, match="not a weight index") as caught:
         weight_entries(sharded)
-    assert caught.value.why == f"1 name(s) come twice, the first: {name}"
+    assert caught.value.why == f"1 name(s) occur twice, the first: {name}"
     index.write_text(named)
     (sharded / SHARDS[1]).write_bytes(whole)
     with pytest.raises(ConfigurationError, match="contradict each other") as caught:
@@ -122,4 +128,4 @@ def test_a_header_that_names_a_tensor_twice_is_refused(tmp_path: Path) -> None:
     file.write_bytes(len(header).to_bytes(8, "little") + header + b"data")
     with pytest.raises(ConfigurationError, match="not a complete safetensors file") as caught:
         header_entries(file)
-    assert "come twice, the first: " in caught.value.why
+    assert "occur twice, the first: " in caught.value.why

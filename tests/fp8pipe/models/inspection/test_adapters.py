@@ -45,12 +45,12 @@ def test_inspect_says_what_it_is_of_and_what_to_do(adapter: Path) -> None:
     text = " ".join(inspect(adapter).split())
     for said in (
         "contents: PEFT adapter", "adapter LORA", "base_model org/base", "rank 4, 6", "alpha 8",
-        "targets q_proj, v_proj", "replaced_whole lm_head", "an adapter is no model of its own: merge it first",
+        "targets q_proj, v_proj", "replaced_whole lm_head", "an adapter is not a model on its own: merge it first",
         "merge_and_unload",
     ):  # fmt: skip
         assert said in text, said
     assert json.loads(inspect(adapter, "--json"))["contents"]["facts"]["base_model"] == "org/base"
-    with pytest.raises(ConfigurationError, match="no model of its own") as caught:
+    with pytest.raises(ConfigurationError, match="not a model on its own") as caught:
         resolve_model(str(adapter))
     assert caught.value.fix in inspect(adapter)  # the same advice everywhere
 
@@ -71,4 +71,4 @@ def test_beside_a_model_both_are_told(adapter: Path) -> None:
     (adapter / "config.json").write_text(json.dumps({"architectures": ["LlamaForCausalLM"]}))
     text = inspect(adapter)
     assert "contents: plain" in text
-    assert "a PEFT adapter lies beside the model" in text
+    assert "a PEFT adapter lies next to the model" in text

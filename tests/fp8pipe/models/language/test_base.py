@@ -59,7 +59,7 @@ def test_a_tie_of_two_different_tensors_is_named(make_base) -> None:
 @pytest.mark.parametrize(
     ("named", "words"),
     [(None, "set `architectures` in config.json"), (["LlamaModel"], "LlamaForCausalLM can predict"),
-     (["LlamaForSequenceClassification"], "is no causal language model"), (["Mine"], "exactly one class")],
+     (["LlamaForSequenceClassification"], "is not a causal language model"), (["Mine"], "exactly one class")],
 )  # fmt: skip
 def test_an_architecture_that_predicts_no_token_is_refused(make_base, named, words) -> None:
     base = make_base()

@@ -35,7 +35,7 @@ def test_probabilities_are_those_of_torch():
         found = probabilities(logits.numpy(), activation)
         assert found.dtype == np.float32
         torch.testing.assert_close(torch.from_numpy(found), oracle, rtol=1e-6, atol=1e-30)
-    with pytest.raises(ValueError, match="numbers"):
+    with pytest.raises(ValueError, match="not logits"):
         probabilities(logits.numpy(), "none")
 
 
@@ -67,5 +67,5 @@ def test_files_of_before_are_read_as_softmax():
     old = {"library": "timm", "name": "test_vit", "image_size": [32, 32]}
     assert Architecture.model_validate(old | {"head": "classifier", "classes": ["a", "b"]}).activation == "softmax"
     assert Architecture.model_validate(old | {"head": "features"}).activation == "none"
-    with pytest.raises(ValueError, match="features are no logits"):
+    with pytest.raises(ValueError, match="features are not logits"):
         Architecture.model_validate(old | {"head": "features", "activation": "sigmoid"})

@@ -161,14 +161,14 @@ def test_the_processor_decides_on_the_size_of_images(tmp_path: Path):
     save_transformers(tmp_path / "dinov2", "hf-dinov2", crop)
     vision = load_vision_model(str(tmp_path / "dinov2"))
     assert vision.architecture.image_size == vision.preprocessing.crop == (16, 16)
-    assert "says images of 32x32 pixels, its preprocessing makes 16x16: the preprocessing decides" in vision.notes[0]
+    assert "says images of 32x32 pixels, its preprocessing makes 16x16: the size of the prep" in vision.notes[0]
     asked = load_vision_model(str(tmp_path / "dinov2"), (32, 32))
     assert asked.architecture.image_size == asked.preprocessing.crop == (32, 32)
     assert (asked.preprocessing.resize, asked.notes) == (40, ())
     save_transformers(tmp_path / "deit", "hf-deit", crop)
     vision = load_vision_model(str(tmp_path / "deit"))
     assert vision.architecture.image_size == vision.preprocessing.crop == (32, 32)
-    assert "which the model does not take: the preprocessing is scaled to 32x32" in vision.notes[0]
+    assert "which the model does not accept: the preprocessing is scaled to 32x32" in vision.notes[0]
 
 
 def test_incomplete_directories_of_transformers(tmp_path: Path):
@@ -209,7 +209,7 @@ def test_directories_of_timm(tmp_path: Path):
         load_vision_model(str(tmp_path / "timm"))
     half = (0.5, 0.5, 0.5)
     assert vision.preprocessing == Preprocessing(resize=80, crop=(64, 64), mean=half, std=half)
-    assert "says images of 64x64 pixels, its preprocessing makes 160x160: its positions" in vision.notes[0]
+    assert "says images of 64x64 pixels, its preprocessing makes 160x160: its position embedding" in vision.notes[0]
     (tmp_path / "timm" / "model.safetensors").unlink()
     with pytest.raises(ConfigurationError, match="no safetensors"):
         load_vision_model(str(tmp_path / "timm"))

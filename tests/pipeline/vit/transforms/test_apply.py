@@ -144,7 +144,7 @@ def test_a_step_that_would_change_answers_is_dropped(monkeypatch):
     monkeypatch.setattr(apply, "rotate_heads", wrong)
     vision, structure, pixels = parts("timm-vit")
     done = apply_transforms(vision, structure, pixels, DEFAULTS, 0)
-    assert any("rotation of heads: left out, it would change the answers" in note for note in done.notes)
+    assert any("rotation of heads: left out, it would change the outputs" in note for note in done.notes)
     expected, found = in_double(vision.model, pixels), in_double(done.vision.model, pixels)
     assert float((found - expected).abs().max()) <= 1e-5 * float(expected.abs().max())
 

@@ -67,7 +67,7 @@ CASES: dict[str, tuple[Any, dict[str, Tensor], str]] = {
     "asymmetric": (ct({"symmetric": False}), CHANNEL, "not symmetric"),
     "groups": (ct({"strategy": "group", "group_size": 32}), CHANNEL, "symmetric, group"),
     "a preset": (ct(config_groups={"FP8": ["Linear"]}), CHANNEL, "not spelt out"),
-    "no weights": (ct(config_groups={}), CHANNEL, "0 formats of weights"),
+    "no weights": (ct(config_groups={}), CHANNEL, "0 weight formats"),
     "zero points": (ct(), CHANNEL | {"a.weight_zero_point": torch.ones(256, 1)}, "a.weight_zero_point is not zero"),
     "rows": (ct(), held("_scale", 192, 1), r"\(192, 1\).*expected \(256, 1\) per row"),
     "NVFP4 of ModelOpt": ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, held(), "quant_algo is NVFP4"),

@@ -79,7 +79,7 @@ def test_text_is_kept_exactly(tmp_path: Path) -> None:
             "'value' must be an object or",
         ),
         ('{"messages": [{"role": "assistant", "content": "a", "weight": 0.5}]}', "'weight' must be 0 or 1, not 0.5"),
-        ('{"messages": [{"role": "user", "content": "a", "weight": 1}]}', "only the assistant's are learned"),
+        ('{"messages": [{"role": "user", "content": "a", "weight": 1}]}', "only assistant messages are trained on"),
         ('{"messages": [{"role": "assistant", "tool_calls": [{"id": "1"}]}]}', "tool_calls[0] must be an object with"),
         (
             '{"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}]}',

@@ -1,4 +1,4 @@
-"""What a chat template passes over is refused or counted."""
+"""What a chat template ignores is refused or counted."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_tool_calls_that_a_template_does_not_write_are_refused() -> None:
     assert caught.value.exit_code == 10
     unlearned = Record((Message("user", "q"), call("find", "I look."), Message("assistant", "a")))
     warnings = encode([unlearned], tokenizer_for("chatml", "bytes"), 512, last_only=True).warnings
-    assert warnings == ("the chat template passes over tool calls of assistant messages: 1",)
+    assert warnings == ("the chat template ignores tool calls of assistant messages: 1",)
 
 
 def test_tools_fields_and_messages_that_a_template_passes_over_are_counted(make_tokenizer: Any) -> None:
@@ -39,14 +39,14 @@ def test_tools_fields_and_messages_that_a_template_passes_over_are_counted(make_
     thinking = Message("assistant", "a", fields={"reasoning_content": "because"})
     records = [Record((Message("system", "s!"), Message("user", "q"), thinking), TOOLS)] * 2
     assert encode(records, deaf, 512).warnings == (
-        "the chat template passes over the content of system messages: 2",
-        "the chat template passes over the field 'reasoning_content' of assistant messages: 2",
-        "the chat template passes over the tools of records: 2",
+        "the chat template ignores the content of system messages: 2",
+        "the chat template ignores the field 'reasoning_content' of assistant messages: 2",
+        "the chat template ignores the tools of records: 2",
     )
     # Content that is written in another way is not passed over.
     llama = tokenizer_for("llama-3", "bytes")
     asked = Record((Message("user", "q"), call("find"), Message("tool", '"18"\n'), Message("assistant", "a")), TOOLS)
-    assert not any("passes over" in warning for warning in encode([asked], llama, 512).warnings)
+    assert not any("template ignores" in warning for warning in encode([asked], llama, 512).warnings)
 
 
 def test_reasoning_is_learned_where_the_template_writes_it() -> None:

@@ -63,7 +63,7 @@ def test_answers_to_few_prompts_are_all_kept() -> None:
     train, heldout = split(few, heldout_fraction=0.1, seed=0, warn=said.append)
     assert (len(train), len(heldout)) == (134, 66)
     assert "66 records are held out where 20 were asked for" in said[0]
-    with pytest.raises(ConfigurationError, match="cannot be set aside") as caught:
+    with pytest.raises(ConfigurationError, match="cannot be held out") as caught:
         split([pair("q", str(i)) for i in range(9)], heldout_fraction=0.1, seed=0)
     assert "same prompt" in caught.value.why
 
