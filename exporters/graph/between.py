@@ -326,15 +326,16 @@ def between_gates(
 def _gate(report: Sequence[PieceParity], tolerance: float, where: str) -> Gate:
     """The worst error; the first piece that differs is named with its operators, since later pieces depend on it."""
     if not report:
-        return none_of(f"operators between products, {where}", 0, "no place")
+        return none_of(f"operators between products, {where}", 0, "no such operators")
     worst = max(report, key=lambda piece: math.inf if math.isnan(piece.error) else piece.error)
     first = next((piece for piece in report if not piece.error <= tolerance), worst)
-    way = ", ".join(first.nodes[-_SHOWN:]) or "no operator of its own"
+    way = ", ".join(first.nodes[-_SHOWN:]) or "no operator of the graph"
     said = "the worst" if first.error <= tolerance else "the first that differs"
     return Gate(
         name=f"operators between products, {where}", value=worst.error, comparison=Comparison.AT_MOST,
         threshold=tolerance,
-        detail=f"largest difference over the largest number, {len(report)} places; {said}: {first.value}, by {way}",
+        detail=f"largest difference over the largest value, {len(report)} tensors; {said}: {first.value}, "
+        f"computed by {way}",
     )  # fmt: skip
 
 

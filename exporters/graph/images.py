@@ -62,7 +62,7 @@ def folder_images(folder: Path, preprocessing: Preprocessing, count: int = PICTU
     random = torch.Generator().manual_seed(_SEED)
     rows = sorted(torch.randperm(len(found.files), generator=random)[:count].tolist())
     codes = torch.cat(list(batches(found, rows, preprocessing, _READ_AT_ONCE)))
-    return ProbeImages(preprocessing.normalize(codes), "pictures of the folder")
+    return ProbeImages(preprocessing.normalize(codes), "images of the folder")
 
 
 def _bad(path: Path, why: str) -> BadArtifactError:

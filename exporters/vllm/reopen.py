@@ -203,9 +203,9 @@ def _weight_gates(found: _Comparison) -> list[Gate]:
     count = found.counts
     fresh, rounded = count[Action.QUANTIZE], count[Action.DEQUANTIZE] + count[Action.CAST]
     how = (
-        f"{count[Action.CODES]} weight(s) of codes against the source's code * scale in fp32; {fresh} quantized here "
-        f"against the source rounded by other code; {rounded} in bf16 against the source's values "
-        "(code * scale where it holds codes) rounded once to bf16"
+        f"{count[Action.CODES]} weight(s) with FP8 codes against the source's code * scale in fp32; {fresh} quantized "
+        f"here against the source rounded by an independent implementation; {rounded} in bf16 against the source's "
+        "values (code * scale for FP8 codes) rounded once to bf16"
     )
     gates = [
         _none("weights-bit-exact", found.weights, how),
@@ -247,14 +247,14 @@ def _generation(expected: dict[str, Any], root: Path) -> Gate:
     path = root / GENERATION_FILE
     found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     wrong = [f"{GENERATION_FILE}: {key}" for key in _differing(found, expected)]
-    return _none("generation-config-preserved", wrong, f"{GENERATION_FILE}, but for {EOS}, which is {expected[EOS]}")
+    return _none("generation-config-preserved", wrong, f"{GENERATION_FILE}, except {EOS}, which is {expected[EOS]}")
 
 
 def _config(plan: ExportPlan, root: Path) -> Gate:
     """config.json equals the source's, except for the keys in `changed_on_purpose`."""
     config = json.loads((root / CONFIG_NAME).read_text(encoding="utf-8"))
     wrong = list(_differing(config, export_config(plan)))
-    return _none("config-preserved", wrong, f"config.json, but for {', '.join(_changed_keys(plan)) or 'nothing'}")
+    return _none("config-preserved", wrong, f"config.json, except {', '.join(_changed_keys(plan)) or 'nothing'}")
 
 
 def changed_on_purpose(plan: ExportPlan) -> list[str]:

@@ -92,7 +92,7 @@ def test_a_proof_on_one_device_is_none_for_another(tree: Path, engine: Any, tmp_
     for name in ("NVIDIA A1", "NVIDIA B2"):
         (tmp_path / name).mkdir()
         elsewhere = form.in_words(gpu_environment(tmp_path / name, sees(name, 9, 0)))
-        with pytest.raises(GateFailedError, match=f"form on a CPU: .*and here is on a GPU .{name}"):
+        with pytest.raises(GateFailedError, match=f"form on a CPU: .*but here it is on a GPU .{name}"):
             proof_of(artifact, ServeConfig(), versions, elsewhere)
 
 
