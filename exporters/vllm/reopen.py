@@ -236,9 +236,9 @@ def _other_files(plan: ExportPlan, root: Path) -> list[Gate]:
     shards = shard_names(len(plan.shards))
     known = names | changed | {CONFIG_NAME, CARD_FILE, *shards} | ({INDEX_NAME} if len(shards) > 1 else set())
     there = {str(path.relative_to(root)) for path in root.rglob("*") if path.is_file()}
-    strange = sorted(name for name in there - known if name.split("/")[0] not in _PASSED_OVER)
+    unexpected = sorted(name for name in there - known if name.split("/")[0] not in _PASSED_OVER)
     detail = f"{len(names)} file(s), byte for byte, and no other that an engine might read"
-    gates = [_none("auxiliary-files-identical", [*wrong, *strange], detail), _config(plan, root)]
+    gates = [_none("auxiliary-files-identical", [*wrong, *unexpected], detail), _config(plan, root)]
     return gates if plan.ending.settings is None else [*gates, _generation(plan.ending.settings, root)]
 
 
