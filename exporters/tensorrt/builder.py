@@ -83,7 +83,7 @@ def run_builder(
             f"the {'builder' if found['parsed'] else 'parser'} of {product} refuses the graph",
             why="\n       ".join(dict.fromkeys(text.strip()[:300] for text in said if text.strip()))
             or "it does not say why",
-            fix="choose a format that the compute capabilities support; if they do, report it with the graph",
+            fix="choose a format that the compute capabilities support; if they support this one, report it",
         )
     return found
 

@@ -139,7 +139,7 @@ class TrtExportOptions(FrozenConfig):
     def _ordered(self) -> TrtExportOptions:
         low, usual, high = self.batch
         if not 1 <= low <= usual <= high:
-            raise ValueError(f"batch {self.batch}: give three ascending numbers, each at least 1")
+            raise ValueError(f"batch {self.batch}: give three non-decreasing numbers, each at least 1")
         return self
 
 

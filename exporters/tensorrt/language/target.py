@@ -76,7 +76,7 @@ class LanguageExportOptions(CalibrationOptions):
         for name, (low, usual, high) in (("batch", self.batch), ("sequence", self.sequence)):
             if not 1 <= low <= usual <= high:
                 numbers = f"{low} {usual} {high}"
-                raise ValueError(f"{name} {numbers}: give three ascending numbers, each at least 1")
+                raise ValueError(f"{name} {numbers}: give three non-decreasing numbers, each at least 1")
         return self
 
 
