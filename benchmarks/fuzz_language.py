@@ -201,11 +201,11 @@ def fuzz(
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("url")
-    parser.add_argument("--key", help="an API key that the service knows")
-    parser.add_argument("--model", default="m", help="the name that is served (m)")
-    parser.add_argument("--count", type=int, default=2000, help="requests (2000)")
+    parser.add_argument("--key", help="a valid API key of the service")
+    parser.add_argument("--model", default="m", help="name of the served model (m)")
+    parser.add_argument("--count", type=int, default=2000, help="number of requests (2000)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--pid", type=int, help="the service's process, whose memory is watched")
+    parser.add_argument("--pid", type=int, help="process id of the service, to watch its memory")
     options = parser.parse_args()
     found = fuzz(options.url, options.count, options.seed, options.key, options.model,
                  lambda: resident_mb(options.pid) if options.pid else 0.0)  # fmt: skip

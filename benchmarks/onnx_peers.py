@@ -2,7 +2,7 @@
 
 All start from the same float graph and see the same calibration images (the artifact's). Compared are: bytes of the
 file; in how many products TensorRT for RTX really multiplies in low precision and how many attentions it fuses, read
-from its listing; how many products ONNX Runtime runs on integers; top-1 on held-out pictures; and the time of a
+from its listing; how many products ONNX Runtime runs on integers; top-1 on held-out images; and the time of a
 call in ONNX Runtime on this CPU, all files in turn, as the ratio to the float graph within a round.
 
     fp8pipe quantize-vit --model runs/vit-s --bits w8a8 --distill-steps 0 --images 64 --output runs/vits-w8a8
@@ -182,9 +182,9 @@ def main():
     """Make all graphs, measure, print a table and one JSON line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
-    parser.add_argument("--int8", type=Path, required=True, help="artifact of integers, for instance w8a8")
-    parser.add_argument("--fp8", type=Path, required=True, help="artifact of wfp8afp8")
-    parser.add_argument("--pictures", type=Path, required=True, help="held-out pictures, a folder a class")
+    parser.add_argument("--int8", type=Path, required=True, help="artifact with integer codes, for instance w8a8")
+    parser.add_argument("--fp8", type=Path, required=True, help="artifact with FP8 codes (wfp8afp8)")
+    parser.add_argument("--pictures", type=Path, required=True, help="held-out images, one folder per class")
     parser.add_argument("--modelopt-python", help="Python of an environment with nvidia-modelopt[onnx]")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--work", type=Path, required=True)
@@ -194,17 +194,17 @@ def main():
     options.work.mkdir(parents=True)
     vision = float_graph(options.model, options.work / "float.onnx")
     files, failed = write_files(options, vision)
-    pictures = folder_images(options.pictures, vision.preprocessing)
+    images = folder_images(options.pictures, vision.preprocessing)
     from fp8pipe.models.vision.image_folder import read_image_folder
 
     folder = read_image_folder(options.pictures)
-    rows = torch.randperm(len(folder.files), generator=torch.Generator().manual_seed(0))[: len(pictures.pixels)]
+    rows = torch.randperm(len(folder.files), generator=torch.Generator().manual_seed(0))[: len(images.pixels)]
     labels = np.array([folder.labels[row] for row in sorted(rows.tolist())])
     found = {}
     for name, (path, ours) in files.items():
         found[name] = {"file_mb": path.stat().st_size / 1e6, "integer_products": integer_products(path, ours)}
         found[name] |= engine(path, options.work, vision.architecture.image_size)
-        found[name]["top1"] = accuracy(open_cpu(path, ours), pictures.pixels.numpy(), labels)
+        found[name]["top1"] = accuracy(open_cpu(path, ours), images.pixels.numpy(), labels)
     times = timed([open_cpu(path, ours) for path, ours in files.values()], options.rounds)
     for (name, row), (milliseconds, ratio) in zip(found.items(), times, strict=True):
         row |= {"ms": milliseconds, "speed_up": ratio}

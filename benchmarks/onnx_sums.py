@@ -49,7 +49,7 @@ def by_operator(path, entries, pixels, work):
 def main():
     """Time all, then profile the three that matter."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, required=True, help="where onnx_peers.py left its graphs")
+    parser.add_argument("--work", type=Path, required=True, help="directory with the graphs of onnx_peers.py")
     parser.add_argument("--rounds", type=int, default=25)
     options = parser.parse_args()
     ours, peer = options.work / "ours-int8-onnx" / "model.onnx", options.work / "onnxruntime-u8.onnx"

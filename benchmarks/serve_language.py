@@ -210,10 +210,18 @@ def measure(target: Target, options: argparse.Namespace) -> dict[str, object]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("export", type=Path, nargs="?")
-    parser.add_argument("--proxy-only", action="store_true", help="only the engine that answers at once; no vLLM")
-    parser.add_argument("--pairs", type=int, default=300, help="pairs of requests a kind (300)")
-    parser.add_argument("--rate", type=float, nargs="*", default=[1.0, 2.0], help="requests per second (1 2)")
-    parser.add_argument("--seconds", type=float, default=20.0, help="length of each open-loop run (20)")
+    parser.add_argument(
+        "--proxy-only", action="store_true", help="only with an engine that answers instantly, without vLLM"
+    )
+    parser.add_argument("--pairs", type=int, default=300, help="pairs of requests per kind (300)")
+    parser.add_argument(
+        "--rate",
+        type=float,
+        nargs="*",
+        default=[1.0, 2.0],
+        help="rates of the open-loop runs, requests per second (1 2)",
+    )
+    parser.add_argument("--seconds", type=float, default=20.0, help="length of each open-loop run, seconds (20)")
     names = {"running": "its address", "socket": "vLLM's socket", "model": "its name", "key": "a key"}
     for name, what in names.items():
         parser.add_argument(f"--{name}", default="m" if name == "model" else "", help=f"a running service: {what}")

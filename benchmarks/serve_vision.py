@@ -3,13 +3,14 @@
     python benchmarks/serve_vision.py all EXPORT [--clients 50] [--rounds 4] [--seconds 15] [--load 0.7]
     python benchmarks/serve_vision.py closed|open|overload|float EXPORT ...
 
-`closed`: keep-alive clients send one preprocessed picture each (binary tensors), over and over; in turn with it, raw
+`closed`: keep-alive clients send one preprocessed image each (binary tensors), over and over; in turn with it, raw
 ONNX Runtime runs batches of the size that the server ran most, in as many streams. `open`: requests leave when they
 are due, at a share of the throughput just measured, so that a slow answer does not slow the next request down; from
 clients with a steady pace, and independent of each other (Poisson), beside what a queue that costs nothing would give.
-`overload`: twice what the server can do, then half of it: who is refused, how long the others wait, and how soon all is
-well again. `float`: the same server over the same weights without quantizers, in turn. `all` is the four after each
-other; a round lasts --seconds, so the whole takes about (4 rounds + 4) times that. The last line is JSON.
+`overload`: twice the load that the server can handle, then half of it: how many requests are refused, how long the
+others wait, and how soon latencies recover. `float`: the same server with the same weights without quantizers, in turn.
+`all` runs the four one after the other; a round lasts --seconds, so the whole takes about (4 rounds + 4) times that.
+The last line is JSON.
 
 EXPORT may be `vit-s`: an INT8 ViT-S of random weights is made first, which computes as fast as a trained one. Options
 after --serve go to `fp8pipe serve`.

@@ -106,7 +106,7 @@ class Contender:
         """The child's next line."""
         line = self.process.stdout.readline()
         if not line:
-            raise SystemExit(f"{self.name} ended early with code {self.process.wait()}")
+            raise SystemExit(f"{self.name} ended early with exit code {self.process.wait()}")
         return json.loads(line)
 
     def step(self):

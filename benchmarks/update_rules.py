@@ -110,7 +110,9 @@ def summarise(rows):
 def main():
     """Parse, run what is missing, print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", nargs="+", required=True, help="METHOD:RATE; a rule's name, lora or qlora")
+    parser.add_argument(
+        "--runs", nargs="+", required=True, help="METHOD:LEARNING_RATE; METHOD is an update rule, lora or qlora"
+    )
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--model", default="sample:smollm2")
     parser.add_argument("--data", default="sample:chatterbot")

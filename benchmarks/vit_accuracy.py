@@ -1,7 +1,7 @@
 """Accuracy of quantized vision transformers, by precision and by where the calibration images come from, over seeds.
 
 Every run goes the product's own path: `quantize-vit` into an artifact, whose deployed model is measured on held-out
-pictures beside its teacher. What differs between rows is the images alone; all are transformed, rounded and distilled
+images beside its teacher. Rows differ only in their calibration images; all are transformed, rounded and distilled
 alike.
 
     synthetic   the default synthesis
@@ -9,7 +9,7 @@ alike.
     similarity  PSAQ-ViT's patch-similarity entropy in place of MimiQ's term, otherwise as `published`
     leaves      the dead leaves that the default starts from, not optimised
     gaussian    white noise
-    real        training pictures
+    real        training images
 
 and options of the default synthesis that are off in it:
 
@@ -73,7 +73,7 @@ SOURCES = {
 
 
 def thin(folder, count, seed, place):
-    """At most `count` pictures a class of an image folder, as links: a test part of a bearable size."""
+    """At most `count` images per class of an image folder, as links: a test set of moderate size."""
     found = read_image_folder(folder)
     order = torch.randperm(len(found.files), generator=torch.Generator().manual_seed(seed)).tolist()
     taken = defaultdict(int)
@@ -142,8 +142,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
     parser.add_argument("--train", type=Path, required=True, help="image folder that `real` draws from")
-    parser.add_argument("--test", type=Path, required=True, help="image folder of held-out pictures")
-    parser.add_argument("--test-images", type=int, default=100, help="pictures a class, at most")
+    parser.add_argument("--test", type=Path, required=True, help="image folder of held-out images")
+    parser.add_argument("--test-images", type=int, default=100, help="largest number of images per class")
     parser.add_argument("--bits", nargs="+", default=["w8a8", "w4a8", "w4a4"])
     parser.add_argument("--sources", nargs="+", choices=SOURCES, default=list(SOURCES))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])

@@ -41,9 +41,13 @@ def in_vllm(asked: DeviceName, stage: str, *, vllm_python: str | None = None, **
     built = f"{distribution} {environment.versions[distribution]} is a build for {kind}"
     found = Device("cpu" if environment.on_cpu else "cuda", built)
     if asked not in ("auto", found.name):
-        build = "make one for CPUs (make setup-vllm)" if asked == "cpu" else "install vLLM's build for GPUs in another"
+        build = (
+            "make an environment with the build for CPUs (make setup-vllm)"
+            if asked == "cpu"
+            else "install vLLM's build for GPUs in another environment"
+        )
         raise MissingCapabilityError(
-            f"the vLLM of {environment.python} does not compute on {'a CPU' if asked == 'cpu' else 'a GPU'}",
+            f"the vLLM installed for {environment.python} does not run on {'a CPU' if asked == 'cpu' else 'a GPU'}",
             why=built, fix=f"{build}, and name its Python with --vllm-python; or leave --device out",
         )  # fmt: skip
     if asked == "cuda" and not machine.driver_gpus():
@@ -54,8 +58,8 @@ def in_vllm(asked: DeviceName, stage: str, *, vllm_python: str | None = None, **
 def in_onnxruntime(asked: DeviceName, stage: str, **given: Any) -> Device:
     """Validation runs on the CPU; other stages use CUDA if this ONNX Runtime has the provider and there is a GPU."""
     if stage == "validate":
-        why = "exports to ONNX are proved on the CPU, whose integer kernels are exact"
-        lack, fix = why, "leave --device out; bench and serve take a GPU"
+        why = "an ONNX export is validated on the CPU, whose integer kernels are exact"
+        lack, fix = why, "leave --device out; bench and serve can use a GPU"
     else:
         available = import_onnx_package("onnxruntime").get_available_providers()
         if CUDA_PROVIDER not in available:
@@ -80,18 +84,18 @@ def in_tensorrt(asked: DeviceName, stage: str, **given: Any) -> Device | None:
         return None
     if stage == "serve" and asked == "cpu":
         raise ConfigurationError(
-            "--device cpu cannot be given here", why="engines of TensorRT run on a GPU alone",
+            "--device cpu cannot be given here", why="TensorRT engines run only on a GPU",
             fix="export with --target onnx, and serve that",
         )  # fmt: skip
     found = resolve_device(asked, GpuNeed("TensorRT"))
     if found.name == "cuda" or asked == "cpu":
         return found
-    return Device("cpu", f"{found.reason}; engines are read, and not run")
+    return Device("cpu", f"{found.reason}; engines are inspected, not run")
 
 
 def in_tensorrt_language(asked: DeviceName, stage: str, **given: Any) -> Device:
     """Engines of language models are only read, never run."""
-    why = "engines of language models are read, and not run here"
+    why = "engines of language models are inspected, not run"
     if asked == "cuda":
-        raise MissingCapabilityError("nothing computes on a GPU here", why=why, fix="leave --device out")
+        raise MissingCapabilityError("this validation does not use a GPU", why=why, fix="leave --device out")
     return Device("cpu", why)

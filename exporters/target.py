@@ -110,7 +110,7 @@ class ExportTarget:
     formats: tuple[str, ...] = ()
     engines: tuple[Engine, ...] = ()  # engines that can validate its exports, the default one first
     # how exports are served and benchmarked
-    service: Service = field(default_factory=lambda: Service("vision", refusal="nothing serves this kind of export"))
+    service: Service = field(default_factory=lambda: Service("vision", refusal="fp8pipe cannot serve this kind"))
     after: Reference | None = None  # `(artifact) -> list[str]`: lines to print after an export
     # `(root, kind, trained) -> {options: findings}`: what each format would refuse about the artifact of `kind` in
     # `root`, or about one yet to be trained from the model there; `trained` names its linears; reads headers only
@@ -135,15 +135,15 @@ def register(target: ExportTarget) -> None:
 def _add(target: ExportTarget) -> None:
     if target.kind in _targets:
         raise ConfigurationError(
-            f"the export target {target.kind!r} is registered twice", why="a kind has one target",
-            fix="choose another kind, or unregister the first",
+            f"the export target {target.kind!r} is registered twice", why="each artifact kind has exactly one target",
+            fix="choose another kind, or unregister the existing target",
         )  # fmt: skip
     for other in _targets.values():
         shared = set(other.takes) & set(target.takes)
         if other.name == target.name and shared and not set(other.formats) ^ set(target.formats):
             raise ConfigurationError(
-                f"--target {target.name} of {', '.join(sorted(shared))} means two targets",
-                why=f"{other.kind} and {target.kind} are chosen by nothing else", fix="give one of them formats",
+                f"--target {target.name} is ambiguous for {', '.join(sorted(shared))}",
+                why=f"it selects both {other.kind} and {target.kind}", fix="give one of them --format values",
             )  # fmt: skip
     register_kind(
         ArtifactKind(
@@ -220,14 +220,14 @@ def choose_engine(
         usual = target.engines[0].name
         raise ConfigurationError(
             f"{artifact.root} cannot be validated in {name}",
-            why=f"it is of the kind {artifact.kind}, made for {usual}", fix=f"--engine {usual}, or none",
+            why=f"it is of kind {artifact.kind}, made for {usual}", fix=f"give --engine {usual}, or leave --engine out",
         )  # fmt: skip
     given = {key: value for key, value in options.items() if value is not None}
-    foreign = ["a form of serving" if key == "form" else f"--{key.replace('_', '-')}"
+    foreign = ["the form of serving" if key == "form" else f"--{key.replace('_', '-')}"
                for key in given if key not in (*found.takes, "vllm_python")]  # fmt: skip
     if foreign:
         raise ConfigurationError(
-            f"{' and '.join(foreign)} cannot be given for {found.name}", why="nothing is compared with it there",
+            f"{' and '.join(foreign)} cannot be given for {found.name}", why="this validation does not use it",
             fix="leave it out",
         )  # fmt: skip
     return found, {key: value for key, value in given.items() if key in found.takes}
@@ -278,8 +278,9 @@ def choose(name: str, kind: str, format: str | None = None) -> ExportTarget:
     taken = ", ".join(dict.fromkeys(kind for target in named for kind in target.takes))
     what = "a model without a manifest" if kind == PLAIN_MODEL else f"an artifact of kind {kind!r}"
     raise ConfigurationError(
-        f"--target {name} takes no such source", why=f"it is {what}; {name} takes {taken or 'nothing: it is unknown'}",
-        fix=f"--target {' or --target '.join(others)}" if others else "give what finetune or quantize-vit wrote",
+        f"--target {name} does not accept this source",
+        why=f"it is {what}; {name} accepts {taken or 'nothing: it is unknown'}",
+        fix=f"--target {' or --target '.join(others)}" if others else "name an artifact of finetune or quantize-vit",
     )  # fmt: skip
 
 

@@ -1,11 +1,11 @@
-"""Classify pictures with an exported ONNX model: all that a service needs, in one file.
+"""Classify images with an exported ONNX model: all that a service needs, in one file.
 
-    python scripts/classify_onnx.py EXPORT picture.jpg ... [--top 5]
+    python scripts/classify_onnx.py EXPORT image.jpg ... [--top 5]
     python scripts/classify_onnx.py EXPORT FOLDER
 
-FOLDER holds one folder of pictures a class, named as the model names it; then the accuracy is printed. It needs
-onnxruntime, numpy and Pillow, and the files of the export; neither torch nor this project. Its preprocessing repeats
-the training's bit for bit.
+FOLDER holds one folder of images per class, with the model's class names; the accuracy is printed. The script needs
+onnxruntime, numpy, Pillow and the files of the export, but neither torch nor this project. Its preprocessing is equal
+to that of the training bit for bit.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ BATCH = 64
 
 
 def read_rgb(path: Path, recipe: dict) -> Image.Image:
-    """A picture of any mode as 8-bit RGB, turned as its EXIF data says."""
+    """An image of any mode as 8-bit RGB, rotated as its EXIF data says."""
     try:
         image = ImageOps.exif_transpose(Image.open(path))
         image.load()
     except (OSError, SyntaxError, ValueError) as error:
-        raise SystemExit(f"{path} cannot be read as a picture: {error}") from error
+        raise SystemExit(f"{path} cannot be read as an image: {error}") from error
     if image.mode == "F":
         raise SystemExit(f"{path}: floating-point pixels have no known range")
     if image.mode.startswith("I"):  # 16-bit greys: their 8 high bits
@@ -41,7 +41,7 @@ def read_rgb(path: Path, recipe: dict) -> Image.Image:
 
 
 def preprocess(image: Image.Image, recipe: dict) -> np.ndarray:
-    """(3, H, W) float32 of an RGB picture, by the export's preprocessing.json."""
+    """(3, H, W) float32 of an RGB image, by the export's preprocessing.json."""
     height, width = resized(image, recipe)
     if (image.height, image.width) != (height, width):
         if recipe.get("resizer") == "torchvision":
@@ -59,7 +59,7 @@ def preprocess(image: Image.Image, recipe: dict) -> np.ndarray:
 
 
 def resized(image: Image.Image, recipe: dict) -> tuple[int, int]:
-    """(height, width) of the picture before the crop."""
+    """(height, width) of the image before the crop."""
     side = recipe["resize"]
     if side is None:
         return image.height, image.width
@@ -75,7 +75,7 @@ def resized(image: Image.Image, recipe: dict) -> tuple[int, int]:
 
 
 def resample(image: Image.Image, size: tuple[int, int], kernel: str) -> Image.Image:
-    """The picture in another size (height, width), by torchvision's arithmetic: rows, then columns, each in 8 bits."""
+    """The image in another size (height, width), by torchvision's arithmetic: rows, then columns, each in 8 bits."""
     planes = np.asarray(image).transpose(2, 0, 1)
     for wanted in reversed(size):
         if planes.shape[2] != wanted:
@@ -112,7 +112,7 @@ def integer_weights(given: int, wanted: int, kernel: str) -> tuple[np.ndarray, i
 
 
 def start(size: int, crop: int, anchor: str) -> int:
-    """Where the crop starts on one axis; before the picture where that is smaller."""
+    """Where the crop starts on one axis; negative if the image is smaller than the crop."""
     if anchor == "corner":
         return 0
     if size < crop:
@@ -136,13 +136,13 @@ def open_model(export: Path) -> onnxruntime.InferenceSession:
 
 
 def classify(model: onnxruntime.InferenceSession, paths: list[Path], recipe: dict) -> np.ndarray:
-    """(pictures, classes) logits."""
+    """Logits, (images, classes)."""
     pixels = np.stack([preprocess(read_rgb(path, recipe), recipe) for path in paths])
     return model.run(["logits"], {"pixels": pixels})[0]
 
 
 def labelled(folder: Path, classes: list[str]) -> list[tuple[Path, int]]:
-    """The pictures below `folder`, each with the index of its class."""
+    """The images below `folder`, each with the index of its class."""
     folders = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
     unknown = [path.name for path in folders if path.name not in classes]
     if unknown:
@@ -154,27 +154,27 @@ def labelled(folder: Path, classes: list[str]) -> list[tuple[Path, int]]:
         if path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and path.is_file()
     ]
     if not found:
-        raise SystemExit(f"{folder} holds no folders of pictures")
+        raise SystemExit(f"{folder} has no subfolders with images")
     return found
 
 
 def print_accuracy(model: onnxruntime.InferenceSession, folder: Path, classes: list[str], recipe: dict) -> None:
-    """Top-1 and top-5 on all pictures of a folder."""
-    pictures = labelled(folder, classes)
+    """Top-1 and top-5 accuracy on all images of a folder."""
+    images = labelled(folder, classes)
     first = five = 0
-    for start in range(0, len(pictures), BATCH):
-        chunk = pictures[start : start + BATCH]
+    for start in range(0, len(images), BATCH):
+        chunk = images[start : start + BATCH]
         best = np.argsort(-classify(model, [path for path, _ in chunk], recipe), axis=1, kind="stable")[:, :5]
         right = best == np.array([label for _, label in chunk])[:, None]
         first, five = first + int(right[:, 0].sum()), five + int(right.any(1).sum())
-    count = len(pictures)
+    count = len(images)
     print(f"top-1 {first / count:.4f} ({first} of {count}), top-5 {five / count:.4f}")
 
 
 def print_classes(
     model: onnxruntime.InferenceSession, path: Path, classes: list[str], recipe: dict, top: int, activation: str
 ) -> None:
-    """The best classes of one picture with their probabilities; of a model of values, all of them."""
+    """The most probable classes of one image; for a model that predicts values, all values."""
     logits = classify(model, [path], recipe)[0].astype(np.float64)
     if activation == "none":
         print(f"{path}: " + ", ".join(f"{name} {value:.6g}" for name, value in zip(classes, logits, strict=True)))
@@ -186,11 +186,11 @@ def print_classes(
 
 
 def main() -> None:
-    """Print the best classes of every picture, and the accuracy on every folder."""
+    """Print the most probable classes of each image, and the accuracy on each folder."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("export", type=Path)
-    parser.add_argument("pictures", type=Path, nargs="+", help="pictures, or folders with one folder per class")
-    parser.add_argument("--top", type=int, default=5, help="classes to print for a picture")
+    parser.add_argument("images", type=Path, nargs="+", help="images, or folders with one subfolder per class")
+    parser.add_argument("--top", type=int, default=5, help="number of classes to print for an image")
     arguments = parser.parse_args()
     if not (arguments.export / "classes.json").is_file():
         raise SystemExit(f"{arguments.export} is a backbone: its outputs are features, not classes")
@@ -200,7 +200,7 @@ def main() -> None:
     # Exports that predate this field were all treated as softmax classifiers.
     activation = manifest.get("details", {}).get("output", {}).get("activation", "softmax")
     model = open_model(arguments.export)
-    for path in arguments.pictures:
+    for path in arguments.images:
         if path.is_dir():
             print_accuracy(model, path, classes, recipe)
         else:

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The main path on real models, end to end: the recipe `end-to-end` tunes SmolLM2-135M-Instruct in FP8, exports it and
-# proves in a real vLLM that it serves exactly what was trained; quantizes a ViT to 4 bits with no data, proves it in ONNX
+# proves with vLLM itself that it serves exactly what was trained; quantizes a ViT to 4 bits with no data, proves it in ONNX
 # Runtime and compiles an engine for TensorRT. Then the tuned model is asked a question, and the exported graph classifies
 # real digits. Both environments must exist (`make demo` sees to it). Everything is written below OUTPUT; a second demo
 # finds it there.
@@ -22,7 +22,7 @@ rm -rf "$output/pictures"
 .venv/bin/python -P scripts/write_digits.py "$output/pictures"
 .venv/bin/python -P scripts/classify_onnx.py "$output/digits-onnx" "$output/pictures" | tail -1
 
-say "Where everything lies"
+say "Files"
 cat <<TXT
   $output/report.html            every verdict, curve and figure, each with the file it comes from
   $output/run.json               the same as data: stages, digests, times, gates
@@ -30,7 +30,7 @@ cat <<TXT
   $output/smollm2-vllm           the checkpoint that vLLM loads
   $output/digits                 the 4-bit vision transformer, and the images it was calibrated on
   $output/digits-onnx            its ONNX graph, with preprocessing; digits-trt: the same for TensorRT, with an engine
-  $output/*.validation.json      what was proved about them
+  $output/*.validation.json      what was proved about the exports
   took $((SECONDS - started)) s
 TXT
 .venv/bin/python -P -c 'import sys; from pathlib import Path; from fp8pipe.artifact.runs import read_run

@@ -8,7 +8,7 @@ case "$1" in
     *) need="$1" ;;
 esac
 cat >&2 <<TXT
-set-up: pip could not install $1. What is needed is a package index that offers $need, for this Python. PyTorch's install page names such an index. Tell pip of it with
+set-up: pip could not install $1. It needs a package index that offers $need for this Python; PyTorch's install page names one. Make it known to pip with
       python -m pip config set global.extra-index-url URL
-  or, for one call, with the variable PIP_EXTRA_INDEX_URL=URL, and run the set-up again.
+  or, for one call, with the variable PIP_EXTRA_INDEX_URL=URL; then run the set-up again.
 TXT

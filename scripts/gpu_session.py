@@ -35,12 +35,14 @@ from fp8pipe.core.errors import ConfigurationError, Fp8PipeError
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Measure this project on a GPU; see docs/gpu.md.")
-    parser.add_argument("--minutes", type=float, default=10.0, help="wall time of everything (default: 10)")
-    parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS), help="which (default: all)")
-    parser.add_argument("--output", type=Path, default=Path("gpu-session.json"), help="the record; must not exist")
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="where to measure")
-    parser.add_argument("--tiny", action="store_true", help="small shapes and few rounds, to see that it runs")
-    parser.add_argument("--table", type=Path, help="print this record's table and measure nothing")
+    parser.add_argument("--minutes", type=float, default=10.0, help="total wall time, minutes (default: 10)")
+    parser.add_argument(
+        "--parts", nargs="+", choices=list(PARTS), default=list(PARTS), help="parts to measure (default: all)"
+    )
+    parser.add_argument("--output", type=Path, default=Path("gpu-session.json"), help="record to write; must not exist")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="device to measure")
+    parser.add_argument("--tiny", action="store_true", help="small shapes and few rounds, to test the script")
+    parser.add_argument("--table", type=Path, help="only print the table of this record")
     options = parser.parse_args()
     if options.minutes <= 0:
         parser.error("--minutes must be positive")
@@ -56,7 +58,7 @@ def main() -> int:
             return 0
         if options.output.exists():
             raise ConfigurationError(
-                f"{options.output} exists already", why="a record is written once", fix="give another --output"
+                f"{options.output} already exists", why="a record is never overwritten", fix="give another --output"
             )
         record = Record.begin(options.output, vars(options))
         ran = run_session(

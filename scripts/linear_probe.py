@@ -4,7 +4,7 @@
         [--image-size N] [--train-fraction X] [--seed N] [--decay X] [--batch-size N] [--dtype bfloat16|float32]
         [--split SPLIT]
 
-FOLDER holds one folder of pictures per class. The head reads the class token and the mean of the patches, as
+FOLDER holds one folder of images per class. The head reads the class token and the mean of the patches, as
 `fp8pipe.models.vision.architecture.ClassAndPatches` has it. Features are computed once; on them the head is the exact
 minimum of a convex loss (multinomial logistic regression with an L2 term, L-BFGS), on standardized features whose
 standardization is then folded into its weights. So the result depends on the split's seed alone, not on a
@@ -55,7 +55,7 @@ def split_rows(labels: tuple[int, ...], train_fraction: float, seed: int) -> tup
     """Rows for training and held-out rows: each class is shuffled and cut at `train_fraction`.
 
     Raises:
-        ConfigurationError: a class would have no picture on one side.
+        ConfigurationError: one part would have no image of a class.
     """
     random = torch.Generator().manual_seed(seed)
     train: list[int] = []
@@ -67,8 +67,8 @@ def split_rows(labels: tuple[int, ...], train_fraction: float, seed: int) -> tup
         if not 0 < cut < len(rows):
             raise ConfigurationError(
                 f"class {label} cannot be split",
-                why=f"{len(rows)} pictures, of which {cut} would be trained on",
-                fix="give more pictures a class, or another --train-fraction",
+                why=f"it has {len(rows)} images, of which {cut} would be for training",
+                fix="give more images of it, or another --train-fraction",
             )
         train += order[:cut]
         held_out += order[cut:]
@@ -89,7 +89,7 @@ def with_head(vision: VisionModel, classes: tuple[str, ...]) -> VisionModel:
 def folder_features(
     vision: VisionModel, folder: ImageFolder, rows: list[int], batch_size: int, dtype: torch.dtype
 ) -> Tensor:
-    """What the head reads, for pictures of a folder: (len(rows), width) float32, computed under `dtype`."""
+    """The head's input, for images of a folder: (len(rows), width) float32, computed under `dtype`."""
     if not isinstance(vision.model, ClassAndPatches):
         raise TypeError(type(vision.model))
     parts = []
@@ -156,13 +156,15 @@ def fit_probe(
 
 
 def write_split(folder: ImageFolder, probe: Probe, place: Path) -> None:
-    """Link the pictures of both parts into `place`/train and `place`/held-out, one folder per class.
+    """Link the images of both parts into `place`/train and `place`/held-out, one folder per class.
 
     Raises:
         ConfigurationError: the place is taken.
     """
     if place.exists():
-        raise ConfigurationError(f"{place} exists already", why="a split is written once", fix="give another --split")
+        raise ConfigurationError(
+            f"{place} already exists", why="a split is never overwritten", fix="give another --split"
+        )
     for part, rows in (("train", probe.train_rows), ("held-out", probe.held_out_rows)):
         for row in rows:
             link = place / part / folder.files[row].relative_to(folder.path)
@@ -171,17 +173,21 @@ def write_split(folder: ImageFolder, probe: Probe, place: Path) -> None:
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Put a linear classifier on a vision backbone.")
+    parser = argparse.ArgumentParser(description="Train a linear classifier on the features of a vision backbone.")
     parser.add_argument("--model", required=True, help="a backbone: directory, timm:NAME or sample:vit-s")
     parser.add_argument("--data", required=True, type=Path, help="image folder, one folder per class")
     parser.add_argument("--output", required=True, type=Path, help="directory to write")
     parser.add_argument("--image-size", type=int, help="side in pixels (default: the model's own)")
-    parser.add_argument("--train-fraction", type=float, default=0.8, help="share of each class that is trained on")
-    parser.add_argument("--seed", type=int, default=0, help="of the split")
+    parser.add_argument(
+        "--train-fraction", type=float, default=0.8, help="share of each class that is used for training"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of the split")
     parser.add_argument("--decay", type=float, default=3e-2, help="strength of the L2 term")
-    parser.add_argument("--batch-size", type=int, default=32, help="pictures at a time")
-    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the features")
-    parser.add_argument("--split", type=Path, help="directory to write both parts to, as links")
+    parser.add_argument("--batch-size", type=int, default=32, help="images per batch")
+    parser.add_argument(
+        "--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="dtype in which features are computed"
+    )
+    parser.add_argument("--split", type=Path, help="directory for links to the images of both parts")
     return parser.parse_args()
 
 

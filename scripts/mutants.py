@@ -154,12 +154,12 @@ def write_page(results: list[dict], table: dict, seed: int) -> None:
 def main() -> int:
     """Try the sample; 0 where few enough survive and each is explained."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--modules", nargs="*", default=[], help="parts of modules' paths")
-    parser.add_argument("--count", type=int, help="faults of each module; as the table says where it is not given")
+    parser.add_argument("--modules", nargs="*", default=[], help="only modules whose path contains one of these")
+    parser.add_argument("--count", type=int, help="number of mutants per module (default: as in scripts/mutants.toml)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", default="", help="the beginning of one fault's name")
-    parser.add_argument("--list", action="store_true", help="show the sample, run nothing")
-    parser.add_argument("--minutes", type=float, default=90, help="begin no fault after so long")
+    parser.add_argument("--only", default="", help="only mutants whose name starts with this")
+    parser.add_argument("--list", action="store_true", help="only print the sample")
+    parser.add_argument("--minutes", type=float, default=90, help="start no mutant after this many minutes")
     options = parser.parse_args()
     table = tomllib.loads(TABLE.read_text(encoding="utf-8"))
     drawn = sample(table, options.modules, 10**6 if options.only else options.count, options.seed)
@@ -174,13 +174,13 @@ def main() -> int:
         copy_tree(place)
         for number, mutant in enumerate(drawn, 1):
             if time.monotonic() - started > 60 * options.minutes:
-                print(f"out of time: {len(drawn) - number + 1} faults were not tried")
+                print(f"out of time: {len(drawn) - number + 1} mutants were not tried")
                 break
             tests, path = table["modules"][mutant.module], place / mutant.module
             if mutant.module not in limits:
                 before = time.monotonic()
                 if run_tests(place, tests, 1200, log, keep_compiled=True) != "passed":
-                    sys.exit(f"the tests of {mutant.module} fail without a fault:\n{log.read_text()[-3000:]}")
+                    sys.exit(f"the tests of {mutant.module} fail on the unchanged module:\n{log.read_text()[-3000:]}")
                 limits[mutant.module] = 30 + 4 * (time.monotonic() - before)
             whole, before = path.read_bytes(), time.monotonic()
             path.write_bytes(whole[: mutant.start] + mutant.after.encode() + whole[mutant.end :])
@@ -200,7 +200,7 @@ def main() -> int:
         write_page(results, table, options.seed)
     left = [result for result in results if result["result"] == "passed"]
     unexplained = [result["name"] for result in left if result["name"] not in table.get("explained", {})]
-    print(f"{len(left)} of {len(results)} survive; not explained: {', '.join(unexplained) or 'none'}")
+    print(f"{len(left)} of {len(results)} mutants survived; not explained: {', '.join(unexplained) or 'none'}")
     return int(bool(unexplained) or len(left) > MOST_SURVIVORS * len(results))
 
 

@@ -63,9 +63,7 @@ def resolve(image: Image) -> list[str]:
 def main() -> None:
     """Write the files that were named, or all."""
     parser = argparse.ArgumentParser(description="Write serving/container/requirements-*.txt.")
-    parser.add_argument(
-        "names", nargs="*", metavar="NAME", help=f"of {', '.join(IMAGES)}; all of them if none is given"
-    )
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"any of {', '.join(IMAGES)} (default: all)")
     for name in parser.parse_args().names or IMAGES:
         image = IMAGES[name]
         lines = resolve(image)

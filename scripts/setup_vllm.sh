@@ -10,7 +10,7 @@ set -euo pipefail
 venv=${1:-.venv-vllm}
 python=${PYTHON:-python3.11}
 torch_version=2.13.0
-torchvision_version=0.28.0 # what pictures need; the plugin lets it be imported beside a CPU build of torch
+torchvision_version=0.28.0 # needed for images; with the plugin it can be imported beside a CPU build of torch
 vllm_version=0.32.0
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 plugin=$(cd "$here/.." && pwd)/serving/vllm_plugin

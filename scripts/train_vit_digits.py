@@ -47,8 +47,8 @@ def inputs(part: Digits) -> Tensor:
     """(N, 3, 24, 24) float32, normalized, through the very preprocessing that the artifact carries."""
     from PIL import Image
 
-    pictures = (Image.fromarray(image.permute(1, 2, 0).numpy()) for image in part.images)
-    return torch.stack([DIGITS_PREPROCESSING.image_to_tensor(picture) for picture in pictures])
+    images = (Image.fromarray(image.permute(1, 2, 0).numpy()) for image in part.images)
+    return torch.stack([DIGITS_PREPROCESSING.image_to_tensor(image) for image in images])
 
 
 def augment(pixels: Tensor, random: torch.Generator) -> Tensor:

@@ -19,38 +19,41 @@ class ServeConfig(Trust):
 
     host: str = Field(default="127.0.0.1", description="Address to listen on; 0.0.0.0 for every interface")
     port: int = Field(default=8000, ge=0, le=65535, description="Port; 0 takes a free one")
-    api_key_file: Annotated[Path | None, Flag(default="anybody may call")] = Field(
+    api_key_file: Annotated[Path | None, Flag(default="no key required")] = Field(
         default=None, description="File of hashed API keys (fp8pipe serve-key)"
     )
     max_body_mb: float = Field(default=16, gt=0, le=4096, description="Largest request body, megabytes (10^6 bytes)")
     max_total_body_mb: float = Field(
-        default=512, gt=0, description="Bodies held at once, of all connections, megabytes; more are answered 503"
+        default=512, gt=0, description="Largest total size of request bodies in memory, megabytes; beyond it, 503"
     )
-    body_timeout_s: float = Field(default=30, gt=0, description="A request's body must have arrived by then, seconds")
+    body_timeout_s: float = Field(default=30, gt=0, description="Longest wait for a request's body, seconds")
     header_timeout_s: float = Field(
-        default=10, gt=0, description="A request's headers, once begun, must have arrived by then, seconds"
+        default=10, gt=0, description="Longest wait for a request's headers once they began, seconds"
     )
-    keep_alive_s: float = Field(default=75, gt=0, description="An idle connection is closed after, seconds")
+    keep_alive_s: float = Field(default=75, gt=0, description="Idle time after which a connection is closed, seconds")
     request_timeout_s: float = Field(default=30, gt=0, description="Longest wait for the engine, seconds")
-    linger_s: float = Field(default=2, ge=0, description="After SIGTERM new requests are still taken for, seconds")
-    max_connections: int = Field(default=1000, gt=0, description="Open connections; more are answered 503")
+    linger_s: float = Field(
+        default=2, ge=0, description="Time after SIGTERM in which new requests are still accepted, seconds"
+    )
+    max_connections: int = Field(default=1000, gt=0, description="Largest number of open connections; beyond it, 503")
     rate_limit: Annotated[float | None, Flag(default="no limit")] = Field(
-        default=None, gt=0, description="Requests per second of a key or address"
+        default=None, gt=0, description="Requests per second and API key or client address"
     )
     rate_burst: Annotated[int | None, Flag(default="two seconds' worth")] = Field(
-        default=None, gt=0, description="Requests at once of a key or address"
+        default=None, gt=0, description="Requests in one burst per API key or client address"
     )
     cors_origins: Annotated[tuple[str, ...], Flag("cors-origin", "none")] = Field(
-        default=(), description="An origin whose pages may call; repeatable"
+        default=(), description="An origin whose pages may call the API; repeatable"
     )
     record: Annotated[Path | None, Flag(default="beside the export")] = Field(
-        default=None, description="Record of the export's validation, which must say ACCEPT"
+        default=None, description="Record of the export's validation, whose verdict must be ACCEPT"
     )
     unvalidated: bool = Field(
-        default=False, description="Serve without an ACCEPT for this export, engine and form; every answer says so"
+        default=False,
+        description="Serve without an accepted validation of this export, engine and settings; every response says so",
     )
     device: DeviceName = Field(default="auto", description=DEVICE_HELP)
-    access_log: bool = Field(default=True, description="One JSON line per request on stderr")
+    access_log: bool = Field(default=True, description="Log one JSON line per request on stderr")
     page: bool = Field(default=True, description="Serve the web page at /")
 
     @model_validator(mode="after")
@@ -86,26 +89,28 @@ class Provider(StrEnum):
 class VisionConfig(ServeConfig):
     """Settings of a vision service."""
 
-    max_batch: Annotated[int | None, _MEASURED] = Field(default=None, gt=0, le=1024, description="Images at once")
-    threads: Annotated[int | None, _MEASURED] = Field(default=None, gt=0, description="Threads within an operator")
+    max_batch: Annotated[int | None, _MEASURED] = Field(default=None, gt=0, le=1024, description="Largest batch size")
+    threads: Annotated[int | None, _MEASURED] = Field(default=None, gt=0, description="Threads per operator")
     streams: Annotated[int | None, _MEASURED] = Field(
-        default=None, gt=0, le=256, description="Batches run at once, on a CPU"
+        default=None, gt=0, le=256, description="Batches run concurrently on a CPU"
     )
-    max_wait_ms: float = Field(default=2, ge=0, description="A batch waits for more images at most, milliseconds")
-    queue: int = Field(default=256, gt=0, description="Images that may wait; more are answered 503")
-    max_pixels: int = Field(default=50_000_000, gt=0, description="Largest picture, width times height")
-    max_images: int = Field(default=64, gt=0, description="Images in one request")
+    max_wait_ms: float = Field(default=2, ge=0, description="Longest time a batch waits for more images, milliseconds")
+    queue: int = Field(default=256, gt=0, description="Largest number of waiting images; beyond it, 503")
+    max_pixels: int = Field(default=50_000_000, gt=0, description="Largest image, pixels (width times height)")
+    max_images: int = Field(default=64, gt=0, description="Largest number of images in one request")
     provider: Provider = Field(
-        default=Provider.AUTO, description="What of ONNX Runtime computes; auto: what is usual on the device"
+        default=Provider.AUTO, description="Execution provider of ONNX Runtime; auto: the device's default"
     )
     inexact_batches: bool = Field(
-        default=False, description="Allow batch sizes whose rows differ in bits from the same images run alone"
+        default=False, description="Allow batch sizes whose outputs are not bit-identical to those of images run alone"
     )
 
     @model_validator(mode="after")
     def _one_device(self) -> Self:
         if self.device not in ("auto", self.asked):
-            raise ValueError(f"provider {self.provider} does not compute on the device {self.device}: give one of them")
+            raise ValueError(
+                f"provider {self.provider} does not run on the device {self.device}: give only one of the two"
+            )
         return self
 
     @property
@@ -129,36 +134,46 @@ if TYPE_CHECKING:
 class SupervisorConfig(FrozenConfig):
     """Timeouts and intervals of the supervisor that keeps vLLM running."""
 
-    start_timeout_s: float = Field(default=1800, gt=0, description="Longest start, seconds")
-    probe_every_s: float = Field(default=0.5, gt=0, description="Between looks at its health, seconds")
-    probe_timeout_s: float = Field(default=10, gt=0, description="A health probe must be answered by then, seconds")
-    probe_failures: int = Field(default=3, ge=1, description="Unanswered probes in a row after which it is killed")
-    engine_timeout_s: Annotated[float, Flag("engine-timeout-s")] = Field(
-        default=120, gt=0, description="An engine asked for a token that makes none for so long is killed, seconds"
+    start_timeout_s: float = Field(default=1800, gt=0, description="Longest time for a start, seconds")
+    probe_every_s: float = Field(default=0.5, gt=0, description="Time between health probes, seconds")
+    probe_timeout_s: float = Field(
+        default=10, gt=0, description="Longest wait for the answer to a health probe, seconds"
     )
-    engine_probe_every_s: float = Field(default=10, gt=0, description="Between requests for one token, seconds")
-    first_delay_s: float = Field(default=1, gt=0, description="Before the first restart, seconds; doubles each time")
-    longest_delay_s: float = Field(default=60, gt=0, description="Between restarts at most, seconds")
-    steady_s: float = Field(default=300, gt=0, description="After this long up, crashes are counted anew, seconds")
-    stop_grace_s: float = Field(default=10, ge=0, description="From SIGTERM to SIGKILL, seconds")
+    probe_failures: int = Field(
+        default=3, ge=1, description="Number of consecutive failed probes after which vLLM is killed"
+    )
+    engine_timeout_s: Annotated[float, Flag("engine-timeout-s")] = Field(
+        default=120, gt=0, description="Time after which an engine that generates no token is killed, seconds"
+    )
+    engine_probe_every_s: float = Field(
+        default=10, gt=0, description="Time between probes that request one token, seconds"
+    )
+    first_delay_s: float = Field(
+        default=1, gt=0, description="Delay before the first restart, seconds; doubles each time"
+    )
+    longest_delay_s: float = Field(default=60, gt=0, description="Longest delay before a restart, seconds")
+    steady_s: float = Field(default=300, gt=0, description="Uptime after which the delay starts over, seconds")
+    stop_grace_s: float = Field(default=10, ge=0, description="Time from SIGTERM to SIGKILL, seconds")
 
 
 class LanguageConfig(ServingForm):
     """How vLLM runs behind the service: the options that affect its numerical results, and operational settings."""
 
     vllm_python: Annotated[str | None, Flag(default="found")] = Field(
-        default=None, description="Python of the environment with vLLM"
+        default=None, description="Python interpreter of vLLM's environment"
     )
     served_model_name: Annotated[str | None, Flag(default="the directory's")] = Field(
         default=None, min_length=1, description="Model name in the API"
     )
     request_timeout_s: Annotated[float | None, Flag(default="no limit")] = Field(
-        default=None, gt=0, description="An answer, or a stream's begin, must come by then, seconds"
+        default=None, gt=0, description="Longest wait for an answer, or for the first bytes of a stream, seconds"
     )
     drain_seconds: float = Field(
-        default=60, ge=0, description="After SIGTERM, what was accepted may take so long, seconds"
+        default=60, ge=0, description="Longest time after SIGTERM for requests already accepted, seconds"
     )
-    supervision: SupervisorConfig = Field(default_factory=SupervisorConfig, description="Starts, probes and restarts")
+    supervision: SupervisorConfig = Field(
+        default_factory=SupervisorConfig, description="Timeouts and delays of starts, probes and restarts"
+    )
 
     def name_of(self, artifact: Artifact) -> str:
         """The model's name in the API."""

@@ -29,5 +29,7 @@ def contents_gate(artifact: Artifact, parent: Path | None) -> tuple[Gate, list[s
     shown = [f"{found.where}: {found.why}" for found in findings[:_SHOWN]]
     shown += ["..."] if len(findings) > _SHOWN else []
     against = "the files" if parent is None else "the files and the parent"
-    detail = "; ".join(shown) or f"manifest, preprocessing and classes against {against}, as `verify` checks them"
+    detail = (
+        "; ".join(shown) or f"manifest, preprocessing and classes against {against}, checked as by `fp8pipe verify`"
+    )
     return none_of("statements that do not hold", len(findings), detail), notes

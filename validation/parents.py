@@ -41,7 +41,7 @@ def artifact_at_hand(export: Artifact, against: Path | None, *, kind: str) -> Ar
     if source.digest not in {parent.digest for parent in export.manifest.parents}:
         raise ConfigurationError(
             f"{export.root} was not made from {against}",
-            why="its manifest names another artifact, or that artifact has changed since",
-            fix="give the artifact that was exported",
+            why="the manifest of the export names another artifact, or that artifact has changed since",
+            fix="name the artifact that was exported",
         )
     return source

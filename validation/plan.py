@@ -52,8 +52,8 @@ def plan_vllm(
     hardware, missing = _vllm_here(vllm_python)
     return _plan(
         artifact, record, peak, missing, (against,), hardware=hardware,
-        packages=("vllm, in an environment of its own",),
-        note="memory of vLLM is estimated: itself, a cache of 1 GiB, and two copies of the weights in fp32",
+        packages=("vllm, in its own environment",),
+        note="vLLM's memory is estimated: the process, a cache of 1 GiB, and two copies of the weights in fp32",
     )  # fmt: skip
 
 
@@ -76,14 +76,14 @@ def plan_tensorrt(
     """The same for TensorRT, whose engines run only on a GPU; `device` does not affect the estimate."""
     missing = missing_packages(_PACKAGES)
     peak = None if missing else _own_peak(artifact, ("validation.tensorrt.validate",))
-    hardware = "a CPU for proofs; a GPU to run the engines"
+    hardware = "a CPU to check the export; a GPU to run its engines"
     return _plan(artifact, record, peak, missing, (against,), packages=_PACKAGES, hardware=hardware)
 
 
 def _plan(
     artifact: Artifact, record: Path, peak: int | None, missing: tuple[Missing, ...], reads: Sequence[Path | None], *,
     packages: tuple[str, ...], hardware: str = "a CPU",
-    note: str = "memory: packages measured here, copies of the weights counted",
+    note: str = "peak memory: packages were measured on this machine; copies of the weights were added up",
 ) -> Plan:  # fmt: skip
     return Plan(
         reads=(f"{artifact.root} ({artifact.kind})", *(str(path) for path in reads if path is not None)),

@@ -37,6 +37,6 @@ def concluded(record: R, artifact: Artifact, reasons: Sequence[str], rejection: 
     """Write the record next to the export and return it; with `reasons`, raise `ExportRejectedError(rejection)`."""
     path = write_record(record, artifact.root)
     if reasons:
-        fix = f"do not deploy it; the figures are in {path}"
+        fix = f"do not deploy this export; the results are in {path}"
         raise ExportRejectedError(rejection, why="; ".join(reasons), fix=fix, record=record)
     return record

@@ -103,7 +103,7 @@ def _is_table(value: ir.Value) -> bool:
     return tensor is not None and tensor.size > 1 and tensor.dtype.name in ("FLOAT", "FLOAT16", "DOUBLE")
 
 
-def _nodes_nowhere(model: ir.Model, layers: Sequence[ExportedLayer]) -> list[str]:
+def _uncompared_nodes(model: ir.Model, layers: Sequence[ExportedLayer]) -> list[str]:
     """Nodes that are neither in an extracted layer nor between layers, so no comparison runs them."""
     ends = [*sources_of(layers), *model.graph.outputs]
     inside, _, _ = way_between(sources_of(layers), [layer.output for layer in layers])
@@ -312,7 +312,7 @@ def between_gates(
     """Gates on the pieces in the evaluator, and in ONNX Runtime if it is the engine; and on operators in no piece."""
     evaluated = compare_between(model, layers, pieces, engine=False)
     gates = [
-        _nowhere(model, layers),
+        _uncompared(model, layers),
         _gate([piece for piece in evaluated if piece.exact], EVALUATED_TOLERANCE, "evaluated in float64"),
     ]
     rounded = [piece for piece in evaluated if not piece.exact]
@@ -326,19 +326,20 @@ def between_gates(
 def _gate(report: Sequence[PieceParity], tolerance: float, where: str) -> Gate:
     """The worst error; the first piece that differs is named with its operators, since later pieces depend on it."""
     if not report:
-        return none_of(f"operators between products, {where}", 0, "no place")
+        return none_of(f"operators between products, {where}", 0, "no such operators")
     worst = max(report, key=lambda piece: math.inf if math.isnan(piece.error) else piece.error)
     first = next((piece for piece in report if not piece.error <= tolerance), worst)
-    way = ", ".join(first.nodes[-_SHOWN:]) or "no operator of its own"
+    way = ", ".join(first.nodes[-_SHOWN:]) or "no operator of the graph"
     said = "the worst" if first.error <= tolerance else "the first that differs"
     return Gate(
         name=f"operators between products, {where}", value=worst.error, comparison=Comparison.AT_MOST,
         threshold=tolerance,
-        detail=f"largest difference over the largest number, {len(report)} places; {said}: {first.value}, by {way}",
+        detail=f"largest difference over the largest value, {len(report)} tensors; {said}: {first.value}, "
+        f"computed by {way}",
     )  # fmt: skip
 
 
-def _nowhere(model: ir.Model, layers: Sequence[ExportedLayer]) -> Gate:
+def _uncompared(model: ir.Model, layers: Sequence[ExportedLayer]) -> Gate:
     """Counts operators that no comparison runs: those neither in layers nor between them."""
-    missing = _nodes_nowhere(model, layers)
+    missing = _uncompared_nodes(model, layers)
     return none_of("operators compared nowhere", len(missing), ", ".join(missing[:_SHOWN]))

@@ -38,11 +38,11 @@ _LARGEST_DIFFERENCE: Final = 0.25
 class Disagreement(FrozenConfig):
     """An image whose class or output differs."""
 
-    image: int = Field(ge=0, description="its number")
-    expected_class: int | None = Field(default=None, description="the reference's choice; none without classes")
-    engine_class: int | None = Field(default=None, description="the engine's choice; none without classes")
+    image: int = Field(ge=0, description="index of the image")
+    expected_class: int | None = Field(default=None, description="class chosen by the reference; none without classes")
+    engine_class: int | None = Field(default=None, description="class chosen by the engine; none without classes")
     margin: float = Field(
-        description="how far the reference's logits of these two classes are apart; without classes the largest "
+        description="difference of the reference's logits of these two classes; without classes the largest "
         "difference of an output"
     )
 
@@ -51,16 +51,18 @@ class ClassAgreement(FrozenConfig):
     """Comparison of the whole model on images: the reference against the engine."""
 
     images: int = Field(ge=0, description="images compared")
-    source: str = Field(description="where they come from")
-    ranked: bool = Field(default=True, description="whether classes are compared; else outputs")
+    source: str = Field(description="where the images come from")
+    ranked: bool = Field(default=True, description="true if classes are compared, false if outputs are")
     agreeing: int = Field(
         ge=0,
-        description="images with the same class; without classes those whose outputs differ by less than half of "
-        "what sets images apart; NaN agrees with nothing",
+        description="images with the same class; without classes, those whose outputs differ by less than half of "
+        "the difference between images; NaN agrees with nothing",
     )
     difference: float = Field(description="norm of the outputs' difference over the norm of the outputs; NaN fails")
     largest_difference: float = Field(description="largest relative difference of one image's outputs (L2)")
-    own: float = Field(description="share of its classes that the reference keeps when each layer is disturbed by 1e-6")
+    own: float = Field(
+        description="share of images whose class in the reference is unchanged when each layer is perturbed by 1e-6"
+    )
     disagreements: list[Disagreement] = Field(description="images whose class differs")
 
     @property
@@ -77,9 +79,10 @@ class ClassAgreement(FrozenConfig):
         if self.allowed <= max(_FREE_IMAGES, int((1 - _LEAST) * self.images)):
             return ""
         return (
-            f"{'classes' if self.ranked else 'outputs'}: the model itself keeps {self.own:.1%} of its own on "
+            f"{'classes' if self.ranked else 'outputs'}: the reference model itself keeps {self.own:.1%} of them on "
             f"{self.source} when each layer is "
-            f"disturbed by 1e-6, so {1 - self.allowed / self.images:.1%} were asked of the engine and not {_LEAST:.1%}"
+            f"perturbed by 1e-6, so {1 - self.allowed / self.images:.1%} were required of the "
+            f"engine instead of {_LEAST:.1%}"
         )
 
 
@@ -115,11 +118,12 @@ def class_gates(agreement: ClassAgreement) -> list[Gate]:
         f"{agreement.agreeing} of {images} {agreement.source}; {agreement.lowered or 'the reference is not chaotic'}"
     )
     if ties:
-        detail += f"; margins of the differing: {', '.join(f'{tie.margin:.2g}' for tie in ties[:5])}"
+        detail += f"; margins where the classes differ: {', '.join(f'{tie.margin:.2g}' for tie in ties[:5])}"
     return [
         Gate(
             name="difference of outputs", value=agreement.difference, comparison=Comparison.AT_MOST,
-            threshold=_LARGEST_DIFFERENCE, detail=f"norm over norm, {images} images; one image differs by up to "
+            threshold=_LARGEST_DIFFERENCE, detail=f"norm of the difference over norm of the outputs, {images} images; "
+            f"the largest of one image is "
             f"{agreement.largest_difference:.1e}",
         ),
         Gate(

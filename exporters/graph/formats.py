@@ -46,18 +46,18 @@ def fits_int4(weight: Codes) -> bool:
 class GraphInput(FrozenConfig):
     """The input of a graph."""
 
-    name: str = Field(description="in the graph")
-    shape: tuple[str | int, ...] = Field(description="a name stands for a size that may vary")
+    name: str = Field(description="name in the graph")
+    shape: tuple[str | int, ...] = Field(description="sizes of the dimensions; a name is a size that may vary")
     type: str = Field(default="float32", description="element type")
 
 
 class GraphOutput(FrozenConfig):
     """The output of a graph."""
 
-    name: str = Field(description="in the graph")
+    name: str = Field(description="name in the graph")
     what: str = Field(description="logits or features")
     activation: Activation = Field(
-        default="softmax", description="what makes probabilities of them; none: they are values or features"
+        default="softmax", description="function that turns them into probabilities; none: they are values or features"
     )
 
     @model_validator(mode="before")
@@ -75,4 +75,4 @@ class GraphDetails(Details):
     format: str = Field(description="export format, as given to --format")
     input: GraphInput = Field(description="pixels")
     output: GraphOutput = Field(description="logits of classes, or features")
-    passes: dict[str, int] = Field(default_factory=dict, description="places that each pass changed")
+    passes: dict[str, int] = Field(default_factory=dict, description="number of places that each pass changed")

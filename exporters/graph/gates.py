@@ -47,7 +47,7 @@ def float_gate(float_bytes: bytes, quantized: QuantizedVit, pixels: Tensor) -> G
     found = torch.from_numpy(run(open_session(float_bytes), {INPUT_NAME: pixels[:3].numpy()})[OUTPUT_NAME])
     same = found.shape == expected.shape
     error = float((found - expected).abs().max() / expected.abs().max()) if same else math.nan
-    detail = f"largest difference over largest output, batch of {len(expected)}, before quantization"
+    detail = f"largest difference relative to the largest output, batch of {len(expected)}, before quantization"
     return at_most("float graph error", error, _FLOAT_GRAPH_TOLERANCE, detail)
 
 
@@ -77,14 +77,14 @@ def layer_codes_gate(name: str, report: Sequence[LayerParity]) -> Gate:
 def layer_error_gate(name: str, errors: Mapping[str, float], tolerance: float) -> Gate:
     """The largest error of some layers."""
     worst = max(errors, key=lambda layer: math.inf if math.isnan(errors[layer]) else errors[layer])
-    detail = f"against the exact result of the codes, over the layer's largest output; {len(errors)} layers"
+    detail = f"against the exact result of the codes, relative to the layer's largest output; {len(errors)} layers"
     return at_most(name, errors[worst], tolerance, f"{detail}, the worst: {worst}")
 
 
 def kernel_gate(report: KernelReport) -> Gate:
     """Requires integer kernels for every layer with integer codes."""
     missing = report.float_layers
-    detail = f"{report.integer} run on integers{'; the first that does not: ' + missing[0] if missing else ''}"
+    detail = f"{report.integer} run in integers{'; the first that does not: ' + missing[0] if missing else ''}"
     return none_of("integer layers run in float", len(missing), detail)
 
 
@@ -118,7 +118,7 @@ def codes_gate(model: ir.Model, layers: Sequence[ExportedLayer], quantized: Quan
             if mine.numel() == other.numel():  # NaN has a code, too, but never counts as equal
                 count = int(((mine != other) | ~values.isfinite().flatten()).sum())
             differing[name] = differing.get(name, 0) + count
-    detail = f"of {compared} in {len(names)} sites, {len(pixels)} images, each net on its own"
+    detail = f"of {compared} in {len(names)} sites, {len(pixels)} images, each model running end to end"
     detail += next((f"; the first: {name}" for name, count in differing.items() if count), "")
     return none_of("codes differing end to end", sum(differing.values()), detail)
 
@@ -162,7 +162,7 @@ class KernelReport(FrozenConfig):
     """The operator that runs each layer."""
 
     operators: dict[str, str] = Field(description="the operator of every layer in the optimized graph")
-    integer: int = Field(ge=0, description="layers that run on integers")
+    integer: int = Field(ge=0, description="layers that run in integers")
     float_layers: list[str] = Field(description="layers with integer codes on both sides that run in float")
 
 

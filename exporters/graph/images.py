@@ -15,7 +15,7 @@ from fp8pipe.models.vision.image_folder import batches, read_image_folder
 from fp8pipe.models.vision.preprocessing import Preprocessing
 
 PROBE_IMAGES: Final = 64
-PICTURES: Final = 500
+MOST_IMAGES: Final = 500
 _READ_AT_ONCE: Final = 64
 CALIBRATION_FILE: Final = "calibration/images.safetensors"
 _SEED: Final = 0
@@ -52,7 +52,7 @@ def probe_images(root: Path | None, preprocessing: Preprocessing, count: int = P
     return ProbeImages(preprocessing.normalize(codes), "calibration images of the artifact")
 
 
-def folder_images(folder: Path, preprocessing: Preprocessing, count: int = PICTURES) -> ProbeImages:
+def folder_images(folder: Path, preprocessing: Preprocessing, count: int = MOST_IMAGES) -> ProbeImages:
     """Images of an image folder, drawn from all classes; all of them if there are no more than `count`.
 
     Raises:
@@ -62,7 +62,7 @@ def folder_images(folder: Path, preprocessing: Preprocessing, count: int = PICTU
     random = torch.Generator().manual_seed(_SEED)
     rows = sorted(torch.randperm(len(found.files), generator=random)[:count].tolist())
     codes = torch.cat(list(batches(found, rows, preprocessing, _READ_AT_ONCE)))
-    return ProbeImages(preprocessing.normalize(codes), "pictures of the folder")
+    return ProbeImages(preprocessing.normalize(codes), "images of the folder")
 
 
 def _bad(path: Path, why: str) -> BadArtifactError:

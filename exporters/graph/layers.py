@@ -104,7 +104,7 @@ def read_layers(model: ir.Model) -> tuple[ExportedLayer, ...]:
         if kind is not None and node.op_type in ("MatMul", "Conv"):
             layers.append(_read(node, kind, str(node.name).removesuffix(SUFFIXES[kind])))
     if not layers:
-        raise _bad("it has no product that is named after a layer")
+        raise _bad("no MatMul or Conv is named after a layer")
     return tuple(layers)
 
 
@@ -123,7 +123,7 @@ def _read(node: ir.Node, kind: ProductKind, name: str) -> ExportedLayer:
 
 def _operand(value: ir.Value | None, kind: ProductKind) -> Operand:
     if value is None:
-        raise _bad("a product lacks an operand")
+        raise _bad("a MatMul or Conv lacks an operand")
     dequantize = value.producer()
     if dequantize is None or dequantize.op_type != "DequantizeLinear":
         return Operand(source=value)

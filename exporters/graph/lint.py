@@ -31,7 +31,7 @@ def lint_model(quantized: QuantizedVit, format: OnnxFormat, *, runtime: bool = T
     findings = []
     if not quantized.weights:
         findings.append(
-            Finding("nothing-quantized", "the model", "no weight has codes", "export an artifact of quantize-vit")
+            Finding("nothing-quantized", "the model", "no weight is quantized", "export an artifact of quantize-vit")
         )
     for name, weight in quantized.weights.items():
         findings += _values(name, weight)
@@ -39,12 +39,15 @@ def lint_model(quantized: QuantizedVit, format: OnnxFormat, *, runtime: bool = T
         findings.append(Finding("no-fp4", "weights", "ONNX Runtime has no kernels for NVFP4", "export to --target trt"))
     if format is OnnxFormat.INT4_WEIGHT_ONLY and not any(map(fits_int4, quantized.weights.values())):
         findings.append(
-            Finding("int4-width", "weights", "none has codes of 4 bits", "use --format qdq for this artifact")
+            Finding("int4-width", "weights", "no weight has 4-bit codes", "use --format qdq for this artifact")
         )
     if format.quantizes_activations:
         findings += _mixed(quantized)
     if format is OnnxFormat.QDQ_EXACT:
-        why, fix = "its sums are rounded, so their order decides", "quantize to integers (wXaY), or use --format qdq"
+        why, fix = (
+            "its sums are rounded, so the result depends on their order",
+            "quantize to integers (wXaY), or use --format qdq",
+        )
         findings += [Finding("no-exact-sum", name, why, fix) for name in inexact_sites(quantized)]
     for name, tensor in quantized.model.state_dict().items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
@@ -57,7 +60,7 @@ def lint_graph(traced: FloatGraph, model: nn.Module) -> list[Finding]:
     norms = {name for name, module in model.named_modules() if isinstance(module, nn.LayerNorm)}
     findings = [
         Finding(
-            "layer-norm", owner(node, norms), f"it became {node.op_type} and more",
+            "layer-norm", owner(node, norms), f"the export split it into {node.op_type} and other operators",
             "use the versions of torch and onnxscript that this project was tested with",
         )
         for node in traced.model.graph
@@ -66,7 +69,9 @@ def lint_graph(traced: FloatGraph, model: nn.Module) -> list[Finding]:
     size = stored_bytes(traced.model)
     if size > _LARGEST_FILE_BYTES:
         findings.append(
-            Finding("file-size", "the float graph", f"{size} bytes", "one file holds 2 GB: use a smaller model")
+            Finding(
+                "file-size", "the float graph", f"{size} bytes", "an ONNX file holds at most 2 GB: use a smaller model"
+            )
         )
     return findings
 
@@ -100,12 +105,12 @@ def _mixed(quantized: QuantizedVit) -> list[Finding]:
         activation = quantized.activations.get(groups[name])
         if activation is not None and activation.kind is not weight.kind:
             why = f"{weight.kind} weights, {activation.kind} activations"
-            findings.append(Finding("mixed-kinds", name, why, "quantize weights and activations to one kind"))
+            findings.append(Finding("mixed-kinds", name, why, "quantize weights and activations to the same type"))
     for attention in quantized.structure.attention_names:
         for pair in (("q", "k"), ("probs", "v")):
             kinds = {q.kind for what in pair if (q := quantized.activations.get(f"{attention}.{what}")) is not None}
             if len(kinds) > 1:
                 findings.append(
-                    Finding("mixed-kinds", f"{attention}.{pair[0]}", "int and e4m3 operands", "use one kind for both")
+                    Finding("mixed-kinds", f"{attention}.{pair[0]}", "int and e4m3 operands", "use one type for both")
                 )
     return findings

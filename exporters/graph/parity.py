@@ -49,14 +49,12 @@ _TAPS: Final = {
 class LayerParity(FrozenConfig):
     """One layer, with the same input on both sides."""
 
-    layer: str = Field(description="the module; .qk and .av are the products of an attention")
+    layer: str = Field(description="module name; .qk and .av are the two matmuls of an attention")
     codes: int = Field(ge=0, description="activation codes compared")
     differing_codes: int = Field(ge=0, description="number of codes that differ")
     integer: bool = Field(description="whether the engine can multiply integers here")
-    error: float = Field(description="the engine's largest error, in units of the layer's largest output; NaN fails")
-    torch_error: float | None = Field(
-        description="the same error for torch's output; none where there is no torch model"
-    )
+    error: float = Field(description="the engine's largest error, relative to the layer's largest output; NaN fails")
+    torch_error: float | None = Field(description="the same error of torch's output; none without a torch model")
 
     @property
     def tolerance(self) -> float:
@@ -78,7 +76,8 @@ def inputs_of(quantized: QuantizedVit, layers: Sequence[ExportedLayer], taps: Ma
             if operand is not None and operand.source is not None:
                 if what is None:
                     raise BadArtifactError(
-                        f"{layer.label} reads {operand.source.name}", why="its artifact has stored codes in that place",
+                        f"{layer.label} reads {operand.source.name}",
+                        why="the artifact stores a quantized weight there, not an activation",
                         fix="export the artifact again",
                     )  # fmt: skip
                 tensor = taps[layer.name][what]

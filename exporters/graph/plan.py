@@ -61,9 +61,13 @@ def vision_plan(
         "activation_sites": len(plan.activations),
     }
     packages = ("onnx", "onnx-ir", "onnxscript", "onnxruntime", *(("tensorrt-rtx",) if engines else ()))
-    notes = ["memory: packages and forward passes measured here, copies of the weights counted"]
+    notes = [
+        "peak memory: packages and forward passes were measured on this machine; copies of the weights were added up"
+    ]
     if engines:
-        notes.append("engines are compiled by a process of its own, whose memory and time are not in these figures")
+        notes.append(
+            "engines are compiled in a separate process; its memory and time are not included in these figures"
+        )
     most, written = sizes or (plan.need_bytes, plan.need_bytes)
     shown = Plan(
         reads=(str(source),),
@@ -108,7 +112,9 @@ def _trace_two_layers() -> None:
     import_onnx_package("onnxruntime")
     net = nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 8)).eval()
     dynamic = ({0: torch.export.Dim("batch")},)
-    model = export_program(net, (torch.zeros(2, 8),), dynamic, "a net of two layers", "install torch and onnx again")
+    model = export_program(
+        net, (torch.zeros(2, 8),), dynamic, "a two-layer test network", "install torch and onnx again"
+    )
     import onnx_ir as ir
 
     open_session(ir.to_proto(model).SerializeToString())

@@ -178,7 +178,7 @@ def _assign(graph_model: ir.Model, model: nn.Module, structure: VitStructure) ->
             by_module[found].append(node)
             stray += [] if found else [node.name]
     if stray:
-        raise _unassigned(model, f"{', '.join(map(str, stray))} belong to no layer")
+        raise _unassigned(model, f"{', '.join(map(str, stray))} belong to no known layer")
     for site in structure.linears:
         (node,) = _exactly(1, site.name, [n for n in by_module[site.name] if _constant(n)], model)
         weight = model.get_submodule(site.name).get_parameter("weight")
@@ -189,12 +189,15 @@ def _assign(graph_model: ir.Model, model: nn.Module, structure: VitStructure) ->
         nodes = [n for n in by_module[attention.name] if not _constant(n)]
         qk, av = _exactly(2, attention.name, nodes, model)
         if not _feeds(qk, av):
-            raise _unassigned(model, f"the products of {attention.name} are not in the order of an attention")
+            raise _unassigned(
+                model,
+                f"the second matmul of {attention.name} does not read the result of the first, as in an attention",
+            )
         yield Product(ProductKind.QK, attention.name, qk)
         yield Product(ProductKind.AV, attention.name, av)
     assigned = len(structure.linears) + 2 * len(structure.attentions)
     if assigned != sum(map(len, by_module.values())):
-        raise _unassigned(model, f"{sum(map(len, by_module.values()))} products for {assigned} of the structure")
+        raise _unassigned(model, f"the graph has {sum(map(len, by_module.values()))} matmuls, the structure {assigned}")
 
 
 def owner(node: ir.Node, known: set[str]) -> str:
@@ -250,7 +253,7 @@ def _feeds(first: ir.Node, second: ir.Node) -> bool:
 
 def _exactly(count: int, name: str, nodes: list[ir.Node], model: nn.Module) -> list[ir.Node]:
     if len(nodes) != count:
-        raise _unassigned(model, f"{name} has {len(nodes)} product(s) in the graph, expected {count}")
+        raise _unassigned(model, f"{name} has {len(nodes)} matmul(s) in the graph, expected {count}")
     return nodes
 
 

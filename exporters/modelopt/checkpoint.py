@@ -44,7 +44,7 @@ _SHARD_BYTES: Final = 5_000_000_000
 _CARD: Final = CardFacts(
     "Model Optimizer", "TensorRT-LLM",
     ("The checkpoint was compared with its source bit for bit; TensorRT-LLM itself was not run.",),
-    "A reader of ModelOpt checkpoints takes this directory, for instance TensorRT-LLM's `trtllm-serve`.",
+    "Serve this directory with an engine that reads ModelOpt checkpoints, for instance TensorRT-LLM's `trtllm-serve`.",
 )  # fmt: skip
 
 
@@ -74,14 +74,16 @@ def export_checkpoint(source: Path, output: Path, options: ModeloptExportOptions
         with ArtifactWriter(output, kind=KIND, stage="export", force=options.force) as writer:
             if model.per_tensor and uneven:
                 writer.warn(
-                    f"{len(uneven)} group(s) of layers that readers join have unequal scales, the first: "
+                    f"{len(uneven)} group(s) of layers that engines fuse have unequal scales, the first: "
                     f"{', '.join(uneven[0])}; written with one scale per row, so that no code is rounded again"
                 )
             tensors = dict(checkpoint_tensors(model, algorithm, scales))
             _save(tensors, writer.root)
             _write_configs(model, algorithm, writer.root)
             gates = _compare(tensors, model, writer.root)
-            writer.require_gates(gates, "the written checkpoint differs from its source", f"look into {writer.root}")
+            writer.require_gates(
+                gates, "the written checkpoint differs from its source", f"inspect what was written in {writer.root}"
+            )
             progress.advance(1)
             details = ModeloptDetails(
                 format=options.format, quant_algo=algorithm, calibration=None if text is None else text.facts,

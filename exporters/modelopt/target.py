@@ -29,7 +29,7 @@ class ModeloptDetails(Details):
     format: str = Field(description="export format, as given to --format")
     quant_algo: str = Field(description="FP8, or FP8_PER_CHANNEL_PER_TOKEN")
     calibration: CalibrationFacts | None = Field(
-        default=None, description="the text behind the static scales, if there are any"
+        default=None, description="the text that static scales were calibrated on, if there are any"
     )
     activation_scales: dict[str, InputScale] | None = Field(
         default=None, description="static scales of inputs, by layer"
@@ -43,5 +43,5 @@ TARGET: Final = ExportTarget(
     plan="exporters.tensorrt.language.plan:plan_for_people", verify="exporters.modelopt.verify:check_modelopt",
     foresee="exporters.tensorrt.language.source:foresee_checkpoint",
     formats=("modelopt-checkpoint",),
-    service=Service("language", refusal="no engine here reads this layout: TensorRT-LLM does"),
+    service=Service("language", refusal="fp8pipe runs no engine that reads this layout; TensorRT-LLM does"),
 )  # fmt: skip

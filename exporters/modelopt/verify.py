@@ -70,7 +70,7 @@ def _against(artifact: Artifact, tensors: dict[str, TensorEntry], parent: Path) 
     expected = dict(checkpoint_tensors(model, details.quant_algo, scales))
     for name in sorted(expected.keys() | tensors.keys()):
         if name not in tensors or name not in expected:
-            why = "it is missing" if name not in tensors else "a tensor that no export writes"
+            why = "it is missing" if name not in tensors else "no export writes such a tensor"
             yield Finding(Check.PARITY, name, why)
         elif not same_bits(read_tensor(tensors[name]), expected[name]):
             yield Finding(Check.PARITY, name, "its dtype, shape or bits do not follow from the parent")

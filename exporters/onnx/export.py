@@ -58,7 +58,8 @@ _LAYER_IMAGES: Final = 4
 _HALF: Final = 4  # bits
 
 _CARD: Final = CardFacts("onnx", "ONNX Runtime", (
-    "A whole quantized network is chaotic: single layers agree with torch to rounding, whole outputs loosely.",
+    "A quantized network amplifies rounding errors: single layers agree with torch up to rounding, "
+    "outputs of the whole model only loosely.",
     "Other runtimes than ONNX Runtime were not tried.",
 ))  # fmt: skip
 
@@ -101,7 +102,9 @@ def export_onnx(source: Path, output: Path, options: OnnxExportOptions) -> Artif
     source, output = Path(source), Path(output)
     if output.resolve() == source.resolve():
         raise ConfigurationError(
-            f"the output {output} is the source itself", why="it would be replaced", fix="name another directory"
+            f"the output {output} is the source itself",
+            why="the export would overwrite it",
+            fix="name another directory",
         )
     check_place(output, force=options.force)
     import_onnx_package("onnxruntime")
@@ -118,7 +121,7 @@ def export_onnx(source: Path, output: Path, options: OnnxExportOptions) -> Artif
             progress.advance(1)
             gates = _gates(writer.root / MODEL_FILE, graph, quantized, options.format, images)
             progress.advance(1)
-            fix = f"report it, with versions of torch, onnxscript and onnxruntime; what was written is in {writer.root}"
+            fix = f"report it with versions of torch, onnxscript and onnxruntime; what was written is in {writer.root}"
             writer.require_gates(gates, "the written graph differs from its artifact", fix)
             _warn(writer, quantized, options.format, images)
             stated = graph_details(graph, quantized, options.format.value).model_dump()
@@ -161,7 +164,10 @@ def _warn(writer: ArtifactWriter, quantized: QuantizedVit, format: OnnxFormat, i
     if not format.quantizes_activations and quantized.activations:
         writer.warn("the activations of this export are float: its outputs are not those of the artifact")
     if format is OnnxFormat.QDQ and any(w.kind is Kind.E4M3 for w in quantized.weights.values()):
-        writer.warn("ONNX Runtime for CPUs computes FP8 layers in float: right, and slower than the float model")
+        writer.warn(
+            "ONNX Runtime on CPUs computes FP8 layers in float: "
+            "the results are correct, but it is slower than the float model"
+        )
     plan = _plan(quantized, format)
     if plan.float_layers:
         writer.warn(f"{len(plan.float_layers)} linear layer(s) stay float; the first: {plan.float_layers[0]}")

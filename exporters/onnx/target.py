@@ -19,7 +19,7 @@ class OnnxExportOptions(FrozenConfig):
 
     format: OnnxFormat = Field(
         default=OnnxFormat.QDQ,
-        description="qdq (weights and activations as trained), qdq-exact (in arithmetic that has one result) or "
+        description="qdq (weights and activations as trained), qdq-exact (with operators whose result is exact) or "
         "int4-weight-only (float activations)",
     )
     force: Annotated[bool, CONFIG_ONLY] = Field(default=False, description="Replace an existing output directory")
@@ -30,7 +30,7 @@ class OnnxDetails(GraphDetails):
 
     near_tie: float = Field(
         default=0.0,
-        description="margin between two classes, in logits; recorded by earlier exports and not used any more",
+        description="margin between two classes, in logits; recorded by earlier versions, no longer used",
     )
 
 

@@ -72,9 +72,9 @@ def run_builder(
         if ended.returncode not in (0, _REFUSED) or not answer.is_file():
             last = ended.stderr.strip().splitlines()[-1:] or [f"exit code {ended.returncode}"]
             raise BadArtifactError(
-                f"the builder of {product} died",
+                f"the builder of {product} crashed",
                 why=last[0][:600],
-                fix=f"free some {memory}, and try again; then report it with the graph",
+                fix=f"free some {memory} and try again; if it crashes again, report it with the graph",
             )
         found: dict[str, Any] = json.loads(answer.read_text(encoding="utf-8"))
     if not found["built"]:
@@ -83,7 +83,7 @@ def run_builder(
             f"the {'builder' if found['parsed'] else 'parser'} of {product} refuses the graph",
             why="\n       ".join(dict.fromkeys(text.strip()[:300] for text in said if text.strip()))
             or "it does not say why",
-            fix="choose a format that the compute capabilities have; otherwise report it, with the graph",
+            fix="choose a format that the compute capabilities support; if they support this one, report it",
         )
     return found
 
@@ -107,7 +107,7 @@ def build_rtx(graph: Path, engine: Path, capabilities: Sequence[str], profiles: 
     if unknown:
         raise ConfigurationError(
             f"TensorRT for RTX does not compile for {', '.join(unknown)}",
-            why=f"it knows {', '.join(CAPABILITIES)}",
+            why=f"it supports {', '.join(CAPABILITIES)}",
             fix="name one of these, or use --builder enterprise for other GPUs",
         )
     if importlib.util.find_spec("tensorrt_rtx") is None:
@@ -150,7 +150,7 @@ def check_enterprise() -> EnterpriseMachine:
         raise MissingCapabilityError(
             "TensorRT is not installed",
             why="the package tensorrt cannot be imported",
-            fix="pip install tensorrt, with NVIDIA's package index, on a machine with a GPU" + _ELSEWHERE,
+            fix="pip install tensorrt from NVIDIA's package index, on a machine with a GPU" + _ELSEWHERE,
         )
     said = subprocess.run(
         [sys.executable, "-P", "-c", "import tensorrt; print(tensorrt.__version__)"], capture_output=True, text=True
@@ -165,14 +165,14 @@ def check_enterprise() -> EnterpriseMachine:
     if tuple(int(part) for part in version.split(".")[:2]) < _OLDEST:
         raise MissingCapabilityError(
             f"TensorRT {version} is too old",
-            why="FP8 and INT4 graphs with strong typing are built by 10.13 and later",
-            fix="pip install 'tensorrt>=10.13', with NVIDIA's package index" + _ELSEWHERE,
+            why="strongly typed graphs with FP8 or INT4 need 10.13 or later",
+            fix="pip install 'tensorrt>=10.13' from NVIDIA's package index" + _ELSEWHERE,
         )
     found = gpus()
     if not found:
         raise MissingCapabilityError(
             f"TensorRT {version} needs a GPU to build",
-            why="torch sees no CUDA device: none is there, its driver is missing, or torch is a CPU build",
+            why="torch sees no CUDA device: there is none, its driver is missing, or torch is a CPU build",
             fix="run the export where the engine will run" + _ELSEWHERE,
         )
     major, minor = found[0].capability

@@ -58,9 +58,9 @@ class ReadyEngine:
 class _Kept(FrozenConfig):
     """The record that the cache keeps beside an engine."""
 
-    recipe: EngineRecipe = Field(description="what it was made from")
+    recipe: EngineRecipe = Field(description="what the engine was built from")
     sha256: str = Field(description="digest of the engine's file")
-    precisions: dict[str, int] = Field(description="products by precision")
+    precisions: dict[str, int] = Field(description="number of matrix multiplications by precision")
 
 
 def ready_engine(export: Path, capability: str, *, on_build: Callable[[str], None] | None = None) -> ReadyEngine:
@@ -95,7 +95,7 @@ def ready_engine(export: Path, capability: str, *, on_build: Callable[[str], Non
     kept = _from_cache(wanted)
     if kept is not None:
         return ReadyEngine(_place(wanted), wanted, EngineSource.CACHE, kept.precisions, reasons)
-    notice = f"building the engine of {artifact.root} for {capability} again: {'; '.join(reasons)}"
+    notice = f"rebuilding the engine of {artifact.root} for compute capability {capability}: {'; '.join(reasons)}"
     if on_build is not None:
         on_build(notice)
     else:
@@ -152,10 +152,10 @@ def _wanted(artifact: Artifact, capability: str) -> EngineRecipe:
 def _stale(artifact: Artifact, entry: BuiltEngine | None, wanted: EngineRecipe, capability: str) -> tuple[str, ...]:
     """Why the export's own engine cannot be used; empty if it can."""
     if entry is None:
-        return (f"the export holds none for compute capability {capability}",)
+        return (f"the export has no engine for compute capability {capability}",)
     stored = entry.recipe
     if stored is None:
-        return ("the export is older than this version and does not say what its engines were made from",)
+        return ("the export was written by an older version that did not record what its engines were built from",)
     differences = stored.differences(wanted)
     listed = next((file for file in artifact.manifest.files if file.path == entry.engine), None)
     damage = "the manifest does not list it" if listed is None else check_file(artifact.root, listed)
@@ -192,7 +192,9 @@ def _keep(recipe: EngineRecipe, make: Callable[[Path], Mapping[str, int]], packe
             os.replace(record, place.with_suffix(".json"))
     except PermissionError as error:
         raise ConfigurationError(
-            f"engines cannot be kept in {place.parent}", why=str(error), fix="set FP8PIPE_CACHE to a writable directory"
+            f"engines cannot be cached in {place.parent}",
+            why=str(error),
+            fix="set FP8PIPE_CACHE to a writable directory",
         ) from error
     return precisions
 
@@ -205,8 +207,8 @@ def _build(artifact: Artifact, recipe: EngineRecipe, path: Path) -> dict[str, in
         if machine.capability != recipe.capability:
             raise MissingCapabilityError(
                 f"no engine for compute capability {recipe.capability} can be built here",
-                why=f"TensorRT builds for the GPU it runs on, and that is {machine.capability}",
-                fix="build where the engine will run",
+                why=f"TensorRT builds for the GPU it runs on, whose compute capability is {machine.capability}",
+                fix="build on the machine where the engine will run",
             )
         settings = EnterpriseSettings.model_validate(recipe.settings)
         built = build_enterprise(graph, path, machine, recipe.profiles, settings)
@@ -214,9 +216,9 @@ def _build(artifact: Artifact, recipe: EngineRecipe, path: Path) -> dict[str, in
         built = build_rtx(graph, path, [recipe.capability], recipe.profiles)
     if built.version != recipe.version:
         raise BadArtifactError(
-            f"the builder says it is {built.version}",
-            why=f"the installed distribution says {recipe.version}",
-            fix="install it again",
+            f"the builder reports version {built.version}",
+            why=f"the installed package has version {recipe.version}",
+            fix="reinstall the package",
         )
     # The limits that the export's own engines had to meet.
     report = read_precision(_products(artifact), built.layers)
@@ -228,7 +230,7 @@ def _build(artifact: Artifact, recipe: EngineRecipe, path: Path) -> dict[str, in
         counts = json.dumps(report.counts())
         raise GateFailedError(
             f"the engine for {recipe.capability} does not multiply in {format}",
-            why=f"{len(other)} product(s) in another precision ({counts}), the first: {other[0]}",
+            why=f"{len(other)} matrix multiplication(s) in another precision ({counts}), the first: {other[0]}",
             fix="use the version of TensorRT that the export was made with",
         )
     return report.counts()

@@ -129,8 +129,8 @@ def export_tensorrt(source: Path, output: Path, options: TrtExportOptions) -> Ar
                 gates += held
                 progress.advance(1)
             write_layers(writer.root, reports)
-            fix = f"look into {writer.root}; precision alone may be waived with --no-require"
-            writer.require_gates(gates, "the export does not hold what was asked", fix)
+            fix = f"inspect {writer.root}; --no-require waives only the requirement on precision"
+            writer.require_gates(gates, "the export does not meet its requirements", fix)
             if images.source.startswith("random"):
                 writer.warn(f"compared on {images.source}")
             return made.commit(artifact, reports)

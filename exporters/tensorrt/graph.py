@@ -208,7 +208,7 @@ def choose_format(quantized: QuantizedVit, wanted: TrtFormat | None, source: str
         why = f"the artifact's codes are {called}; {format} would round them again"
         findings.append(Finding("format", "weights", why, f"export as {own}, or quantize with --bits {bits}"))
     elif format is TrtFormat.INT4_WEIGHT_ONLY and not any(map(fits_int4, quantized.weights.values())):
-        findings.append(Finding("int4-width", "weights", "none has codes of 4 bits", "export as int8-weight-only"))
+        findings.append(Finding("int4-width", "weights", "no weight has 4-bit codes", "export as int8-weight-only"))
     refuse(findings, source)
     return format
 
@@ -234,7 +234,7 @@ def with_targets(options: TrtExportOptions, format: TrtFormat) -> TrtExportOptio
     if options.builder is Builder.RTX and format.kind is Kind.NVFP4 and lacking:
         raise ConfigurationError(
             f"{format} cannot be compiled for compute capability {', '.join(lacking)}",
-            why=f"four-bit floats need {' or '.join(_FP4_CAPABILITIES)}",
+            why=f"four-bit floats need compute capability {' or '.join(_FP4_CAPABILITIES)}",
             fix="give --compute-capability 12.0, or --builder none for the graph alone",
         )
     return options

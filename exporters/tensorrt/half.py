@@ -124,9 +124,9 @@ def _halve_stored(value: ir.Value) -> str:
     finite = array[np.isfinite(array)]
     exact = any(node.op_type in _QUANTIZERS and index == _SCALE for node, index in value.uses())
     if exact and not np.array_equal(array, array.astype(np.float16).astype(np.float32)):
-        raise NotHalf(name, "a scale that FP16 does not hold exactly")
+        raise NotHalf(name, "a scale that FP16 cannot represent exactly")
     if finite.size and float(np.abs(finite).max()) > _LARGEST and not _is_mask(array):
-        raise NotHalf(name, f"{float(np.abs(finite).max()):g} is beyond FP16")
+        raise NotHalf(name, f"{float(np.abs(finite).max()):g} is beyond the range of FP16")
     with np.errstate(over="ignore"):
         half = array.astype(np.float16)
     value.const_value = ir.tensor(half, name=name)
@@ -188,7 +188,7 @@ def compare_halved(before: Mapping[str, Any], written: ir.Model) -> list[Gate]:
             with np.errstate(over="ignore"):
                 expected = array if found.dtype == np.float32 else array.astype(np.float16)
             others += int(not np.array_equal(found, expected))
-    detail = f"of {len(before)} stored tensors, the written file against the graph before halving"
+    detail = f"of {len(before)} stored tensors, the written file against the graph before its conversion to FP16"
     counts = (
         ("codes changed by halving", codes),
         ("scales changed by halving", scales),

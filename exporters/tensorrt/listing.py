@@ -47,8 +47,8 @@ _MARK: Final = " LayerType: "
 class Port(FrozenConfig):
     """An input or output tensor of an engine layer."""
 
-    shape: tuple[int, ...] = Field(description="its sides; -1 where they are dynamic")
-    dtype: str = Field(description="the builder's name of its type: Float, Half, Int8, FP8, ...")
+    shape: tuple[int, ...] = Field(description="sizes of its dimensions; -1 if dynamic")
+    dtype: str = Field(description="its dtype as named by the builder: Float, Half, Int8, FP8, ...")
 
 
 class EngineLayer(FrozenConfig):
@@ -58,8 +58,8 @@ class EngineLayer(FrozenConfig):
     kind: str = Field(description="the builder's type: gemm, correlation, kgen, ...")
     inputs: tuple[Port, ...] = Field(description="activations it reads")
     constants: tuple[Port, ...] = Field(description="stored tensors it reads")
-    outputs: tuple[Port, ...] = Field(description="what it writes")
-    tactic: str = Field(description="the kernel, as far as it is known before a GPU is")
+    outputs: tuple[Port, ...] = Field(description="tensors it writes")
+    tactic: str = Field(description="the kernel, as far as it is known without a GPU")
     nodes: tuple[str, ...] = Field(description="the graph's nodes that it comes from")
 
 
@@ -77,7 +77,7 @@ def _layer(line: str) -> EngineLayer:
     found = _LINE.match(line)
     if found is None:
         raise BadArtifactError(
-            "the builder lists a layer in a form that this version does not know",
+            "the builder lists a layer in an unknown form",
             why=line[:200],
             fix="use a version of TensorRT that this project was tested with",
         )
@@ -124,7 +124,7 @@ def parse_inspector(text: str) -> tuple[EngineLayer, ...]:
         return tuple(_inspected(entry) for entry in layers)
     except (ValueError, KeyError, TypeError) as error:
         raise BadArtifactError(
-            "the engine's inspector answers in a form that this version does not know",
+            "the engine's inspector answers in an unknown form",
             why=f"{type(error).__name__}: {error}; it begins {text[:120]!r}",
             fix="build with detailed profiling verbosity, and a version of TensorRT from 10.13 to 11.x",
         ) from error
@@ -177,7 +177,7 @@ class ProductPrecision(FrozenConfig):
     layer: str = Field(description="the engine's layer; empty when none was found")
     operands: tuple[str, ...] = Field(description="types it multiplies: activation, then weight or second activation")
     output: str = Field(description="type it writes")
-    fused_attention: bool = Field(description="whether both products of the attention and its softmax are one kernel")
+    fused_attention: bool = Field(description="whether both matmuls of the attention and its softmax are one kernel")
 
     @property
     def name(self) -> str:
@@ -188,8 +188,8 @@ class ProductPrecision(FrozenConfig):
 class PrecisionReport(FrozenConfig):
     """All matrix multiplications and convolutions, and the layers around them."""
 
-    products: tuple[ProductPrecision, ...] = Field(description="in the graph's order")
-    other_layers: dict[str, int] = Field(description="how many engine layers of each other type")
+    products: tuple[ProductPrecision, ...] = Field(description="all of them, in the graph's order")
+    other_layers: dict[str, int] = Field(description="number of engine layers of each other type")
 
     def counts(self) -> dict[str, int]:
         """Number of matrix multiplications and convolutions by precision."""

@@ -147,7 +147,7 @@ def _operator() -> Any:
 
     def run(self: Any, x: Any, tensor_scale: Any, **attributes: int) -> tuple[Any, Any]:
         if attributes.get("block_size") != BLOCK or attributes.get("axis") not in (-1, x.ndim - 1):
-            raise ValueError(f"{DYNAMIC_QUANTIZE} of {attributes} is not one that this project writes")
+            raise ValueError(f"{DYNAMIC_QUANTIZE} of {attributes} is not a form that fp8pipe writes")
         return dynamic_quantize(x, tensor_scale)
 
     return type(DYNAMIC_QUANTIZE, (OpRun,), {"op_domain": DOMAIN, "_run": run})

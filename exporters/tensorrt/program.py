@@ -54,8 +54,8 @@ def read_program(engine: Path) -> tuple[EngineLayer, ...]:
         layers = tuple(_layer(found, tensors) for found in _LAUNCH.finditer(content))
     if not layers:
         raise BadArtifactError(
-            f"{engine.name} holds no program that can be read",
-            why="it is no engine of TensorRT for RTX, or of a version whose form is not known",
+            f"no program can be read from {engine.name}",
+            why="it is not an engine of TensorRT for RTX, or of a version whose file format is unknown",
             fix="export again, with a version of TensorRT for RTX that this project was tested with",
         )
     return layers

@@ -42,9 +42,9 @@ class EngineRecipe(FrozenConfig):
     capability: str = Field(description="compute capability, for instance 8.9")
     graph_sha256: str = Field(description="digest of the ONNX file")
     profiles: dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]] = Field(
-        description="smallest, usual and largest shape of every input"
+        description="smallest, typical and largest shape of every input"
     )
-    settings: dict[str, Any] = Field(description="builder flags and the like")
+    settings: dict[str, Any] = Field(description="builder flags and other settings")
 
     @property
     def digest(self) -> str:
@@ -57,10 +57,10 @@ class EngineRecipe(FrozenConfig):
         mine, theirs = self.model_dump(mode="json"), wanted.model_dump(mode="json")
         words = {
             "builder": f"it was built by {_NAMES[self.builder]}, not {_NAMES[wanted.builder]}",
-            "version": f"it was built by {_NAMES[self.builder]} {self.version}, and {wanted.version} is installed",
+            "version": f"it was built by {_NAMES[self.builder]} {self.version}, but {wanted.version} is installed",
             "capability": f"it is for compute capability {self.capability}, not {wanted.capability}",
-            "graph_sha256": f"it is of another graph ({self.graph_sha256[:12]}, not {wanted.graph_sha256[:12]})",
-            "profiles": "it is for other input shapes",
+            "graph_sha256": f"its graph is another ({self.graph_sha256[:12]}, not {wanted.graph_sha256[:12]})",
+            "profiles": "it was built for other input shapes",
             "settings": "it was built with other settings",
         }
         return tuple(words[key] for key in mine if mine[key] != theirs[key])

@@ -21,8 +21,9 @@ from fp8pipe.numerics.kinds import Kind
 KIND: Final = "trt-export"
 # For model cards.
 ENGINE_LIMITS: Final = (
-    "Engines fit the compute capability in their name and the version that built them; model.onnx makes others.",
-    "Precisions are those that the builder lists; no engine was executed when this was written.",
+    "Engines run only on the compute capability in their name, with the version that built them; "
+    "build others from model.onnx.",
+    "Precisions are those that the builder lists; the export did not run any engine.",
 )
 
 
@@ -94,11 +95,13 @@ class EnterpriseSettings(FrozenConfig):
     """Settings of the builder; part of an engine's recipe."""
 
     workspace_mib: Annotated[int, Flag("workspace")] = Field(
-        default=4096, gt=0, description="Enterprise: scratch memory that kernels may take, MiB"
+        default=4096, gt=0, description="Enterprise: scratch memory that kernels may use, MiB"
     )
-    optimization_level: int = Field(default=3, ge=0, le=5, description="Effort of the search; 3 is its default")
+    optimization_level: int = Field(
+        default=3, ge=0, le=5, description="Enterprise: optimization level of the builder, 0 to 5"
+    )
     version_compatible: Annotated[bool, Flag("version-compatible")] = Field(
-        default=False, description="Enterprise: engines that later versions load, too"
+        default=False, description="Enterprise: build engines that later versions can load"
     )
 
     @staticmethod
@@ -117,15 +120,17 @@ class TrtExportOptions(FrozenConfig):
     format: Annotated[TrtFormat | None, Flag(default="the artifact's own")] = Field(
         None, description="fp8, int8, nvfp4, int8-, int4- or nvfp4-weight-only"
     )
-    builder: Builder = Field(Builder.RTX, description="Who compiles: rtx anywhere, enterprise for this GPU, or nobody")
-    base: Base = Field(Base.FP16, description="Type of what is not quantized")
-    compute_capabilities: Annotated[Capabilities, Flag("compute-capability", "8.9 12.0, for NVFP4 12.0")] = Field(
-        ("8.9", "12.0"), description="A GPU that rtx compiles for; repeatable"
+    builder: Builder = Field(
+        Builder.RTX, description="rtx (compiles on any machine), enterprise (for this GPU) or none (only the graph)"
     )
-    batch: tuple[int, int, int] = Field((1, 8, 32), description="Smallest, usual and largest batch")
-    require: bool = Field(True, description="Refuse engines with a product in another precision")
+    base: Base = Field(Base.FP16, description="Dtype of everything that is not quantized")
+    compute_capabilities: Annotated[Capabilities, Flag("compute-capability", "8.9 12.0, for NVFP4 12.0")] = Field(
+        ("8.9", "12.0"), description="A compute capability that rtx compiles for; repeatable"
+    )
+    batch: tuple[int, int, int] = Field((1, 8, 32), description="Smallest, typical and largest batch")
+    require: bool = Field(True, description="Refuse engines that multiply in another precision")
     enterprise: EnterpriseSettings = Field(
-        default_factory=EnterpriseSettings, description="How the enterprise builder is set up"
+        default_factory=EnterpriseSettings, description="Settings of the enterprise builder"
     )
     pack: bool = Field(True, description="Store engines compressed with xz, as `.engine.xz`")
     force: Annotated[bool, CONFIG_ONLY] = Field(False, description="Replace an existing output directory")
@@ -134,16 +139,18 @@ class TrtExportOptions(FrozenConfig):
     def _ordered(self) -> TrtExportOptions:
         low, usual, high = self.batch
         if not 1 <= low <= usual <= high:
-            raise ValueError(f"batch {self.batch}: three numbers from 1, none smaller than the one before")
+            raise ValueError(f"batch {self.batch}: give three non-decreasing numbers, each at least 1")
         return self
 
 
 class EngineSize(FrozenConfig):
     """Sizes of one engine in bytes."""
 
-    engine_bytes: int = Field(gt=0, description="the file")
-    text_bytes: int = Field(ge=0, description="source text of kernels, and the builder's description of the network")
-    ideal_bytes: int = Field(gt=0, description="the graph's codes, scales and floats")
+    engine_bytes: int = Field(gt=0, description="size of the file")
+    text_bytes: int = Field(
+        ge=0, description="text in it: source of kernels, and the builder's description of the network"
+    )
+    ideal_bytes: int = Field(gt=0, description="size of the graph's codes, scales and floats")
 
     @property
     def weights_over_ideal(self) -> float:
@@ -154,26 +161,28 @@ class EngineSize(FrozenConfig):
 class BuiltEngine(FrozenConfig):
     """An engine in an export, as listed in the manifest; `layers.json` lists each of its matrix multiplications."""
 
-    engine: str = Field(description="its file")
+    engine: str = Field(description="path of its file")
     engine_bytes: int = Field(ge=0, description="size of the engine as built")
-    precisions: dict[str, int] = Field(description="products by the precision they are multiplied in")
+    precisions: dict[str, int] = Field(description="number of matrix multiplications by precision")
     fused_attentions: int = Field(default=0, ge=0, description="attentions that run as one kernel")
     stored_bytes: int | None = Field(default=None, ge=0, description="size of the engine as stored")
-    size: EngineSize | None = Field(default=None, description="what it weighs")
+    size: EngineSize | None = Field(default=None, description="sizes of its parts")
     recipe: EngineRecipe | None = Field(
-        default=None, description="what it was built from; none before recipes were kept"
+        default=None, description="what it was built from; none in exports from before recipes were recorded"
     )
     build_s: float | None = Field(default=None, description="wall time of the build")
-    kernels: int | None = Field(default=None, description="kernels that multiply")
+    kernels: int | None = Field(default=None, description="number of kernels that multiply matrices")
 
 
 class TrtDetails(GraphDetails):
     """The manifest's details for an export of a vision model to TensorRT."""
 
-    base: str = Field(description="type of what is not quantized")
-    trtexec: str = Field(default="", description="the command that builds an engine elsewhere")
-    products: dict[str, str] = Field(default_factory=dict, description="precision that each product must have")
-    engines: dict[str, BuiltEngine] = Field(default_factory=dict, description="by compute capability")
+    base: str = Field(description="dtype of everything that is not quantized")
+    trtexec: str = Field(default="", description="command that builds an engine on another machine")
+    products: dict[str, str] = Field(
+        default_factory=dict, description="required precision of each matrix multiplication"
+    )
+    engines: dict[str, BuiltEngine] = Field(default_factory=dict, description="engines by compute capability")
 
 
 def migrate_trt(data: dict[str, Any]) -> dict[str, Any]:

@@ -71,7 +71,7 @@ def check_engines(
     graph = sha256_file(artifact.root / MODEL_FILE)
     for capability, entry in engines.items():
         if entry.engine not in listed:
-            yield Finding(Check.MANIFEST, entry.engine, f"the engine for {capability} is not in the export")
+            yield Finding(Check.MANIFEST, entry.engine, f"the file of the engine for {capability} is missing")
         if entry.recipe is not None and entry.recipe.graph_sha256 != graph:
             why = f"it was built from graph {entry.recipe.graph_sha256[:12]}; {MODEL_FILE} is {graph[:12]}"
             yield Finding(Check.MANIFEST, entry.engine, why)
@@ -89,7 +89,7 @@ def check_engines(
     yield from compare_json(shown, said, LAYERS_FILE)
     for capability, entry in engines.items():
         if products and sum(entry.precisions.values()) != len(products):
-            why = f"{sum(entry.precisions.values())} products; the graph has {len(products)}"
+            why = f"{sum(entry.precisions.values())} matrix multiplications; the graph has {len(products)}"
             yield Finding(Check.MANIFEST, f"{LAYERS_FILE} for {capability}", why)
 
 
@@ -131,6 +131,6 @@ def _compare_decoder(
     )  # fmt: skip
     found = [*compare_stored(model, expected), *compare_graphs(model, expected), *compare_details(artifact, facts)]
     if other and found:
-        notes.append(f"{len(found)} differences from a graph made here are not judged: {other}")
+        notes.append(f"{len(found)} differences from a graph traced here are not judged: {other}")
     else:
         yield from found

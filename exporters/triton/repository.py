@@ -61,7 +61,9 @@ def write_graph(source: Path, target: Path, device: TritonDevice, entries: Mappi
     proved = open_session(source)
     width = proved.get_outputs()[0].shape[-1]
     if not isinstance(width, int) or width < 1:
-        raise BadArtifactError(f"{source} has no fixed number of outputs", why="Triton needs one", fix="export again")
+        raise BadArtifactError(
+            f"{source} has no fixed number of outputs", why="Triton's configuration must state it", fix="export again"
+        )
     if device is TritonDevice.GPU:
         shutil.copyfile(source, target)
         return width
@@ -69,7 +71,7 @@ def write_graph(source: Path, target: Path, device: TritonDevice, entries: Mappi
         if not has_vnni():
             raise MissingCapabilityError(
                 "a graph for VNNI cannot be compared with the export here", why="this processor has no VNNI",
-                fix="write it on a machine like Triton's, or leave --device at cpu, which is right on any",
+                fix="run this on a machine with Triton's processor, or use --device cpu, which suits all",
             )  # fmt: skip
         entries = {name: value for name, value in entries.items() if name != PRECISION_MODE}
     _optimize(source, target, entries)
@@ -97,7 +99,7 @@ def _compare(proved: Any, written: Any, path: Path) -> None:
     if differing:
         raise GateFailedError(
             f"{path.name} for Triton does not compute what the export does",
-            why=f"{differing} of {expected.size} outputs of {_IMAGES} random images differ in a bit",
+            why=f"{differing} of {expected.size} outputs of {_IMAGES} random images are not equal bit for bit",
             fix="nothing was written; report this with the version of onnxruntime",
         )
 
@@ -126,7 +128,9 @@ def write_triton_repository(
     name = artifact.root.resolve().name
     root = output / name
     if root.exists():
-        raise ConfigurationError(f"{root} exists already", why="nothing is overwritten", fix="give another --output")
+        raise ConfigurationError(
+            f"{root} already exists", why="an existing model is never overwritten", fix="give another --output"
+        )
     partial = output / f".{name}.partial"
     shutil.rmtree(partial, ignore_errors=True)
     (partial / "1").mkdir(parents=True)
@@ -218,7 +222,7 @@ def plan_repository(artifact: Artifact, output: Path, device: TritonDevice) -> P
     target = output / artifact.root.resolve().name
     return Plan(
         reads=(f"{artifact.root} ({artifact.kind})",),
-        writes=(f"{target}{' (exists already: will be refused)' if target.exists() else ''}",),
+        writes=(f"{target}{' (already exists: will be refused)' if target.exists() else ''}",),
         peak_memory_bytes=_repository_peak(artifact, device),
         disk_bytes=artifact.size_bytes,
         output_bytes=artifact.size_bytes,

@@ -33,11 +33,11 @@ def compare_gates(artifact: Artifact, again: Sequence[Gate]) -> Iterator[Finding
     for gate in again:
         old = recorded.get(gate.name)
         if old is None:
-            yield Finding(Check.MANIFEST, f"gate {gate.name}", "the manifest does not hold it")
+            yield Finding(Check.MANIFEST, f"gate {gate.name}", "the manifest does not list this gate")
             continue
         judged = [(one.comparison, one.threshold, one.passed) for one in (old, gate)]
         if judged[0] != judged[1] or not _close(old.value, gate.value):
-            why = f"the manifest says {old.numbers}; asked again it is {gate.numbers}"
+            why = f"the manifest says {old.numbers}; evaluated again, it is {gate.numbers}"
             yield Finding(Check.MANIFEST, f"gate {gate.name}", why)
 
 
@@ -61,7 +61,7 @@ def compare_json(found: Any, expected: Any, where: str, path: str = "") -> Itera
                 yield from compare_json(found[key], expected[key], where, inner)
     elif isinstance(found, list) and isinstance(expected, list) and all(isinstance(x, str) for x in found + expected):
         for name in sorted(set(found) ^ set(expected)):
-            why = "is there and must not be" if name in found else "is missing"
+            why = "must not be there" if name in found else "is missing"
             yield Finding(Check.MANIFEST, where, f"{path}: {name} {why}")
         if sorted(found) != sorted(expected) and set(found) == set(expected):
             yield Finding(Check.MANIFEST, where, f"{path} names something twice")
@@ -82,13 +82,15 @@ def compare_layers(manifest: Manifest, expected: Sequence[LayerRecord]) -> Itera
         if name not in theirs:
             yield Finding(Check.MANIFEST, name, "the manifest does not list this layer")
         elif name not in ours:
-            yield Finding(Check.MANIFEST, name, "the manifest lists this layer; the files hold none of that name")
+            yield Finding(Check.MANIFEST, name, "the manifest lists this layer; the files have no layer of that name")
         else:
             said, files = theirs[name], ours[name]
             yield from compare_encodings(manifest, name, "weight", said.weight, files.weight)
             yield from compare_encodings(manifest, name, "activation", said.activation, files.activation)
             if said.shape != files.shape:
-                yield Finding(Check.MANIFEST, name, f"the manifest says shape {said.shape}; it is {files.shape}")
+                yield Finding(
+                    Check.MANIFEST, name, f"the manifest says shape {said.shape}; in the files it is {files.shape}"
+                )
 
 
 def compare_encodings(
@@ -122,8 +124,8 @@ def compare_files(root: Path, source: Path, names: Iterable[Path], expected: Ite
     there, wanted = set(names), set(expected)
     for name in sorted(there | wanted):
         if name not in wanted:
-            yield Finding(Check.PARITY, str(name), "the parent holds no such file")
+            yield Finding(Check.PARITY, str(name), "the parent has no such file")
         elif name not in there:
-            yield Finding(Check.PARITY, str(name), "it is missing; the parent holds it")
+            yield Finding(Check.PARITY, str(name), "missing; the parent has it")
         elif not filecmp.cmp(root / name, source / name, shallow=False):
-            yield Finding(Check.PARITY, str(name), "its bytes are not those of the parent's")
+            yield Finding(Check.PARITY, str(name), "its bytes differ from the parent's")

@@ -41,7 +41,7 @@ def check_contents(artifact: Artifact, parent: Path | None) -> tuple[list[Findin
     target = target_of(artifact.kind)
     check = checks.get(artifact.kind) if target is None else target.verify
     if check is None:
-        return [], [f"contents not checked: no check is known for the kind {artifact.kind!r}"]
+        return [], [f"contents not checked: this version has no check for artifacts of kind {artifact.kind!r}"]
     findings: list[Finding] = []
     notes: list[str] = []
     try:
@@ -57,7 +57,7 @@ def check_contents(artifact: Artifact, parent: Path | None) -> tuple[list[Findin
     except (ValueError, KeyError, TypeError, OSError, RuntimeError, SafetensorError) as error:
         # The files have the recorded hashes but cannot be read here: whoever wrote them made a mistake.
         why = " ".join(f"{type(error).__name__}: {error}".split())[:400]
-        named = _no_json(artifact) or [(artifact.kind, f"its files do not fit each other: {why}")]
+        named = _no_json(artifact) or [(artifact.kind, f"its files are inconsistent with each other: {why}")]
         findings += [Finding(Check.REOPEN, where, said) for where, said in named]
     return findings, notes
 
@@ -115,7 +115,7 @@ def _check_tuned(artifact: Artifact, parent: Path | None, notes: list[str]) -> I
     for layer in manifest.layers:
         name, shape = layer.name, tensors[f"{layer.name}.weight"].shape if layer.name in coded else None
         if shape is not None and layer.shape not in (None, shape, shape[::-1]):
-            yield Finding(Check.MANIFEST, name, f"the manifest says shape {layer.shape}, it is {shape}")
+            yield Finding(Check.MANIFEST, name, f"the manifest says shape {layer.shape}; in the files it is {shape}")
         scale = tensors.get(f"{name}.weight_scale")
         if shape is not None and scale is not None and layer.weight is not None:
             per: Granularity = "per-tensor" if math.prod(scale.shape) == 1 else "per-channel"

@@ -117,15 +117,15 @@ def _layers(artifact: Artifact, layers: tuple[ExportedLayer, ...]) -> Iterator[F
     for layer in layers:
         for operand in layer.operands:
             if not operand.exact_limits:
-                yield Finding(Check.REOPEN, layer.label, "a Clip's bound is not the value of a code")
+                yield Finding(Check.REOPEN, layer.label, "the bound of a Clip does not correspond to a code")
     stated = {record.name: record for record in artifact.manifest.layers}
     for name in sorted(stored.keys() - stated.keys()):
         yield Finding(Check.MANIFEST, name, "holds codes; the manifest does not list this layer")
     for name, record in stated.items():
         if record.converted and name not in stored:
-            yield Finding(Check.MANIFEST, name, "the manifest says it holds codes; the graph has none for it")
+            yield Finding(Check.MANIFEST, name, "the manifest says that it holds codes; the graph has none for it")
         elif name in stored and not record.converted:
-            yield Finding(Check.MANIFEST, name, "holds codes; the manifest says it is left float")
+            yield Finding(Check.MANIFEST, name, "holds codes; the manifest says that it stays float")
         elif name in stored:
             yield from _weight(name, stored[name].operands[1].weight, record)
             yield from _encodings(artifact.manifest, stored[name], record)
@@ -148,7 +148,7 @@ def _products(artifact: Artifact, model: ir.Model) -> Iterator[Finding]:
     found = {str(n.name).rpartition("/")[0] for n in model.graph if str(n.name).endswith(("/MatMul", "/Conv"))}
     stated = {layer.name for layer in artifact.manifest.layers}
     for name in sorted(found ^ stated):
-        why = "the manifest does not list this layer" if name in found else "the graph has no product of this layer"
+        why = "the manifest does not list this layer" if name in found else "the graph has no node of this layer"
         yield Finding(Check.MANIFEST, name, why)
     for record in artifact.manifest.layers:
         if (value := model.graph.initializers.get(f"{record.name}.weight")) and value.const_value is not None:
@@ -203,7 +203,7 @@ def _descriptions(artifact: Artifact, model: ir.Model) -> Iterator[Finding]:
     if classes.is_file() and width:
         names = _read_json(classes)
         if str(len(names)) != str(width[0]) and str(width[0]).isdigit():
-            yield Finding(Check.REOPEN, CLASSES_FILE, f"{len(names)} classes; the graph gives {width[0]} numbers")
+            yield Finding(Check.REOPEN, CLASSES_FILE, f"{len(names)} classes; the graph has {width[0]} outputs")
 
 
 def _against(
@@ -228,7 +228,7 @@ def _against(
     structure = [*compare_graphs(model, expected), *compare_details(artifact, details)]
     if other and structure:
         notes.append(
-            f"operators differ in {len(structure)} places from a graph made here, where "
+            f"operators differ in {len(structure)} places from a graph traced here, where "
             f"{other}; not judged, since tracing depends on it"
         )
     else:
@@ -281,11 +281,11 @@ def _compare_nodes(found: list[ir.Node], expected: list[ir.Node]) -> Iterator[Fi
     ours, theirs = ({str(n.outputs[0].name): n for n in nodes} for nodes in (found, expected))
     for name in theirs:
         if name not in ours:
-            yield _parity(_label(theirs[name]), f"there is no such {theirs[name].op_type}")
+            yield _parity(_label(theirs[name]), f"this {theirs[name].op_type} is missing")
     for name, node in ours.items():
         other = theirs.get(name)
         if other is None:
-            yield _parity(_label(node), f"a {node.op_type} that no export writes")
+            yield _parity(_label(node), f"no export has this {node.op_type}")
             continue
         for what, mine, wanted in (
             ("operator", (node.domain, node.op_type), (other.domain, other.op_type)),
@@ -308,7 +308,7 @@ def compare_stored(found: ir.Model, expected: ir.Model) -> Iterator[Finding]:
         if name not in ours:
             yield _parity(name, "this stored tensor is missing")
         elif name not in theirs:
-            yield _parity(name, "a stored tensor that no export writes")
+            yield _parity(name, "no export stores such a tensor")
         else:
             yield from _compare_tensors(name, ours[name].const_value, theirs[name].const_value)
 
@@ -325,7 +325,7 @@ def _compare_tensors(name: str, found: Any, expected: Any) -> Iterator[Finding]:
         differing = np.flatnonzero((bits[0] != bits[1]).any(1))
         first = int(differing[0])
         pair = tuple(str(array.reshape(-1)[first]) for array in (mine, wanted))
-        why = f"{len(differing)} of {mine.size} numbers differ; number {first} is {pair[0]}, expected {pair[1]}"
+        why = f"{len(differing)} of {mine.size} elements differ; element {first} is {pair[0]}, expected {pair[1]}"
         yield _parity(name, why)
 
 

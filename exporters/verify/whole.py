@@ -56,7 +56,7 @@ def verify_tree(
         shown = tree.name_of(artifact.root)
         parent, findings, notes = family.parents_of(artifact)
         if artifact.root in checked.damaged:
-            notes.append("its bytes are damaged, so its contents were not looked at")
+            notes.append("its bytes are damaged, so its contents were not checked")
         elif not quick:
             parent = None if parent in checked.damaged else parent
             compared += [(shown, str(parent))] if parent is not None else []
@@ -86,8 +86,9 @@ class _Family:
                     self.models[open_source(place).parent.digest] = place
                 except (ConfigurationError, BadArtifactError) as error:
                     raise ConfigurationError(
-                        f"{place} holds no parent", why=f"neither an artifact nor a model: {error.why or error.what}",
-                        fix="give the artifact or model that was exported",
+                        f"{place} is not a possible parent",
+                        why=f"neither an artifact nor a model: {error.why or error.what}",
+                        fix="name the artifact or model that was exported",
                     ) from error  # fmt: skip
 
     def parents_of(self, artifact: Artifact) -> tuple[Path | None, list[Finding], list[str]]:
@@ -122,7 +123,7 @@ class _Family:
         if target_of(artifact.kind) is None:
             return None, f"{named}: not compared, as training and quantization change the weights"
         if parent.outdated:
-            return None, f"{named}: not compared; {parent.outdated}: export it again"
+            return None, f"{named}: not compared: {parent.outdated}; export it again"
         if parent.kind == "model" and self.quick:
             return None, f"{named}: models are not hashed with --quick"
         if parent.kind == "model":
@@ -132,8 +133,8 @@ class _Family:
         if place is not None:
             return place, note
         there = os.path.exists(parent.path)
-        why = note or ("what lies there has another digest" if there else "found neither there nor beside the artifact")
-        return None, f"{named}: {why}: not compared; --parents PLACE says where it lies"
+        why = note or ("what is there has another digest" if there else "it is neither there nor beside the artifact")
+        return None, f"{named}: not compared: {why}; give its directory with --parents"
 
     def _artifact(self, child: Artifact, parent: Parent) -> tuple[Path | None, str]:
         """A parent that is an artifact; returns a note if only its content matches, or if it is damaged."""

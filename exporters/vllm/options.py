@@ -45,7 +45,7 @@ class VllmExportOptions(FrozenConfig):
     )
     max_shard_bytes: Annotated[Size, Flag("max-shard-size")] = Field(
         default=5_000_000_000,
-        description="Most tensor data in one file, for instance 5GB; a larger tensor gets its own",
+        description="Largest amount of tensor data in one file, for instance 5GB; a larger tensor gets its own file",
     )
     vllm_version: str = Field(
         default="0.32.0", description="vLLM version whose checkpoint schema is written (one of the declared versions)"

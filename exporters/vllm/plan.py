@@ -204,7 +204,7 @@ class _Planner:
             elif not self.structure.in_decoder(module):
                 reasons[module] = "outside the text decoder"
             elif any(size % DIMENSION_MULTIPLE for size in shape):
-                reasons[module] = f"shape {shape} is no multiple of {DIMENSION_MULTIPLE}"
+                reasons[module] = f"shape {shape} is not a multiple of {DIMENSION_MULTIPLE}"
         for group in fused_siblings(self.structure.projections, self.schema.fused_groups):
             blocked = [m for m in group if m in reasons]
             for module in group:

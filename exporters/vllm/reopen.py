@@ -203,9 +203,9 @@ def _weight_gates(found: _Comparison) -> list[Gate]:
     count = found.counts
     fresh, rounded = count[Action.QUANTIZE], count[Action.DEQUANTIZE] + count[Action.CAST]
     how = (
-        f"{count[Action.CODES]} weight(s) of codes against the source's code * scale in fp32; {fresh} quantized here "
-        f"against the source rounded by other code; {rounded} in bf16 against the source's values "
-        "(code * scale where it holds codes) rounded once to bf16"
+        f"{count[Action.CODES]} weight(s) with FP8 codes against the source's code * scale in fp32; {fresh} quantized "
+        f"here against the source rounded by an independent implementation; {rounded} in bf16 against the source's "
+        "values (code * scale for FP8 codes) rounded once to bf16"
     )
     gates = [
         _none("weights-bit-exact", found.weights, how),
@@ -236,9 +236,9 @@ def _other_files(plan: ExportPlan, root: Path) -> list[Gate]:
     shards = shard_names(len(plan.shards))
     known = names | changed | {CONFIG_NAME, CARD_FILE, *shards} | ({INDEX_NAME} if len(shards) > 1 else set())
     there = {str(path.relative_to(root)) for path in root.rglob("*") if path.is_file()}
-    strange = sorted(name for name in there - known if name.split("/")[0] not in _PASSED_OVER)
+    unexpected = sorted(name for name in there - known if name.split("/")[0] not in _PASSED_OVER)
     detail = f"{len(names)} file(s), byte for byte, and no other that an engine might read"
-    gates = [_none("auxiliary-files-identical", [*wrong, *strange], detail), _config(plan, root)]
+    gates = [_none("auxiliary-files-identical", [*wrong, *unexpected], detail), _config(plan, root)]
     return gates if plan.ending.settings is None else [*gates, _generation(plan.ending.settings, root)]
 
 
@@ -247,14 +247,14 @@ def _generation(expected: dict[str, Any], root: Path) -> Gate:
     path = root / GENERATION_FILE
     found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     wrong = [f"{GENERATION_FILE}: {key}" for key in _differing(found, expected)]
-    return _none("generation-config-preserved", wrong, f"{GENERATION_FILE}, but for {EOS}, which is {expected[EOS]}")
+    return _none("generation-config-preserved", wrong, f"{GENERATION_FILE}, except {EOS}, which is {expected[EOS]}")
 
 
 def _config(plan: ExportPlan, root: Path) -> Gate:
     """config.json equals the source's, except for the keys in `changed_on_purpose`."""
     config = json.loads((root / CONFIG_NAME).read_text(encoding="utf-8"))
     wrong = list(_differing(config, export_config(plan)))
-    return _none("config-preserved", wrong, f"config.json, but for {', '.join(_changed_keys(plan)) or 'nothing'}")
+    return _none("config-preserved", wrong, f"config.json, except {', '.join(_changed_keys(plan)) or 'nothing'}")
 
 
 def changed_on_purpose(plan: ExportPlan) -> list[str]:

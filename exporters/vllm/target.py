@@ -21,18 +21,18 @@ class VllmDetails(Details):
     transposed: list[str] = Field(default_factory=list, description="quantized weights stored as (in, out)")
     ignore: list[str] = Field(default_factory=list, description="layers that the engine must not quantize")
     activations: Encoding | None = Field(
-        default=None, description="how the engine quantizes inputs; none where it does not"
+        default=None, description="how the engine quantizes inputs of layers; none if it does not"
     )
     trained_activations: Encoding | None = Field(
         default=None,
-        description="how training quantized them; none where it did not, or where nothing was trained in FP8",
+        description="how training quantized them; none if it did not, or if nothing was trained in FP8",
     )
-    quantized_here: bool = Field(default=False, description="whether this export did the rounding")
-    payload_bytes: int = Field(ge=0, description="tensor data in the weight files")
+    quantized_here: bool = Field(default=False, description="whether this export quantized the weights")
+    payload_bytes: int = Field(ge=0, description="size of the tensor data in the weight files, bytes")
     stop_token_added: int | None = Field(
         default=None,
-        description="end-of-turn token of the chat template that eos_token_id of generation_config.json names here and "
-        "does not name in the source",
+        description="end-of-turn token of the chat template that the export added to eos_token_id of "
+        "generation_config.json",
     )
 
 

@@ -63,7 +63,7 @@ def check_vllm(artifact: Artifact, parent: Path | None, notes: list[str]) -> Ite
     yield from unexpected_tensors(tensors, plan.structure)
     yield from stray_weights(artifact.root, tensors)
     for unit in plan.dropped:
-        yield Finding(Check.LINT, unit.entry.name, "a second copy of a tied tensor, which no export holds")
+        yield Finding(Check.LINT, unit.entry.name, "a second copy of a tied tensor, which no export stores")
     yield from _statements(artifact, plan)
     if parent is not None:
         yield from _against(artifact, plan, parent)
@@ -83,7 +83,9 @@ def _statements(artifact: Artifact, plan: ExportPlan) -> Iterator[Finding]:
         yield Finding(Check.MANIFEST, "number_format", f"{stated}; the files hold {plan.options.format}")
     added = manifest.details_of(VllmDetails).stop_token_added
     if added is not None and added not in stop_tokens(artifact.root):
-        yield Finding(Check.MANIFEST, GENERATION_FILE, f"the manifest says that {EOS} has {added}, which it has not")
+        yield Finding(
+            Check.MANIFEST, GENERATION_FILE, f"the manifest says that {EOS} contains {added}, but it does not"
+        )
     unknown = frozenset({"quantized_here", "trained_activations", "stop_token_added"})
     yield from compare_details(artifact, details_of(plan), unknown)
 
@@ -118,7 +120,7 @@ def unexpected_tensors(tensors: dict[str, TensorEntry], structure: ModelStructur
     """
     for name in sorted(tensors):
         if "lora_" in name or ".base_layer." in name:
-            yield Finding(Check.LINT, name, "an adapter's tensor, which no engine loads from here")
+            yield Finding(Check.LINT, name, "a tensor of an adapter, which no engine loads from an export")
     table = structure.naming.table(tensors)
     stored = {known.name: tensors[name] for name, known in table.items() if known.whole}
     joined = {known.name for known in table.values() if not known.whole}
@@ -132,7 +134,7 @@ def unexpected_tensors(tensors: dict[str, TensorEntry], structure: ModelStructur
             continue
         found = stored.get(name)
         if found is None:
-            yield Finding(Check.LINT, name, "the architecture of config.json has it, the files do not")
+            yield Finding(Check.LINT, name, "the architecture in config.json has this tensor, the files lack it")
         elif len(found.shape) < 2 and found.shape != shape:
             why = f"shape {found.shape}; config.json declares {shape}"
             yield Finding(Check.LINT, name, why)

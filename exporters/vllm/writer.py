@@ -172,12 +172,12 @@ def auxiliary_warnings(root: Path) -> list[str]:
     """What the served model will lack, as warnings for the manifest."""
     names = {path.name for path in sidecar_files(root, SERVED_FILES)}
     if not any(name.startswith(("tokenizer", "vocab")) for name in names):
-        return ["the source holds no tokenizer: the engine must be given one (--tokenizer)"]
+        return ["the source has no tokenizer: give the engine one (--tokenizer)"]
     path = root / "tokenizer_config.json"
     inside = path.is_file() and '"chat_template"' in path.read_text(encoding="utf-8")
     if inside or any(name.startswith("chat_template") for name in names):
         return []
-    return ["the tokenizer has no chat template: the chat endpoint will refuse, completions work"]
+    return ["the tokenizer has no chat template: the chat endpoint will refuse requests, completions work"]
 
 
 def export_config(plan: ExportPlan) -> dict[str, object]:

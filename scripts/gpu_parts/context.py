@@ -53,7 +53,9 @@ class Context:
         """
         began = time.monotonic()
         if self.left() < needs:
-            self.emit({"name": name, "left_out": f"it takes some {needs:.0f} s and {self.left():.0f} s were left"})
+            self.emit(
+                {"name": name, "left_out": f"it takes about {needs:.0f} s, but only {self.left():.0f} s were left"}
+            )
             return
         try:
             found = find()

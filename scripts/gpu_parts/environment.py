@@ -38,7 +38,7 @@ def _torch(context: Context) -> dict[str, Any]:
 
 def _gpu(context: Context) -> dict[str, Any]:
     if not context.on_cuda:
-        raise LeftOut("a CPU is measured")
+        raise LeftOut("measuring on a CPU")
     found = torch.cuda.get_device_properties(context.device)
     free, total = torch.cuda.mem_get_info(context.device)
     sheet = device_reported(found.name)
@@ -52,7 +52,7 @@ def _gpu(context: Context) -> dict[str, Any]:
 def gpu_state(context: Context) -> dict[str, Any]:
     """Driver, clocks, power and temperature at this moment, as nvidia-smi says them."""
     if not context.on_cuda or shutil.which("nvidia-smi") is None:
-        raise LeftOut("there is no nvidia-smi")
+        raise LeftOut("nvidia-smi is not installed")
     command = ["nvidia-smi", f"--query-gpu={','.join(_ASKED)}", "--format=csv,noheader", "--id=0"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
     return dict(zip(_ASKED, (value.strip() for value in done.stdout.split(",")), strict=True))

@@ -46,7 +46,9 @@ class Record:
         except (OSError, ValueError) as error:
             raise BadArtifactError(f"{path} cannot be read", why=str(error), fix=fix) from error
         if not isinstance(data, dict) or data.get("schema") != SCHEMA:
-            raise BadArtifactError(f"{path} is no record of a session", why=f"its schema is not {SCHEMA}", fix=fix)
+            raise BadArtifactError(
+                f"{path} is not a record of scripts/gpu_session.py", why=f"its schema is not {SCHEMA}", fix=fix
+            )
         return cls(path, data)
 
     def part(self, name: str, **facts: Any) -> None:

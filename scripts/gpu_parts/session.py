@@ -92,7 +92,7 @@ def _run_part(record: Record, name: str, start: str, arguments: tuple[torch.devi
         child.kill()
         child.join()
     if not told:
-        why = "its time was up" if late else f"its process ended with code {child.exitcode}"
+        why = "its time was up" if late else f"its process ended with exit code {child.exitcode}"
         told = {"status": "ended", "error": why}
     record.part(name, **told, seconds=round(time.monotonic() - began, 1))
     print(f"{name}: {told['status']} {told.get('error', '')}", file=sys.stderr, flush=True)

@@ -75,7 +75,9 @@ class KeyFile:
         self._stamp = self._look()
         self._keys = _read(path)
         if not self._keys:
-            raise ConfigurationError(f"{path} holds no API keys", why="nobody could call", fix="add one per line")
+            raise ConfigurationError(
+                f"{path} holds no API keys", why="no client could call", fix="add one key per line"
+            )
         self._looked = time.monotonic()
 
     def name_of(self, key: bytes) -> str | None:
@@ -101,7 +103,9 @@ class KeyFile:
         try:
             self._keys = _read(self.path)
         except ConfigurationError as error:
-            logger.error("the API keys are still the former ones: %s (%s)", error.what, error.why)
+            logger.error(
+                "the API keys could not be reloaded, the previous ones remain valid: %s (%s)", error.what, error.why
+            )
         else:
             logger.info("%d API keys read from %s", len(self._keys), self.path.name)
         self._stamp = stamp
@@ -163,7 +167,7 @@ def _read(path: Path) -> tuple[tuple[str, str], ...]:
         match = _LINE.fullmatch(text)
         if match is None:  # the line is not shown: it may be a key in plain text
             what, why = f"line {number} of {path} is no API key's digest", "it is not 'sha256:<64 hex digits> [name]'"
-            fix = "make keys with fp8pipe serve-key, and write its line into the file"
+            fix = "create keys with fp8pipe serve-key, and add the line it prints to the file"
             raise ConfigurationError(what, why=why, fix=fix)
         keys.append((match[1], match[2] or f"line {number}"))
     return tuple(keys)
@@ -189,7 +193,7 @@ class BodyAccount:
             Problem: 503, the budget would be exceeded.
         """
         if self._budget.held + count > self._budget.max_bytes:
-            raise overloaded("the bodies of all requests together are too large now", _CLOSE)
+            raise overloaded("the request bodies in memory are too large in total at the moment", _CLOSE)
         self._budget.held += count
         self._held += count
 
@@ -232,7 +236,7 @@ class BodyLimitMiddleware:
                     message = await receive()
             except TimeoutError:
                 late = f"the body did not arrive within {self.timeout_s:g} s"
-                raise Problem(408, "body_too_slow", late, "send it faster, or less", _CLOSE) from None
+                raise Problem(408, "body_too_slow", late, "send the body faster, or a smaller one", _CLOSE) from None
             if message["type"] == "http.request":
                 size = len(message.get("body", b""))
                 left -= size

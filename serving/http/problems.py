@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 _KNOWN = {
     404: ("not_found", "the paths are listed at /openapi.json"),
-    405: ("method_not_allowed", "the header Allow names the methods"),
+    405: ("method_not_allowed", "the header Allow lists the methods"),
     415: ("unsupported_media_type", ""),
 }
 

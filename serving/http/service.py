@@ -64,16 +64,16 @@ def proof_of(artifact: Artifact, config: ServeConfig, versions: Mapping[str, str
     try:
         record = require_accept(artifact, config.record)
         was = {name: record.versions.get(name, "absent") for name in versions} | {"form": record.form}
-        others = [f"{name} {was[name] or 'unnamed'}, and here is {now}"
+        others = [f"{name} {was[name] or 'unnamed'}, but here it is {now}"
                   for name, now in {**versions, "form": form}.items() if was[name] != now]  # fmt: skip
         if others:
             raise GateFailedError(
                 f"{artifact.root} was not validated as it would be served",
-                why=f"its record speaks of {'; '.join(others)}", fix=f"fp8pipe validate {artifact.root}, here",
+                why=f"its record names {'; '.join(others)}", fix=f"run fp8pipe validate {artifact.root} here",
             )  # fmt: skip
     except (BadArtifactError, GateFailedError) as error:
         if not config.unvalidated:
-            error.fix += "; --unvalidated serves it all the same, and says so in every answer"
+            error.fix += "; or serve it with --unvalidated, as every response will say"
             raise
         logger.warning("%s is served UNVALIDATED: %s: %s", artifact.root, error.what, error.why)
         return Proof("unvalidated", form, versions)
@@ -98,7 +98,7 @@ def identity_of(artifact: Artifact, proof: Proof) -> dict[str, Any]:
 
 
 def read_keys(config: ServeConfig) -> KeyFile | None:
-    """The API keys; None if anybody may call. Raises the errors of `KeyFile`."""
+    """The API keys; None if no key is required. Raises the errors of `KeyFile`."""
     return None if config.api_key_file is None else KeyFile(config.api_key_file)
 
 

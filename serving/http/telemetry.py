@@ -58,11 +58,11 @@ class HttpMetrics:
         self.registry = at = CollectorRegistry()
         self.requests = Counter("fp8pipe_requests", "Requests answered.", ("route", "method", "status"), registry=at)
         self.latency = Histogram(
-            "fp8pipe_request_seconds", "From the first byte of a request to the last of its answer.", ("route",),
+            "fp8pipe_request_seconds", "Time from the first byte of a request to the last of its response.", ("route",),
             buckets=LATENCY_BUCKETS_S, registry=at,
         )  # fmt: skip
-        self.held_bytes = Gauge("fp8pipe_held_body_bytes", "Bodies of requests in memory.", registry=at)
-        self.in_drain = Gauge("fp8pipe_draining", "1 after SIGTERM.", registry=at)
+        self.held_bytes = Gauge("fp8pipe_held_body_bytes", "Size of the request bodies in memory.", registry=at)
+        self.in_drain = Gauge("fp8pipe_draining", "1 while draining, after SIGTERM.", registry=at)
 
     def observe(self, route: str, method: str, status: int, took_s: float) -> None:
         """Count one request. `route` must be a route template, never text from a client: labels are kept forever."""
@@ -71,7 +71,9 @@ class HttpMetrics:
 
     def identify(self, labels: Mapping[str, str]) -> None:
         """Publish which artifact is served."""
-        Gauge("fp8pipe_artifact_info", "What is served.", list(labels), registry=self.registry).labels(**labels).set(1)
+        Gauge("fp8pipe_artifact_info", "The artifact that is served.", list(labels), registry=self.registry).labels(
+            **labels
+        ).set(1)
 
     def text(self) -> bytes:
         """All metrics in Prometheus text format."""
@@ -163,7 +165,9 @@ def traced(app: Any) -> Any:
     try:
         return with_spans(app, _tracer_provider())
     except ImportError as error:
-        logger.warning("a collector is configured, but nothing is traced: %s; pip install 'fp8pipe[tracing]'", error)
+        logger.warning(
+            "a tracing collector is configured, but requests are not traced: %s; pip install 'fp8pipe[tracing]'", error
+        )
         return app
 
 

@@ -76,7 +76,7 @@ class Front:
     def _end(self) -> None:
         self._ending = True
         if self._running:
-            logger.warning("the drain is over: %d running requests are ended", len(self._running))
+            logger.warning("the drain period is over: cancelling %d running requests", len(self._running))
         for task in self._running:
             task.cancel()
 
@@ -114,8 +114,8 @@ class Front:
     def _away(self) -> Problem:
         """The error that a client gets while vLLM cannot answer."""
         state = self.supervisor.state
-        what = "the model is being loaded" if state is State.STARTING else "the model is being started again"
-        fix = "send the request again after the seconds that Retry-After names"
+        what = "the model is being loaded" if state is State.STARTING else "the model is being restarted"
+        fix = "send the request again after the number of seconds in Retry-After"
         return Problem(503, "engine_unavailable", what, fix, {"Retry-After": str(self.supervisor.retry_after_s)})
 
     async def _pass(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -168,7 +168,7 @@ class Front:
     async def _stream(self, reply: Reply, send: Send) -> None:
         headers = [item for item in reply.headers if item[0] not in _NOT_DOWN]
         await send({"type": "http.response.start", "status": reply.status, "headers": headers})
-        code, message = "engine_unavailable", "the model broke off"
+        code, message = "engine_unavailable", "the model stopped in the middle of its answer"
         try:
             while (part := await reply.next()) is not None:
                 last = reply.finished

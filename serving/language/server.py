@@ -98,9 +98,9 @@ def run_front(
 ) -> int:
     """Serve until a signal arrives. If vLLM's first start fails, raises the error that it failed with."""
     keys, lifecycle, metrics = read_keys(config), Lifecycle(), HttpMetrics()
-    up = Gauge("fp8pipe_engine_up", "1 while vLLM answers.", registry=metrics.registry)
+    up = Gauge("fp8pipe_engine_up", "1 while vLLM is ready.", registry=metrics.registry)
     up.set_function(lambda: supervisor.state is State.READY)
-    restarts = Gauge("fp8pipe_engine_restarts", "Restarts of vLLM so far.", registry=metrics.registry)
+    restarts = Gauge("fp8pipe_engine_restarts", "Number of restarts of vLLM.", registry=metrics.registry)
     restarts.set_function(lambda: supervisor.restarts)
     front = Front(
         supervisor, lifecycle, metrics, identity_of(artifact, proof),

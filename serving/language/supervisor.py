@@ -159,11 +159,13 @@ class Supervisor:
             while (code := child.exit_code()) is None:
                 missed = 0 if await self._healthy() else missed + 1
                 if missed >= config.probe_failures or (missed and self._suspect.is_set()):
-                    logger.error("vLLM's server does not answer: it is ended")
+                    logger.error("vLLM's server does not answer: terminating it")
                     break
                 if hung.done():
                     hung.result()  # raises unexpected errors of the task
-                    logger.error("vLLM's engine has made no token for %g s: it is ended", config.engine_timeout_s)
+                    logger.error(
+                        "vLLM's engine has generated no token for %g s: terminating it", config.engine_timeout_s
+                    )
                     break
                 await self._pause()
         finally:
@@ -218,7 +220,7 @@ class Supervisor:
         self._crashes += 1
         self.restarts += 1
         log = "" if self.child is None else self.child.log
-        logger.error("vLLM ended (status %d) and is started again in %.1f s; its log: %s", code, delay, log)
+        logger.error("vLLM ended (status %d) and will be restarted in %.1f s; its log: %s", code, delay, log)
         await asyncio.sleep(delay)
 
     async def _healthy(self) -> bool:

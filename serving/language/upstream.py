@@ -112,7 +112,7 @@ class Reply:
             if connection.complete:
                 return None
             if connection.lost:
-                raise UpstreamError("it broke off within an answer")
+                raise UpstreamError("it closed the connection in the middle of a response")
             await connection.receive()
         return part
 
@@ -152,7 +152,7 @@ class Upstream:
         try:
             while not connection.status:
                 if connection.lost:
-                    raise UpstreamError("it broke off before it answered")
+                    raise UpstreamError("it closed the connection before it responded")
                 await connection.receive()
         except BaseException:
             connection.close()
@@ -192,7 +192,7 @@ class Upstream:
         try:
             return _Connection(*await asyncio.open_unix_connection(str(self.path), limit=_BUFFERED_BYTES))
         except OSError as error:
-            raise UpstreamError(f"it does not listen: {error.strerror}") from error
+            raise UpstreamError(f"it does not accept connections: {error.strerror}") from error
 
     def _give_back(self, connection: _Connection) -> None:
         if connection.complete and connection.keep and not connection.lost and not connection.head_only:

@@ -34,15 +34,19 @@ class VisionMetrics(HttpMetrics):
     def __init__(self) -> None:
         super().__init__()
         at = self.registry
-        stage = Histogram("fp8pipe_stage_seconds", "Time by stage.", ("stage",), buckets=LATENCY_BUCKETS_S, registry=at)
+        stage = Histogram(
+            "fp8pipe_stage_seconds", "Time per stage.", ("stage",), buckets=LATENCY_BUCKETS_S, registry=at
+        )
         self.decode, self.preprocess, self.queue, self.inference = (
             stage.labels(name) for name in ("decode", "preprocess", "queue", "inference")
         )
-        self.queue_depth = Gauge("fp8pipe_queue_depth", "Images that wait for the engine.", registry=at)
-        self.batch_size = Histogram("fp8pipe_batch_size", "Images at once.", buckets=_BATCH_BUCKETS, registry=at)
+        self.queue_depth = Gauge("fp8pipe_queue_depth", "Images waiting for the engine.", registry=at)
+        self.batch_size = Histogram("fp8pipe_batch_size", "Images per batch.", buckets=_BATCH_BUCKETS, registry=at)
         self.images = Counter("fp8pipe_images", "Images answered.", registry=at)
-        self.decode_errors = Counter("fp8pipe_decode_errors", "Images refused.", ("code",), registry=at)
-        self.shed = Counter("fp8pipe_shed", "Requests refused or given up for load.", ("reason",), registry=at)
+        self.decode_errors = Counter(
+            "fp8pipe_decode_errors", "Images that could not be decoded or used.", ("code",), registry=at
+        )
+        self.shed = Counter("fp8pipe_shed", "Requests rejected or dropped because of load.", ("reason",), registry=at)
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +102,9 @@ class Batcher:
         loop, now = asyncio.get_running_loop(), time.monotonic()
         count = len(pixels)
         if count > self._capacity:
-            raise Problem(413, "too_many_images", f"{count} images; the queue holds {self._capacity}", "send fewer")
+            raise Problem(
+                413, "too_many_images", f"{count} images, but the queue holds only {self._capacity}", "send fewer"
+            )
         job = _Job(pixels, loop.create_future(), loop, now, now + timeout_s, [None] * count, count)
         with self._change:
             if len(self._waiting) + count > self._capacity:
@@ -152,7 +158,7 @@ class Batcher:
             if now > job.deadline and job.queue_s < 0:
                 late.add(id(job))
                 self._metrics.shed.labels("deadline").inc()
-                job.loop.call_soon_threadsafe(_resolve, job, overloaded("the engine did not get to it in time"))
+                job.loop.call_soon_threadsafe(_resolve, job, overloaded("the engine did not process it in time"))
                 continue
             alive.append((job, row))
         return alive

@@ -73,7 +73,9 @@ def decompress(body: bytes, encoding: str, max_bytes: int) -> bytes:
         what = f"the body is larger than {max_bytes / 1e6:g} MB when decompressed"
         raise Problem(413, "body_too_large", what, "send smaller or fewer images")
     if not stream.eof or stream.unused_data:
-        raise Problem(400, "damaged_body", f"the body is not one whole {encoding} stream", "send all, no more")
+        raise Problem(
+            400, "damaged_body", f"the body is not one whole {encoding} stream", "send exactly one complete stream"
+        )
     return found
 
 
@@ -125,7 +127,7 @@ async def read_images(request: Request, max_bytes: int, max_images: int) -> Imag
         found = ImagesRequest([body])
     else:
         fix = "send multipart/form-data, application/json, or the image's bytes as image/* or application/octet-stream"
-        raise Problem(415, "unsupported_media_type", f"bodies of the type {kind[:80] or '(none)'} are not read", fix)
+        raise Problem(415, "unsupported_media_type", f"the content type {kind[:80] or '(none)'} is not supported", fix)
     if not found.images:
         raise Problem(400, "no_images", "the request holds no image", "put it into the field 'image'")
     if len(found.images) > max_images:
@@ -139,7 +141,7 @@ def _json(document: dict[str, Any], max_images: int) -> ImagesRequest:
         raise Problem(400, "unknown_field", f"unknown field {unknown[0][:60]!a}", "fields: image, images, top_k")
     texts = document.get("images", [])
     if not isinstance(texts, list):
-        raise Problem(400, "invalid_images", "'images' is not a list", "give a list of base64 texts")
+        raise Problem(400, "invalid_images", "'images' is not a list", "give a list of base64 strings")
     texts = ([document["image"]] if "image" in document else []) + texts
     if len(texts) > max_images:
         raise too_many_images(max_images)
@@ -148,7 +150,7 @@ def _json(document: dict[str, Any], max_images: int) -> ImagesRequest:
 
 def _decode(text: Any, index: int) -> bytes:
     if not isinstance(text, str):
-        raise Problem(400, "invalid_base64", f"image {index} is not a text", "give base64")
+        raise Problem(400, "invalid_base64", f"image {index} is not a string", "give base64")
     if text.startswith("data:"):
         text = text.partition(",")[2]
     try:

@@ -113,7 +113,7 @@ def open_engine(model: ServedModel, config: VisionConfig) -> Engine:
 def _refuse_streams(config: VisionConfig) -> None:
     if config.streams is not None:
         raise ConfigurationError(
-            "--streams does not apply here", why="a GPU runs one batch at a time; streams divide the cores of a CPU",
+            "--streams does not apply here", why="a GPU runs one batch at a time; streams split the cores of a CPU",
             fix="leave it out, or give --device cpu",
         )  # fmt: skip
 
@@ -145,10 +145,10 @@ def _in_use(session: Any, provider: str, wanted: Provider) -> bool:
         return True
     if wanted is not Provider.AUTO:
         raise MissingCapabilityError(
-            f"{provider} cannot be used", why="ONNX Runtime could not load it; its own message is above",
+            f"{provider} cannot be used", why="ONNX Runtime could not load it; see its own message above",
             fix="install the CUDA and cuDNN that this onnxruntime-gpu is built for, or give --device cpu",
         )  # fmt: skip
-    logger.warning("%s cannot be used, so %s computes", provider, found)
+    logger.warning("%s cannot be used; using %s instead", provider, found)
     return False
 
 
@@ -178,7 +178,9 @@ def _chosen(
     largest = config.max_batch or possible[-1]
     if largest > possible[-1] and layouts[0].threads == 0:
         raise ConfigurationError(
-            f"batches of {largest} do not fit the engine", why=f"its profile ends at {possible[-1]}", fix="give less"
+            f"the engine does not accept batches of {largest}",
+            why=f"its profile ends at {possible[-1]}",
+            fix="give fewer",
         )
     sizes = sorted({size for size in possible if size <= largest} | ({config.max_batch} if config.max_batch else set()))
     measured: list[Measured] = []
@@ -189,8 +191,8 @@ def _chosen(
     same = [m for m in measured if (m.threads, m.streams) == (chosen.threads, chosen.streams)]
     refused = [m.batch for m in same if not m.exact]
     if refused:
-        said = "used all the same" if config.inexact_batches else "not used"
-        logger.warning("batches of %s differ in bits from images run alone: %s", refused, said)
+        said = "used anyway, as requested" if config.inexact_batches else "not used"
+        logger.warning("outputs of batches of %s are not bit-identical to those of images run alone: %s", refused, said)
     allowed = tuple(m.batch for m in same if (m.exact or config.inexact_batches) and m.batch <= chosen.batch)
     runs = layout.open()
     width = runs[0](np.zeros((1, *model.shape), np.float32)).shape[1]
@@ -271,8 +273,8 @@ def read_model(export: Path) -> ServedModel:
     details = artifact.manifest.details
     if not isinstance(details, GraphDetails) or not (artifact.root / PREPROCESSING_FILE).is_file():
         raise BadArtifactError(
-            f"{export} is no vision model's export",
-            why=f"it is of kind {artifact.kind!r}, or has no {PREPROCESSING_FILE}",
+            f"{export} is not an export of a vision model",
+            why=f"it is of kind {artifact.kind!r}, or lacks {PREPROCESSING_FILE}",
             fix="export a vision model",
         )
     return ServedModel(
@@ -292,4 +294,4 @@ def _classes(path: Path) -> tuple[str, ...] | None:
     try:
         return tuple(str(name) for name in json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, TypeError) as error:
-        raise BadArtifactError(f"{path} is no list of names", why=str(error), fix="export it again") from error
+        raise BadArtifactError(f"{path} is not a list of names", why=str(error), fix="export it again") from error

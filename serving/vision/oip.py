@@ -115,7 +115,7 @@ def _parse_infer(body: bytes, header_length: str | None, model: ServedModel, max
     end = len(body)
     if header_length is not None:
         if not (header_length.isascii() and header_length.isdigit()) or int(header_length[:18]) > end:
-            raise _bad(f"{_HEADER_LENGTH} is no length within the body")
+            raise _bad(f"{_HEADER_LENGTH} is not a valid length within the body")
         end = int(header_length[:18])
     document = parse_json(body[:end])
     inputs = document.get("inputs")
@@ -123,7 +123,7 @@ def _parse_infer(body: bytes, header_length: str | None, model: ServedModel, max
         raise _bad(f"'inputs' must hold the one tensor {model.input_name}")
     identity = document.get("id")
     if identity is not None and (not isinstance(identity, str) or len(identity) > _MAX_ID_LENGTH):
-        raise _bad(f"'id' must be a text of at most {_MAX_ID_LENGTH} characters")
+        raise _bad(f"'id' must be a string of at most {_MAX_ID_LENGTH} characters")
     binary = _wants_binary(document, model)
     return _InferRequest(_tensor(inputs[0], memoryview(body)[end:], model, max_images), identity, binary)
 
@@ -155,7 +155,7 @@ def _wants_binary(document: dict[str, Any], model: ServedModel) -> bool:
             raise _bad(f"there is no such output; the model has {model.output_name}")
         parameters = _parameters(output)
         if parameters.get("classification"):
-            raise _bad("the classification extension is not served; use /v1/classify")
+            raise _bad("the classification extension is not supported; use /v1/classify")
         binary = _flag(parameters, "binary_data", binary)
     return binary
 
@@ -164,7 +164,7 @@ def _tensor(tensor: dict[str, Any], binary: memoryview, model: ServedModel, max_
     if tensor.get("name") != model.input_name:
         raise _bad(f"there is no such input; the model has {model.input_name}")
     if tensor.get("datatype") != _TYPE:
-        raise _bad(f"{model.input_name} must be of the datatype {_TYPE}")
+        raise _bad(f"{model.input_name} must have the datatype {_TYPE}")
     shape = tensor.get("shape")
     if not isinstance(shape, list) or len(shape) != 4 or not all(type(n) is int for n in shape):
         raise _bad(f"the shape must be [n, {', '.join(map(str, model.shape))}]")
@@ -183,10 +183,10 @@ def _values(tensor: dict[str, Any], binary: memoryview, count: int) -> np.ndarra
     size = _parameters(tensor).get("binary_data_size")
     if size is not None:
         if size != 4 * count or size != len(binary) or type(size) is not int:
-            raise _bad(f"a tensor of this shape has {4 * count} bytes, after the header and nothing else")
+            raise _bad(f"a tensor of this shape must have {4 * count} bytes after the header, with no other bytes")
         return np.frombuffer(binary, "<f4")
     if len(binary):
-        raise _bad("bytes follow the header, and no 'binary_data_size' says whose they are")
+        raise _bad("bytes follow the header, but no tensor has a 'binary_data_size'")
     try:
         raw = np.asarray(tensor.get("data"))
     except (ValueError, OverflowError, RecursionError) as error:

@@ -59,7 +59,7 @@ def serve_vision(export: Path, config: VisionConfig, language: None = None) -> i
     keys, model = read_keys(config), read_model(export)
     engine = open_engine(model, config)
     proof = proof_of(model.artifact, config, *_engine_facts(model, engine))
-    said = f"{len(engine.runs)} at once of batches up to {engine.sizes[-1]}, {engine.threads} threads each"
+    said = f"{len(engine.runs)} concurrent batches of up to {engine.sizes[-1]} images, {engine.threads} threads each"
     logger.info("%s on %s: %s", model.name, engine.provider, said)
     metrics, lifecycle = VisionMetrics(), Lifecycle()
     state = VisionState(
@@ -210,7 +210,7 @@ def read_top_k(value: Any, classes: int) -> int:
         return min(_TOP_K, classes)
     text = str(value) if type(value) is int else value
     if not isinstance(text, str) or not (text.isascii() and text.isdigit()) or len(text) > 6 or int(text) < 1:
-        what = "top_k must be a whole number from 1 on"
+        what = "top_k must be a whole number, at least 1"
         raise Problem(400, "invalid_top_k", what, f"the model has {classes} classes")
     return min(int(text), classes)
 

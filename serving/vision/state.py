@@ -66,7 +66,9 @@ class VisionState:
     def require_ready(self) -> None:
         """Raise a `Problem` while the service is draining."""
         if not self.lifecycle.accepting:
-            raise Problem(503, "not_ready", "the service drains", "use another instance", {"Retry-After": "5"})
+            raise Problem(
+                503, "not_ready", "the service is shutting down", "use another instance", {"Retry-After": "5"}
+            )
 
     async def decode(self, images: Sequence[bytes]) -> list[ReadImage]:
         """Decode and preprocess the images of a request, outside the event loop.
@@ -76,7 +78,7 @@ class VisionState:
         """
         if self.decoding + len(images) > self.config.queue:
             self.metrics.shed.labels("decoders").inc()
-            raise overloaded("too many images wait to be decoded")
+            raise overloaded("too many images are waiting to be decoded")
         loop, gone = asyncio.get_running_loop(), threading.Event()
         self.decoding += len(images)
         work = self.decoders.submit(self._decode, images, gone)
@@ -190,7 +192,7 @@ def read_image(data: bytes, preprocessing: Preprocessing, max_pixels: int) -> Re
 def _check_size(size: tuple[int, int], preprocessing: Preprocessing, max_pixels: int) -> None:
     short, long = min(size), max(size)
     if short < 1:
-        raise Problem(400, "no_pixels", "the image has no pixels", "send one that has")
+        raise Problem(400, "no_pixels", "the image has no pixels", "send an image that has")
     if short * long > max_pixels:
         raise _too_many(max_pixels)
     # A thin strip may become huge when its shorter side is resized to the model's input. The EXIF orientation may swap

@@ -28,7 +28,7 @@ def open_tensorrt(model: ServedModel) -> tuple[Any, str, tuple[int, ...]]:
     """
     if importlib.util.find_spec("torch") is None:
         raise MissingCapabilityError(
-            f"{model.name} is a TensorRT export, and torch is not installed", why="it manages the GPU's memory",
+            f"{model.name} is a TensorRT export, and torch is not installed", why="torch manages the GPU's memory",
             fix="pip install torch, or export with --target onnx and serve that",
         )  # fmt: skip
     device = next(iter(gpus()), None)
@@ -50,8 +50,9 @@ def open_tensorrt(model: ServedModel) -> tuple[Any, str, tuple[int, ...]]:
     sizes = tuple(sorted({low, high} | {size for size in (1, 2, 4, 8, 16, 32, 64) if low <= size <= high}))
     if sizes[0] != 1:
         raise BadArtifactError(
-            f"the engine of {model.name} cannot be served", why=f"its smallest batch is {low}, and requests come alone",
-            fix="export it with a batch range that begins with 1",
+            f"the engine of {model.name} cannot be served",
+            why=f"its smallest batch is {low}, but requests may hold one image",
+            fix="export it with a batch range that starts at 1",
         )  # fmt: skip
     return runner, f"TensorRT on {device.name}", sizes
 
@@ -68,8 +69,8 @@ class _Runner:
         self._engine = self._runtime.deserialize_cuda_engine(engine)
         if self._engine is None:
             raise BadArtifactError(
-                f"the engine of {model.name} cannot be loaded", why="TensorRT refuses it",
-                fix="remove it from the cache: it is built again",
+                f"the engine of {model.name} cannot be loaded", why="TensorRT rejects it",
+                fix="remove it from the cache: it will be rebuilt",
             )  # fmt: skip
         self._context = self._engine.create_execution_context()
         self._names = (model.input_name, model.output_name)

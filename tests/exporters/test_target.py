@@ -145,7 +145,7 @@ def test_names_are_unique(toy):
     with pytest.raises(ConfigurationError, match=r"the export target 'toy-export' is registered twice") as twice:
         register(dataclasses.replace(TOY, name="other"))
     assert twice.value.exit_code == 10
-    with pytest.raises(ConfigurationError, match="--target toy of falqon means two targets"):
+    with pytest.raises(ConfigurationError, match="--target toy is ambiguous for falqon"):
         register(dataclasses.replace(TOY, kind="toy-two"))
     assert target_of("toy-two") is None
     with pytest.raises(ConfigurationError, match="the artifact kind 'falqon' is registered twice") as taken:
@@ -173,9 +173,9 @@ def test_options_of_other_targets_are_refused(toy, source, tmp_path):
 
 
 def test_a_source_that_it_does_not_take_is_refused(toy):
-    with pytest.raises(ConfigurationError, match="--target toy takes no such source") as refused:
+    with pytest.raises(ConfigurationError, match="--target toy does not accept this source") as refused:
         choose("toy", "vit")
-    assert "toy takes falqon" in refused.value.why
+    assert "toy accepts falqon" in refused.value.why
     assert choose("toy", "falqon") is TOY
 
 

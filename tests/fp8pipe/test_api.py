@@ -45,5 +45,5 @@ def test_wrong_settings_are_refused_all_at_once(tmp_path):
 
 
 def test_an_unknown_target_is_refused(tmp_path):
-    with pytest.raises(ConfigurationError, match="--target gguf takes no such source"):
+    with pytest.raises(ConfigurationError, match="--target gguf does not accept this source"):
         fp8pipe.export(tmp_path, "gguf", tmp_path / "x")

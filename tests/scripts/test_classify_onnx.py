@@ -109,5 +109,5 @@ def test_the_accuracy_on_a_folder_is_torchs(script, tmp_path, capsys, monkeypatc
     (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n")
     for name in ("broken.png", "nowhere.png"):
         monkeypatch.setattr(sys, "argv", ["classify_onnx.py", str(export.root), str(tmp_path / name)])
-        with pytest.raises(SystemExit, match=f"{name} cannot be read as a picture"):
+        with pytest.raises(SystemExit, match=f"{name} cannot be read as an image"):
             script.main()

@@ -159,7 +159,7 @@ def test_failing_parts_cost_nothing_but_their_own_rows(parts, tmp_path, monkeypa
         [row["name"] for row in done["raises"]["rows"]] == [row["name"] for row in done["dies"]["rows"]] == ["before"]
     )
     assert (done["raises"]["status"], done["raises"]["error"]) == ("failed", "RuntimeError: of its own")
-    assert (done["dies"]["status"], done["dies"]["error"]) == ("ended", "its process ended with code -9")
+    assert (done["dies"]["status"], done["dies"]["error"]) == ("ended", "its process ended with exit code -9")
     assert (done["hangs"]["status"], done["hangs"]["error"]) == ("ended", "its time was up")
     first, second, third = done["good"]["rows"]
     assert (done["good"]["status"], first["seconds"]) == ("done", 1.0)
@@ -193,7 +193,7 @@ def test_the_command_prints_a_stored_table_and_refuses_mistakes(main, session, c
     assert main("--table", "gpu-session.json") == 0
     assert capsys.readouterr().out == printed
     assert main("--device", "cpu", "--tiny") == 10  # a record is never written over
-    assert "exists already" in capsys.readouterr().err
+    assert "already exists" in capsys.readouterr().err
     assert json.loads(Path("gpu-session.json").read_text()) == record
     assert main("--table", "none.json") == 12
     with pytest.raises(SystemExit, match="2"):

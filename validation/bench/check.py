@@ -46,7 +46,7 @@ def serve_check(export: Path, config: ServeCheckConfig) -> MeasureRecord:
     options = config.options()
     if options and target.service.domain != "language":
         raise ConfigurationError(
-            f"{' '.join(options)} cannot be given here", why="they say how vLLM serves, and this is a vision export",
+            f"{' '.join(options)} cannot be given here", why="these options are for vLLM, but this is a vision export",
             fix="leave them out",
         )  # fmt: skip
     started = time.monotonic()
@@ -57,7 +57,7 @@ def serve_check(export: Path, config: ServeCheckConfig) -> MeasureRecord:
         gates += answers
         process.send_signal(signal.SIGTERM)
         code = process.wait(_END_S)
-    gates.append(Gate(name="exit status after SIGTERM", value=code, detail="0: ended in order"))
+    gates.append(Gate(name="exit status after SIGTERM", value=code, detail="0: the service ended cleanly"))
     rows = [
         figure("time until ready", "ready_s", ready, "s", "hashes, load and warm-up"),
         figure("requests asked", "requests", asked),
@@ -82,7 +82,7 @@ def _service(export: Path, ready_s: float, options: list[str]) -> Iterator[tuple
                 if process.poll() is not None or time.monotonic() > deadline:
                     lines = Path(log.name).read_text(errors="replace").splitlines()[-8:]
                     alive = process.poll() is None
-                    state = "did not become ready in time" if alive else f"ended with {process.returncode}"
+                    state = "did not become ready in time" if alive else f"ended with exit code {process.returncode}"
                     raise Fp8PipeError(f"the service {state}", why="\n".join(lines), fix=f"try: fp8pipe serve {export}")
                 time.sleep(0.2)
             yield url, process
@@ -106,7 +106,7 @@ def _identity(url: str, artifact: Artifact) -> Gate:
     said = json.loads(body).get("digest") if status == 200 else None
     header = headers.get(DIGEST_HEADER, "").removeprefix("sha256:")
     differing = int(said != artifact.digest) + int(header != artifact.digest)
-    detail = "digest in /v1/artifact and in the header, against the manifest's"
+    detail = "digests in /v1/artifact and in the response header, against the manifest's"
     return Gate(name="identities differing", value=differing, detail=detail)
 
 
@@ -130,7 +130,7 @@ def ask_vision(url: str, artifact: Artifact, config: ServeCheckConfig) -> tuple[
         served = np.array(json.loads(body)["outputs"][0]["data"], dtype=np.float32)
         expected = session.run([names[1]], {names[0]: image[None]})[0].ravel()
         differing += int((served != expected).sum())
-    detail = f"of {config.images} pictures, against ONNX Runtime called directly"
+    detail = f"of {config.images} images, against ONNX Runtime called directly"
     return config.images, [
         Gate(name="requests refused", value=refused, detail=f"of {config.images}"),
         Gate(name="outputs differing", value=differing, detail=detail),
@@ -150,7 +150,7 @@ def ask_language(url: str, artifact: Artifact, config: ServeCheckConfig) -> tupl
         stream = _call(f"{url}/v1/chat/completions", json.dumps(body | {"stream": True}).encode())[1]
         empty += not whole.strip()
         differing += whole != _joined(stream)
-    detail = "against the same question answered whole, greedily"
+    detail = "streamed against whole answers to the same questions, both greedy"
     return 2 * len(config.prompts), [
         Gate(name="empty answers", value=empty, detail=f"of {len(config.prompts)}"),
         Gate(name="streamed answers differing", value=differing, detail=detail),

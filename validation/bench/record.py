@@ -29,10 +29,10 @@ class Figure(FrozenConfig):
     """One measured value."""
 
     what: str = Field(description="what was measured, in words")
-    name: str = Field(description="its key in `figures`")
-    value: float = Field(description="the value")
-    unit: str = Field(description="its unit; empty for a ratio or a count")
-    detail: str = Field(default="", description="how, in words")
+    name: str = Field(description="key in `figures`")
+    value: float = Field(description="measured value")
+    unit: str = Field(description="unit; empty for a ratio or a count")
+    detail: str = Field(default="", description="how it was measured, in words")
 
 
 def figure(what: str, name: str, value: float, unit: str = "", detail: str = "") -> Figure:
@@ -49,14 +49,14 @@ class MeasureRecord(FrozenConfig):
     export: str = Field(description="name of the export's directory")
     manifest_digest: str = Field(description="digest of the export's manifest when it was measured")
     machine: dict[str, Any] = Field(description="processor, cores, memory, system")
-    versions: dict[str, str] = Field(description="versions of the packages that took part")
+    versions: dict[str, str] = Field(description="versions of the packages involved")
     settings: dict[str, Any] = Field(description="the resolved settings")
     rows: list[Figure] = Field(description="the figures, in order")
-    figures: dict[str, float] = Field(description="the same by name, for gates")
-    not_measured: list[str] = Field(default_factory=list, description="what was not, and why")
-    gates: list[Gate] = Field(default_factory=list, description="what had to hold")
+    figures: dict[str, float] = Field(description="the same figures by name, for gates")
+    not_measured: list[str] = Field(default_factory=list, description="what was not measured, and why")
+    gates: list[Gate] = Field(default_factory=list, description="comparisons with their thresholds")
     reasons: list[str] = Field(default_factory=list, description="why it was rejected; empty when accepted")
-    verdict: Literal["ACCEPT", "REJECT"] = Field(description="REJECT where a gate failed")
+    verdict: Literal["ACCEPT", "REJECT"] = Field(description="REJECT if a gate failed")
 
 
 def measure_path(export: Path, stage: Stage) -> Path:
@@ -90,13 +90,15 @@ class BenchConfig(FrozenConfig):
     """Settings of `bench`."""
 
     batches: Annotated[tuple[int, ...], Flag("batch")] = Field(
-        (1, 8), min_length=1, description="Vision: images at once; repeatable"
+        (1, 8), min_length=1, description="Vision: batch size; repeatable"
     )
-    rounds: int = Field(20, ge=3, description="Vision: calls of every graph and batch size; language: requests alone")
+    rounds: int = Field(
+        20, ge=3, description="Vision: calls per graph and batch size; language: requests sent one at a time"
+    )
     threads: Annotated[int | None, Flag(default="the runtime's choice")] = Field(
-        None, ge=1, description="Vision: threads within an operator"
+        None, ge=1, description="Vision: threads per operator"
     )
-    concurrency: int = Field(4, ge=1, description="Language: requests at once, in the second measurement")
+    concurrency: int = Field(4, ge=1, description="Language: concurrent requests in the throughput measurement")
     tokens: int = Field(32, ge=2, description="Language: tokens per answer")
     device: DeviceName = Field("auto", description=DEVICE_HELP)
 
@@ -104,17 +106,17 @@ class BenchConfig(FrozenConfig):
     @classmethod
     def _positive(cls, value: tuple[int, ...]) -> tuple[int, ...]:
         if any(size < 1 for size in value):
-            raise ValueError("every batch size is at least 1")
+            raise ValueError("every batch size must be at least 1")
         return tuple(dict.fromkeys(value))
 
 
 class ServeCheckConfig(ServingForm):
     """Settings of `serve-check`; for a language export also vLLM's serving options."""
 
-    images: int = Field(8, ge=1, description="Vision: pictures that are sent")
-    prompts: Annotated[tuple[str, ...], Flag("prompt", default="two of ours")] = Field(
+    images: int = Field(8, ge=1, description="Vision: number of images to send")
+    prompts: Annotated[tuple[str, ...], Flag("prompt", default="two built-in questions")] = Field(
         ("What is the capital of France?", "Name a colour."), min_length=1,
-        description="Language: a question that is asked; repeatable",
+        description="Language: a question to ask; repeatable",
     )  # fmt: skip
-    tokens: int = Field(24, ge=1, description="Language: longest answer, tokens")
-    ready_s: float = Field(600.0, gt=0, description="Longest wait for the service to be ready, seconds")
+    tokens: int = Field(24, ge=1, description="Language: largest number of tokens in an answer")
+    ready_s: float = Field(600.0, gt=0, description="Longest wait until the service is ready, seconds")

@@ -73,7 +73,7 @@ def _session(graph: Path, config: BenchConfig) -> Any:
     session = open_session(graph, threads=config.threads, providers=(CUDA_PROVIDER, "CPUExecutionProvider"))
     if session.get_providers()[0] != CUDA_PROVIDER:  # ONNX Runtime falls back to the CPU if a CUDA library is missing
         raise MissingCapabilityError(
-            f"{CUDA_PROVIDER} cannot be used", why="ONNX Runtime could not load it; its own message is above",
+            f"{CUDA_PROVIDER} cannot be used", why="ONNX Runtime could not load it; see its own message above",
             fix="install the CUDA and cuDNN that this onnxruntime-gpu is built for, or give --device cpu",
         )  # fmt: skip
     return session
@@ -96,7 +96,7 @@ def _interleaved(sessions: Mapping[str, Any], pixels: Any, rounds: int, progress
 def _latencies(times: Mapping[str, Sequence[float]], batch: int) -> list[Figure]:
     quantized, plain = median(times["export"]), median(times["float"])
     ratio = median(f / q for f, q in zip(times["float"], times["export"], strict=True))
-    how = f"median of {len(times['export'])} calls, both graphs in turn"
+    how = f"median of {len(times['export'])} calls, alternating between the graphs"
     within = "median of the ratios within a round"
     at = f"{batch} image{'s' if batch > 1 else ''} at once"
     return [
@@ -108,7 +108,7 @@ def _latencies(times: Mapping[str, Sequence[float]], batch: int) -> list[Figure]
 
 
 _PROMPT = "Write a long story about a lighthouse keeper and the sea."
-_NO_COMPARISON = "speed against full precision: on a CPU vLLM computes FP8 weights in bf16, so there is none to see"
+_NO_COMPARISON = "speed-up over full precision: on a CPU vLLM computes FP8 weights in bf16, so there is none to measure"
 _SCALE_ENDINGS = ("_scale", "_scale_inv")
 
 
@@ -157,7 +157,11 @@ def _ask(url: str, tokens: int) -> _Answer:
             first = first or time.perf_counter() - started
             counted = (event.get("usage") or {}).get("completion_tokens", counted)
     if not counted:
-        raise Fp8PipeError("vLLM's server gave no tokens", why="the stream ended without a count", fix="see its log")
+        raise Fp8PipeError(
+            "vLLM's server generated no tokens",
+            why="the stream ended without a token count",
+            fix="see the server's log",
+        )
     return _Answer(first, time.perf_counter() - started, counted)
 
 

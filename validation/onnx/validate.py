@@ -56,8 +56,8 @@ _VERSIONS: Final = ("torch", "onnx", "onnx-ir", "onnxruntime")
 # Class agreement required without the artifact, where the effect of rounding errors cannot be measured on its model.
 _UNKNOWN: Final = 0.9
 _NO_SOURCE: Final = (
-    "where the numbers and operators come from: the artifact was not at hand, so the file was compared with itself; "
-    "give it with --against"
+    "that the numbers and operators are the artifact's: it was not found, so the file was compared with itself; "
+    "name the artifact with --against"
 )
 
 
@@ -84,9 +84,9 @@ def validate_onnx(export: Path, *, against: Path | None = None, images: Path | N
     source = artifact_at_hand(artifact, against, kind=VIT_KIND)
     if images is not None and source is None:
         raise ConfigurationError(
-            "pictures cannot be compared without the artifact",
-            why="it tells how many classes rounding errors alone may change, and it was not found",
-            fix="give it with --against",
+            "images cannot be compared without the artifact",
+            why="its model shows how many classes rounding errors alone may change, and it was not found",
+            fix="name the artifact with --against",
         )
     remove_record(artifact.root)  # if anything fails from here on, no old verdict remains
     model = _load(onnx_ir, artifact.root / MODEL_FILE)
@@ -240,20 +240,20 @@ class OnnxValidationRecord(EngineRecord):
 
     # 3: the verdict CONSISTENT, what is not proved, and images besides the probe images.
     schema_version: int = Field(default=3, description="version of this schema")
-    versions: dict[str, str] = Field(description="versions of the packages that took part")
+    versions: dict[str, str] = Field(description="versions of the packages involved")
     reference: Literal["artifact", "export"] = Field(
-        description="what it was compared with: the artifact in torch, or the graph's own codes, every operator plain"
+        description="what it was compared with: the artifact in torch, or the graph's own codes, evaluated node by node"
     )
     layers: list[LayerParity] = Field(
-        description="every product, fed the same input on both sides; none for exact formats, compared whole"
+        description="every layer, given the same input on both sides; none for exact formats, compared as a whole"
     )
-    kernels: KernelReport = Field(description="which operator runs each product")
-    classes: ClassAgreement = Field(description="the whole net, on the probe images")
-    pictures: ClassAgreement | None = Field(description="the whole net on pictures; none where none were given")
+    kernels: KernelReport = Field(description="the operator that runs each layer")
+    classes: ClassAgreement = Field(description="the whole model, on the probe images")
+    pictures: ClassAgreement | None = Field(description="the whole model on the images given; none without")
     gates: list[Gate] = Field(description="the comparisons with their thresholds")
     load_s: float = Field(ge=0, description="time to load the engine, seconds")
     reasons: list[str] = Field(description="why it was rejected; empty when accepted")
-    not_proved: list[str] = Field(description="what the verdict does not say, and why")
+    not_proved: list[str] = Field(description="what the verdict does not cover, and why")
     verdict: Literal["ACCEPT", "CONSISTENT", "REJECT"] = Field(
-        description="CONSISTENT: the engine computes what the file says; the artifact was not at hand"
+        description="CONSISTENT: the engine computes what the file says; the artifact was not found"
     )

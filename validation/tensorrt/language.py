@@ -49,14 +49,16 @@ def validate_language(export: Path) -> TrtValidationRecord:
         for capability, entry in engines.items()
     )  # fmt: skip
     installed = installed_versions(("tensorrt-rtx",))["tensorrt-rtx"]
-    stale = [f"that engines of {version} load: {installed} is installed"] if installed != version else []
+    stale = (
+        [f"that engines of version {version} load: version {installed} is installed"] if installed != version else []
+    )
     passed = len(artifact.manifest.gates)
     return conclude(
         artifact, details.format, gates, reports, packages=_VERSIONS,
-        proved=(f"every file, engines too, has the manifest's digest; {passed} gates of the export passed on them",
+        proved=(f"every file, including engines, has the manifest's digest; its export passed {passed} gates",
                 "ONNX Runtime reads and runs the graph, and the linter finds nothing"),
-        not_proved=("execution: engines of language models are not run here", "timing: no speed was measured",
-                    "that the graph holds what was exported: `verify` with the parent compares them",
+        not_proved=("execution: fp8pipe does not run engines of language models", "timing: no speed was measured",
+                    "that the graph holds what was exported: `fp8pipe verify` compares it with the parent",
                     *stale, *unchecked),
     )  # fmt: skip
 

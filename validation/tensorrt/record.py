@@ -19,19 +19,23 @@ Verdict = Literal["ACCEPT", "PROVED-WITHOUT-RUNNING", "CONSISTENT", "REJECT"]
 class EngineReport(FrozenConfig):
     """An engine for one compute capability."""
 
-    capability: str = Field(description="compute capability it is for")
+    capability: str = Field(description="compute capability that it was built for")
     builder: str = Field(description="rtx or enterprise")
     version: str = Field(description="version of the builder")
-    source: Literal["export", "cache", "built"] = Field(description="whether it is the export's own")
-    reasons: tuple[str, ...] = Field(description="why the export's own does not serve; empty when it does")
-    precisions: dict[str, int] = Field(description="products by the precision they are multiplied in")
-    read: bool = Field(default=False, description="whether that was read from the engine, or is what a builder listed")
+    source: Literal["export", "cache", "built"] = Field(
+        description="where it came from: the export, the cache, or built for this validation"
+    )
+    reasons: tuple[str, ...] = Field(description="why the export's own engine could not be used; empty if it was")
+    precisions: dict[str, int] = Field(description="number of matrix multiplications by precision")
+    read: bool = Field(
+        default=False, description="true if precisions were read from the engine, false if the builder listed them"
+    )
 
 
 class Timing(FrozenConfig):
     """GPU time for one batch size, without copies to and from the device."""
 
-    batch: int = Field(gt=0, description="images at once")
+    batch: int = Field(gt=0, description="batch size")
     engine_ms: float = Field(gt=0, description="median time of the engine, milliseconds")
     fp16_ms: float = Field(gt=0, description="median time of an FP16 engine of the same weights, milliseconds")
 
@@ -40,10 +44,12 @@ class Execution(FrozenConfig):
     """Results of running the engine on a GPU."""
 
     device: str = Field(description="name of the GPU")
-    images: int = Field(gt=0, description="how many were compared")
-    relative_error: float = Field(description="norm of the difference to ONNX Runtime, over the norm of its outputs")
-    same_class: float | None = Field(description="share of images with the same largest output; none without ranks")
-    timings: tuple[Timing, ...] = Field(description="by batch size")
+    images: int = Field(gt=0, description="number of images compared")
+    relative_error: float = Field(description="norm of the difference from ONNX Runtime's outputs, over their norm")
+    same_class: float | None = Field(
+        description="share of images with the same largest output; none if outputs are not ranked"
+    )
+    timings: tuple[Timing, ...] = Field(description="times by batch size")
 
 
 class TrtValidationRecord(EngineRecord):
@@ -52,20 +58,20 @@ class TrtValidationRecord(EngineRecord):
     # 3: the verdict CONSISTENT, the reference, and precisions read from the engine.
     schema_version: int = Field(default=3, description="version of this schema")
     engine: Literal["tensorrt"] = Field(default="tensorrt", description="the engine's name")
-    versions: dict[str, str] = Field(description="versions of the packages that took part")
+    versions: dict[str, str] = Field(description="versions of the packages involved")
     graph_sha256: str = Field(description="digest of the graph, as in the manifest")
-    format: str = Field(description="the number format of the products")
-    engines: tuple[EngineReport, ...] = Field(description="engines that were looked at")
+    format: str = Field(description="number format of the matrix multiplications")
+    engines: tuple[EngineReport, ...] = Field(description="engines that were examined")
     reference: Literal["artifact", "export"] = Field(
-        default="export", description="what the graph was compared with: the artifact's model, or nothing else"
+        default="export", description="what the graph was compared with: the artifact's model, or only itself"
     )
-    execution: Execution | None = Field(description="none where no GPU is")
+    execution: Execution | None = Field(description="results on the GPU; none without one")
     proved: tuple[str, ...] = Field(description="what holds, in words")
-    not_proved: tuple[str, ...] = Field(description="what was not tried, and why; empty on a GPU")
+    not_proved: tuple[str, ...] = Field(description="what was not tested, and why; empty on a GPU")
     gates: tuple[Gate, ...] = Field(description="comparisons with their thresholds")
     reasons: tuple[str, ...] = Field(description="why it was rejected; empty otherwise")
     verdict: Verdict = Field(
-        description="PROVED-WITHOUT-RUNNING: nothing speaks against it, and no engine was executed; CONSISTENT: the "
+        description="PROVED-WITHOUT-RUNNING: every check passed, but no engine was run; CONSISTENT: the "
         "graph was not compared with the artifact"
     )
 
@@ -91,4 +97,4 @@ def conclude(
         execution=execution, proved=tuple(proved), not_proved=tuple(not_proved), gates=tuple(gates), reasons=reasons,
         verdict="REJECT" if reasons else accepted, reference="artifact" if compared else "export",
     )  # fmt: skip
-    return concluded(record, artifact, reasons, f"{artifact.root} does not hold in TensorRT")
+    return concluded(record, artifact, reasons, f"TensorRT does not compute what {artifact.root} holds")

@@ -71,7 +71,7 @@ def run_engine(
             raise BadArtifactError(
                 f"the engine {engine.name} does not run",
                 why="\n       ".join(text.strip()[:300] for text in said[:5]),
-                fix="build it again; engines load with the version and on the GPU that they were built for",
+                fix="rebuild it; engines load only with the version and on the GPU that they were built for",
             )
         times = {int(size): float(time) for size, time in found["timings"].items()}
         return Run(np.load(files["outputs.npy"]), times, found["device"])

@@ -126,8 +126,8 @@ def _runnable(artifact: Artifact) -> str:
     if artifact.manifest.config["builder"] != "enterprise" and capability not in CAPABILITIES:
         raise MissingCapabilityError(
             f"TensorRT for RTX does not run on this GPU (compute capability {capability})",
-            why=f"it builds for {', '.join(CAPABILITIES)}",
-            fix="export with --builder enterprise here, or validate on one of these",
+            why=f"it supports {', '.join(CAPABILITIES)}",
+            fix="export with --builder enterprise on this machine, or validate on a supported GPU",
         )
     return capability
 
@@ -205,7 +205,7 @@ def _plain_engine(artifact: Artifact, engine: ReadyEngine, scratch: Path) -> Pat
 
 def _finite(expected: np.ndarray, reference: str) -> Gate:
     bad = int((~np.isfinite(expected)).sum())
-    detail = f"of {expected.size} of the graph in {reference}, {len(expected)} random images"
+    detail = f"of {expected.size} outputs of the graph in {reference}, {len(expected)} random images"
     return Gate(name="outputs that are no numbers", value=bad, detail=detail)
 
 
@@ -222,7 +222,7 @@ def _proved(
 ) -> list[str]:
     gates = sum(gate.passed for gate in artifact.manifest.gates)
     said = [
-        f"every file but engines has the manifest's digest; {gates} gates of the export passed on them",
+        f"every file except engines has the manifest's digest; its export passed {gates} gates",
         f"{reference} reads and runs the graph",
         *(
             f"{e.recipe.builder} {e.recipe.version} built the engine for {e.recipe.capability} ({_WHERE[e.source]})"
@@ -230,8 +230,8 @@ def _proved(
         ),
     ]
     if held is not None:
-        said.append("the graph holds the artifact's numbers, and computes what its model computes, product by product "
-                    "and between them")  # fmt: skip
+        said.append("the graph holds the artifact's numbers, and computes what its model computes, in layers and "
+                    "between them")  # fmt: skip
     if execution is not None:
         said.append(f"the engine ran on {execution.device}, and was timed")
     return said
@@ -239,7 +239,7 @@ def _proved(
 
 _WHERE: Final = {
     EngineSource.EXPORT: "the export's own", EngineSource.CACHE: "from this machine's cache, not the export's own",
-    EngineSource.BUILT: "built just now, not the export's own",
+    EngineSource.BUILT: "built for this validation, not the export's own",
 }  # fmt: skip
 
 
@@ -247,19 +247,19 @@ def _not_proved(
     artifact: Artifact, held: list[Gate] | None, engines: list[ReadyEngine], execution: Execution | None, where: Device
 ) -> list[str]:
     said = [] if held is not None else [
-        "where the numbers and operators of the graph come from: the artifact was not at hand; give it with --against"
+        "that the graph's numbers and operators are the artifact's: it was not found; name it with --against"
     ]  # fmt: skip
     said += [
-        f"the export's own engine for {e.recipe.capability}: another was taken, for {'; '.join(e.reasons)}"
+        f"the export's own engine for {e.recipe.capability}: another was used, because {'; '.join(e.reasons)}"
         for e in engines if e.reasons
     ]  # fmt: skip
     if is_waived(artifact):
-        said.append("that every product keeps its precision: the export was made with --no-require")
+        said.append("that every matrix multiplication keeps its precision: the export was made with --no-require")
     if any(e.recipe.builder == "enterprise" for e in engines):
-        said.append("precisions: they are those that the builder listed; TensorRT's engines are not read here")
+        said.append("precisions: they are as listed by the builder, since TensorRT's engines cannot be read")
     if execution is not None:
         return said
-    said += [] if engines else ["that a builder takes the graph: the export holds no engine"]
+    said += [] if engines else ["that a builder accepts the graph: the export has no engine"]
     return [
         *said,
         f"execution: no engine was loaded or run; device: {where}",

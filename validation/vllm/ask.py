@@ -41,7 +41,7 @@ def ask(url: str, model: str, question: str, *, max_tokens: int = 64, api_key: s
             document = json.load(reply)
     except urllib.error.HTTPError as error:
         words = error.read().decode("utf-8", errors="replace")
-        raise Fp8PipeError("vLLM's server refused the question", why=f"{error.code}: {words}") from error
+        raise Fp8PipeError("vLLM's server rejected the question", why=f"{error.code}: {words}") from error
     except (urllib.error.URLError, OSError) as error:
         raise Fp8PipeError("vLLM's server did not answer", why=str(error)) from error
     return str(document["choices"][0]["message"]["content"])
@@ -52,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m validation.vllm.ask", description="Ask an export one question.")
     parser.add_argument("export", type=Path, help="directory of an export to vLLM")
     parser.add_argument("question")
-    parser.add_argument("--max-tokens", type=int, default=64, help="longest answer, tokens (64)")
+    parser.add_argument("--max-tokens", type=int, default=64, help="largest number of tokens in the answer (64)")
     parser.add_argument("--vllm-python", help="vLLM's Python interpreter")
     given = parser.parse_args(arguments)
     setup_logging(json=False, quiet=False, verbose=False)

@@ -195,9 +195,9 @@ def _questions(case: Case) -> _Questions:
     sequences = [ids for ids in [*texts, *prompt_ids] if len(ids) > 1]
     if not sequences or not all(prompt_ids):
         raise BadArtifactError(
-            f"the tokenizer of {case.source} makes too few tokens of the validation's texts",
-            why="every question must become a token, and one text at least two",
-            fix="check the tokenizer's files: does it know words of English?",
+            f"the tokenizer of {case.source} gives too few tokens for the texts of the validation",
+            why="every question must give at least one token, and one text at least two",
+            fix="check the tokenizer's files: it must be able to encode English text",
         )
     picture = picture_question(case.source) if chat else None
     last = [] if picture is None else [picture]
@@ -215,7 +215,7 @@ def _context_length(source: Path, needed: int) -> int:
     own = getattr(text, "max_position_embeddings", None) or _LONGEST_CONTEXT
     if needed > own:
         raise BadArtifactError(
-            f"{source} has a context of {own} tokens",
+            f"{source} has a context length of {own} tokens",
             why=f"the validation needs {needed}",
             fix="ask shorter questions, or allow shorter answers",
         )

@@ -266,7 +266,7 @@ def plan_of(export: Artifact, source: Path) -> ExportPlan:
         named = [f"{digest}{outdated and f' ({outdated})'}" for digest, outdated in sorted(parents.items())]
         raise ConfigurationError(
             f"{export.root} was not made from {source}",
-            why=f"its manifest names {', '.join(named) or 'no parent'}; that is {plan.source.parent.digest}",
+            why=f"the export's manifest names {', '.join(named) or 'no parent'}; this is {plan.source.parent.digest}",
             fix="export it again" if any(parents.values()) else "name the artifact that was exported, or leave it out",
         )
     return plan

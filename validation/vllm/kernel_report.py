@@ -22,24 +22,28 @@ __all__ = ["KernelReport", "kernel_report"]
 class KernelReport(FrozenConfig):
     """Kernels of quantized layers, each layer run separately on test inputs; a fused layer counts as one."""
 
-    layers: int = Field(ge=0, description="layers of the engine that hold quantized weights")
-    kernels: dict[str, int] = Field(description="layers by the class of their kernel")
-    devices: dict[str, int] = Field(description="layers by the device that holds their weight")
+    layers: int = Field(ge=0, description="layers of the engine with quantized weights")
+    kernels: dict[str, int] = Field(description="number of layers by class of their kernel")
+    devices: dict[str, int] = Field(description="number of layers by device of their weight")
     holds: dict[str, int] = Field(
-        description="layers by what they hold: FP8 codes, codes packed in an order of the kernel's own, or numbers"
+        description="number of layers by what they store: FP8 codes, codes in the kernel's own order, or numbers"
     )
     rounding: int = Field(
-        ge=0, description="layers whose products are those of inputs rounded to E4M3, one scale per token"
+        ge=0, description="layers whose outputs are those of inputs rounded to E4M3, one scale per token"
     )
-    codes: int = Field(ge=0, description="codes of inputs that were seen where a kernel multiplies them")
-    codes_differing: int = Field(ge=0, description="of those, codes that are not the ones expected")
-    ways: dict[str, int] = Field(description="layers by how their kernel computes codes of inputs, where it was seen")
-    worst_product: float = Field(description="largest error of a product, part of its bound; NaN if one is not finite")
-    worst_layer: str = Field(description="where that is")
-    not_examined: list[str] = Field(description="quantized tensors that are in no linear layer which was examined")
-    other_holding: list[str] = Field(description="layers that hold something else than the form says")
-    other_rounding: list[str] = Field(description="layers whose inputs are rounded, or not, against what the form says")
-    other_codes: list[str] = Field(description="layers in which codes of inputs differ")
+    codes: int = Field(ge=0, description="number of codes of inputs that could be read from kernels")
+    codes_differing: int = Field(ge=0, description="number of those codes that differ from the expected ones")
+    ways: dict[str, int] = Field(
+        description="number of layers by how their kernel computes codes of inputs, where these could be read"
+    )
+    worst_product: float = Field(
+        description="largest error of an output, relative to its bound; NaN if one is not finite"
+    )
+    worst_layer: str = Field(description="layer with that error")
+    not_examined: list[str] = Field(description="quantized tensors that belong to no examined layer")
+    other_holding: list[str] = Field(description="layers that do not store what these serving settings require")
+    other_rounding: list[str] = Field(description="layers that round their inputs but should not, or should but do not")
+    other_codes: list[str] = Field(description="layers with differing codes of inputs")
 
     @property
     def packed(self) -> bool:
@@ -49,7 +53,7 @@ class KernelReport(FrozenConfig):
     @property
     def gates(self) -> list[Gate]:
         """The gates on these results."""
-        worst = f"part of what the kernel may lose; in {self.worst_layer}, the worst of {self.layers} layers"
+        worst = f"relative to the kernel's error bound; in {self.worst_layer}, the worst of {self.layers} layers"
         return [
             none_of("quantized tensors in no examined layer, as served", len(self.not_examined),
                     _first(self.not_examined)),
@@ -88,7 +92,7 @@ def kernel_report(
             rounding.append(f"inputs of {called} are {'not ' if other == as_plain else ''}rounded")
         errors.append((called, wanted if wanted <= 1 or not other <= 1 else other))
         if layer["codes_differing"]:
-            differing.append(f"{called}, at best {layer['rounding']}")
+            differing.append(f"{called}, closest to {layer['rounding']}")
     worst = max(errors, key=lambda error: (error[1] != error[1], error[1]))  # NaN is the worst
     return KernelReport(
         layers=len(found), kernels=counts["kernel"], devices=counts["device"], holds=counts["holds"], rounding=rounds,

@@ -24,15 +24,15 @@ def proved(case: Case, served: ServedReport | None) -> list[str]:
     found = [_weights(case, whose, None if served is None else served.kernels)]
     if case.plan is not None:
         changed = changed_on_purpose(case.plan)
-        but = f", but for {', '.join(changed)}" if any(GENERATION_FILE in key for key in changed) else ""
+        but = f", except {', '.join(changed)}" if any(GENERATION_FILE in key for key in changed) else ""
         found.append(f"config.json, tokenizer, chat template and generation config are the source's{but}")
     if served is not None:
         found += [] if served.kernels is None else list(_products(served.kernels))
         if any(answer.prompt.startswith(PICTURED) for answer in served.canary):
-            found.append("a question about a picture, sent as a client sends it, gets the torch model's answer")
+            found.append("a question about an image, sent as a client would send it, gets the torch model's answer")
         found.append(
-            f"as served ({served.form}) it diverges from fp32 by {served.engine_kl:.2g} nats a token; the form itself "
-            f"does by {served.noise_kl:.2g} in torch"
+            f"as served ({served.form}) it diverges from fp32 by {served.engine_kl:.2g} nats per token; a torch model "
+            f"with the same rounding diverges by {served.noise_kl:.2g}"
         )
     return found
 
@@ -41,49 +41,49 @@ def not_proved(case: Case, served: ServedReport | None) -> list[str]:
     """What was not tested, and why."""
     found = []
     if case.plan is None:
-        found.append("that the files hold what was exported: the source is not at hand (name it with --against)")
+        found.append("that the files hold what was exported: the source was not found (name it with --against)")
     if served is None:
-        found.append("what the engine computes: none ran to its end, since the export is not what it should be")
+        found.append("what the engine computes: it was not run to the end, because the export's files are wrong")
     if case.declared and not case.form.rounds_activations(case.environment):
         found.append(
-            "FP8 kernels of a GPU, which round activations: this form does not" if case.environment.on_cpu
+            "FP8 kernels of a GPU, which round activations: these serving settings do not" if case.environment.on_cpu
             else "rounding of activations, which the checkpoint declares: this GPU has no FP8 arithmetic"
         )  # fmt: skip
     if served is not None:
         found += list(_unseen(case, served))
-    return [*found, "forms of serving other than the one named"]
+    return [*found, "serving settings other than those named"]
 
 
 def _weights(case: Case, whose: str, kernels: KernelReport | None) -> str:
     if not case.holding.codes or kernels is None:
         places = "bit for bit in fp32, and rounded once as served" if case.exact else "rounded once as served"
         return f"every weight inside the engine is {whose}, {places}"
-    what = "product of one FP8 weight" if kernels.packed else "FP8 code and scale"
-    return f"every {what} inside the engine is {whose}, bit for bit, and every other weight is, rounded once"
+    what = "product of an input with one FP8 weight" if kernels.packed else "FP8 code and scale"
+    return f"every {what} inside the engine is {whose}, bit for bit, and so is every other weight, rounded once"
 
 
 def _products(kernels: KernelReport) -> Iterator[str]:
     names = ", ".join(f"{name} ({count})" for name, count in sorted(kernels.kernels.items()))
-    done = f"{kernels.rounding} of {kernels.layers} round their inputs to E4M3"
-    yield f"each quantized layer, run by itself, multiplies by the weight that it holds, in {names}; {done}"
+    done = f"{kernels.rounding} of {kernels.layers} layers round their inputs to E4M3"
+    yield f"each quantized layer, run separately, multiplies by the weight that it stores, with {names}; {done}"
     if kernels.codes:
-        but = ", but for ties, since a kernel divides approximately" if APPROXIMATE in kernels.ways else ""
-        yield f"{kernels.codes} codes of activations, seen where kernels multiply them, are right bit for bit{but}"
+        but = ", except ties, since a kernel divides approximately" if APPROXIMATE in kernels.ways else ""
+        yield f"{kernels.codes} codes of activations, read from kernels, are correct bit for bit{but}"
 
 
 def _unseen(case: Case, served: ServedReport) -> Iterator[str]:
     if served.weights.read.get("computed"):
-        yield "what vLLM's loader computes from weights, number by number, but by the log-probabilities"
+        yield "what vLLM's loader computes from weights, element by element: only log-probabilities test it"
     if not case.exact:
         why = "FP8 kernels round" if case.holding.codes else "sums are rounded on a GPU"
-        yield f"log-probabilities to the last bits: {why}, so they are held within the noise of the form"
+        yield f"log-probabilities to the last bit: {why}, so they are compared within that noise"
     kernels = served.kernels
     if kernels is None:
         return
     if kernels.packed:
         names = ", ".join(sorted(kernels.kernels))
-        yield f"codes and scales as bytes: {names} packs them in an order of its own; products with one-hot inputs tell"
+        yield f"codes and scales as bytes: {names} packs them in its own order; one-hot inputs show their products"
     if kernels.rounding and not kernels.codes:
-        yield "codes of activations: no kernel shows them, and products tell that inputs are rounded"
+        yield "codes of activations: they cannot be read from kernels; outputs show that inputs are rounded"
     if kernels.codes and not case.form.enforce_eager:
-        yield "codes of activations inside the compiled graph: each layer was run by itself, outside it"
+        yield "codes of activations inside the compiled graph: each layer was run separately, outside it"

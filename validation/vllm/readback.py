@@ -101,7 +101,7 @@ class Reading:
         finally:
             DefaultModelLoader.load_weights = true_load
         if not self.layout.heads:
-            raise RuntimeError("vLLM took another loader than its own for safetensors: no weight can be read back")
+            raise RuntimeError("vLLM did not use its own loader for safetensors, so no weight can be read back")
 
     def _as_loaded(self, model: torch.nn.Module, name: str, held: Mapping[str, Tensor]) -> tuple[Tensor, str]:
         """The value loaded into a layer that packs it later; FP8 experts as codes or dequantized, as is expected."""
@@ -142,14 +142,14 @@ class Reading:
         parameters = dict(model.named_parameters(remove_duplicate=False))
         for name, origin in self.layout.origins.items():
             if name in parameters and origin.unwritten:
-                self.unexplained.append(f"{name}: {origin.unwritten} elements are loaded from nowhere")
+                self.unexplained.append(f"{name}: {origin.unwritten} elements are not loaded from the checkpoint")
             if name not in self.as_loaded and (origin.pieces or name in parameters):
                 self._take(name, *self._held(model, name, origin))
         for name in sorted(self.layout.heads.keys() - self.whole - self.tensors.keys()):
-            self.unexplained.append(f"{name}: the engine does not hold all of it")
+            self.unexplained.append(f"{name}: the engine holds only a part of it")
         for name in sorted(self.whole - self.tensors.keys()):
             if name.removesuffix(_SCALE) not in self.tensors:
-                self.unexplained.append(f"{name}: the files hold it, and the source does not")
+                self.unexplained.append(f"{name}: the files hold it, but the source does not")
         for name in self.tensors.keys() - self.report.keys():
             self.report[name] = self._absent(name, parameters)
 
@@ -195,11 +195,13 @@ class Reading:
         if name in self.computed:
             source, numbers = self.computed[name]
             same = torch.equal(value.reshape(-1), numbers.float())
-            entry = {"status": "match"} if same else {"status": "differs", "why": f"{name} is not what its loader made"}
+            entry = (
+                {"status": "match"} if same else {"status": "differs", "why": f"{name} is not what its loader computed"}
+            )
             self.report[source] = {**entry, "read": "computed", "gemm_differs": False}
             return
         if not origin.unwritten and not (origin.filled and bool((origin.rest(value) == 0).all())):
-            self.unexplained.append(f"{name}: its loader computes what it holds, or pads it with other numbers than 0")
+            self.unexplained.append(f"{name}: its loader computes its values, or pads it with values other than 0")
         for found in self.rebuild.add(name, value, how):
             self.whole |= set() if found.absent else {found.head.name}
             if found.head.name in self.tensors:
@@ -210,15 +212,15 @@ class Reading:
         wrong = any(how.endswith("!") for how in found.how)
         entry: dict[str, Any] = {"status": "differs", "read": min(found.how).removesuffix("!"), "gemm_differs": wrong}
         if found.changed:
-            return {**entry, "why": "the engine's loader computes something from it, and does not only rearrange it"}
+            return {**entry, "why": "the engine's loader does not only rearrange it, but computes new values from it"}
         if found.absent:
-            return {**entry, "status": "missing", "why": f"{found.absent} of its elements are nowhere in the engine"}
+            return {**entry, "status": "missing", "why": f"{found.absent} of its elements are missing in the engine"}
         if found.unequal:
-            return {**entry, "why": f"{found.unequal} elements are there twice, with different numbers"}
+            return {**entry, "why": f"{found.unequal} elements are in the engine twice, with different values"}
         codes, products = "codes" in found.how, expected.get("products")
         if codes != (products is not None) and not unsigned:
             held, other = ("FP8 codes", "numbers") if codes else ("numbers", "FP8 codes")
-            return {**entry, "why": f"the engine holds {held} of it, and was to hold {other}"}
+            return {**entry, "why": f"the engine stores it as {held}; expected {other}"}
         digest = _digest(found.value, unsigned=unsigned)
         right = products if unsigned and products else [expected["sha256_unsigned_zero" if unsigned else "sha256"]]
         if digest in right and list(found.head.shape) == expected["shape"]:
@@ -235,7 +237,7 @@ class Reading:
         if name not in self.layout.heads:
             return {"status": "missing", "why": "the files hold no tensor of this name"}
         if name in self.rebuild.waiting:
-            return {"status": "missing", "why": "the engine has packed it to where it cannot be read"}
+            return {"status": "missing", "why": "the engine has packed it in a form that cannot be read"}
         times = Counter(id(parameter) for parameter in parameters.values())
         for other, origin in self.layout.origins.items():
             shared = other in parameters and times[id(parameters[other])] > 1
@@ -243,7 +245,7 @@ class Reading:
                 equal = self.tensors.get(twin) == self.tensors[name]  # shape, digests and all
                 if equal and self.report.get(twin, {}).get("status") == "match":
                     return {"status": "match", "read": "tied", "gemm_differs": False}
-        return {"status": "missing", "why": "nothing in the engine is a copy of it"}
+        return {"status": "missing", "why": "the engine has no copy of it"}
 
 
 def _module(model: torch.nn.Module, name: str) -> Any:

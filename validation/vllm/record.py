@@ -22,33 +22,34 @@ Verdict = Literal["ACCEPT", "CONSISTENT", "REJECT"]
 class WeightReport(FrozenConfig):
     """Comparison of the weights read back from the engine with the expected ones."""
 
-    reference: Literal["export", "source"] = Field(description="where the expected values came from")
-    layers: int = Field(ge=0, description="layers stored as FP8 codes that were compared")
-    tensors: int = Field(ge=0, description="tensors compared, FP8 or not")
-    elements: int = Field(ge=0, description="elements of those tensors")
-    differing: int = Field(ge=0, description="elements whose fp32 bits differ")
-    differing_codes: int = Field(ge=0, description="elements that quantize to another FP8 code")
+    reference: Literal["export", "source"] = Field(description="origin of the expected values")
+    layers: int = Field(ge=0, description="number of compared layers that are stored as FP8 codes")
+    tensors: int = Field(ge=0, description="number of tensors compared, FP8 or not")
+    elements: int = Field(ge=0, description="number of elements of those tensors")
+    differing: int = Field(ge=0, description="number of elements whose fp32 bits differ")
+    differing_codes: int = Field(ge=0, description="number of elements that quantize to another FP8 code")
     different: list[str] = Field(description="names of tensors that differ")
     missing: list[str] = Field(description="names of tensors that the engine does not hold")
-    gemm_differs: list[str] = Field(description="tensors that the engine holds right and multiplies wrong")
+    gemm_differs: list[str] = Field(description="tensors that the engine stores correctly but multiplies incorrectly")
     why: dict[str, str] = Field(
         default_factory=dict, description="reason by name, for tensors that are missing or differ as a whole"
     )
     unexplained: list[str] = Field(
-        default_factory=list, description="what the engine holds and the checkpoint does not explain, and why"
+        default_factory=list,
+        description="what the engine holds that does not follow from the checkpoint, with the reason",
     )
     discarded: list[str] = Field(
         default_factory=list,
-        description="tensors that the architecture itself throws away: the engine does not load them",
+        description="tensors that the architecture does not use: the engine does not load them",
     )
     read: dict[str, int] = Field(
-        description="tensors by how they were read: as stored, as FP8 codes, as loaded (before a layer packs them), "
-        "through the GEMM (sign of zero lost), tied (not loaded, and equal to one that serves in its place), or "
-        "computed (the engine's loader makes other numbers of them, one of each)"
+        description="number of tensors by how they were read: as stored, as FP8 codes, as loaded (before a layer packs "
+        "them), through the GEMM (sign of zero lost), tied (not loaded, but equal to one used in its place), or "
+        "computed (the engine's loader computes new values from them, element by element)"
     )
     row_error: float | None = Field(
         default=None,
-        description="of weights that the export rounded: a row's largest error, part of its bound; none if not asked",
+        description="for weights that the export rounded: largest error of a row, relative to its bound",
     )
 
     def gates(self, where: str) -> list[Gate]:
@@ -63,7 +64,7 @@ class WeightReport(FrozenConfig):
                     _first(self.gemm_differs)),
         ]  # fmt: skip
         if self.row_error is not None:
-            detail = "error of the worst row against the source's floats, part of half a step"
+            detail = "error of the worst row against the source's floats, relative to half a rounding step"
             found.append(_at_most(f"rounding of rows, {where}", self.row_error, 1.0, detail))
         return found
 
@@ -78,7 +79,7 @@ class LogprobReport(FrozenConfig):
     max_abs_diff: float = Field(description="largest absolute difference, nats; NaN if any value is not finite")
     mean_abs_diff: float = Field(description="mean absolute difference, nats")
     threshold: float = Field(gt=0, description="largest difference accepted, nats")
-    mean_logprob: float = Field(description="mean of the engine's log-probabilities, nats a token")
+    mean_logprob: float = Field(description="mean of the engine's log-probabilities, nats per token")
 
     @property
     def gates(self) -> list[Gate]:
@@ -93,11 +94,13 @@ class CanaryAnswer(FrozenConfig):
 
     prompt: str = Field(description="the question")
     answer: str = Field(description="the engine's greedy answer")
-    tokens: int = Field(ge=0, description="tokens of the answer")
-    agreeing_tokens: int = Field(ge=0, description="leading tokens that are the torch model's greedy choice too")
+    tokens: int = Field(ge=0, description="number of tokens in the answer")
+    agreeing_tokens: int = Field(
+        ge=0, description="number of leading tokens that are also the torch model's greedy choice"
+    )
     verdict: Literal["ok", "empty", "degenerate", "prompt-differs", "differs"] = Field(
-        description="ok; no text, or one token over and over, as the torch model answers too; another prompt than the "
-        "tokenizer's; another answer than the torch model's"
+        description="empty, degenerate: no text, or one token repeated, but so does the torch model; prompt-differs: "
+        "another prompt than the tokenizer's; differs: another answer than the torch model's"
     )
 
 
@@ -111,24 +114,35 @@ class ServedReport(FrozenConfig):
     arguments: list[str] = Field(description="the arguments of vLLM's server")
     variables: dict[str, str] = Field(description="the plugin's and vLLM's environment variables that were set")
     weights: WeightReport = Field(
-        description="weights read back: FP8 codes and scales as they are, others against values rounded once"
+        description="weights read back: FP8 codes and scales bit for bit, others against values rounded once"
     )
-    kernels: KernelReport | None = Field(default=None, description="kernels of quantized layers, where there are any")
-    tokens: int = Field(ge=0, description="places at which the next token's probabilities were compared")
-    noise_kl: float = Field(description="mean divergence of the form's torch model from the fp32 one, nats")
-    engine_kl: float = Field(description="mean divergence of the engine from the fp32 torch model, nats")
-    form_kl: float = Field(description="mean divergence of the engine from the form's torch model, nats")
+    kernels: KernelReport | None = Field(default=None, description="kernels of quantized layers, if there are any")
+    tokens: int = Field(ge=0, description="number of positions at which the next token's probabilities were compared")
+    noise_kl: float = Field(
+        description="mean KL divergence of the torch model with the same rounding from the fp32 torch model, nats"
+    )
+    engine_kl: float = Field(description="mean KL divergence of the engine from the fp32 torch model, nats")
+    form_kl: float = Field(
+        description="mean KL divergence of the engine from the torch model with the same rounding, nats"
+    )
     bound_kl: float = Field(description="largest divergence accepted, nats; follows from the noise")
     max_abs_diff: float = Field(description="largest difference of a scored log-probability from fp32, nats")
-    loss: float | None = Field(default=None, description="mean loss of the texts in the engine, nats a token")
-    exact_loss: float | None = Field(default=None, description="the same in the fp32 torch model")
+    loss: float | None = Field(default=None, description="mean loss of the texts in the engine, nats per token")
+    exact_loss: float | None = Field(default=None, description="the same loss in the fp32 torch model")
     bound_loss: float | None = Field(
-        default=None, description="largest difference accepted: twice what tokens' losses move between the torch models"
+        default=None,
+        description="largest difference accepted: twice the change of losses between the torch models",
     )
-    noise_margin: float = Field(description="largest change of the lead of a first choice between the torch models")
-    decided: int = Field(ge=0, description="places at which the fp32 model's lead is more than twice that")
-    decided_otherwise: int = Field(ge=0, description="of those, where the engine's first choice is another")
-    agreement: float = Field(description="part of all places at which engine and fp32 model choose the same token")
+    noise_margin: float = Field(
+        description="largest change, between the torch models, in the margin of the most likely token"
+    )
+    decided: int = Field(
+        ge=0, description="number of positions at which the fp32 model's margin is more than twice that"
+    )
+    decided_otherwise: int = Field(
+        ge=0, description="number of those at which the engine's most likely token is another"
+    )
+    agreement: float = Field(description="share of all positions at which engine and fp32 model choose the same token")
     canary: list[CanaryAnswer] = Field(description="questions and answers")
     load_s: float = Field(ge=0, description="time to load the engine, seconds")
     total_s: float = Field(ge=0, description="time of the whole run, seconds")
@@ -136,10 +150,10 @@ class ServedReport(FrozenConfig):
     @property
     def gates(self) -> list[Gate]:
         """The gates on these figures."""
-        why = f"nats a token, mean over {self.tokens}; the noise between the torch models is {self.noise_kl:.3g}"
+        why = f"nats per token, mean over {self.tokens} positions; noise between the torch models {self.noise_kl:.3g}"
         found = [] if self.kernels is None else self.kernels.gates
         if self.loss is not None and self.exact_loss is not None and self.bound_loss is not None:
-            said = f"nats a token: {self.loss:.4f} in the engine, {self.exact_loss:.4f} in fp32"
+            said = f"nats per token: {self.loss:.4f} in the engine, {self.exact_loss:.4f} in fp32"
             found.append(_at_most("loss differs, as served", abs(self.loss - self.exact_loss), self.bound_loss, said))
         return [
             *self.weights.gates("as served"),
@@ -147,7 +161,7 @@ class ServedReport(FrozenConfig):
             _at_most("divergence from fp32, as served", self.engine_kl, self.bound_kl, why),
             _at_most("divergence from the form in torch, as served", self.form_kl, self.bound_kl, why),
             none_of("first choices that differ where they are decided, as served", self.decided_otherwise,
-                    f"of {self.decided} places of {self.tokens}; in all {self.agreement:.1%} agree"),
+                    f"of {self.decided} such positions among {self.tokens}; {self.agreement:.1%} of all agree"),
         ]  # fmt: skip
 
 
@@ -157,33 +171,35 @@ class ValidationRecord(EngineRecord):
     # 3: gates, the source's files, and the engine as it serves.
     schema_version: int = Field(default=3, description="version of this schema")
     dtype: str = Field(
-        description="compute dtype of the engine that rounds nothing, float32; without one, of the engine that serves"
+        description="compute dtype of the engine without rounding (float32) or, without one, of the served engine"
     )
     versions: dict[str, str] = Field(description="versions of the engine's packages")
     reference: Literal["export", "source"] = Field(description="what everything was compared with")
     source_digest: str | None = Field(default=None, description="the source's digest; none without one")
     changed: list[str] = Field(description="keys of config.json and generation_config.json changed on purpose")
     weights: WeightReport | None = Field(
-        default=None, description="weights read back in fp32; none where the engine cannot run so: see `served`"
+        default=None, description="weights read back in fp32; none if the engine cannot run in fp32, see `served`"
     )
-    logprobs: LogprobReport | None = Field(default=None, description="log-probabilities in fp32; as `weights`")
+    logprobs: LogprobReport | None = Field(
+        default=None, description="log-probabilities in fp32; none under the same condition"
+    )
     canary: list[CanaryAnswer] = Field(default_factory=list, description="questions and answers")
-    served: ServedReport | None = Field(default=None, description="the same engine as `serve` starts it")
+    served: ServedReport | None = Field(default=None, description="the engine as `fp8pipe serve` starts it")
     chat_template: bool = Field(default=False, description="whether the questions went through the chat template")
     load_s: float = Field(default=0.0, ge=0, description="time to load the engine, seconds")
     peak_rss_bytes: int = Field(default=0, ge=0, description="largest resident memory of the engine, bytes")
     gates: list[Gate] = Field(description="the comparisons with their thresholds")
     proved: list[str] = Field(description="what holds, in words")
-    not_proved: list[str] = Field(description="what was not tried, and why")
+    not_proved: list[str] = Field(description="what was not tested, and why")
     reasons: list[str] = Field(description="why it was rejected; empty when accepted")
-    verdict: Verdict = Field(description="ACCEPT; CONSISTENT where the source was not at hand; REJECT")
+    verdict: Verdict = Field(description="ACCEPT; CONSISTENT if the source was not found; REJECT")
 
 
 def wrong_answers(answers: list[CanaryAnswer], where: str) -> Gate:
     """A gate that no answer differs from the torch model's; a poor answer that both give is only mentioned."""
     found = [(a.verdict in _WRONG, f"{a.prompt!r} is {a.verdict}: {a.answer!r}") for a in answers if a.verdict != "ok"]
     wrong = [text for is_wrong, text in found if is_wrong]
-    own = [f"{text} (the torch model's answer, too)" for is_wrong, text in found if not is_wrong]
+    own = [f"{text} (also the torch model's answer)" for is_wrong, text in found if not is_wrong]
     return none_of(f"wrong answers, {where}", len(wrong), "; ".join([f"of {len(answers)}", *wrong, *own]))
 
 

@@ -94,16 +94,18 @@ def validate_export(
 def _check_request(prompts: Sequence[str], max_tokens: int, form: ServingForm) -> None:
     if not prompts or max_tokens < 1:
         raise ConfigurationError(
-            "a validation asks at least one question and allows at least one token",
-            why=f"{len(prompts)} prompt(s), max_tokens {max_tokens}",
+            "a validation needs at least one question and one token per answer",
+            why=f"{len(prompts)} prompt(s) and max_tokens {max_tokens} were given",
         )
     spread = [name for name in form.extra if name.split("=", 1)[0].replace("_", "-") in _SEVERAL_DEVICES]
     spread += ["--tensor-parallel-size"] if (form.tensor_parallel_size or 1) > 1 else []
     if form.dtype == "auto" or spread:
-        one_process = f"weights are read in one process alone, on one device, and {', '.join(spread)} asks for more"
+        one_process = (
+            f"weights can be read back only from one process on one device, but {', '.join(spread)} asks for more"
+        )
         raise ConfigurationError(
-            "this form of serving cannot be validated",
-            why=one_process if spread else "vLLM chooses the dtype", fix="name the dtype, and one device",
+            "these serving settings cannot be validated",
+            why=one_process if spread else "vLLM would choose the dtype", fix="give a dtype, and one device",
         )  # fmt: skip
 
 
@@ -119,7 +121,7 @@ def _require_plugin(environment: VllmEnvironment, artifact: Artifact) -> None:
 
 def describe(export: Path, record: ValidationRecord) -> str:
     """The record as readable text."""
-    rows = [("compared with", "the source" if record.reference == "source" else "the export itself: see below")]
+    rows = [("compared with", "the source" if record.reference == "source" else "the export itself (see below)")]
     weights, logprobs, served = record.weights, record.logprobs, record.served
     if served is not None:
         rows += _weight_rows(served.weights if weights is None else weights, served, in_fp32=weights is not None)
@@ -128,8 +130,8 @@ def describe(export: Path, record: ValidationRecord) -> str:
             rows.append(("log-probabilities", differ))
         rows += [
             ("as served", served.form), *_kernel_rows(served),
-            ("its divergence", f"{served.engine_kl:.1e} nats a token (accepted: {served.bound_kl:.1e}); "
-                               f"first choices agree at {served.agreement:.1%} of {served.tokens} places"),
+            ("its divergence", f"{served.engine_kl:.1e} nats per token (accepted: {served.bound_kl:.1e}); "
+                               f"first choices agree at {served.agreement:.1%} of {served.tokens} positions"),
             *((f"asked: {answer.prompt}", f"{answer.answer!r} ({answer.verdict})") for answer in record.canary),
             *((f"as served: {answer.prompt}", f"{answer.answer!r} ({answer.verdict})") for answer in served.canary),
         ]  # fmt: skip
@@ -153,9 +155,9 @@ def _kernel_rows(served: ServedReport) -> list[tuple[str, str]]:
     if kernels is None:
         return []
     names = ", ".join(f"{name} ({count})" for name, count in sorted(kernels.kernels.items()))
-    rounded = f"{kernels.rounding} of {kernels.layers} layers round inputs"
+    rounded = f"{kernels.rounding} of {kernels.layers} layers round their inputs"
     codes = f"; {kernels.codes_differing} of {kernels.codes} codes differ" if kernels.codes else ""
     return [
         ("its kernels", f"{names}, on {', '.join(sorted(kernels.devices))}; {rounded}{codes}"),
-        ("its products", f"largest error {kernels.worst_product:.2g} of what a kernel may lose"),
+        ("its outputs", f"largest error {kernels.worst_product:.2g} of the kernels' error bound"),
     ]

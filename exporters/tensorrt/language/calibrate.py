@@ -91,8 +91,9 @@ def count_inputs(model: nn.Module, layers: Sequence[str], text: Sequence[Encoded
     if broken:
         raise ConfigurationError(
             f"{len(broken)} layer(s) cannot be calibrated",
-            why=f"the first: {broken[0]} read {'nothing' if broken[0] not in groups else 'NaN or infinity'}",
-            fix="look at the model's training; export with --target vllm to use it without static scales",
+            why=f"the first: the input of {broken[0]} "
+            f"{'was never computed' if broken[0] not in groups else 'is NaN or infinite'}",
+            fix="check the model's training; to use the model without static scales, export with --target vllm",
         )
     return groups
 

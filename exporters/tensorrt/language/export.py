@@ -113,8 +113,8 @@ def export_language(source: Path, output: Path, options: LanguageExportOptions) 
                 gates.append(gate)
                 progress.advance(1)
             write_layers(writer.root, reports)
-            fix = f"look into {writer.root}; perplexity and precision may be waived with --no-require"
-            writer.require_gates(gates, "the export does not hold what was asked", fix)
+            fix = f"inspect {writer.root}; --no-require waives the requirements on perplexity and precision"
+            writer.require_gates(gates, "the export does not meet its requirements", fix)
             scores = PerplexityFacts(
                 own=own.perplexity, served=served.perplexity, error=served.error_against(own), tokens=own.tokens
             )
@@ -140,7 +140,7 @@ def _prove(
     gates = number_gates(layers, written, model, scales)
     proved, _ = layer_gates(layers, written, reference, text.heldout[0])
     clipped = max(scales.values(), key=lambda scale: scale.clipped)
-    detail = f"of the values seen in calibration, at the layer where it is largest; amax {clipped.amax:g}"
+    detail = f"share of the values seen in calibration, in the layer where it is largest; amax {clipped.amax:g}"
     return layers, [*gates, *proved, at_most("clipped activations", clipped.clipped, _CLIPPED, detail)]
 
 

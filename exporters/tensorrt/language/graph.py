@@ -70,7 +70,7 @@ def decoder_graph(model: LanguageModel, scales: Mapping[str, float], base: Base,
     dtype = TORCH_TYPES[base]
     decoder = model.torch_model(dtype)
     findings = [
-        Finding("not-half", name, f"a value beyond the largest of {dtype}", "export with --base fp32")
+        Finding("not-half", name, f"a value beyond the range of {dtype}", "export with --base fp32")
         for name, tensor in model.floats.items()
         if tensor.is_floating_point() and not torch.isfinite(tensor.to(dtype)).all()
     ]
@@ -111,7 +111,7 @@ def quantize_inputs(traced: FloatGraph, scales: Mapping[str, float]) -> Change:
             pairs[value] = scale, quantize_value(traced.model.graph, product.node, value, site, scale, _FP8)
             changed.append(site)
         if pairs[value][0] != scale:
-            raise ValueError(f"{product.name} shares its input with a layer of another scale")
+            raise ValueError(f"{product.name} shares its input with a layer that has another scale")
         product.node.replace_input_with(0, pairs[value][1])
     return Change("quantize_inputs", tuple(changed))
 
@@ -141,7 +141,7 @@ def type_scales(model: ir.Model, dtype: ir.DataType) -> Change:
         array = value.const_value.numpy()
         typed = array.astype(dtype.numpy())
         if not np.array_equal(typed.astype(np.float32), array):
-            raise NotHalf(str(value.name), "a scale that FP16 does not hold exactly")
+            raise NotHalf(str(value.name), "a scale that FP16 cannot represent exactly")
         value.const_value = ir.tensor(typed, name=str(value.name))
         value.type = ir.TensorType(dtype)
         changed.append(str(value.name))
@@ -286,9 +286,9 @@ def _assign(graph: ir.Model, model: PreTrainedModel, layers: Sequence[str]) -> l
         if len(nodes) != 1 or not holds_weight(nodes[0], weight):
             raise ConfigurationError(
                 f"the traced graph of {type(model).__name__} does not match the model",
-                why=f"{name} has {len(nodes)} product(s) with a stored matrix, expected one"
+                why=f"{name} has {len(nodes)} matrix multiplication(s) by a stored matrix, expected one"
                 if len(nodes) != 1
-                else f"{nodes[0].op_type} {nodes[0].name} of {name} multiplies by another matrix than its weight",
+                else f"{nodes[0].op_type} {nodes[0].name} of {name} multiplies by a matrix that is not its weight",
                 fix="use versions of torch, onnxscript and transformers that this project was tested with, or export "
                 "with --target vllm",
             )

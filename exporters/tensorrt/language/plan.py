@@ -57,7 +57,7 @@ def plan_for_people(
         *(("onnx", "onnx-ir", "onnxscript", "onnxruntime") if graph else ()),
         *(("tensorrt-rtx",) if engines else ()),
     )
-    no_text = Missing("no text is named to calibrate on", "give --calibration-data")
+    no_text = Missing("no text to calibrate on", "give --calibration-data")
     force = getattr(options, "force", False)
     shown = Plan(
         reads=(str(source), *((text,) if text else ())),
@@ -70,12 +70,12 @@ def plan_for_people(
                  *missing_memory(peak, "a machine with more memory, or a smaller model")),
         notes=(
             how,
-            *(("engines are compiled by a process of its own, whose memory is not predicted",) if engines else ()),
+            *(("engines are compiled in a separate process, whose memory is not included",) if engines else ()),
         ),
         facts={
             "format": format,
             "layers": f"{quantized} in FP8, {others} float",
-            "calibration": f"{text or 'no text is named: give --calibration-data'} ({options.calibration})",
+            "calibration": f"{text or 'none: give --calibration-data'} ({options.calibration})",
             "engines": ", ".join(engines) or "none",
         },
     )  # fmt: skip

@@ -235,6 +235,6 @@ def cache_gates(session: DecoderSession, text: list[Encoded]) -> list[Gate]:
         worst = float(np.maximum(worst, np.abs(whole - steps).max() / np.abs(whole).max()))  # NaN stays NaN
         agreeing += int((whole.argmax(-1) == steps.argmax(-1)).sum())
         tokens += ids.shape[1]
-    detail = "over the largest logit, activations not quantized; "
-    detail += f"{agreeing} of {tokens} tokens have the same best successor"
+    detail = "largest difference relative to the largest logit, activations not quantized; "
+    detail += f"{agreeing} of {tokens} tokens have the same most likely successor"
     return [at_most("logits of the cache against none", worst, CACHE_LIMIT, detail)]

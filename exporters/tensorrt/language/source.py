@@ -101,8 +101,12 @@ def _unreadable(plan: ExportPlan) -> list[Finding]:
     """Weights that vLLM reads but that exports to TensorRT (graph or TensorRT-LLM checkpoint) do not support yet."""
     fix = "export with --target vllm"
     units = [unit for unit in plan.units if unit.quantized]
-    found = [Finding("transposed-weight", u.entry.name, "stored (in, out)", fix) for u in units if u.transposed]
-    why = "an expert's: which experts run depends on the token, and each would need a static scale of its inputs"
+    found = [
+        Finding("transposed-weight", u.entry.name, "its codes are stored (in, out)", fix) for u in units if u.transposed
+    ]
+    why = (
+        "an expert's weight: which experts run depends on the token, but each would need a static scale for its inputs"
+    )
     return [*found, *(Finding("expert", u.entry.name, why, fix) for u in units if plan.structure.is_expert(u.module))]
 
 
@@ -155,7 +159,7 @@ def _partial_attention(root: Path) -> str:
     kinds = set(getattr(config, "layer_types", None) or [])
     window = getattr(config, "sliding_window", None)
     if kinds - {"full_attention"} or (window is not None and not kinds):
-        return f"its attention is not the full one in every layer ({', '.join(sorted(kinds)) or f'window {window}'})"
+        return f"not every layer has full attention ({', '.join(sorted(kinds)) or f'window {window}'})"
     return ""
 
 
@@ -187,9 +191,9 @@ def read_text(model: LanguageModel, data: str | None, records: int) -> ExportTex
     source = data or config.get("data")
     if not source:
         raise ConfigurationError(
-            f"{model.root} does not say on which text it was trained",
-            why="static activation scales are measured on text",
-            fix="name some with --calibration-data",
+            f"{model.root} does not record the text that it was trained on",
+            why="static activation scales are calibrated on text",
+            fix="name a text with --calibration-data",
         )
     train, heldout = split(
         load_records(str(source)), heldout_fraction=float(config.get("heldout_fraction", _FRACTION)), seed=0
@@ -213,8 +217,8 @@ def _check_split(model: LanguageModel, train: int, heldout: int) -> None:
     then = model.artifact.manifest.details_of(TunedDetails).data
     if then is not None and (then.train, then.heldout) != (train, heldout):
         raise ConfigurationError(
-            f"the training text of {model.root} is not split as it was in training",
-            why=f"{then.train} records were trained on and {then.heldout} held out then, {train} and {heldout} now: "
-            "the text has changed, or another version of fp8pipe has tuned the model",
-            fix="name text that the model has not seen with --calibration-data",
+            f"the training text of {model.root} no longer splits as it did in training",
+            why=f"then {then.train} records were trained on and {then.heldout} held out, now {train} and {heldout}: "
+            "the text has changed, or the model was tuned by another version of fp8pipe",
+            fix="with --calibration-data, name a text that the model was not trained on",
         )

@@ -38,8 +38,8 @@ class Calibration(StrEnum):
 class CalibrationOptions(FrozenConfig):
     """How static activation scales are calibrated."""
 
-    calibration: Calibration = Field(Calibration.AMAX, description="How static activation scales follow from the text")
-    calibration_data: Annotated[str | None, Flag(default="the training's")] = Field(
+    calibration: Calibration = Field(Calibration.AMAX, description="Rule for static activation scales")
+    calibration_data: Annotated[str | None, Flag(default="the training data")] = Field(
         None, description="Text to calibrate on"
     )
     calibration_records: int = Field(128, ge=1, description="Records to calibrate on")
@@ -48,27 +48,27 @@ class CalibrationOptions(FrozenConfig):
 class LanguageExportOptions(CalibrationOptions):
     """Options of one export of a language model as a graph with engines."""
 
-    format: Literal["fp8"] = Field("fp8", description="Graph and engines")
-    builder: Builder = Field(Builder.RTX, description="rtx, which compiles on any machine, or none, the graph alone")
-    base: Base = Field(Base.FP16, description="Type of what is not quantized")
+    format: Literal["fp8"] = Field("fp8", description="FP8 graph and engines")
+    builder: Builder = Field(Builder.RTX, description="rtx (compiles on any machine) or none (only the graph)")
+    base: Base = Field(Base.FP16, description="Dtype of everything that is not quantized")
     compute_capabilities: Annotated[Capabilities, Flag("compute-capability")] = Field(
-        ("8.9", "12.0"), description="A GPU to compile for; repeatable"
+        ("8.9", "12.0"), description="A compute capability to compile for; repeatable"
     )
-    batch: tuple[int, int, int] = Field((1, 1, 8), description="Smallest, usual and largest batch, sequences")
+    batch: tuple[int, int, int] = Field((1, 1, 8), description="Smallest, typical and largest batch, sequences")
     sequence: tuple[int, int, int] = Field(
-        (1, 128, 1024), description="Smallest, usual and largest number of new tokens; also of cached ones"
+        (1, 128, 1024), description="Smallest, typical and largest number of new tokens, and of cached ones"
     )
     cache: bool = Field(True, description="Key/value cache as inputs and outputs of the graph")
-    require: bool = Field(
-        True, description="Refuse engines with a product in another precision, and a worse perplexity"
-    )
+    require: bool = Field(True, description="Refuse engines that multiply in another precision, and a worse perplexity")
     force: Annotated[bool, CONFIG_ONLY] = Field(False, description="Replace an existing output directory")
 
     @field_validator("builder")
     @classmethod
     def _compiles(cls, value: Builder) -> Builder:
         if value is Builder.ENTERPRISE:
-            raise ValueError("language models are built by rtx here; for TensorRT use the trtexec line of the manifest")
+            raise ValueError(
+                "language models are built with rtx only; for TensorRT, use the trtexec command in the manifest"
+            )
         return value
 
     @model_validator(mode="after")
@@ -76,32 +76,32 @@ class LanguageExportOptions(CalibrationOptions):
         for name, (low, usual, high) in (("batch", self.batch), ("sequence", self.sequence)):
             if not 1 <= low <= usual <= high:
                 numbers = f"{low} {usual} {high}"
-                raise ValueError(f"{name} {numbers}: three numbers from 1, none smaller than the one before")
+                raise ValueError(f"{name} {numbers}: give three non-decreasing numbers, each at least 1")
         return self
 
 
 class CalibrationFacts(FrozenConfig):
     """The text used to calibrate static scales."""
 
-    data: str = Field(description="the source, as it was named")
+    data: str = Field(description="path or name of the text, as given")
     sha256: str | None = Field(default=None, description="digest of the calibration records")
-    records: int = Field(ge=0, description="how many were taken")
+    records: int = Field(ge=0, description="number of records used")
 
 
 class InputScale(FrozenConfig):
     """A static scale as it is recorded in an export."""
 
     scale: float = Field(gt=0, description="value = code * scale; a power of two")
-    amax: float = Field(description="largest magnitude seen")
-    clipped: float = Field(description="share of the values seen that are beyond the range")
-    values: int = Field(description="values seen")
+    amax: float = Field(description="largest absolute value in calibration")
+    clipped: float = Field(description="share of these values beyond the range of the codes")
+    values: int = Field(description="number of values in calibration")
 
 
 class CacheFacts(FrozenConfig):
     """Shape of the key/value cache."""
 
-    layers: int = Field(description="layers that have one")
-    heads: int = Field(description="key/value heads")
+    layers: int = Field(description="number of layers with a cache")
+    heads: int = Field(description="number of key/value heads")
     size: int = Field(description="dimension of a head")
 
 
@@ -111,23 +111,23 @@ class PerplexityFacts(FrozenConfig):
     own: float = Field(description="perplexity of the artifact, with activations quantized as in training")
     served: float = Field(description="perplexity of the exported graph")
     error: float = Field(description="standard error of the difference, nats per token")
-    tokens: int = Field(description="answer tokens")
+    tokens: int = Field(description="number of answer tokens")
 
 
 class TrtLanguageDetails(Details):
     """The manifest's details for an export of a language model to TensorRT."""
 
     format: str = Field(description="export format, as given to --format")
-    base: str = Field(description="type of what is not quantized")
+    base: str = Field(description="dtype of everything that is not quantized")
     output: GraphOutput = Field(description="logits")
-    trtexec: str = Field(default="", description="the command that builds an engine elsewhere")
+    trtexec: str = Field(default="", description="command that builds an engine on another machine")
     cache: CacheFacts | None = Field(default=None, description="none for a graph without key/value cache")
     activations: Encoding = Field(description="how the graph quantizes inputs")
     trained_activations: Encoding | None = Field(default=None, description="how training quantized them")
-    calibration: CalibrationFacts = Field(description="the text behind the static scales")
-    passes: dict[str, int] = Field(default_factory=dict, description="places that each pass changed")
-    engines: dict[str, BuiltEngine] = Field(default_factory=dict, description="by compute capability")
-    perplexity: PerplexityFacts | None = Field(default=None, description="on held-out text")
+    calibration: CalibrationFacts = Field(description="the text that static scales were calibrated on")
+    passes: dict[str, int] = Field(default_factory=dict, description="number of places that each pass changed")
+    engines: dict[str, BuiltEngine] = Field(default_factory=dict, description="engines by compute capability")
+    perplexity: PerplexityFacts | None = Field(default=None, description="perplexity on held-out text")
 
 
 def migrate_language(data: dict[str, Any]) -> dict[str, Any]:
@@ -148,7 +148,7 @@ TARGET: Final = ExportTarget(
         Engine("tensorrt", "validation.tensorrt.language:validate_language", "validation.tensorrt.validate:describe"),
     ),
     service=Service(
-        "language", refusal="engines of language models are not run here", plan="validation.plan:plan_tensorrt",
+        "language", refusal="fp8pipe does not run engines of language models", plan="validation.plan:plan_tensorrt",
         device="exporters.devices:in_tensorrt_language",
     ),
 )  # fmt: skip

@@ -44,8 +44,8 @@ def lint_file(path: Path, capabilities: Sequence[str] = ()) -> Report:
     """
     if not path.is_file():
         raise BadArtifactError(
-            f"{path} is no ONNX file",
-            why="it is a directory" if path.is_dir() else "there is no such file",
+            f"{path} is not an ONNX file",
+            why="it is a directory" if path.is_dir() else "the file does not exist",
             fix="name the .onnx file itself" + (f": {path / 'model.onnx'}" if (path / "model.onnx").is_file() else ""),
         )
     try:
@@ -54,7 +54,7 @@ def lint_file(path: Path, capabilities: Sequence[str] = ()) -> Report:
         raise BadArtifactError(
             f"{path} cannot be read as an ONNX graph",
             why=f"{type(error).__name__}: {error}"[:300],
-            fix="name an ONNX file; if this is one, write it again",
+            fix="name an ONNX file; if this is one, it is damaged: export it again",
         ) from error
     return lint_typed(model, capabilities)
 

@@ -80,7 +80,7 @@ def _down(value: ir.Value, products: dict[ir.Node, Product]) -> Product | None:
 
 def _attention(softmax: ir.Node, first: Product, second: Product, static: bool) -> Iterator[Finding]:
     if first.low != second.low:
-        why = f"{label(first.node)} multiplies {_shown(first)}, {label(second.node)} {_shown(second)}: not one kernel"
+        why = f"{label(first.node)} multiplies {_shown(first)}, {label(second.node)} {_shown(second)}: not fused"
         yield finding("attention-part", softmax, why)
     if not (first.low and second.low):
         return
@@ -100,7 +100,7 @@ def _moved(product: Product) -> Iterator[Finding]:
     found = moved_quantizers(product)
     if len(found) > 1:
         shown = ", ".join(label(node) for node in found)
-        yield finding("moved-quantizers", product.node, f"{len(found)} quantizers move into it: {shown}")
+        yield finding("moved-quantizers", product.node, f"the builder moves {len(found)} quantizers into it: {shown}")
 
 
 def moved_quantizers(product: Product) -> tuple[ir.Node, ...]:
@@ -138,7 +138,9 @@ def _several(view: View) -> Iterator[Finding]:
     for value, quantizers in readers.items():
         if len(quantizers) > 1:
             shown = ", ".join(label(node) for node in quantizers.values())
-            yield finding("several-quantizers", value, f"{shown}: products that read it are not joined into one")
+            yield finding(
+                "several-quantizers", value, f"{shown}: the matrix multiplications that read it are not fused"
+            )
 
 
 _LARGEST_FILTER: Final = 32  # number of kernel positions; there is no FP8 convolution kernel for more
@@ -179,7 +181,7 @@ def _codes(product: Product, types: dict[ir.Value, ir.DataType]) -> Iterator[Fin
     if product.node.op_type == "Conv" and first == second == ir.DataType.FLOAT8E4M3FN and weight is not None:
         places = math.prod(side for side in list(weight.shape or ())[2:] if isinstance(side, int))
         if places > _LARGEST_FILTER:
-            why = f"a filter of {places} places; the builder has FP8 kernels for at most {_LARGEST_FILTER}"
+            why = f"a filter of {places} positions; the builder has FP8 kernels for at most {_LARGEST_FILTER}"
             yield finding("fp8-convolution", product.node, why)
 
 
@@ -187,7 +189,9 @@ def _between(product: Product) -> Iterator[Finding]:
     for operand, other in (product.operands, product.operands[::-1]):
         if operand.between and operand.dequantize is not None and other.dequantize is not None:
             shown = ", ".join(str(node.op_type) for node in operand.between)
-            yield finding("between", product.node, f"{shown} between {label(operand.dequantize)} and the product")
+            yield finding(
+                "between", product.node, f"{shown} between {label(operand.dequantize)} and the matrix multiplication"
+            )
 
 
 def _half(product: Product, types: dict[ir.Value, ir.DataType], whole: set[ir.DataType | None]) -> Iterator[Finding]:
@@ -196,11 +200,11 @@ def _half(product: Product, types: dict[ir.Value, ir.DataType], whole: set[ir.Da
             continue
         codes = _type(operand, types)
         if not operand.stored:
-            why = f"{label(operand.dequantize)} gives codes, {other.value.name} is float"
+            why = f"{label(operand.dequantize)} dequantizes codes, but {other.value.name} is float"
             yield finding("half-quantized", product.node, why)
         elif codes in whole and constant(other.value) is None:
             shown = codes.name if codes is not None else ""
-            why = f"its weight is {shown}, its activation float; other products of this graph are {shown} on both sides"
+            why = f"its weight is {shown}, its activation float; in other layers of this graph both are {shown}"
             yield finding("half-quantized", product.node, why)
 
 
@@ -215,9 +219,9 @@ def _quantizers(view: View) -> Iterator[Finding]:
     readers = {operand.quantizer: product for product in view.products for operand in product.operands if operand.low}
     for node in view.nodes(QUANTIZE):
         if constant(node.inputs[0]) is not None:
-            yield finding("float-weight", node, "quantizes a stored float tensor: the builder rounds it, not you")
+            yield finding("float-weight", node, "quantizes a stored float tensor, so the builder computes the codes")
             continue
         if not fixed(node.inputs[1]) and node in readers:
             yield finding("dynamic-scale", node, "its scale is computed while the engine runs")
         if code_type(node) == ir.DataType.INT4 and node in readers:
-            yield finding("int4-activation", node, "gives INT4, which no kernel is known to multiply")
+            yield finding("int4-activation", node, "gives INT4 activations, for which no kernel is known")

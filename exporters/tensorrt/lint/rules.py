@@ -47,33 +47,37 @@ RULES: Final[Mapping[str, Rule]] = {
     "unsigned": Rule(_W, "quantize to INT8 with a stored zero point of INT8"),
     "unsigned-weight": Rule(_R, "store the weight as INT8 codes with zero point 0"),
     "element-type": Rule(_R, "store codes as INT8, INT4, E4M3 or E2M1"),
-    "scale-value": Rule(_R, "store positive, finite scales; a channel of zeros may have any"),
+    "scale-value": Rule(_R, "store positive, finite scales, also for channels that are all zero"),
     "scale-infinite": Rule(_W, "store finite scales"),
-    "nan-code": Rule(_W, "quantize the weight again, and saturate"),
+    "nan-code": Rule(_W, "quantize the weight again, with saturation"),
     "scale-shape": Rule(_R, "store one scale per tensor, one for each channel of the axis, or one per block"),
-    "block-size": Rule(_W, "let block_size be the axis's length over the number of scales along it"),
-    "operand-types": Rule(_R, "give DequantizeLinear scales of the type that the product's other operand has"),
+    "block-size": Rule(_W, "set block_size to the length of the axis divided by the number of scales along it"),
+    "operand-types": Rule(_R, "give DequantizeLinear scales of the dtype of the other operand"),
     "weight-axis": Rule(_D, "give a weight one scale for each output channel"),
     "activation-axis": Rule(_D, "give an activation one scale per tensor"),
-    "dynamic-scale": Rule(_D, "store the scale: measure it on data, or store weights alone in low precision"),
-    "scaled-blocks": Rule(_W, "scale 8-bit products for each output channel; blocks are for float activations"),
+    "dynamic-scale": Rule(_D, "calibrate the scale on data and store it, or quantize only weights"),
+    "scaled-blocks": Rule(_W, "use one scale for each output channel; blocks need float activations"),
     "one-block": Rule(_D, "use blocks of 32, at least two along the inputs"),
-    "eight-bit-blocks": Rule(_D, "scale 8-bit weights for each output channel, or store 4 bits in blocks"),
-    "mixed-codes": Rule(_R, "quantize both operands of a product to one type"),
+    "eight-bit-blocks": Rule(_D, "use one scale for each output channel, or 4-bit codes in blocks"),
+    "mixed-codes": Rule(_R, "quantize both operands to the same type"),
     "int4-beside-int8": Rule(_N, "store the same codes as INT8"),
-    "int4-activation": Rule(_N, "quantize activations to INT8; a Clip keeps a range of 4 bits"),
-    "half-quantized": Rule(_D, "quantize both operands of the product, or none"),
-    "between": Rule(_D, "move the operator before QuantizeLinear, or behind the product"),
-    "codes-undecoded": Rule(_R, "let DequantizeLinear alone read stored codes, in the layout of the product"),
-    "cast-fp8": Rule(_R, "use QuantizeLinear and DequantizeLinear for Div, Cast, Cast and Mul"),
-    "cast-int8": Rule(_D, "use QuantizeLinear and DequantizeLinear for Div, Round, Cast, Cast and Mul"),
-    "fp8-convolution": Rule(_D, "write a convolution whose patches do not overlap as a MatMul, or leave it float"),
-    "moved-quantizers": Rule(_D, "clip one of the values to its range before QuantizeLinear: a Clip is not moved"),
+    "int4-activation": Rule(_N, "quantize activations to INT8, with a Clip to the 4-bit range"),
+    "half-quantized": Rule(_D, "quantize both operands, or neither"),
+    "between": Rule(_D, "move the operator before QuantizeLinear, or after the matrix multiplication"),
+    "codes-undecoded": Rule(
+        _R, "let only DequantizeLinear read stored codes, in the layout of the matrix multiplication"
+    ),
+    "cast-fp8": Rule(_R, "replace Div, Cast, Cast and Mul by QuantizeLinear and DequantizeLinear"),
+    "cast-int8": Rule(_D, "replace Div, Round, Cast, Cast and Mul by QuantizeLinear and DequantizeLinear"),
+    "fp8-convolution": Rule(_D, "write a convolution without overlapping patches as a MatMul, or keep it in float"),
+    "moved-quantizers": Rule(
+        _D, "insert a Clip to the value's range before one of the QuantizeLinear: it is not moved"
+    ),
     "attention-part": Rule(_D, "quantize all four operands of an attention, or none"),
     "clipped-probabilities": Rule(_N, "quantize probabilities to 8 bits, which need no Clip"),
-    "clipped-fixed-probabilities": Rule(_R, "leave the Clip behind Softmax out, or let the batch be dynamic"),
-    "several-quantizers": Rule(_N, "quantize a value once, with one scale, for all of its readers"),
-    "float-weight": Rule(_N, "store codes and DequantizeLinear alone"),
+    "clipped-fixed-probabilities": Rule(_R, "remove the Clip after Softmax, or make the batch dimension dynamic"),
+    "several-quantizers": Rule(_N, "quantize a value once, with one scale, for all of its consumers"),
+    "float-weight": Rule(_N, "store codes, and only a DequantizeLinear"),
     "opset": Rule(_N, "declare opset 21, or 23 for E2M1"),
     "fp8-capability": Rule(_R, "compile for 8.9 or later, or use INT8"),
     "fp4-capability": Rule(_R, "compile for 12.0 or later, or use INT4 weights"),
@@ -104,7 +108,7 @@ class Report:
         if not rules:
             return ""
         shown = ", ".join(sorted(rules))
-        return f"or give --no-require, which accepts what is only multiplied in another precision: {shown}"
+        return f"or give --no-require, which accepts findings that only change the precision: {shown}"
 
     def summary(self, *, require: bool = True) -> tuple[str, ...]:
         """The warnings, one sentence per rule: how many, and where the first one is."""

@@ -53,7 +53,7 @@ def _zero_point(node: ir.Node) -> Iterator[Finding]:
     if len(node.inputs) < 3:
         return
     if node.inputs[2] is None:
-        yield finding("empty-zero-point", node, "the operand is there and has no name")
+        yield finding("empty-zero-point", node, "the zero point is given, but its name is empty")
         return
     zero = constant(node.inputs[2])
     if zero is not None and np.any(zero.astype(np.float32)):
@@ -67,7 +67,7 @@ def _unsigned(node: ir.Node) -> Iterator[Finding]:
         if dtype in _UNSIGNED:
             stated = len(node.inputs) > 2 or "output_dtype" in node.attributes
             why = f"gives {dtype.name}" if stated else f"states no type, and ONNX's default is {dtype.name}"
-            yield finding("unsigned", node, f"{why}; the builder takes INT8 for it, which ends at 127")
+            yield finding("unsigned", node, f"{why}; the builder uses INT8 instead, whose largest value is 127")
         return
     codes = node.inputs[0]
     if codes is not None and codes.const_value is not None and codes.dtype in _UNSIGNED:
@@ -83,7 +83,9 @@ def _scale(scale: ir.Value, node: ir.Node) -> Iterator[Finding]:
     if bad:
         yield finding("scale-value", node, f"{bad} of {numbers.size} scales are zero, negative or NaN")
     if np.isposinf(numbers).any():
-        yield finding("scale-infinite", node, f"{int(np.isposinf(numbers).sum())} scales are infinite, and outputs NaN")
+        yield finding(
+            "scale-infinite", node, f"{int(np.isposinf(numbers).sum())} scales are infinite, so outputs are NaN"
+        )
 
 
 def _stored(value: ir.Value) -> Iterator[Finding]:
@@ -92,7 +94,7 @@ def _stored(value: ir.Value) -> Iterator[Finding]:
     if value.dtype == ir.DataType.FLOAT8E4M3FN and value.const_value is not None:
         nan = int((value.const_value.numpy().view(np.uint8) & 0x7F == 0x7F).sum())  # E4M3 has a NaN of either sign
         if nan:
-            yield finding("nan-code", value, f"{nan} codes are NaN, and with them every output of their channels")
+            yield finding("nan-code", value, f"{nan} codes are NaN, and so is every output of their channels")
     if value.dtype in CODES:
         for node, position in value.uses():
             quantizer = node.op_type in (QUANTIZE, DEQUANTIZE)
@@ -134,13 +136,13 @@ def lint_machines(view: View, capabilities: Sequence[str]) -> Iterator[Finding]:
         where = held.get(dtype)
         older = [text for text in capabilities if tuple(map(int, text.split("."))) < first]
         if where is not None and older:
-            yield finding(rule, where, f"{dtype.name}, which {', '.join(older)} does not have")
+            yield finding(rule, where, f"{dtype.name}, which compute capability {', '.join(older)} does not support")
     opset = view.model.opset_imports.get("", view.model.opset_imports.get("ai.onnx", 0))
     needed = max((_OPSETS.get(dtype, 0) for dtype in held), default=0)
     if any(node.attributes.get_int("block_size", 0) for node in view.nodes(QUANTIZE, DEQUANTIZE)):
         needed = max(needed, 21)
     if held and opset < needed:
-        yield finding("opset", "the model", f"opset {opset}; its quantizers are defined from {needed} on")
+        yield finding("opset", "the model", f"opset {opset}; its quantizers need opset {needed} or later")
 
 
 def _types(view: View) -> dict[ir.DataType, str]:
@@ -194,7 +196,7 @@ def _shape(node: ir.Node) -> Iterator[Finding]:
         return
     side = sides[axis]
     if side is not None and -(-side // block) != scale.shape[axis]:
-        why = f"block_size {block} and {scale.shape[axis]} scales for {side} numbers: the builder goes by the scales"
+        why = f"block_size {block} and {scale.shape[axis]} scales for {side} values: the builder ignores block_size"
         yield finding("block-size" if side % scale.shape[axis] == 0 else "scale-shape", node, why)
 
 
@@ -207,7 +209,7 @@ def _weight(product: Product, operand: Operand, other: Operand) -> Iterator[Find
     summed = product.contracted(operand, rank)
     blocks = _blocks(node, scale, rank, summed)
     if blocks > 1 and other.low and other.quantizer is not None and other.quantizer.domain in ("", "ai.onnx"):
-        why = f"{blocks} blocks of inputs beside a quantized activation: their scales end up behind the sum over them"
+        why = f"{blocks} blocks of inputs with a quantized activation: scales are applied after the sum over blocks"
         yield finding("scaled-blocks", node, why)
     elif scale.ndim == 1 and scale.size > 1 and summed is not None and attribute_axis(node, rank) == summed:
         yield finding("weight-axis", node, f"one scale for each of {scale.size} inputs")

@@ -45,7 +45,7 @@ function show(answer, elapsed) {
   result.classList.remove("bad");
   if (first.classes) {
     at("best").textContent = first.classes[0].name;
-    at("message").textContent = alone ? "Most likely label; each holds by itself" : "Most likely of the model's classes";
+    at("message").textContent = alone ? "Most likely label; labels are independent of each other" : "Most likely of the model's classes";
     at("bars").replaceChildren(...first.classes.map((c) => bar(c.name, c.probability, (100 * c.probability).toFixed(1) + " %")));
   } else if (first.values) {
     const largest = Math.max(...first.values.map((v) => Math.abs(v.value))) || 1;

@@ -89,7 +89,7 @@ class Settings:
 def _choice(env: Mapping[str, str], name: str, off: str, on: str) -> bool:
     value = env.get(name, off).strip().lower() or off
     if value not in (off, on):
-        raise ValueError(f"{name} is {value!r}; it can be {off!r} or {on!r}")
+        raise ValueError(f"{name} is {value!r}; it must be {off!r} or {on!r}")
     return value == on
 
 

@@ -157,7 +157,7 @@ def round_trip(x: Tensor, activations: Activations, static_scale: Tensor | None 
     values = x.float()
     if kind is Granularity.GROUP:
         if activations.group_size < 1 or x.shape[-1] % activations.group_size:
-            raise ValueError(f"{x.shape[-1]} features cannot be split in groups of {activations.group_size}")
+            raise ValueError(f"{x.shape[-1]} features cannot be split into groups of {activations.group_size}")
         values = values.reshape(*x.shape[:-1], -1, activations.group_size)
     if kind is not Granularity.STATIC:
         amax = values.abs().amax() if kind is Granularity.TENSOR else values.abs().amax(dim=-1, keepdim=True)

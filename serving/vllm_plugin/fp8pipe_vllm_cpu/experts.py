@@ -101,7 +101,7 @@ class CpuFp8MoEMethod(UnquantizedFusedMoEMethod):
 
     def _rounded(self, layer: Any, x: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Tensor:
         if layer.activation != MoEActivation.SILU:
-            raise NotImplementedError(f"rounded activations are emulated for SiLU alone, not for {layer.activation}")
+            raise NotImplementedError(f"rounded activations are emulated only for SiLU, not for {layer.activation}")
         summed = torch.zeros(x.shape)
         for number in topk_ids.unique().tolist():
             token, place = torch.where(topk_ids == number)

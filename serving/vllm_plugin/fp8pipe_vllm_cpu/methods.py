@@ -123,7 +123,7 @@ class _Dequantized:
             return None
         largest: Tensor = layer.input_scale.detach().float().max()
         if float(largest) == UNSET_SCALE or not bool(torch.isfinite(largest) & (largest > 0)):
-            raise ValueError("the checkpoint declares static activations and holds no usable input_scale")
+            raise ValueError("the checkpoint declares static activation scales but has no usable input_scale")
         return largest
 
 

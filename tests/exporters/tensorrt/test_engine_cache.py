@@ -95,9 +95,9 @@ def _without_recipe(root):
 @pytest.mark.parametrize(
     ("spoil", "words"),
     [
-        (_missing, "rtx-8.9.engine is missing"), (_damaged, "sha256"), (_older, "TensorRT for RTX 1.0.0.1, and"),
-        (_other_graph, "of another graph"), (_other_settings, "other settings"),
-        (_without_recipe, "does not say what its engines were made from"),
+        (_missing, "rtx-8.9.engine is missing"), (_damaged, "sha256"), (_older, "TensorRT for RTX 1.0.0.1, but"),
+        (_other_graph, "its graph is another"), (_other_settings, "other settings"),
+        (_without_recipe, "did not record what its engines were built from"),
     ],
 )  # fmt: skip
 def test_one_that_does_not_fit_is_built_again_beside_the_export(export, exported, notices, spoil, words):
@@ -119,7 +119,7 @@ def test_one_that_does_not_fit_is_built_again_beside_the_export(export, exported
 def test_another_gpu_gets_an_engine_of_its_own(export, notices):
     ready = ready_engine(export, "12.0", on_build=notices.append)
     assert ready.source is EngineSource.BUILT
-    assert "holds none for compute capability 12.0" in notices[0]
+    assert "has no engine for compute capability 12.0" in notices[0]
     assert ready.recipe.capability == "12.0"
     with pytest.raises(ConfigurationError, match=r"9\.0"):
         ready_engine(export, "9.0", on_build=notices.append)

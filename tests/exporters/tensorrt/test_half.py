@@ -77,7 +77,7 @@ def test_a_value_beyond_the_range_is_refused_and_a_mask_is_not():
     array = bias.const_value.numpy().copy()
     array[0] = 1e6
     bias.const_value = ir.tensor(array, name=bias.name)
-    with pytest.raises(NotHalf, match="beyond FP16"):
+    with pytest.raises(NotHalf, match="beyond the range of FP16"):
         halve(model)
     array[:] = 0
     array[0] = np.finfo(np.float32).min

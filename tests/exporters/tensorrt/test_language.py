@@ -293,7 +293,7 @@ def test_the_command_line_knows_both_kinds_of_artifact(llama, language_text, tmp
     assert all(flag in packed.output for flag in ("--pack", "--workspace", "--version-compatible"))
     enterprise = CliRunner().invoke(main, [*base, "--builder", "enterprise"])
     assert enterprise.exit_code == 10
-    assert "trtexec line of the manifest" in enterprise.output
+    assert "trtexec command in the manifest" in enterprise.output
     vit = write(tmp_path / "vit", kind="vit", details=details_of("vit")).root
     elsewhere = ["export", str(vit), "--target", "trt", "--output", str(tmp_path / "out"), "--no-cache"]
     vision = CliRunner().invoke(main, elsewhere)

@@ -55,7 +55,7 @@ def test_training_text_that_is_split_otherwise_than_in_training_is_refused(llama
         return replace(model, artifact=replace(model.artifact, manifest=manifest.model_copy(update=changed)))
 
     assert len(read_text(trained(54, 6), None, 8).heldout) == 6
-    with pytest.raises(ConfigurationError, match="not split as it was in training"):
+    with pytest.raises(ConfigurationError, match="no longer splits as it did in training"):
         read_text(trained(50, 5), None, 8)
 
 

@@ -61,7 +61,7 @@ def test_the_command_finds_them_with_parents_elsewhere(fault, whole_tree, tmp_pa
     (root / fault.parent).rename(tmp_path / "elsewhere")
     alone = CliRunner().invoke(main, ["verify", "--json", str(root)])
     assert alone.exit_code == 0, alone.output
-    assert any("found neither there nor beside the artifact" in note for note in json.loads(alone.stdout)["notes"])
+    assert any("it is neither there nor beside the artifact" in note for note in json.loads(alone.stdout)["notes"])
     ended = CliRunner().invoke(main, ["verify", str(root), "--parents", str(tmp_path / "elsewhere")])
     assert ended.exit_code == 12
     assert fault.named in ended.stderr

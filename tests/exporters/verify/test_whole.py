@@ -68,7 +68,7 @@ def test_a_model_that_has_changed_at_its_path_is_not_compared_with_and_why_is_sa
     (model / "chat_template.jinja").write_text("{} \n")
     compared, notes = verified(export)
     assert compared == []
-    assert f"({model}): what lies there has another digest: not compared; --parents PLACE says where it lies" in notes
+    assert f"({model}): not compared: what is there has another digest; give its directory with --parents" in notes
 
 
 def test_an_artifact_is_found_at_its_path_or_beside_and_is_hashed_before_it_is_compared_with(falqon, llama, tmp_path):
@@ -84,7 +84,10 @@ def test_an_artifact_is_found_at_its_path_or_beside_and_is_hashed_before_it_is_c
     moved.rename(tmp_path / "away")
     compared, notes = verified(export)
     assert compared == []
-    assert f"({parent}): found neither there nor beside the artifact: not compared; --parents PLACE" in notes
+    assert (
+        f"({parent}): not compared: it is neither there nor beside the artifact; give its directory with --parents"
+        in notes
+    )
 
 
 def test_a_parent_that_was_made_again_at_its_path_is_taken_by_its_content(falqon, llama, tmp_path):

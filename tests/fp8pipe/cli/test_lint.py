@@ -38,7 +38,7 @@ def test_a_good_graph_passes_for_the_gpus_that_have_its_types(graph):
     old = invoke(path, "--compute-capability", "8.9", "--compute-capability", "8.6")
     assert old.exit_code == 13
     assert "[fp8-capability]" in old.output
-    assert "which 8.6 does not have" in old.output
+    assert "which compute capability 8.6 does not support" in old.output
 
 
 def test_the_document_holds_every_finding_with_its_effect(graph):

@@ -156,7 +156,7 @@ def test_an_unreadable_file_leaves_the_last_keys_in_force_and_is_not_read_each_t
     keys.path.unlink()
     keys.reload_if_changed()
     assert keys.name_of(KEY.encode()) == "alice"
-    assert "still the former ones" in caplog.text
+    assert "previous ones remain valid" in caplog.text
     caplog.clear()
     keys.reload_if_changed()
     assert caplog.text == ""

@@ -42,13 +42,13 @@ def test_an_accepted_export_is_served_and_says_what_was_proved(artifact):
         ({"verdict": "REJECT", "reasons": ["a weight differs"]}, "says REJECT: a weight differs"),
         ({"verdict": "CONSISTENT", "not_proved": ["the source"]}, "says CONSISTENT: the source"),
         ({"verdict": "PROVED-WITHOUT-RUNNING"}, "says PROVED-WITHOUT-RUNNING"),
-        ({"versions": VERSIONS | {"vllm": "0.18.0"}}, "vllm 0.18.0, and here is 0.19.1"),
-        ({"versions": {"torch": "2.10.0"}}, "vllm absent, and here is 0.19.1"),
+        ({"versions": VERSIONS | {"vllm": "0.18.0"}}, "vllm 0.18.0, but here it is 0.19.1"),
+        ({"versions": {"torch": "2.10.0"}}, "vllm absent, but here it is 0.19.1"),
         (
             {"served": {"form": "on a CPU: float32, eager"}},
-            "float32, eager, and here is on a CPU: bfloat16",
+            "float32, eager, but here it is on a CPU: bfloat16",
         ),
-        ({"served": None}, "form unnamed, and here is on a CPU: bfloat16"),
+        ({"served": None}, "form unnamed, but here it is on a CPU: bfloat16"),
         ({"manifest_digest": "0" * 64}, "it is about manifest 000000"),
     ],
 )

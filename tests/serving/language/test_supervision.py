@@ -126,7 +126,7 @@ def test_an_engine_that_hangs_behind_a_healthy_server_is_started_again(service: 
         (tmp_path / "hang").unlink()
         assert (reply.status_code, reply.json()["error"]["code"]) == (503, "engine_unavailable")
     wait_until(lambda: ready(service) and not set(before) & set(_pids(tmp_path)))
-    assert "has made no token for" in "".join(service.lines)
+    assert "has generated no token for" in "".join(service.lines)
 
 
 def test_an_answer_that_takes_too_long_is_a_504(export: Path, tmp_path: Path) -> None:

@@ -68,7 +68,7 @@ def test_a_stale_engine_is_built_again_with_a_notice(export):
     ended = CliRunner().invoke(main, ["validate", str(export)])
     assert ended.exit_code == 0
     assert "from this machine's cache, not the export's own" in ended.output
-    assert "not proved: the export's own engine for 8.9: another was taken" in ended.output
+    assert "not proved: the export's own engine for 8.9: another was used" in ended.output
 
 
 def test_precisions_that_are_not_the_engine_s_are_rejected(export):

@@ -92,7 +92,7 @@ def test_a_proof_on_one_device_is_none_for_another(tree: Path, engine: Any, tmp_
     for name in ("NVIDIA A1", "NVIDIA B2"):
         (tmp_path / name).mkdir()
         elsewhere = form.in_words(gpu_environment(tmp_path / name, sees(name, 9, 0)))
-        with pytest.raises(GateFailedError, match=f"form on a CPU: .*and here is on a GPU .{name}"):
+        with pytest.raises(GateFailedError, match=f"form on a CPU: .*but here it is on a GPU .{name}"):
             proof_of(artifact, ServeConfig(), versions, elsewhere)
 
 
@@ -119,11 +119,11 @@ def test_a_build_for_gpus_without_one_is_refused_before_anything_starts(
     monkeypatch.setattr(validate, "inspect_environment", lambda python: environment)
     record = tree / "copied.validation.json"
     record.write_text("{}", encoding="utf-8")
-    with pytest.raises(MissingCapabilityError, match="build for GPUs, and there is none") as caught:
+    with pytest.raises(MissingCapabilityError, match="build for GPUs, but it finds no GPU") as caught:
         validate_export(tree / "copied", vllm_python=sys.executable)
     assert caught.value.exit_code == 11
     assert why in caught.value.why
-    assert "where the GPU is" in caught.value.fix
+    assert "on a machine with a GPU" in caught.value.fix
     assert record.read_text(encoding="utf-8") == "{}"  # nothing was begun: the old record stays
     monkeypatch.setattr(plan, "inspect_environment", lambda python: environment)
     planned = plan.plan_vllm(open_artifact(tree / "copied"), "validate", record, vllm_python=sys.executable)

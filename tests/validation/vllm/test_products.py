@@ -101,7 +101,7 @@ def told(**other: Any) -> dict[str, Any]:
         ({"error_rounded": 7.0, "error_plain": 0.2}, "round inputs otherwise", "inputs of l (K) are not rounded"),
         ({"error_rounded": 3.0}, "error of products", "l (K)"),
         ({"error_rounded": float("nan"), "error_plain": float("nan")}, "error of products", "l (K)"),
-        ({"codes_differing": 2}, "codes of activations", "l (K), at best divided"),
+        ({"codes_differing": 2}, "codes of activations", "l (K), closest to divided"),
         ({"tensors": ["a.weight"]}, "in no examined layer", "b.weight"),
     ],
     ids=["numbers", "unrounded", "off", "nan", "codes", "another tensor"],

@@ -64,7 +64,7 @@ def test_a_tied_head_is_excused_only_by_equal_embeddings_that_serve_for_it(read:
     tied = {name: engine.held["embed.weight"] for name in ("embed.weight", "lm_head.weight")}
     assert reading._absent("lm_head.weight", tied) == {"status": "match", "read": "tied", "gemm_differs": False}
     assert reading._absent("lm_head.weight", {"embed.weight": tied["embed.weight"]})["status"] == "missing"
-    assert reading._absent("unused.bias", tied)["why"] == "nothing in the engine is a copy of it"
+    assert reading._absent("unused.bias", tied)["why"] == "the engine has no copy of it"
     assert reading._absent("gone.weight", tied)["why"] == "the files hold no tensor of this name"
 
 
