@@ -18,6 +18,7 @@ HEAD = """# Families of vision models
 `quantize-vit` finds out what a model is made of by running it, so this list is not what is allowed, but what the tests
 take all the way: quantized to 8 bits, exported to ONNX, validated in ONNX Runtime with the verdict `ACCEPT`, and where
 the last column says so exported to TensorRT's graph. Each is a small member of its family with random weights.
+What differs little from another is taken only by a long run of the tests (`FP8PIPE_TEST_BREADTH=long`).
 
 Prefix tokens are class, distillation and register tokens. Constants are linears whose results are the same for all
 pictures (nets that make position biases): they stay float, the artifact's warnings name them, and exports hold their

@@ -4,8 +4,11 @@
 
 FOLDER is made: a Llama of 32 layers with the proportions of LLaMA-7B, 3/32 as wide. So are rank and tokens, and the
 blocks in which matrices are converted hold as small a share of them. Prints one JSON line, in bytes:
-the model in bf16, and the most anonymous memory while it was loaded and prepared. A small one goes the same way before,
-for what Python, torch and transformers keep ever after is no part of it.
+the model in bf16, and the most anonymous memory until its gradients were observed, and from then until it was prepared.
+A small one goes the same way before, for what Python, torch and transformers keep ever after is no part of it.
+
+What is freed must go back at once (`MALLOC_ARENA_MAX=1 MALLOC_MMAP_THRESHOLD_=65536`), or the figures are those of the
+allocator: how much of it glibc keeps varies with the sizes that were asked for before, hence with the processor.
 """
 
 from __future__ import annotations
@@ -47,15 +50,19 @@ class Watch(threading.Thread):
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
-        self.peak, self.over = 0, False
+        self.observing, self.peak, self.over = 0, 0, False
 
     def run(self) -> None:
         while not self.over:
             self.peak = max(self.peak, anonymous())
             time.sleep(0.002)
 
+    def observed(self) -> None:
+        """What comes now is converting."""
+        self.observing, self.peak = self.peak, 0
 
-def prepare(folder: Path) -> int:
+
+def prepare(folder: Path, watch: Watch) -> int:
     """Load and prepare the model there by the default way; its bytes."""
     config = build_config(FinetuneConfig, {"model": "m", "data": "d", "rank": RANK, "device": "cpu"})
     model = load_model(config, resolve_model(str(folder)))
@@ -65,6 +72,7 @@ def prepare(folder: Path) -> int:
         for seed in range(config.gradient_batches):
             ids = torch.randint(0, 3000, (BATCH, LENGTH), generator=torch.Generator().manual_seed(seed))
             yield answer_loss(model, {"input_ids": ids}, ids, float(ids.numel()))
+        watch.observed()  # asked for another batch when the last one's backward pass is done
 
     build_method(config).prepare(model, losses=losses)
     return size
@@ -77,15 +85,15 @@ def main() -> None:
         model = transformers.AutoModelForCausalLM.from_config(shapes, dtype=torch.bfloat16)
         model.save_pretrained(folder / str(layers))
         del model
-    prepare(folder / "1")
+    prepare(folder / "1", Watch())
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)  # what is free goes back, or the model would lie in it
     before, watch = anonymous(), Watch()
     watch.start()
-    size = prepare(folder / "32")
+    size = prepare(folder / "32", watch)
     watch.over = True
     watch.join()
-    print(json.dumps({"model": size, "peak": watch.peak - before}))
+    print(json.dumps({"model": size, "observing": watch.observing - before, "converting": watch.peak - before}))
 
 
 if __name__ == "__main__":

@@ -89,8 +89,16 @@ def _rebuilt_here(monkeypatch):
     rebuild_here(monkeypatch)
 
 
+# Seconds each, and everything they are made of is in another that always runs: timm-swin, a distilled DeiT's two prefix
+# tokens and heads, DINOv2 with registers, ViT and CLIP with a head and other models without one.
+ONLY_LONG = {
+    "timm-swin-wide", "hf-swin", "hf-swin-wide", "timm-deit", "hf-deit", "timm-dinov2", "hf-vit-backbone",
+    "hf-clip-backbone",
+}  # fmt: skip
+
+
 def _cost(name):
-    return only_long if "swin" in name and name != "timm-swin" else ()
+    return only_long if name in ONLY_LONG else ()
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=_cost(n)) for n in NAMES])

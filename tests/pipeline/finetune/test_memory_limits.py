@@ -92,13 +92,17 @@ def test_conversion_and_preview_hold_little_beside_the_model():
 def test_the_host_holds_less_than_the_model_while_a_checkpoint_is_loaded_and_prepared(tmp_path):
     """In a process of its own, on a CPU: the memory that is no file's, for weights are mapped from theirs until used.
 
-    At the end that is the codes, half of the model, and what was not converted. Above it lie the temporaries of one
-    layer, what an allocator does not give back, and what gradients are observed with: 0.78 of the model here, and 0.96
-    were layers not recomputed and their sums kept in memory. The limit lies between, 8 MB above the former.
+    Freed memory goes back at once (`host_peak.py` says why), so the figures are of what is held: with 1 % to spare
+    the same for any vector instructions that torch, oneDNN and MKL use. Until gradients are observed that is 0.10 of
+    the model, 0.24 if their sums are kept in memory, and 0.49 if layers are not recomputed; 0.17 lies between.
+    Afterwards it is 0.60: the codes, half of the model, what was not converted, and the temporaries of one layer. It
+    would be above 1 if the old weights were kept.
     """
     command = [sys.executable, str(SUPPORT / "host_peak.py"), str(tmp_path)]
-    environment = {**os.environ, "PYTHONPATH": str(SUPPORT.parents[1]), "OMP_NUM_THREADS": "1"}
+    returning = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
+    environment = {**os.environ, "PYTHONPATH": str(SUPPORT.parents[1]), "OMP_NUM_THREADS": "1", **returning}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout.splitlines()[-1])
-    assert 0.5 * found["model"] < found["peak"] < 0.85 * found["model"], found
+    assert 0 < found["observing"] < 0.17 * found["model"], found
+    assert 0.5 * found["model"] < found["converting"] < 0.75 * found["model"], found

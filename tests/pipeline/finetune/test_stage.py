@@ -14,11 +14,13 @@ from pathlib import Path
 import pytest
 import torch
 from breadth import only_long, usual
+from click.testing import CliRunner
 from safetensors.torch import load_file
 from tuning_config import config
 
 from fp8pipe.artifact import open_artifact
 from fp8pipe.artifact.kinds import MergeHealth
+from fp8pipe.cli import main
 from fp8pipe.core.errors import ConfigurationError
 from pipeline.finetune.loop import Trainer
 from pipeline.finetune.stage import finetune
@@ -232,6 +234,12 @@ def _start(arguments):
     )  # fmt: skip
 
 
+def _run(arguments):
+    """The same to its end, in this process: a start costs seconds."""
+    ended = CliRunner().invoke(main, ["finetune", *arguments])
+    assert ended.exit_code == 0, ended.output
+
+
 def _modified(path):
     return path.stat().st_mtime_ns if path.exists() else None
 
@@ -246,8 +254,7 @@ def test_a_run_killed_at_random_moments_ends_with_the_bits_of_one_left_alone(mak
         "--save-every", "3", "--evaluate-every", "10", "--learning-rate", "1e-2",
         "--update-rule", rule, "--seed", "5",
     ]  # fmt: skip
-    whole = _start([*common, "--output", str(tmp_path / "whole")])
-    assert whole.wait() == 0, whole.stderr.read().decode()
+    _run([*common, "--output", str(tmp_path / "whole")])
     output = tmp_path / "killed"
     partial = tmp_path / "killed.partial"
     draw, kills = random.Random(rule), 0
@@ -264,8 +271,7 @@ def test_a_run_killed_at_random_moments_ends_with_the_bits_of_one_left_alone(mak
         process.wait()
     assert kills >= 3
     if not output.exists():
-        last = _start([*common, "--output", str(output), "--resume"])
-        assert last.wait() == 0, last.stderr.read().decode()
+        _run([*common, "--output", str(output), "--resume"])
     one, two = deployed(tmp_path / "whole"), deployed(output)
     assert all(torch.equal(one[n].reshape(-1).view(torch.uint8), two[n].reshape(-1).view(torch.uint8)) for n in one)
     assert (tmp_path / "whole" / "adapter.safetensors").read_bytes() == (output / "adapter.safetensors").read_bytes()

@@ -67,7 +67,7 @@ def test_clients_that_leave_cost_no_inference(export, linger_s):
         time.sleep(linger_s)
         for client in clients:
             client.close()
-        end = time.monotonic() + 30
+        end = time.monotonic() + 120
         while time.monotonic() < end and _metric(server, 'fp8pipe_shed_total{reason="disconnected"}') < 4:
             time.sleep(0.1)
         time.sleep(0.5)
