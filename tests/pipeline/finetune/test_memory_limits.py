@@ -92,11 +92,11 @@ def test_conversion_and_preview_hold_little_beside_the_model():
 def test_the_host_holds_less_than_the_model_while_a_checkpoint_is_loaded_and_prepared(tmp_path):
     """In a process of its own, on a CPU: the memory that is no file's, for weights are mapped from theirs until used.
 
-    Freed memory goes back at once (`host_peak.py` says why), so the figures are of what is held: with 1 % to spare
-    the same for any vector instructions that torch, oneDNN and MKL use. Until gradients are observed that is 0.10 of
-    the model, 0.24 if their sums are kept in memory, and 0.49 if layers are not recomputed; 0.17 lies between.
-    Afterwards it is 0.60: the codes, half of the model, what was not converted, and the temporaries of one layer. It
-    would be above 1 if the old weights were kept.
+    Freed memory is returned at once (`host_peak.py` says why), so the figures show what is held, and hardly depend on
+    the vector instructions that torch, oneDNN and MKL use (0.59 to 0.61 for the second one). While gradients are
+    observed, 0.10 of the model is held: 0.24 if their sums are kept in memory, and 0.49 if layers are not recomputed;
+    the limit of 0.17 lies between. Afterwards it is 0.60: the codes, half of the model, what was not converted, and
+    the temporaries of one layer. Keeping the old weights too would add 0.9.
     """
     command = [sys.executable, str(SUPPORT / "host_peak.py"), str(tmp_path)]
     returning = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
