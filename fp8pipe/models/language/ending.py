@@ -1,9 +1,9 @@
 """Finds the token with which a chat template ends an answer, and checks that engines stop at it.
 
-A fine-tuned model ends its answers as its chat template does, because it has learned to. An engine stops at the
-tokenizer's `eos_token` and at `eos_token_id` of generation_config.json (or of config.json without one). A base model
-with another model's chat template often lacks the template's end token there: it then emits that token and keeps
-generating. This module renders a finished turn and looks at its end.
+A fine-tuned model learns to end its answers with the end-of-turn token of its chat template. An engine stops at the
+tokenizer's `eos_token` and at `eos_token_id` of generation_config.json (of config.json if that file is absent). A
+base model with another model's chat template often lists the template's end-of-turn token in neither: the model then
+emits that token, and the engine keeps generating. This module renders a finished turn and reads the token after it.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ class Ending:
 
     Attributes:
         token: id of the end-of-turn token; None if there is none or it cannot be determined.
-        settings: the generation_config.json with which engines stop; None if no change is needed.
-        warning: a sentence for the user; empty if engines stop without a change.
+        settings: content of generation_config.json that makes engines stop at `token`; None if no change is needed.
+        warning: a message for the user; empty if engines stop at `token` without a change.
     """
 
     token: int | None = None
@@ -41,31 +41,36 @@ class Ending:
 
     @property
     def added(self) -> int | None:
-        """The end-of-turn token, if engines did not know it."""
+        """The end-of-turn token, if it has to be added to generation_config.json."""
         return None if self.settings is None else self.token
 
     @property
     def text(self) -> str:
-        """The content of generation_config.json."""
+        """`settings` as JSON, the text of generation_config.json."""
         return json.dumps(self.settings, indent=2, ensure_ascii=False) + "\n"
 
     def warnings(self, labels: Iterable[Sequence[int]] | None = None) -> list[str]:
-        """Warnings for the user; given a training text's labels, also warns if no answer includes its end token."""
+        """Warnings for the user.
+
+        Args:
+            labels: label token ids of each training example; if given, a warning is added when none of the examples
+                contains the end-of-turn token.
+        """
         found = [self.warning] if self.warning else []
         if labels is not None and self.token is not None and not any(self.token in example for example in labels):
             found.append(
-                f"the end-of-turn token {self.token} is in no answer that is learned, so the model will not stop: "
+                f"no training answer contains the end-of-turn token {self.token}, so the model will not learn to stop: "
                 "raise --sequence-length"
             )
         return found
 
 
 def read_ending(root: Path, *, tuned: bool = False) -> Ending:
-    """How the model in a directory ends its turns; an empty result without a tokenizer or chat template.
+    """How the model in a directory ends its turns; an empty `Ending` if it has no tokenizer or no chat template.
 
     Args:
         root: the model's directory.
-        tuned: the model will be fine-tuned, so a missing chat template is replaced by the plain one.
+        tuned: the model will be fine-tuned; a missing chat template is then replaced by fp8pipe's plain one.
 
     Raises:
         ConfigurationError: the chat template is not valid.
@@ -74,19 +79,19 @@ def read_ending(root: Path, *, tuned: bool = False) -> Ending:
         tokenizer = import_transformers().AutoTokenizer.from_pretrained(
             str(root), local_files_only=True, trust_remote_code=False
         )
-    except Exception as error:  # the tokenizer's reader raises any type; an engine may use another tokenizer
+    except Exception as error:  # loading may raise any type; not fatal: an engine may use another tokenizer
         return Ending(warning=_unknown(error)) if (root / "tokenizer_config.json").is_file() else Ending()
     template = template_info(tokenizer)
     return Ending() if template.origin == "plain" and not tuned else ending_of(root, tokenizer, template)
 
 
 def ending_of(root: Path, tokenizer: Any, template: TemplateInfo) -> Ending:
-    """The same as `read_ending`, for a tokenizer and template that are already loaded.
+    """Like `read_ending`, with a tokenizer and template that are already loaded.
 
     Args:
-        root: the model's directory, for its configuration.
+        root: the model's directory, with config.json and generation_config.json.
         tokenizer: a transformers tokenizer.
-        template: renders the conversations.
+        template: the chat template in use.
     """
     try:
         token, mark = _end_of_turn(tokenizer, template)
@@ -100,14 +105,14 @@ def ending_of(root: Path, tokenizer: Any, template: TemplateInfo) -> Ending:
         return Ending(token)
     stops = [*own, token]
     warning = (
-        f"the end-of-turn token {mark} ({token}) of the chat template is an end token neither of the tokenizer nor of "
-        f"{GENERATION_FILE}, so no engine would stop at it: {EOS} of {GENERATION_FILE} is set to {stops}"
+        f"the chat template ends turns with {mark} ({token}), which is neither the tokenizer's eos_token nor in "
+        f"{EOS} of {GENERATION_FILE}, so engines would not stop at it: {EOS} of {GENERATION_FILE} is set to {stops}"
     )
     return Ending(token, settings | {EOS: stops}, warning)
 
 
 def _end_of_turn(tokenizer: Any, template: TemplateInfo) -> tuple[int | None, str]:
-    """Id and text of the first special token after an answer; (None, the text that follows it) if there is none."""
+    """Id and text of the first special token after an answer; without one, None and the text after the answer."""
     tail = _after_answer(tokenizer, template)
     special = {str(token): int(index) for index, token in tokenizer.added_tokens_decoder.items()}
     special |= dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
@@ -120,7 +125,7 @@ def _end_of_turn(tokenizer: Any, template: TemplateInfo) -> tuple[int | None, st
 
 def _after_answer(tokenizer: Any, template: TemplateInfo) -> str:
     """The text that the template adds after a finished answer."""
-    failure: Exception = ValueError("it does not render an answer as it is given")
+    failure: Exception = ValueError("it does not render the answer verbatim")
     for talk in (list(_TALK), in_parts(_TALK)):
         try:
             text = str(tokenizer.apply_chat_template(talk, chat_template=template.template, tokenize=False))
@@ -134,7 +139,7 @@ def _after_answer(tokenizer: Any, template: TemplateInfo) -> str:
 
 
 def _settings(root: Path) -> dict[str, Any]:
-    """generation_config.json, or the settings that engines take from config.json without one."""
+    """Content of generation_config.json; if it is absent, the settings that engines take from config.json instead."""
     config = read_config(root / "config.json")
     text = config["text_config"] if isinstance(config.get("text_config"), dict) else {}
     inherited = {key: value for key in ("bos_token_id", EOS, "pad_token_id")
@@ -146,7 +151,7 @@ def _settings(root: Path) -> dict[str, Any]:
 
 
 def stop_tokens(root: Path) -> list[int]:
-    """Tokens at which engines stop, apart from the tokenizer's own.
+    """Ids of the tokens at which engines stop, in addition to the tokenizer's `eos_token`.
 
     Raises:
         BadArtifactError: a configuration cannot be read.
@@ -160,14 +165,14 @@ def _ids(value: Any) -> list[int]:
 
 def _endless(mark: str) -> str:
     if mark:
-        seen = f"{mark[:40]!r}, which is no special token of the tokenizer"
-        return f"the chat template ends an answer with {seen}: engines stop at tokens, so give requests a `stop`"
+        seen = f"{mark[:40]!r}, which is not a special token of the tokenizer"
+        return f"the chat template ends answers with {seen}: engines stop only at tokens, so set `stop` in requests"
     return (
-        "the chat template puts no mark after an answer, so the model cannot learn to end one: it will write on to the "
-        "limit of tokens; use a template with an end-of-turn token"
+        "the chat template has no end-of-turn token after an answer, so the model cannot learn to stop and will "
+        "generate up to the token limit; use a template with an end-of-turn token"
     )
 
 
 def _unknown(error: Exception) -> str:
     why = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-    return f"whether engines stop at the end of an answer could not be found out: {why}"
+    return f"cannot determine whether engines stop at the end of an answer: {why}"

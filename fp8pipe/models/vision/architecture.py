@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
 ARCHITECTURE_FILE: Final = "architecture.json"
 
-# Permitted timm arguments: shapes and components. Others are files, addresses and code (`checkpoint_path`,
-# `pretrained_cfg`, `cache_dir`), and a name with a colon or a slash refers to the hub.
+# The timm arguments that a stored model may set: shapes and components. Other arguments can name files, URLs or code
+# (`checkpoint_path`, `pretrained_cfg`, `cache_dir`), so they are rejected.
 _ARGUMENTS: Final = frozenset(
     ("img_size", "patch_size", "in_chans", "num_classes", "global_pool", "embed_dim", "depth", "depths", "num_heads",
      "head_dim", "mlp_ratio", "qkv_bias", "qk_norm", "proj_bias", "scale_attn_norm", "scale_mlp_norm", "init_values",
@@ -43,39 +43,41 @@ Side = Annotated[int, Field(ge=1, le=16384)]
 class Architecture(FrozenConfig):
     """Everything needed to build the module of a vision model."""
 
-    library: Literal["timm", "transformers"] = Field(description="the package that builds it")
+    library: Literal["timm", "transformers"] = Field(description="the package that builds the model")
     name: str = Field(description="timm: the model's name; transformers: the model's class")
     arguments: dict[str, Any] = Field(
         default_factory=dict, description="timm: arguments of create_model; transformers: the configuration"
     )
     image_size: tuple[Side, Side] = Field(description="(height, width) of the images, pixels")
-    classes: tuple[str, ...] | None = Field(default=None, description="name of each class; none for a backbone")
+    classes: tuple[str, ...] | None = Field(
+        default=None, description="class names in the order of the outputs; null for a backbone"
+    )
     head: Literal["classifier", "features", "probe"] = Field(
         description="classifier: logits of the library's own head; features: pooled features; "
-        "probe: a linear head of this project on the class token and the mean of the patches"
+        "probe: fp8pipe's linear head on the class token and the mean of the patch tokens"
     )
     activation: Activation = Field(
         default="softmax",
-        description="how outputs become probabilities: softmax over classes that exclude each other, sigmoid for each "
-        "label by itself, or none: the outputs are values or features",
+        description="how outputs become probabilities: softmax for mutually exclusive classes, sigmoid for independent "
+        "labels, none if the outputs are plain values or features",
     )
 
     @model_validator(mode="before")
     @classmethod
     def _usual_activation(cls, data: Any) -> Any:
-        """Reads files from before this field existed, when every classifier was treated as a softmax classifier."""
+        """Sets the field for files written before it existed, when every classifier was assumed to use softmax."""
         if isinstance(data, dict) and "activation" not in data:
             return {**data, "activation": usual_activation(data.get("head"))}
         return data
 
     @property
     def ranked(self) -> bool:
-        """Whether the class with the largest output is the answer."""
+        """Whether the prediction is the class with the largest output."""
         return ranks(self.activation, len(self.classes or ()))
 
     @property
     def choices(self) -> tuple[str, ...] | None:
-        """The classes, exactly one of which applies to an image; None for features, values, or a single label."""
+        """The classes to predict from; None if there is no choice: features, plain values or a single label."""
         chooses = self.activation != "none" and len(self.classes or ()) > 1
         return self.classes if chooses else None
 
@@ -84,21 +86,22 @@ class Architecture(FrozenConfig):
         if self.library == "timm":
             if not re.fullmatch(r"[A-Za-z0-9_.]+", self.name):
                 raise ValueError(
-                    f"{self.name!r} is not one of timm's model names: it may refer to a file or a hub repository"
+                    f"{self.name!r} is not a plain timm model name: it may refer to a file or a hub repository"
                 )
             check_arguments(self.arguments)
         elif foreign := list(foreign_arguments(transformers_class(self.name).config_class, self.arguments)):
-            raise ValueError(f"arguments that a stored model may not give to transformers: {'; '.join(foreign)}")
+            raise ValueError(f"arguments that a stored model may not pass to transformers: {'; '.join(foreign)}")
         return self
 
     @model_validator(mode="after")
     def _classes_fit(self) -> Architecture:
         if (self.head == "features") != (self.classes is None):
-            raise ValueError(f"head {self.head!r} with {'no' if self.classes is None else 'given'} classes")
+            needs = "requires" if self.classes is None else "does not take"
+            raise ValueError(f"head {self.head!r} {needs} class names")
         if self.classes is not None and (not self.classes or len(set(self.classes)) != len(self.classes)):
-            raise ValueError("the class names must be different, and at least one")
+            raise ValueError("class names must be unique, and there must be at least one")
         if self.classes is None and self.activation != "none":
-            raise ValueError(f"features are not logits, so {self.activation} does not make probabilities of them")
+            raise ValueError(f"features are not logits, so the activation must be 'none', not {self.activation!r}")
         return self
 
 
@@ -108,27 +111,27 @@ def usual_activation(head: Any) -> Activation:
 
 
 def check_arguments(arguments: Mapping[str, Any]) -> None:
-    """Refuse timm arguments other than shapes and components of a model.
+    """Reject timm arguments that do not describe shapes or components of a model.
 
     Raises:
-        ValueError: an argument is not permitted, or its value is not made of numbers, names and lists of them.
+        ValueError: an argument is not permitted, or its value is not a number, a string, None or a list of these.
     """
     foreign = sorted(set(arguments) - _ARGUMENTS)
     if foreign:
-        raise ValueError(f"arguments that a stored model may not give to timm: {', '.join(foreign)}")
+        raise ValueError(f"arguments that a stored model may not pass to timm: {', '.join(foreign)}")
     for name, value in arguments.items():
         parts = value if isinstance(value, list | tuple) else [value]
         if not all(part is None or isinstance(part, str | int | float) for part in parts):
-            raise ValueError(f"the argument {name} is {value!r}, and may be numbers or names")
+            raise ValueError(f"the argument {name} is {value!r}, but only numbers, strings and lists are allowed")
 
 
 def build(architecture: Architecture) -> nn.Module:
-    """Build the module with random weights: prepared (see `prepare_model`), eval mode, float32; downloads nothing.
+    """Build the module with random weights, in float32 and eval mode, prepared by `prepare_model`.
 
-    The random state of the process is not changed.
+    Nothing is downloaded, and torch's global random state is left unchanged.
 
     Raises:
-        ConfigurationError: the library does not know the model, or builds something other than described.
+        ConfigurationError: the library cannot build the model, or builds it with another number of classes.
         MissingCapabilityError: the library is not installed.
     """
     with torch.random.fork_rng(devices=[]):
@@ -139,8 +142,8 @@ def build(architecture: Architecture) -> nn.Module:
     expected, found = None if architecture.classes is None else len(architecture.classes), class_count(model)
     if found != expected:
         raise ConfigurationError(
-            f"{architecture.library} builds another {architecture.name} than was described",
-            why=f"it has {found} classes, and {expected} are named",
+            f"the {architecture.name} built by {architecture.library} does not match its description",
+            why=f"it has {found or 'no'} classes, but {expected or 'no'} class names are given",
             fix="correct the class names or the arguments",
         )
     return model
@@ -157,7 +160,7 @@ def _create(architecture: Architecture) -> Any:
         raise ConfigurationError(
             f"{architecture.library} {library.__version__} cannot build {architecture.name}",
             why=f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}",
-            fix="check the name, its arguments and the image size, or install the version it was made with",
+            fix="check the name, its arguments and the image size, or install the version that it was saved with",
         ) from error
 
 
@@ -165,7 +168,8 @@ def transformers_class(name: str) -> type[PreTrainedModel]:
     """The transformers model class of this name.
 
     Raises:
-        ConfigurationError: there is no such class, or the name refers to something else.
+        ConfigurationError: transformers has no class of this name, or it is not a model class.
+        MissingCapabilityError: transformers is not installed.
     """
     try:
         transformers = import_transformers()
@@ -177,7 +181,7 @@ def transformers_class(name: str) -> type[PreTrainedModel]:
     if not (isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)):
         raise ConfigurationError(
             f"transformers {transformers.__version__} has no model class {name}",
-            why="the name is not one of its model classes",
+            why="no subclass of PreTrainedModel has this name",
             fix="name a vision model class, for example ViTForImageClassification",
         )
     return found
@@ -186,13 +190,13 @@ def transformers_class(name: str) -> type[PreTrainedModel]:
 class ClassAndPatches(nn.Module):
     """A backbone with a linear classifier on top: `Linear([class token, mean of the patch tokens])`.
 
-    Without prefix tokens, the classifier reads the mean alone. Neither library offers this head for every backbone. It
-    is cheap and performs well on features learned without labels (DINOv2, arXiv 2304.07193, reports it). The head is an
-    ordinary `nn.Linear` of the model, so it is quantized with it.
+    If the backbone has no prefix tokens, the input is the mean alone. Neither timm nor transformers offers this head
+    for every backbone. It is cheap and works well on self-supervised features (reported for DINOv2, arXiv 2304.07193).
+    The head is an ordinary `nn.Linear`, so it is quantized together with the backbone.
 
     Args:
         backbone: prepared by `prepare_model`, without a head of its own.
-        image_size: (height, width) in pixels; one pass at this size determines prefix tokens and width.
+        image_size: (height, width) in pixels; a forward pass at this size determines prefix tokens and feature width.
         classes: number of classes.
 
     Raises:
@@ -205,7 +209,7 @@ class ClassAndPatches(nn.Module):
         if structure.heads:
             raise ConfigurationError(
                 "a linear probe needs a backbone, and this model has a head",
-                why=f"{structure.heads[0]} gives {structure.classes} classes",
+                why=f"{structure.heads[0]} outputs {structure.classes} classes",
                 fix="build the model without a head (timm: num_classes=0; transformers: the ...Model class)",
             )
         self.backbone = backbone
@@ -232,7 +236,7 @@ def token_features(backbone: nn.Module, pixels: Tensor) -> Tensor:
     """The tokens after the last block and its norm: (N, tokens, width), prefix tokens first.
 
     Raises:
-        ConfigurationError: the backbone does not provide them.
+        ConfigurationError: the backbone does not return them.
     """
     tokens: Any
     forward: Any = getattr(backbone, "forward_features", None)  # timm
@@ -244,8 +248,8 @@ def token_features(backbone: nn.Module, pixels: Tensor) -> Tensor:
         tokens = getattr(backbone(pixels), "last_hidden_state", None)
     if not isinstance(tokens, Tensor) or tokens.ndim != 3:
         raise ConfigurationError(
-            f"{type(backbone).__name__} does not give its tokens",
-            why="neither forward_features nor last_hidden_state holds (N, tokens, width)",
+            f"{type(backbone).__name__} does not return its tokens",
+            why="neither forward_features nor last_hidden_state is a tensor of shape (N, tokens, width)",
             fix="use a vision transformer backbone of timm or transformers",
         )
     return tokens

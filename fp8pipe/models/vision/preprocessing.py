@@ -1,11 +1,12 @@
-"""Image preprocessing as data that is stored with the weights.
+"""Image preprocessing, as a configuration that is stored with the weights.
 
 An artifact without its preprocessing is incomplete: a different crop or mean costs more accuracy than 8-bit
-quantization. The recipe is therefore a small frozen configuration, written beside the weights and read by
-training, evaluation, export and serving. This module also writes and reads such files.
+quantization. It is therefore a small frozen configuration, written beside the weights and read by training,
+evaluation, export and serving. `write_model_file` and `read_model_file` store it, and other configurations, as JSON.
 
-The arithmetic has a fixed order, in float32: ``((code / 255) - mean) / std``. It is defined only here, for numpy and
-torch alike. torch is imported only by the methods that return tensors, because a server needs arrays only.
+Normalization is computed in float32 and in a fixed order, ``((code / 255) - mean) / std``, where a code is an 8-bit
+pixel value. It is defined only here, for numpy and torch alike. torch is imported only by the methods that use tensors,
+because a server uses numpy only.
 """
 
 from __future__ import annotations
@@ -37,65 +38,67 @@ Filter = Literal["nearest", "box", "bilinear", "hamming", "bicubic", "lanczos"]
 
 
 class Preprocessing(FrozenConfig):
-    """Resize, crop and normalize.
+    """How an image is resized, cropped and normalized.
 
     16-bit greyscale images are reduced to their 8 high bits. Rarely needed fields (`ratio`, `anchor`, `padding`,
     `resizer`, `transparency`) are written only if they differ from their defaults.
     """
 
     resize: Side | tuple[Side, Side] | None = Field(
-        description="an int: the shorter side in pixels, ratio kept; (height, width): see ratio; null: not at all"
+        description="an int: shorter side in pixels, aspect ratio kept; (height, width): see `ratio`; null: no resize"
     )
     ratio: Literal["free", "cover", "fit"] = Field(
         default="free",
-        description="for a (height, width) to resize to; free: exactly that size; cover and fit keep its ratio: "
-        "cover reaches the size on both sides, fit stays within it",
+        description="how a resize to (height, width) treats the aspect ratio; free: it is changed to get exactly that "
+        "size; cover and fit keep it: with cover both sides are at least that long, with fit at most",
     )
-    crop: tuple[Side, Side] = Field(description="(height, width) in pixels, cut at the anchor: the model's image size")
+    crop: tuple[Side, Side] = Field(description="(height, width) in pixels; the model's input size")
     anchor: Literal["even", "down", "corner"] = Field(
         default="even",
-        description="position of the crop: the centre, with half a pixel rounded to even (torchvision, timm) or "
-        "down (transformers), or the upper left corner",
+        description="position of the crop; even, down: centred, with half a pixel rounded to even (torchvision, timm) "
+        "or down (transformers); corner: the upper left corner",
     )
     padding: tuple[Code, Code, Code] | None = Field(
-        default=None, description="colour around a picture smaller than the crop; null: none is ever smaller"
+        default=None, description="RGB fill colour around an image smaller than the crop; null: none can be smaller"
     )
-    interpolation: Filter = Field(default="bicubic", description="Pillow's name of the resize's filter (antialiased)")
+    interpolation: Filter = Field(default="bicubic", description="Pillow's name of the resampling filter (antialiased)")
     resizer: Literal["pillow", "torchvision"] = Field(
         default="pillow",
         description="arithmetic of the resize: Pillow's, or torchvision's on 8-bit tensors, as in most processors of "
-        "transformers; about one code in a hundred differs by one, a few by two",
+        "transformers; between the two, about 1 % of the pixel values differ by one, and a few by two",
     )
     transparency: Literal["dropped", "white"] = Field(
         default="dropped",
-        description="dropped: the stored colours are used, as image folders are usually read; white: the picture is "
+        description="dropped: the alpha channel is ignored, as image folders are usually read; white: the image is "
         "blended onto white, as in processors of transformers that convert to RGB themselves",
     )
-    mean: tuple[Fraction, Fraction, Fraction] = Field(description="of each channel, for pixels from 0 to 1")
-    std: tuple[Deviation, Deviation, Deviation] = Field(description="of each channel, for pixels from 0 to 1")
+    mean: tuple[Fraction, Fraction, Fraction] = Field(description="per channel, of pixel values in [0, 1]")
+    std: tuple[Deviation, Deviation, Deviation] = Field(description="per channel, of pixel values in [0, 1]")
     channels: Literal["rgb"] = Field(default="rgb", description="order of the channels")
-    divisor: Literal[255] = Field(default=255, description="what 8-bit codes are divided by before mean and std")
+    divisor: Literal[255] = Field(default=255, description="divisor of the 8-bit pixel values, before mean and std")
 
     @model_validator(mode="after")
     def _crop_fits(self) -> Preprocessing:
         sides = self.resize if isinstance(self.resize, tuple) else (self.resize or 0, self.resize or 0)
         small = self.ratio == "fit" or self.crop[0] > sides[0] or self.crop[1] > sides[1]
         if small and self.padding is None:
-            raise ValueError(f"the crop {self.crop} is larger than the resized image ({self.resize})")
+            raise ValueError(
+                f"the crop {self.crop} can be larger than the resized image ({self.resize}), so padding must be set"
+            )
         if self.ratio != "free" and not isinstance(self.resize, tuple):
-            raise ValueError(f"ratio {self.ratio!r} needs a height and a width to resize to, not {self.resize}")
+            raise ValueError(f"ratio {self.ratio!r} requires resize to be (height, width), not {self.resize}")
         if self.resizer == "torchvision" and self.interpolation not in KERNELS:
-            raise ValueError(f"torchvision's arithmetic is known for {', '.join(KERNELS)}, not {self.interpolation}")
+            raise ValueError(f"resizer 'torchvision' supports {', '.join(KERNELS)}, not {self.interpolation}")
         return self
 
     @model_serializer(mode="wrap")
     def _without_defaults(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Omits rarely needed fields at their defaults, so that existing recipes keep their form and checksum."""
+        """Omits rarely needed fields at their defaults, so that files written without them keep their checksums."""
         fields = type(self).model_fields
         return {k: v for k, v in handler(self).items() if k not in _RARE or getattr(self, k) != fields[k].default}
 
     def codes(self, image: Image) -> np.ndarray:
-        """The resized and cropped image.
+        """The resized and cropped image as 8-bit RGB.
 
         Args:
             image: any mode and size; the EXIF orientation is applied.
@@ -104,7 +107,7 @@ class Preprocessing(FrozenConfig):
             (3, H, W) uint8, H and W as in `crop`.
 
         Raises:
-            ConfigurationError: floating-point pixels, whose range is unknown.
+            ConfigurationError: the image has floating-point pixels, whose range is unknown.
         """
         from PIL import ImageOps
 
@@ -115,19 +118,19 @@ class Preprocessing(FrozenConfig):
         return np.ascontiguousarray(np.array(self._cropped(rgb)).transpose(2, 0, 1))
 
     def image_to_array(self, image: Image) -> np.ndarray:
-        """The model's input (3, H, W), float32, normalized. Raises as `codes`."""
+        """The model's input: (3, H, W) float32, normalized. Raises the same errors as `codes`."""
         mean, std = (np.array(v, dtype=np.float32).reshape(3, 1, 1) for v in (self.mean, self.std))
         found: np.ndarray = _normalized(self.codes(image).astype(np.float32), self.divisor, mean, std)
         return found
 
     def pixels(self, image: Image) -> Tensor:
-        """`codes` as a tensor."""
+        """`codes` as a uint8 tensor."""
         import torch
 
         return torch.from_numpy(self.codes(image))
 
     def image_to_tensor(self, image: Image) -> Tensor:
-        """`image_to_array` as a tensor."""
+        """`image_to_array` as a float32 tensor."""
         import torch
 
         return torch.from_numpy(self.image_to_array(image))
@@ -146,14 +149,14 @@ class Preprocessing(FrozenConfig):
         return codes.round().clamp(0, self.divisor).to(torch.uint8)
 
     def valid_range(self) -> tuple[Tensor, Tensor]:
-        """The normalized values of black and white: (low, high), each (3, 1, 1) float32."""
+        """The normalized values of black and white, per channel: (low, high), each (3, 1, 1) float32."""
         import torch
 
         black = torch.zeros(3, 1, 1, dtype=torch.uint8)
         return self.normalize(black), self.normalize(black + self.divisor)
 
     def resized_to(self, crop: tuple[int, int]) -> Preprocessing:
-        """The same recipe for another image size; the ratio of resize to crop is kept."""
+        """The same preprocessing for another crop size; `resize` is scaled in proportion."""
         if crop == self.crop:
             return self
         factors = (crop[0] / self.crop[0], crop[1] / self.crop[1])
@@ -231,8 +234,8 @@ def _eight_bits(image: Image) -> Image:
 
     if image.mode == "F":
         raise ConfigurationError(
-            "a picture with floating-point pixels cannot be read",
-            why="nothing says which values are black and white",
+            "images with floating-point pixels are not supported",
+            why="the range of the pixel values is unknown",
             fix="save it with 8 or 16 bits per channel",
         )
     if not image.mode.startswith("I"):
@@ -243,12 +246,12 @@ def _eight_bits(image: Image) -> Image:
 
 
 def write_model_file(config: BaseModel, path: Path) -> None:
-    """Write a configuration as JSON."""
+    """Write a pydantic model as JSON."""
     path.write_text(config.model_dump_json(indent=2) + "\n", encoding="utf-8")
 
 
 def read_model_file(cls: type[T], path: Path) -> T:
-    """Read what `write_model_file` wrote.
+    """Read a pydantic model of type `cls` from a JSON file.
 
     Raises:
         BadArtifactError: the file is missing, or not a valid `cls`.

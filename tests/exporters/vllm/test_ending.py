@@ -104,7 +104,7 @@ def test_a_file_is_made_where_there_is_none_and_an_end_that_is_known_changes_not
 def test_a_template_without_an_end_is_warned_of(llama, tmp_path):
     source = ended(llama, tmp_path / "model", "")
     export = export_vllm(source, tmp_path / "export", VllmExportOptions(format="bf16"))
-    assert any("no mark after an answer" in warning for warning in export.manifest.warnings)
+    assert any("no end-of-turn token after an answer" in warning for warning in export.manifest.warnings)
 
 
 def test_a_chat_template_that_is_not_valid_is_refused(llama, tmp_path):

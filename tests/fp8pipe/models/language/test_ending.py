@@ -79,8 +79,8 @@ def test_what_config_json_says_stays_where_there_is_no_other_file(model):
 
 @pytest.mark.parametrize(
     ("end", "said"),
-    [("", "no mark after an answer"), ("\n\n", "no mark after an answer"), ("\n### END\n", "'### END'"),
-     ("<|im_end|>", "no special token")],
+    [("", "no end-of-turn token after"), ("\n\n", "no end-of-turn token after"), ("\n### END\n", "'### END'"),
+     ("<|im_end|>", "not a special token")],
 )  # fmt: skip
 def test_a_template_without_an_end_is_warned_of(model, end, said):
     ending = read_ending(model(end))
@@ -90,7 +90,7 @@ def test_a_template_without_an_end_is_warned_of(model, end, said):
 
 @pytest.mark.parametrize("template", ["{{ raise_exception('no') }}", "{{ messages[0].content }}"])
 def test_what_cannot_be_rendered_is_said(model, template):
-    assert "could not be found out" in read_ending(model("", template=template)).warning
+    assert "cannot determine whether" in read_ending(model("", template=template)).warning
 
 
 def test_a_template_that_is_not_valid_is_refused(model):
@@ -114,4 +114,4 @@ def test_the_end_is_learned_and_it_is_said_when_it_never_is(model, length):
     ending = ending_of(root, tokenizer, template_info(tokenizer))
     said = ending.warnings(example.labels for example in encoding.examples)
     assert (TURN in encoding.examples[0].labels) == (length == 64)
-    assert any("will not stop" in warning for warning in said) == (length == 12)
+    assert any("will not learn to stop" in warning for warning in said) == (length == 12)
