@@ -1,4 +1,7 @@
-"""Finds the parent of an export on this machine. Without it, a validation can compare an export only with itself."""
+"""Finds the parent of an export on this machine: the artifact or model that the export was made from.
+
+Validation compares the export with its parent; without one, it can only check that the export is consistent.
+"""
 
 from __future__ import annotations
 
@@ -12,9 +15,10 @@ __all__ = ["artifact_at_hand", "parent_at_hand"]
 
 
 def parent_at_hand(export: Artifact) -> Path | None:
-    """Find the parent at the path in the manifest or next to the export; None if no candidate has the right digest.
+    """Find the parent at the path recorded in the manifest or next to the export, and return its directory.
 
-    Nothing is downloaded: a model from a hub is used as the parent only if it is given with `--against`.
+    Returns None if no candidate has the digest recorded in the manifest. Nothing is downloaded, so a parent on the Hub
+    is used only if its local directory is given with `--against`.
     """
     for parent in export.manifest.parents:
         if parent.kind == "model":
@@ -28,7 +32,15 @@ def parent_at_hand(export: Artifact) -> Path | None:
 
 
 def artifact_at_hand(export: Artifact, against: Path | None, *, kind: str) -> Artifact | None:
-    """Open the artifact that an export was made from and check its hashes: `against` if given, else the one found.
+    """Open the artifact that an export was made from and check the hashes of its files.
+
+    Args:
+        export: the export.
+        against: directory of the artifact; None searches for it with `parent_at_hand`.
+        kind: the kind that the artifact must have.
+
+    Returns:
+        The artifact; None if `against` is None and the search finds nothing.
 
     Raises:
         ConfigurationError: `against` is not the parent of the export.
@@ -41,7 +53,7 @@ def artifact_at_hand(export: Artifact, against: Path | None, *, kind: str) -> Ar
     if source.digest not in {parent.digest for parent in export.manifest.parents}:
         raise ConfigurationError(
             f"{export.root} was not made from {against}",
-            why="the manifest of the export names another artifact, or that artifact has changed since",
-            fix="name the artifact that was exported",
+            why="the manifest of the export records another digest: this is another artifact, or it has changed since",
+            fix="give the artifact that was exported",
         )
     return source

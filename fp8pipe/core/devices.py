@@ -81,7 +81,7 @@ def resolve_device(asked: DeviceName, need: GpuNeed) -> Device:
         MissingCapabilityError: a GPU was requested, and none is available that supports the workload.
     """
     if asked == "cpu":
-        return Device("cpu", "as asked")
+        return Device("cpu", "as requested")
     gpu = next(iter(machine.gpus()), None)
     why, fix = no_gpu() if gpu is None else lack_of(gpu, need)
     if gpu is not None and not why:

@@ -1,13 +1,13 @@
-"""Splits a mixture's stacked experts into one linear layer per expert and projection, as checkpoints and engines do.
+"""Splits the stacked experts of mixture-of-experts (MoE) models into one linear layer per expert and projection.
 
-transformers stacks the experts of a layer into a single tensor; checkpoints store them one by one, and engines read
-them that way. Once unstacked, each expert's projections are ordinary linear layers: the same code finds, trains,
-rounds, records and exports them, each with its own scale and adapter. An expert that receives no tokens has no gradient
-and stays unchanged. Only families whose checkpoints store experts one by one are unstacked; the others keep their
-stacked tensors, which are not quantized.
+transformers stacks the expert weights of a layer into one tensor per projection, but most checkpoints store each
+expert separately, and engines read them that way. Once unstacked, each projection of an expert is an ordinary linear
+layer with its own scale and adapter, which the same code trains, quantizes and exports as any other. An expert that
+receives no tokens has no gradient and stays unchanged. Only model families whose checkpoints store experts separately
+are unstacked; the others keep their stacked tensors, which are not quantized.
 
-Routers are recognized by their structure rather than by name: a router sits beside the experts and has one row for
-each.
+Routers are recognized by their structure rather than by name: a router is a sibling of the experts module, and its
+weight has one row per expert.
 """
 
 from __future__ import annotations
@@ -29,12 +29,15 @@ __all__ = [
 ]  # fmt: skip
 
 _PROJECTIONS: Final = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
-_MERGE: Final = "MergeModulelist"  # transformers' operation that stacks separately stored tensors
+_MERGE: Final = "MergeModulelist"  # the operation of transformers that stacks separately stored tensors
 _CONCATENATE: Final = "Concatenate"
 
 
 class Expert(nn.Module):
-    """The projections of one expert, `down(act(gate(x)) * up(x))`; `UnstackedExperts` combines them."""
+    """The linear layers of one expert, which computes `down(act(gate(x)) * up(x))`; `UnstackedExperts` applies them.
+
+    `projections` has a weight `(out, in)` for each name of a linear layer; weights are not copied.
+    """
 
     def __init__(self, projections: Mapping[str, Tensor]) -> None:
         super().__init__()
@@ -48,19 +51,19 @@ class UnstackedExperts(nn.Module):
     """The experts of one layer as modules `0`, `1`, ..., each run in turn on the tokens routed to it.
 
     Attributes:
-        call_all: also call experts that receive no tokens, with an empty input.
+        call_all: also call the experts that no token is routed to, on an input of shape `(0, hidden)`.
     """
 
     num_experts: int
     call_all: bool = False
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """The weighted sum of the outputs of each token's experts.
+        """For each token, the weighted sum of the outputs of its experts.
 
         Args:
-            hidden_states: `(tokens, hidden)`.
-            top_k_index: int64 `(tokens, k)`, the experts of each token; `num_experts` means none.
-            top_k_weights: `(tokens, k)`.
+            hidden_states: `(tokens, hidden)`, floating point.
+            top_k_index: int64 `(tokens, k)`, the experts of each token; entries equal to `num_experts` are skipped.
+            top_k_weights: `(tokens, k)`, floating point, the routing weight of each of these experts.
 
         Returns:
             `(tokens, hidden)`, dtype of `hidden_states`.
@@ -79,19 +82,19 @@ class UnstackedExperts(nn.Module):
         return summed
 
     def _gated(self, gate: Tensor, up: Tensor) -> Tensor:
-        """The gated activation, by the model family's own function, which takes gate and up in one tensor."""
+        """The gated activation, by the model family's own `_apply_gate`, which takes gate and up concatenated."""
         product: Tensor = self._apply_gate(torch.cat([gate, up], dim=-1))  # type: ignore[operator]
         return product
 
 
 def unstack_experts(model: nn.Module) -> tuple[str, ...]:
-    """Unstack, in place, all experts that the checkpoint stores one by one; no weight is copied.
+    """Unstack, in place, all experts that the model family's checkpoints store separately; no weight is copied.
 
     Args:
         model: a transformers model, real or on the meta device.
 
     Returns:
-        Names of the modules whose experts were unstacked.
+        Names of the modules whose experts were unstacked; empty for a module that is not a transformers model.
     """
     if not isinstance(model, import_transformers().PreTrainedModel):
         return ()
@@ -106,7 +109,7 @@ def unstack_experts(model: nn.Module) -> tuple[str, ...]:
 
 
 def _is_plain(module: Any) -> bool:
-    """Whether a module is a stack of gated experts without biases, with each weight stored as `(out, in)`."""
+    """Whether a module holds stacked gated experts without biases, with weights of shape `(experts, out, in)`."""
     own = dict(module.named_parameters(recurse=False))
     if own.keys() != _PROJECTIONS.keys() or any(parameter.dim() != 3 for parameter in own.values()):
         return False
@@ -117,7 +120,10 @@ def _is_plain(module: Any) -> bool:
 
 
 def _stored_singly(model: Any) -> Callable[[str], bool]:
-    """Whether the family's checkpoints store a module's experts one by one, according to transformers' own rules."""
+    """A predicate on module names: whether checkpoints of this model family store the module's experts separately.
+
+    It follows the rules by which transformers converts these checkpoints.
+    """
     from transformers.conversion_mapping import get_model_conversion_mapping
 
     rules = [rule for rule in get_model_conversion_mapping(model) if hasattr(rule, "operations")]
@@ -131,7 +137,7 @@ def _stored_singly(model: Any) -> Callable[[str], bool]:
 
 
 def _joins_experts(rule: Any) -> bool:
-    """Whether a transformers rule stacks experts and does nothing else except concatenating gate and up."""
+    """Whether all that a transformers conversion rule does is stack experts, and possibly concatenate gate and up."""
     kinds = [type(operation).__name__ for operation in rule.operations]
     sources = len(rule.source_patterns)
     return (kinds, sources) in (([_MERGE], 1), ([_MERGE, _CONCATENATE], 2))
@@ -149,13 +155,16 @@ def _unstack(module: Any) -> None:
 
 
 def expert_of(rule: Any, stored: str, pattern: str, joined: str) -> str | None:
-    """The unstacked weight to which a stored tensor corresponds; None if it does not belong to an expert.
+    """Map the name of an expert's tensor in a checkpoint to the name of the unstacked weight in the model.
 
     Args:
-        rule: the transformers rule that stacks the experts.
-        stored: name of the tensor, after any earlier renaming rules.
-        pattern: the source pattern of `rule` that it matches.
-        joined: the model's name for the stacked tensor.
+        rule: the conversion rule of transformers that stacks the experts.
+        stored: name of the tensor in the checkpoint, after any earlier renaming rules.
+        pattern: the source pattern of `rule` that `stored` matches.
+        joined: name of the stacked tensor in the model.
+
+    Returns:
+        The name of the weight; None if `rule` does not stack experts, or `stored` has no expert number.
     """
     module, _, leaf = joined.rpartition(".")
     sources = list(rule.source_patterns)
@@ -166,7 +175,7 @@ def expert_of(rule: Any, stored: str, pattern: str, joined: str) -> str | None:
 
 
 def find_routers(model: nn.Module) -> frozenset[str]:
-    """Modules that route tokens to experts: located beside the experts, with a matrix of one row per expert."""
+    """Names of the routers: siblings of an experts module that have a 2-D weight with one row per expert."""
     routers = set()
     for name, module in model.named_modules():
         count = _expert_count(module)
@@ -184,7 +193,8 @@ def _expert_count(module: nn.Module) -> int | None:
     if isinstance(module, UnstackedExperts):
         return module.num_experts
     counts = [parameter.shape[0] for parameter in module.parameters(recurse=False) if parameter.dim() == 3]
-    return counts[0] if len(counts) > 1 and len(set(counts)) == 1 else None  # a single one could be a conv kernel
+    # A single 3-D tensor could be a convolution kernel.
+    return counts[0] if len(counts) > 1 and len(set(counts)) == 1 else None
 
 
 def in_experts(model: nn.Module, name: str) -> bool:
@@ -195,7 +205,7 @@ def in_experts(model: nn.Module, name: str) -> bool:
 
 @contextmanager
 def call_every_expert(model: nn.Module) -> Iterator[None]:
-    """While active, call experts without tokens on an empty input, so that one pass reaches all of them."""
+    """Within the context, also call experts that receive no tokens, so that hooks see all of them in one pass."""
     layers = [module for module in model.modules() if isinstance(module, UnstackedExperts)]
     for layer in layers:
         layer.call_all = True
@@ -207,28 +217,28 @@ def call_every_expert(model: nn.Module) -> Iterator[None]:
 
 
 def check_expert_counts(origin: str, declared: Iterable[str], stored: Iterable[str]) -> None:
-    """Refuse a checkpoint whose number of experts differs from its config.json.
+    """Check that a checkpoint has as many experts in each layer as its config.json declares.
 
     Args:
         origin: the model's name in messages.
-        declared: names of the model's tensors, with experts unstacked.
-        stored: the model's names for the tensors in the checkpoint.
+        declared: names of the tensors of the model built from config.json, with experts unstacked.
+        stored: names of the tensors in the checkpoint, converted to the model's naming.
 
     Raises:
-        ConfigurationError: names both numbers.
+        ConfigurationError: the numbers differ in some layer; the message gives both.
     """
     wanted, found = _counts(declared), _counts(stored)
     for layer, count in wanted.items():
         if layer in found and found[layer] != count:
             raise ConfigurationError(
-                f"{origin} holds {found[layer]} experts in {layer}, and its config.json declares {count}",
-                why="every expert must be there, and the router has one row for each",
+                f"{origin} has {found[layer]} experts in {layer}, but its config.json declares {count}",
+                why="the router has one row per declared expert, so the numbers must be equal",
                 fix="complete the download, or use the config.json that belongs to these weights",
             )
 
 
 def _counts(names: Iterable[str]) -> dict[str, int]:
-    """Number of experts, by the module that holds them."""
+    """Number of experts by the name of the module that contains them."""
     numbers: dict[str, set[str]] = {}
     leaves = "|".join(leaf for group in _PROJECTIONS.values() for leaf in group)
     for name in names:
