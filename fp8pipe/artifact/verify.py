@@ -267,7 +267,7 @@ def find_parent(child: Artifact, parent: Parent, known: list[Artifact]) -> tuple
     same = [other for other in known if other.digest == parent.digest]
     if same:
         return same[0], None, ""
-    again = [other for other in known if parent.content is not None and other.content == parent.content]
+    again = [other for other in known if other.content == parent.content]
     if again:
         note = f"parent {parent.kind} {parent.digest[:12]} was made again with the same content: {again[0].root.name}"
         return again[0], None, note

@@ -75,6 +75,7 @@ DEFECTS: dict[str, tuple[str, Edit]] = {
     "nan scale": ("scale-not-finite", setting(Q + "_scale", torch.tensor(float("nan")))),
     "reciprocal scale": ("scale-reciprocal", reciprocal),
     "scale of a wrong shape": ("scale-shape", setting(Q + "_scale", torch.ones(1, 64))),
+    "scales of rows without their second axis": ("scale-shape", setting(Q + "_scale", torch.full((64,), 0.01))),
     "scale of a wrong dtype": ("scale-shape", setting(Q + "_scale", torch.ones((), dtype=torch.bfloat16))),
     "codes without a scale": ("missing-scale", dropping(Q + "_scale")),
     "scale without codes": ("orphan-scale", dropping(Q)),

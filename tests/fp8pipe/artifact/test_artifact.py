@@ -200,6 +200,16 @@ def test_a_kind_is_opened_unless_another_was_asked_for_and_an_unknown_one_is_ref
         open_artifact(tmp_path / "a")
 
 
+def test_who_gives_a_model_where_an_export_belongs_is_told_how_to_export_it(tmp_path):
+    write(tmp_path / "a")
+    with pytest.raises(BadArtifactError) as caught:
+        open_artifact(tmp_path / "a", kind="vllm-export")
+    assert f"fp8pipe export {tmp_path / 'a'} --target vllm --output DIR" in caught.value.fix
+    with pytest.raises(BadArtifactError) as caught:
+        open_artifact(tmp_path / "a", kind="onnx-export")
+    assert caught.value.fix == "give the directory of an artifact of that kind"
+
+
 def test_unfinished_runs_are_not_opened(tmp_path):
     with ArtifactWriter(tmp_path / "a", kind="falqon", stage="finetune") as writer:
         (writer.root / "w.bin").write_bytes(b"half")
