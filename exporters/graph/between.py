@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 # largest difference was 2e-8, and 2.3e-7 where the parent resizes its position embeddings in fp32.
 EVALUATED_TOLERANCE: Final = 4e-7
 ENGINE_TOLERANCE: Final = 1e-5
-# Rotary tables and resized position embeddings are rounded once more than in the parent: a relative error of 2^-11.
+# Rotary tables and resized position embeddings are also rounded to FP16, unlike the parent's: relative error 2^-11.
 HALF_TOLERANCE: Final = 1e-3
 _PATCHES: Final = "/patches"
 _SHOWN: Final = 6  # number of a piece's nodes that are named
@@ -63,7 +63,7 @@ class _Between:
         pieces: its outputs (inputs of quantizers, and the graph's outputs) in the graph's order, each with the names of
             those nodes leading to it that belong to no earlier piece.
         stored: by output, the names of all stored tensors with more than one number that it depends on.
-        passed: those of `pieces` that are outputs of matrix multiplications themselves, so not outputs of the model.
+        passed: those of `pieces` that are themselves outputs of matrix multiplications, and so not outputs of `proto`.
     """
 
     proto: Any
@@ -98,7 +98,7 @@ def _cut(model: ir.Model, layers: Sequence[ExportedLayer]) -> _Between:
 
 
 def _is_table(value: ir.Value) -> bool:
-    """Whether a stored tensor holds several floats."""
+    """Whether a stored tensor is of a float type and has more than one element."""
     tensor = value.const_value
     return tensor is not None and tensor.size > 1 and tensor.dtype.name in ("FLOAT", "FLOAT16", "DOUBLE")
 
@@ -168,8 +168,8 @@ class Pieces:
     Attributes:
         feeds: outputs of the matrix multiplications, and the pixels.
         expected: inputs of the quantizers, and the output; float64.
-        exact: stored tensors whose values were used for `expected`; None if all were. The exporter computes others from
-            several tensors, and rounds only the result to FP16.
+        exact: names of the stored tensors whose very values were used for `expected`; None means all. The exporter
+            computes the others from several tensors, and rounds only the result to FP16.
     """
 
     feeds: Mapping[str, Any]
@@ -207,7 +207,7 @@ def parent_pieces(
 
 
 def run_to(model: ir.Model, names: Sequence[str], pixels: Any) -> dict[str, Any]:
-    """Values of a graph by name for a numpy array of pixels, without optimization."""
+    """Run a graph in ONNX Runtime without optimization on a numpy array of pixels; returns the named values."""
     import onnx
     import onnx_ir as ir
 
@@ -220,7 +220,7 @@ def run_to(model: ir.Model, names: Sequence[str], pixels: Any) -> dict[str, Any]
 
 
 def file_pieces(model: ir.Model, layers: Sequence[ExportedLayer], pixels: Tensor) -> Pieces:
-    """Values computed from the graph itself, without optimization: the reference if there is no parent."""
+    """Compute inputs and expected outputs from the graph itself, without optimization, if there is no parent."""
     cut = _cut(model, layers)
     feeds = run_to(model, [INPUT_NAME, *cut.inputs, *cut.passed], pixels.numpy())
     wide = {name: feeds[name].astype("float64") for name in cut.inputs}
@@ -229,7 +229,7 @@ def file_pieces(model: ir.Model, layers: Sequence[ExportedLayer], pixels: Tensor
 
 
 def _is_unfolded(layer: ExportedLayer) -> bool:
-    """Whether a patch embedding is a matrix multiplication of rearranged pixels."""
+    """Whether a layer is a patch embedding that was rewritten as a matrix multiplication of rearranged pixels."""
     source = layer.operands[0].source
     return layer.kind is ProductKind.LINEAR and source is not None and str(source.name).endswith(_PATCHES)
 
@@ -302,14 +302,14 @@ def compare_between(
 
 
 def _error(found: Any, expected: Tensor | None) -> float:
-    """NaN for a value without a counterpart in the parent, such as an extra output."""
+    """The largest relative difference; NaN for a value without a counterpart in the parent, such as an extra output."""
     return math.nan if expected is None else layer_error(torch.from_numpy(found), expected)
 
 
 def between_gates(
     model: ir.Model, layers: Sequence[ExportedLayer], pieces: Pieces, *, engine: bool = True
 ) -> list[Gate]:
-    """Gates on the pieces in the evaluator, and in ONNX Runtime if it is the engine; and on operators in no piece."""
+    """Gates on all pieces in the reference evaluator, in ONNX Runtime too if `engine`, and on operators in no piece."""
     evaluated = compare_between(model, layers, pieces, engine=False)
     gates = [
         _uncompared(model, layers),
@@ -324,7 +324,7 @@ def between_gates(
 
 
 def _gate(report: Sequence[PieceParity], tolerance: float, where: str) -> Gate:
-    """The worst error; the first piece that differs is named with its operators, since later pieces depend on it."""
+    """Gate on the worst error; names the first differing piece and its operators, since later pieces depend on it."""
     if not report:
         return none_of(f"operators between products, {where}", 0, "no such operators")
     worst = max(report, key=lambda piece: math.inf if math.isnan(piece.error) else piece.error)
@@ -340,6 +340,6 @@ def _gate(report: Sequence[PieceParity], tolerance: float, where: str) -> Gate:
 
 
 def _uncompared(model: ir.Model, layers: Sequence[ExportedLayer]) -> Gate:
-    """Counts operators that no comparison runs: those neither in layers nor between them."""
+    """Gate on the number of operators that no comparison runs, being neither in layers nor between them."""
     missing = _uncompared_nodes(model, layers)
     return none_of("operators compared nowhere", len(missing), ", ".join(missing[:_SHOWN]))

@@ -1,14 +1,14 @@
 """Passes that turn layers into plain MatMuls, name them, and remove metadata of the exporting machine.
 
 `split_gemms`: engines run a quantized MatMul in integers and add a float bias afterwards; a quantized Gemm must have a
-quantized bias, or it does not run in integers at all. So no matrix multiplication keeps its bias inside.
+quantized bias, or it does not run in integers at all. So every bias becomes a separate Add.
 
 `unfold_patches`: the stride of a patch embedding's convolution equals its kernel size, so every patch is multiplied
 once by the same matrix. Engines have few kernels for such convolutions (for FP8 with a 14 x 14 kernel, none: the
 builder silently uses half precision), but all kernels for matrix multiplications. Pixels are rearranged before their
 quantizer, which is elementwise: the codes are the same in another order.
 
-`name_products`: everything after the export (comparisons, engine reports, people) finds a layer by its name.
+`name_products`: comparisons, engine reports and readers of the exported graph find a layer by the name of its node.
 """
 
 from __future__ import annotations
@@ -61,9 +61,9 @@ def _split_gemm(graph: ir.Graph, product: Product) -> ir.Node:
 
 
 def unfold_patches(traced: FloatGraph) -> Change:
-    """Replace the convolution of every patch embedding that can be replaced, in place.
+    """Replace the convolution of every patch embedding by a MatMul of rearranged pixels where possible, in place.
 
-    One with overlapping patches, padding or groups stays a convolution.
+    One with overlapping patches, padding, dilation or groups stays a convolution.
     """
     changed = []
     for product in traced.products:
@@ -74,6 +74,7 @@ def unfold_patches(traced: FloatGraph) -> Change:
 
 
 def _unfoldable(conv: ir.Node) -> bool:
+    # Whether the kernel tiles the image: equal stride, no padding, dilation or groups, and image sides divisible.
     weight = conv.inputs[1]
     assert weight is not None
     assert weight.shape is not None
@@ -92,7 +93,11 @@ def _unfoldable(conv: ir.Node) -> bool:
 
 
 def _unfold(graph: ir.Graph, product: Product) -> ir.Node:
-    """The MatMul; the convolution's bias and layout follow it."""
+    """Replace a convolution, and return the new MatMul.
+
+    Pixels are rearranged to (N, patches, channels * height * width) before it; the bias and a transpose back to the
+    convolution's layout (N, out, rows, columns) follow it.
+    """
     conv = product.node
     pixels, weight = conv.inputs[0], conv.inputs[1]
     assert pixels is not None
@@ -107,7 +112,7 @@ def _unfold(graph: ir.Graph, product: Product) -> ir.Node:
     def add(
         op: str, operands: Sequence[ir.Value | None], what: str, sides: Sequence[Any] | None, **form: Any
     ) -> ir.Value:
-        """A value named `NAME/what`, of the convolution's type, before the convolution."""
+        """Insert a node `NAME/what` before the convolution, and return its output, of the convolution's type."""
         called = f"{name}/{what}"
         value = insert(graph, conv, op, operands, called, called, conv.outputs[0], attributes=form)
         value.shape = None if sides is None else ir.Shape(sides)
@@ -155,7 +160,7 @@ def name_products(traced: FloatGraph) -> Change:
 
 
 def strip_metadata(model: ir.Model) -> Change:
-    """Remove the exporter's metadata (it contains paths of this machine), dead nodes and dead tensors."""
+    """Remove the exporter's metadata (it contains paths of this machine), unused nodes and unused tensors, in place."""
     from onnx_ir.passes.common import RemoveUnusedNodesPass
 
     stripped = []
