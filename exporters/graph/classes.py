@@ -167,7 +167,6 @@ def _disturbed(quantized: QuantizedVit, pixels: Tensor, seed: int) -> Tensor:
 
 def _disturb(random: torch.Generator) -> Callable[[nn.Module, Any, Tensor], Tensor]:
     # A forward hook that adds 1e-6 of the largest output to every output, with random signs.
-
     def hook(module: nn.Module, args: Any, output: Tensor) -> Tensor:
         signs = torch.randint(0, 2, output.shape, generator=random) * 2 - 1
         disturbed: Tensor = output + INTEGER_TOLERANCE * output.abs().max() * signs

@@ -174,10 +174,8 @@ def export_program(
 
 
 def _assign(graph_model: ir.Model, model: nn.Module, structure: VitStructure) -> Iterable[Product]:
-    # Assign every matrix multiplication and convolution of the graph to its layer.
-    #
-    # Raises:
-    #     ConfigurationError: one of them belongs to no layer, or a layer lacks one.
+    # Assign every matrix multiplication and convolution of the graph to its layer, or raise a ConfigurationError if one
+    # of them belongs to no layer, or a layer lacks one.
     by_module: dict[str, list[ir.Node]] = defaultdict(list)
     known = {*structure.linear_names, *structure.attention_names}
     stray = []
