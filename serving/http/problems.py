@@ -51,12 +51,12 @@ class Problem(Exception):
 
 
 def overloaded(message: str, headers: Mapping[str, str] | None = None) -> Problem:
-    """503: the service cannot take more load at the moment."""
+    """A problem with status 503: the service cannot take more load at the moment."""
     return Problem(503, "overloaded", message, "try again in a second", {"Retry-After": "1", **(headers or {})})
 
 
 def too_many_images(limit: int) -> Problem:
-    """413: a request contains more than `limit` images."""
+    """A problem with status 413: a request contains more than `limit` images."""
     return Problem(413, "too_many_images", f"more than {limit} images in a request", "send several requests")
 
 
@@ -72,7 +72,7 @@ def _response(problem: Problem, scope: Scope) -> Response:
 
 
 async def send_problem(problem: Problem, scope: Scope, receive: Receive, send: Send) -> None:
-    """Send `problem` as the response, from a middleware."""
+    """Send `problem` as the response of an ASGI request."""
     await _response(problem, scope)(scope, receive, send)
 
 

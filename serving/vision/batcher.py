@@ -29,7 +29,7 @@ Run = Callable[[np.ndarray], np.ndarray]
 
 
 class VisionMetrics(HttpMetrics):
-    """Metrics of a vision service. Stages are decode, preprocess, queue and inference (of a whole batch)."""
+    """Metrics of a vision service. Its stages are decode, preprocess, queue, and inference of a whole batch."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -129,7 +129,7 @@ class Batcher:
                 self._answer(run, batch)
 
     def _gather(self) -> list[tuple[_Job, int]] | None:
-        """Wait for the next batch; None after `close`, once the queue is empty."""
+        """Wait for the next batch, (request, image index) pairs; None after `close`, once the queue is empty."""
         largest = self._sizes[-1]
         with self._change:
             while not self._waiting:

@@ -46,6 +46,8 @@ _OTHER = {
 def serve_vision(export: Path, config: VisionConfig, language: None = None) -> int:
     """Check the export's files, load it, run the benchmark, and serve until SIGTERM; returns the exit code (0).
 
+    `language` is not used; it is there because all services are called with the same arguments.
+
     Raises:
         BadArtifactError: a file does not match the manifest, or the engine rejects the graph.
         GateFailedError: no validation accepted the export for this engine and provider, and `unvalidated` is not set.
@@ -72,7 +74,7 @@ def serve_vision(export: Path, config: VisionConfig, language: None = None) -> i
 
 
 def _engine_facts(model: ServedModel, engine: Engine) -> tuple[dict[str, str], str]:
-    """Versions of the engine, and the provider if it is not the one that a validation uses."""
+    """Versions of the engine's packages, and the form for `proof_of`: the provider, unless validations use it too."""
     if model.engine == "tensorrt":
         return installed_versions(("tensorrt-rtx", "tensorrt")), ""
     import onnxruntime
@@ -201,7 +203,7 @@ def _add_page(app: FastAPI) -> None:
 
 
 def read_top_k(value: Any, classes: int) -> int:
-    """Number of classes to return; 5 by default, at most `classes`.
+    """Parse `top_k`, the number of classes to return; 5 if it is None, and at most `classes`.
 
     Raises:
         Problem: 400, not a whole number of at least 1.
@@ -218,7 +220,10 @@ def read_top_k(value: Any, classes: int) -> int:
 def class_answers(
     logits: np.ndarray, classes: tuple[str, ...], top_k: int, activation: Activation
 ) -> list[dict[str, Any]]:
-    """The most probable classes of each image, given logits (n, C); ties are in the order of the classes."""
+    """The JSON results of a classifier: the `top_k` most probable classes of each image, from logits (n, C).
+
+    Classes of equal probability keep the order of `classes`.
+    """
     shares = probabilities(logits, activation)
     best = np.argsort(-shares, axis=1, kind="stable")[:, :top_k]
     return [
@@ -228,7 +233,7 @@ def class_answers(
 
 
 def value_answers(values: np.ndarray, names: tuple[str, ...]) -> list[dict[str, Any]]:
-    """All values for each image, given outputs (n, C), in the order of the outputs."""
+    """The JSON results of a regression model: all values of each image, from outputs (n, C), in their order."""
     return [
         {"values": [{"index": i, "name": name, "value": float(row[i])} for i, name in enumerate(names)]}
         for row in values

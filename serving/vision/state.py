@@ -3,7 +3,7 @@
 Input from clients is not trusted: format and dimensions are checked from the header before an image is decoded. JPEG,
 PNG, WebP, GIF, BMP, TIFF and PPM are accepted, recognized by content and not by the declared type. CMYK is converted to
 RGB, 16-bit grayscale keeps the upper 8 bits, the EXIF orientation is applied, only the first frame of an animation is
-used, and transparency is dropped. Calibration does the same, with the same function (`Preprocessing`).
+used, and transparency is dropped. Calibration treats images in the same way, with the same code (`Preprocessing`).
 
 Work for a client that has disconnected is cancelled. A client that has closed only its sending side counts as
 disconnected too, as with most servers, since the server cannot tell the two apart.
@@ -36,7 +36,7 @@ from serving.vision.engine import Engine, ServedModel
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
-# Without formats whose decoder starts a program (EPS), and without rare ones whose decoders are little tested.
+# Accepted formats: not those whose decoder starts another program (EPS), nor rare ones with little-tested decoders.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 
 
@@ -51,7 +51,7 @@ class ReadImage:
 
 @dataclass
 class VisionState:
-    """A served model and everything its routes need."""
+    """A served model and everything that its routes need."""
 
     model: ServedModel
     engine: Engine
@@ -131,10 +131,12 @@ class VisionState:
 
 
 async def while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:
-    """The result of `work`, which is cancelled if the client disconnects. The request's body must have been read.
+    """Await `work` and return its result, or cancel it if the client disconnects.
+
+    The request's body must have been read.
 
     Raises:
-        Problem: the client disconnected; nobody will receive this.
+        Problem: the client disconnected; this response is never sent.
     """
     task = asyncio.ensure_future(work)
     watch = asyncio.ensure_future(_gone(request))
@@ -154,12 +156,15 @@ async def _gone(request: Request) -> None:
 
 
 def read_image(data: bytes, preprocessing: Preprocessing, max_pixels: int) -> ReadImage:
-    """Decode and preprocess one image: `data` are the bytes of the file, `preprocessing` comes from the export.
+    """Decode and preprocess one image.
 
-    Width times height may be at most `max_pixels`, before and after resizing.
+    Args:
+        data: the bytes of the image file.
+        preprocessing: the export's preprocessing.
+        max_pixels: largest width times height, before and after resizing.
 
     Raises:
-        Problem: 400, 413 or 422; no other exception, whatever the bytes are.
+        Problem: 400, 413 or 422, the image cannot be used; no other exception is raised, whatever the bytes are.
     """
     from PIL import Image, UnidentifiedImageError
 
