@@ -47,6 +47,7 @@ def dead_leaves(seed: int, first: int, count: int, size: tuple[int, int]) -> Ten
 
 
 def _picture(stream: torch.Generator, size: tuple[int, int]) -> Tensor:
+    # Draw one image: a background, small and large shapes, and defocus.
     sheet = _Sheet(torch.linspace(-1, 1, size[0]).view(-1, 1), torch.linspace(-1, 1, size[1]).view(1, -1), stream)
     picture = _surface(sheet)
     surfaces = [_surface(sheet) for _ in range(_SURFACES)]

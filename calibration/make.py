@@ -107,6 +107,7 @@ def read_images(request: ImageRequest, vision: VisionModel, structure: VitStruct
 def _synthesize(
     request: ImageRequest, vision: VisionModel, structure: VitStructure, checkpoints: Path | None, on_images: Progress
 ) -> ImageSet:
+    # Make the images that no earlier run has stored in `checkpoints`, and join all batches.
     config = request.synthesis
     if request.method == "patch-similarity":  # PSAQ-ViT's loss instead of MimiQ's
         config = config.model_copy(update={"similarity": 0.0, "entropy": 1.0})
@@ -180,6 +181,7 @@ def _prepare(checkpoints: Path, request: ImageRequest, vision: VisionModel) -> N
 
 
 def _from_folder(request: ImageRequest, vision: VisionModel) -> ImageSet:
+    # Draw images at random from a folder, and preprocess them.
     path = Path(request.method.removeprefix(FOLDER_PREFIX)).expanduser()
     folder = list_pictures(path)
     if len(folder.files) < request.count:

@@ -120,6 +120,7 @@ class _Seen:
         self._query_logits: list[tuple[Tensor, Tensor]] = []
 
     def attend(self, name: str, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+        # Compute one attention for the model, and collect the loss terms that depend on it.
         owner, config, site = self._owner, self._config, self._owner.sites.get(name)
 
         def on_logits(logits: Tensor) -> Tensor:
@@ -221,6 +222,7 @@ class TokenPruner:
 
     @torch.no_grad()
     def _try(self, model: nn.Module, structure: VitStructure) -> None:
+        # Refuse a model whose later blocks depend on the order of the patches, or do not run with fewer.
         generator = torch.Generator().manual_seed(0)
         device = next(model.parameters()).device
         pixels = torch.randn(2, 3, *structure.image_size, generator=generator).to(device)

@@ -56,6 +56,7 @@ def view(
 def _camera(
     pixels: Tensor, maps: Tensor | None, streams: list[torch.Generator], config: SynthesisConfig
 ) -> tuple[Tensor, Tensor | None]:
+    # Views that are zoomed, mirrored, rotated, shifted, and changed in brightness and colour.
     draws = uniform(streams, 5)
     size = config.nearest + (_FARTHEST - config.nearest) * draws[:, 0]
     mirror = torch.where(draws[:, 1] < 0.5, -1.0, 1.0)

@@ -111,6 +111,7 @@ def export_peak(quantized: QuantizedVit) -> int | None:
 
 
 def _trace_two_layers() -> None:
+    # Trace and run a tiny network, which loads every package that an export loads.
     import_onnx_package("onnxruntime")
     net = nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 8)).eval()
     dynamic = ({0: torch.export.Dim("batch")},)

@@ -159,6 +159,7 @@ def _outputs(path: Path, images: ProbeImages) -> Tensor:
 
 
 def _warn(writer: ArtifactWriter, quantized: QuantizedVit, format: OnnxFormat, images: ProbeImages) -> None:
+    # Record in the manifest what users of the export should know.
     if images.source.startswith("random"):
         writer.warn(f"compared on {images.source}")
     if not format.quantizes_activations and quantized.activations:
@@ -174,6 +175,7 @@ def _warn(writer: ArtifactWriter, quantized: QuantizedVit, format: OnnxFormat, i
 
 
 def _plan(quantized: QuantizedVit, format: OnnxFormat) -> GraphPlan:
+    # Determine what an export holds, and the size of its stored tensors, without tracing the model.
     int4 = format is OnnxFormat.INT4_WEIGHT_ONLY
     halves = {n for n, w in quantized.weights.items() if w.kind is Kind.NVFP4 or (int4 and fits_int4(w))}
     codes = sum((w.codes.numel() + 1) // 2 if n in halves else w.codes.numel() for n, w in quantized.weights.items())
@@ -196,6 +198,7 @@ def _commit(
     writer: ArtifactWriter, artifact: Artifact, quantized: QuantizedVit, options: OnnxExportOptions,
     stated: OnnxDetails, model: ir.Model,
 ) -> Artifact:  # fmt: skip
+    # Write the model card and the manifest, and commit the export.
     versions = installed_versions(("onnx", "onnx-ir", "onnxscript", "onnxruntime", "timm"))
     asked = needs(model, versions["onnxruntime"])
     least = least_onnxruntime(asked)

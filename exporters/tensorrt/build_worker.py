@@ -46,6 +46,8 @@ def _end_with(parent: int) -> None:
 
 
 def _logger(trt: Any) -> Any:
+    # A TensorRT logger that collects (severity, text) pairs. Its class is made here, since the module of its base class
+    # is known only at run time.
     def begin(self: Any) -> None:
         trt.ILogger.__init__(self)
         self.messages = []
@@ -57,6 +59,7 @@ def _logger(trt: Any) -> Any:
 
 
 def _build(trt: Any, logger: Any, job: dict[str, Any]) -> dict[str, Any]:
+    # Parse the graph and build the engine; returns `parsed`, `built`, the parser's errors, and the inspector's JSON.
     builder = trt.Builder(logger)
     bits = sum(1 << int(getattr(trt.NetworkDefinitionCreationFlag, flag)) for flag in job["network_flags"])
     network = builder.create_network(bits)
@@ -81,6 +84,7 @@ def _build(trt: Any, logger: Any, job: dict[str, Any]) -> dict[str, Any]:
 
 
 def _config(trt: Any, builder: Any, job: dict[str, Any]) -> Any:
+    # The builder configuration that the job describes: limits, flags, input shapes and compute capabilities.
     config = builder.create_builder_config()
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     if "optimization_level" in job:

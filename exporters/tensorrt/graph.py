@@ -110,6 +110,7 @@ def _unclipped(quantize: ir.Node) -> bool:
 
 
 def _clip(graph: ir.Graph, quantize: ir.Node) -> str:
+    # Insert a Clip to the range of the codes before a quantizer; returns the quantizer's site.
     value = quantize.inputs[0]
     assert value is not None
     site = str(quantize.name).removesuffix("/QuantizeLinear")
@@ -153,6 +154,7 @@ def _axes(value: ir.Value | None) -> int:
 
 
 def _flatten(graph: ir.Graph, product: Product, flat: dict[ir.Value, ir.Value]) -> None:
+    # Reshape one linear's input to three axes, and its result back; `flat` holds the inputs reshaped so far.
     node, value = product.node, product.node.inputs[0]
     assert value is not None
     assert value.shape is not None

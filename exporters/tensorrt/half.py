@@ -120,6 +120,7 @@ def _split_shared(graph: ir.Graph, islands: frozenset[ir.Node]) -> None:
 
 
 def _halve_stored(value: ir.Value) -> str:
+    # Convert a stored tensor to FP16, and return its name. Raises NotHalf if its numbers cannot be represented.
     array, name = stored_array(value), str(value.name)
     finite = array[np.isfinite(array)]
     exact = any(node.op_type in _QUANTIZERS and index == _SCALE for node, index in value.uses())

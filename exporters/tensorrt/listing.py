@@ -75,6 +75,7 @@ def parse_listing(messages: Iterable[str]) -> tuple[EngineLayer, ...]:
 
 
 def _layer(line: str) -> EngineLayer:
+    # Parse one line of the builder's log.
     found = _LINE.match(line)
     if found is None:
         raise BadArtifactError(
@@ -134,6 +135,7 @@ def parse_inspector(text: str) -> tuple[EngineLayer, ...]:
 
 
 def _inspected(entry: Mapping[str, Any]) -> EngineLayer:
+    # Convert one layer of the inspector's JSON to the form of the log; a TypeError if it is only a name.
     if not isinstance(entry, Mapping):
         raise TypeError(f"a layer is only named: {str(entry)[:80]}")
     constants = _tensors(entry.get("Constants", ()))

@@ -215,6 +215,7 @@ def details_of(plan: ExportPlan) -> VllmDetails:
 
 
 def _commit(writer: ArtifactWriter, plan: ExportPlan, parent: Parent, digests: dict[str, str]) -> Artifact:
+    # Write the model card and the manifest, and move the export into place.
     format = plan.options.format
     write_card(writer, _CARD, source=plan.source.root, parent=parent, format=format.value, layers=plan.layers)
     return writer.commit(

@@ -71,6 +71,7 @@ class ServingForm(FrozenConfig):
     @field_validator("extra")
     @classmethod
     def _not_ours(cls, extra: tuple[str, ...]) -> tuple[str, ...]:
+        # Refuse extra arguments that the service sets itself, or that have a field of their own.
         if extra and not extra[0].startswith("-"):
             raise ValueError(f"{extra[0]!r} is not an option; give vLLM's own options after '--'")
         typed = {_flag(name) for name in _TYPED} | {f"--no-{name[2:]}" for name in map(_flag, _TYPED)}

@@ -105,6 +105,7 @@ def value_findings(unit: Unit, bad: int) -> Iterator[Finding]:
 
 
 def _scale(entry: TensorEntry) -> Iterator[Finding]:
+    # Findings on a scale: not finite, not positive, or stored inverted.
     scale = read_tensor(entry).reshape(-1)
     bad = int((~torch.isfinite(scale)).sum())
     if bad:
@@ -130,6 +131,7 @@ def _tied(plan: ExportPlan) -> Iterator[Finding]:
 
 
 def _adapter(plan: ExportPlan) -> Iterator[Finding]:
+    # Findings on adapter tensors with updates that are not merged into the weights.
     path = plan.source.root / _ADAPTER_FILE
     if not plan.source.holds_codes or not path.is_file():
         return
@@ -141,6 +143,7 @@ def _adapter(plan: ExportPlan) -> Iterator[Finding]:
 
 
 def _scales(plan: ExportPlan) -> Iterator[Finding]:
+    # FP8 weights must be E4M3 with a scale of the right shape, and no other tensor may have a scale.
     for entry in plan.orphans:
         yield _found("orphan-scale", entry.name, "a scale without its weight")
     for unit in plan.units:
@@ -214,6 +217,7 @@ def _known_names(plan: ExportPlan) -> Iterator[Finding]:
 
 
 def _placement(plan: ExportPlan) -> Iterator[Finding]:
+    # FP8 codes may be only in linear layers of the text decoder.
     structure = plan.structure
     for unit in plan.units:
         if not unit.quantized or unit.module is None:
@@ -235,6 +239,7 @@ def _dimensions(plan: ExportPlan) -> Iterator[Finding]:
 
 
 def _fused(plan: ExportPlan) -> Iterator[Finding]:
+    # Layers that the engine fuses must be all quantized or all unquantized.
     quantized = {unit.module for unit in plan.units if unit.quantized}
     for group in fused_siblings(plan.structure.projections, plan.schema.fused_groups):
         plain = [module for module in group if module not in quantized]
@@ -263,6 +268,7 @@ def _ignore(plan: ExportPlan) -> Iterator[Finding]:
 
 
 def _transposed(plan: ExportPlan) -> Iterator[Finding]:
+    # Weights stored (in, out) need a loader that transposes FP8 codes, and an artifact that declares them so.
     structure, declared = plan.structure, plan.source.transposed
     served = structure.model_type in plan.schema.conv1d_model_types
     for unit in plan.units:

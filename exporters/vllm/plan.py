@@ -232,6 +232,7 @@ class _Planner:
         return Unit(entry, scale, action, tuple(outputs), module, transposed, known.name)
 
     def _action(self, entry: TensorEntry, name: str, module: str | None, role: Role | None) -> Action:
+        # How a tensor is converted, by its dtype, the export's format, and its role in the model.
         if self.structure.tied.get(name) in self.stored:
             return Action.DROP
         if entry.dtype == "F8_E4M3":

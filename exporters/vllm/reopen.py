@@ -164,6 +164,7 @@ def _expected(unit: Unit, original: Tensor, scale: Tensor | None) -> Tensor:
 
 
 def _compare(unit: Unit, rows: range, written: dict[str, TensorEntry]) -> _Block:
+    # Compare one block of a unit's rows in the written file with the values that it must have.
     exported = read_rows(written[unit.outputs[0].name], rows)
     original, scale = _source(unit, rows)
     if unit.action is Action.COPY:
@@ -226,6 +227,7 @@ def _tensor_set(plan: ExportPlan, written: dict[str, TensorEntry]) -> Gate:
 
 
 def _other_files(plan: ExportPlan, root: Path) -> list[Gate]:
+    # Gates on all files besides the weights: none is missing, changed or unexpected.
     source = plan.source.root
     names = {str(path) for path in sidecar_files(source, SERVED_FILES)}
     changed = set() if plan.ending.settings is None else {GENERATION_FILE}

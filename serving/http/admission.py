@@ -278,6 +278,7 @@ async def refuse(problem: Problem, scope: Scope, receive: Receive, send: Send) -
 
 
 async def _discard(receive: Receive) -> None:
+    # Read and drop the rest of a request's body, within limits on size and time.
     left = _DISCARD_BYTES
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(_DISCARD_S):

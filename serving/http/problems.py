@@ -61,6 +61,7 @@ def too_many_images(limit: int) -> Problem:
 
 
 def _response(problem: Problem, scope: Scope) -> Response:
+    # The JSON response for a problem, in the format for the request's path.
     body = {"code": problem.code, "message": problem.message, "fix": problem.fix, "request_id": _request_id(scope)}
     document: dict[str, Any] = {"error": body}
     if str(scope.get("path", "")).startswith("/v2"):
@@ -87,6 +88,7 @@ def install_problem_handlers(app: FastAPI) -> None:
 
 
 def _as_problem(error: Exception, scope: Scope) -> Problem:
+    # The problem that describes an exception of a route to the client; unexpected exceptions are logged.
     if isinstance(error, Problem):
         return error
     if isinstance(error, HTTPException):

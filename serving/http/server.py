@@ -154,6 +154,7 @@ class _LimitedProtocol(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
+        # Let uvicorn parse the data, and limit the size of the headers and the time until they are complete.
         if self._over:
             return
         before = self.cycle
@@ -171,6 +172,7 @@ class _LimitedProtocol(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
             self._arm()
 
     def eof_received(self) -> bool | None:
+        # Answer a client that closed its sending side before its request was complete.
         if self._over or self.pipeline:
             return None
         cycle = self.cycle
@@ -210,6 +212,7 @@ class _LimitedProtocol(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
             self._refuse(408, "headers_too_slow", "the headers did not arrive in time")
 
     def _refuse(self, status: int, code: str, message: str, extra: str = "") -> None:
+        # Send an error response and close the connection, or only close it while another response is being sent.
         self._disarm()
         self._refused = True
         cycle = self.cycle

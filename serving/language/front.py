@@ -95,6 +95,7 @@ class Front:
             await send_problem(problem, scope, receive, send)
 
     async def _own(self, path: str) -> Response | None:
+        # The response of a path that the proxy answers itself; None for all others.
         if path == "/" and self._page is not None:
             return HTMLResponse(self._page[0], headers=self._page[1])
         if path == "/healthz":
@@ -145,6 +146,7 @@ class Front:
             gone.cancel()
 
     async def _exchange(self, scope: Scope, body: bytes, send: Send) -> None:
+        # Send a request to vLLM, and its response to the client.
         target = scope["raw_path"] + (b"?" + scope["query_string"] if scope["query_string"] else b"")
         headers: Headers = [item for item in scope["headers"] if item[0] not in _NOT_UP]
         headers.append((b"x-request-id", scope["state"]["request_id"].encode()))
@@ -167,6 +169,7 @@ class Front:
             reply.release()
 
     async def _stream(self, reply: Reply, send: Send) -> None:
+        # Pass a response on as it arrives; if it breaks off, end it so that the client notices.
         headers = [item for item in reply.headers if item[0] not in _NOT_DOWN]
         await send({"type": "http.response.start", "status": reply.status, "headers": headers})
         code, message = "engine_unavailable", "the model stopped in the middle of its answer"

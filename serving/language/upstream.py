@@ -188,6 +188,7 @@ class Upstream:
             self._idle.pop().close()
 
     async def _take(self) -> _Connection:
+        # An idle connection that is still usable, or a new one.
         while self._idle:
             connection = self._idle.pop()
             if not connection.lost and asyncio.get_running_loop().time() - connection.used < _IDLE_S:

@@ -164,6 +164,7 @@ class Batcher:
         return alive
 
     def _answer(self, run: Run, batch: list[tuple[_Job, int]]) -> None:
+        # Run a batch, and resolve the requests that are complete with it.
         started = time.monotonic()
         with self._change:  # the images of one request may run in several threads
             for job in {id(job): job for job, _ in batch}.values():

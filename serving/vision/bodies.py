@@ -136,6 +136,7 @@ async def read_images(request: Request, max_bytes: int, max_images: int) -> Imag
 
 
 def _json(document: dict[str, Any], max_images: int) -> ImagesRequest:
+    # The images and top_k of a JSON body.
     unknown = sorted(set(document) - {"image", "images", "top_k"})
     if unknown:
         raise Problem(400, "unknown_field", f"unknown field {unknown[0][:60]!a}", "fields: image, images, top_k")
@@ -149,6 +150,7 @@ def _json(document: dict[str, Any], max_images: int) -> ImagesRequest:
 
 
 def _decode(text: Any, index: int) -> bytes:
+    # Decode one image from base64 or a data URL.
     if not isinstance(text, str):
         raise Problem(400, "invalid_base64", f"image {index} is not a string", "give base64")
     if text.startswith("data:"):
@@ -161,6 +163,7 @@ def _decode(text: Any, index: int) -> bytes:
 
 
 async def _multipart(request: Request, body: bytes, max_images: int) -> ImagesRequest:
+    # The images and top_k of a multipart body.
     async def once() -> AsyncGenerator[bytes, None]:
         yield body
 

@@ -165,6 +165,7 @@ def _in_use(session: Any, provider: str, wanted: Provider) -> bool:
 
 
 def _providers(wanted: Provider) -> list[str]:
+    # The execution providers to try, in order of preference.
     available = import_onnx_package("onnxruntime").get_available_providers()
     cpu = _PROVIDERS[Provider.CPU]
     if wanted is Provider.AUTO:
@@ -187,6 +188,7 @@ def _session_run(session: Any, model: ServedModel) -> Run:
 def _chosen(
     layouts: Sequence[Layout], model: ServedModel, config: VisionConfig, provider: str, possible: tuple[int, ...]
 ) -> Engine:
+    # Measure all layouts and batch sizes, select one layout, and open it with the batch sizes that may be used.
     largest = config.max_batch or possible[-1]
     if largest > possible[-1] and layouts[0].threads == 0:
         raise ConfigurationError(

@@ -144,6 +144,7 @@ def _write_infer(request: _InferRequest, outputs: np.ndarray, model: ServedModel
 
 
 def _wants_binary(document: dict[str, Any], model: ServedModel) -> bool:
+    # Whether the output is requested in binary; refuses requests for outputs that do not exist.
     binary = _flag(_parameters(document), "binary_data_output", False)
     outputs = document.get("outputs")
     if outputs is None:
@@ -161,6 +162,7 @@ def _wants_binary(document: dict[str, Any], model: ServedModel) -> bool:
 
 
 def _tensor(tensor: dict[str, Any], binary: memoryview, model: ServedModel, max_images: int) -> np.ndarray:
+    # Check the description of the input tensor, and read its values, (n, 3, H, W).
     if tensor.get("name") != model.input_name:
         raise _bad(f"there is no such input; the model has {model.input_name}")
     if tensor.get("datatype") != _TYPE:

@@ -114,6 +114,7 @@ class VisionState:
         self.decoding -= count
 
     def _decode(self, images: Sequence[bytes], gone: threading.Event) -> list[ReadImage]:
+        # Decode the images of a request in a thread; stops when `gone` is set, since the client has disconnected.
         found: list[ReadImage] = []
         for index, data in enumerate(images):
             if gone.is_set():
@@ -195,6 +196,7 @@ def read_image(data: bytes, preprocessing: Preprocessing, max_pixels: int) -> Re
 
 
 def _check_size(size: tuple[int, int], preprocessing: Preprocessing, max_pixels: int) -> None:
+    # Refuse an image that is empty or too large, before or after resizing.
     short, long = min(size), max(size)
     if short < 1:
         raise Problem(400, "no_pixels", "the image has no pixels", "send an image that has")

@@ -83,6 +83,7 @@ class _Runner:
         self._stream = self._torch.cuda.Stream()
 
     def __call__(self, pixels: np.ndarray) -> np.ndarray:
+        # Run one batch on this object's CUDA stream, and wait for the result.
         torch, (source, result) = self._torch, self._names
         with torch.cuda.stream(self._stream):
             given = torch.from_numpy(np.ascontiguousarray(pixels)).cuda().to(self._types[0])

@@ -35,6 +35,8 @@ def split_gemms(traced: FloatGraph) -> Change:
 
 
 def _split_gemm(graph: ir.Graph, product: Product) -> ir.Node:
+    # Replace one Gemm by a MatMul and, if it has a bias, an Add; returns the MatMul. A weight that Gemm would transpose
+    # is stored transposed instead.
     gemm = product.node
     attributes = gemm.attributes
     unscaled = attributes.get_float("alpha", 1.0) == attributes.get_float("beta", 1.0) == 1.0

@@ -187,6 +187,7 @@ def quantize_block_weights(traced: FloatGraph, weights: Mapping[str, BlockCodes]
 
 
 def _replace_blocks(graph: ir.Graph, product: Product, weight: BlockCodes) -> None:
+    # Replace one linear's weight by stored NVFP4 codes, (in, out), and scales with both DequantizeLinear.
     old, name = take_weight(graph, product), f"{product.name}.weight"
     codes = np.ascontiguousarray(weight.codes.numpy().T).view(ml_dtypes.float4_e2m1fn)
     blocks = np.ascontiguousarray(as_array(weight.scales.block).T)

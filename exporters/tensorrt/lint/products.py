@@ -80,6 +80,8 @@ def _down(value: ir.Value, products: dict[ir.Node, Product]) -> Product | None:
 
 
 def _attention(softmax: ir.Node, first: Product, second: Product, static: bool) -> Iterator[Finding]:
+    # Find attentions that are not fused: one matrix multiplication has codes and the other has not, or a Clip lies
+    # between Softmax and QuantizeLinear.
     if first.low != second.low:
         why = f"{label(first.node)} multiplies {_shown(first)}, {label(second.node)} {_shown(second)}: not fused"
         yield finding("attention-part", softmax, why)
@@ -176,6 +178,7 @@ def _type(operand: Operand, types: dict[ir.Value, ir.DataType]) -> ir.DataType |
 
 
 def _codes(product: Product, types: dict[ir.Value, ir.DataType]) -> Iterator[Finding]:
+    # Find operands with codes of different types, and FP8 convolutions whose kernel is too large.
     first, second = (_type(operand, types) for operand in product.operands)
     if first is None or second is None:
         return
@@ -202,6 +205,7 @@ def _between(product: Product) -> Iterator[Finding]:
 
 
 def _half(product: Product, types: dict[ir.Value, ir.DataType], whole: set[ir.DataType | None]) -> Iterator[Finding]:
+    # Find products of codes with a float operand, unless that is the usual form of a weight-only graph.
     for operand, other in (product.operands, product.operands[::-1]):
         if not operand.low or operand.dequantize is None or other.dequantize is not None or not _plain(operand):
             continue

@@ -50,6 +50,7 @@ def lint_values(view: View) -> Iterator[Finding]:
 
 
 def _zero_point(node: ir.Node) -> Iterator[Finding]:
+    # Find zero points other than 0, and those that are given but empty.
     if len(node.inputs) < 3:
         return
     if node.inputs[2] is None:
@@ -62,6 +63,7 @@ def _zero_point(node: ir.Node) -> Iterator[Finding]:
 
 
 def _unsigned(node: ir.Node) -> Iterator[Finding]:
+    # Find quantizers and stored weights of an unsigned type.
     if node.op_type == QUANTIZE:
         dtype = code_type(node)
         if dtype in _UNSIGNED:
@@ -75,6 +77,7 @@ def _unsigned(node: ir.Node) -> Iterator[Finding]:
 
 
 def _scale(scale: ir.Value, node: ir.Node) -> Iterator[Finding]:
+    # Find scales that are not positive and finite.
     array = constant(scale)
     if array is None:
         return
@@ -89,6 +92,7 @@ def _scale(scale: ir.Value, node: ir.Node) -> Iterator[Finding]:
 
 
 def _stored(value: ir.Value) -> Iterator[Finding]:
+    # Find stored tensors of an unsupported type, NaN codes, and codes that anything but DequantizeLinear reads.
     if value.dtype in _REFUSED_TYPES:
         yield finding("element-type", value, f"is stored as {value.dtype.name}")
     if value.dtype == ir.DataType.FLOAT8E4M3FN and value.const_value is not None:
@@ -105,6 +109,7 @@ def _stored(value: ir.Value) -> Iterator[Finding]:
 
 
 def _casts(view: View) -> Iterator[Finding]:
+    # Find quantization that is written with Cast instead of QuantizeLinear.
     for node in view.nodes("Cast"):
         to = ir.DataType(node.attributes.get_int("to", 0))
         if to in _FP8 and constant(node.inputs[0]) is None:
@@ -201,6 +206,7 @@ def _shape(node: ir.Node) -> Iterator[Finding]:
 
 
 def _weight(product: Product, operand: Operand, other: Operand) -> Iterator[Finding]:
+    # Find weights whose scales or blocks lie along the wrong axis or do not suit the activation.
     node, codes = operand.dequantize, operand.codes
     scale = None if node is None else constant(node.inputs[1])
     if node is None or codes is None or codes.shape is None or scale is None:

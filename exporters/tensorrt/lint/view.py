@@ -153,6 +153,7 @@ class View:
 
 
 def _operand(value: ir.Value, position: int) -> Operand:
+    # Follow an operand upwards to its DequantizeLinear, and sort the operators in between.
     moves: list[ir.Node] = []
     between: list[ir.Node] = []
     current: ir.Value | None = value
