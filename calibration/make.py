@@ -48,7 +48,7 @@ class ImageRequest:
         if self.method in METHODS or self.method.startswith((FOLDER_PREFIX, ARTIFACT_PREFIX)):
             return
         raise ConfigurationError(
-            f"there is no calibration {self.method!r}",
+            f"there is no calibration method {self.method!r}",
             why=f"it is one of {', '.join(METHODS)}, images:DIR (of a folder), artifact:DIR (of an artifact)",
             fix="use --calibration synthetic",
         )
@@ -170,13 +170,13 @@ def _prepare(checkpoints: Path, request: ImageRequest, vision: VisionModel) -> N
     try:
         stored = json.loads(record.read_text())
     except ValueError as error:
-        raise BadArtifactError(f"{record} is damaged", why=str(error), fix="start anew with --force") from error
+        raise BadArtifactError(f"{record} is damaged", why=str(error), fix="start over with --force") from error
     different = sorted(key for key in described if stored.get(key) != described[key])
     if different:
         raise ConfigurationError(
             f"the images in {checkpoints} were started with other settings",
             why=f"these differ: {', '.join(different)}",
-            fix="resume with the same options, or start anew with --force",
+            fix="resume with the same options, or start from scratch with --force",
         )
 
 

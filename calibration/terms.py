@@ -250,4 +250,4 @@ def _block_of(attention: str) -> str:
 
 
 def _refused(why: str, fix: str) -> ConfigurationError:
-    return ConfigurationError("this model cannot go on with fewer patches", why=why, fix=fix)
+    return ConfigurationError("this model does not support the pruning of patches", why=why, fix=fix)

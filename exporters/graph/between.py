@@ -283,7 +283,10 @@ def evaluate(proto: Any, feeds: Mapping[str, Any], operators: Sequence[Any] = ()
 def compare_between(
     model: ir.Model, layers: Sequence[ExportedLayer], pieces: Pieces, *, engine: bool, optimize: bool = True
 ) -> list[PieceParity]:
-    """Run every piece and compare it: in ONNX Runtime, optimized as in service, if `engine`, else in the evaluator."""
+    """Run every piece, and compare its output with `pieces.expected`.
+
+    With `engine` the pieces run in ONNX Runtime (with `optimize`, as in service), otherwise in the reference evaluator.
+    """
     cut = _cut(model, layers)
     feeds = {name: pieces.feeds[name] for name in cut.inputs}
     if engine:

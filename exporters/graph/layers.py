@@ -146,7 +146,7 @@ def _operand(value: ir.Value | None, kind: ProductKind) -> Operand:
     zero = quantize.inputs[2] if len(quantize.inputs) > 2 else None
     dtype = "UINT8" if zero is None or zero.dtype is None else zero.dtype.name  # ONNX's default
     if dtype not in ("INT8", "FLOAT8E4M3FN"):
-        raise _bad(f"{quantize.name} gives {dtype}")
+        raise _bad(f"{quantize.name} has the output type {dtype}")
     source, low, high, exact = _clip(quantize.inputs[0], float(_array(scale)))
     if dtype == "INT8":
         quantizer = ActivationQuantizer(float(_array(scale)), low, high)
@@ -301,7 +301,7 @@ def read_block_quantizer(dequantize: ir.Node) -> tuple[ir.Value, BlockQuantizer,
     if codes is None or dynamic is None or dynamic is not scale or dynamic.inputs[1] is not inner.inputs[1]:
         raise _bad(f"{dequantize.name} does not follow one {DYNAMIC_QUANTIZE} of the same tensor scale")
     if inner.inputs[0] is not dynamic.outputs[1] or codes is not dynamic.outputs[0] or dynamic.domain != DOMAIN:
-        raise _bad(f"{dequantize.name} takes codes for scales")
+        raise _bad(f"{dequantize.name} reads codes and scales from the wrong outputs of {dynamic.name}")
     _check_form(dynamic, axis=-1)
     source = dynamic.inputs[0]
     if source is None:

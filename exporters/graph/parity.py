@@ -235,7 +235,15 @@ def _cut(
 
 
 def model_of(model: ir.Model, nodes: list[Any], tensors: list[ir.Value], given: list[Any], results: list[Any]) -> Any:
-    """A model from some of a graph's nodes and stored tensors, with the given inputs and outputs."""
+    """Make an `onnx.ModelProto` from parts of a graph.
+
+    Args:
+        model: the model that the parts are from, whose opset and IR version are used.
+        nodes: nodes as `NodeProto`.
+        tensors: stored tensors that the nodes read.
+        given: descriptions of the inputs as `ValueInfoProto`.
+        results: descriptions of the outputs as `ValueInfoProto`.
+    """
     import onnx
     import onnx_ir as ir
 

@@ -32,7 +32,14 @@ def engine_file(capability: str, builder: Builder = Builder.RTX) -> str:
 
 
 def describe_engine(root: Path, name: str, report: PrecisionReport, built: Built) -> dict[str, Any]:
-    """An engine's entry in layers.json."""
+    """Make an engine's entry in layers.json.
+
+    Args:
+        root: directory of the export.
+        name: path of the engine file within it.
+        report: the engine's precisions.
+        built: the result of the build.
+    """
     return {
         "engine": name,
         "engine_bytes": (root / name).stat().st_size,

@@ -75,7 +75,11 @@ def typed_parity(
 def product_gates(
     model: ir.Model, layers: Sequence[ExportedLayer], quantized: QuantizedVit, pixels: Tensor
 ) -> list[Gate]:
-    """Compare all layers of a float32 graph with torch, given the same input, and return the gates."""
+    """Compare all layers of a float32 graph with torch, given the same input, and return the gates.
+
+    `layers` are those of `model`, `quantized` is the model that the graph computes, and `pixels` (N, 3, H, W) must be
+    normalized.
+    """
     convolves = any(layer.kind is ProductKind.PATCH for layer in layers)
     report = typed_parity(model, layers, quantized, pixels)
     gates = typed_gates(report, FLOAT_TOLERANCE if convolves else INTEGER_TOLERANCE) if report else []
@@ -108,7 +112,10 @@ def dynamic_quantize(x: Any, tensor_scale: Any) -> tuple[Any, Any]:
 def block_parity(
     model: ir.Model, layers: Sequence[ExportedLayer], quantized: QuantizedVit, pixels: Tensor
 ) -> list[LayerParity]:
-    """Compare every layer with an NVFP4 operand with torch, given the same input; empty if there is no such layer."""
+    """Compare every layer with an NVFP4 operand with torch, given the same input; empty if there is no such layer.
+
+    The arguments are those of `product_gates`.
+    """
     chosen = [layer for layer in layers if layer.blocks]
     if not chosen:
         return []

@@ -49,7 +49,11 @@ def _close(recorded: float | None, again: float | None) -> bool:
 
 
 def compare_json(found: Any, expected: Any, where: str, path: str = "") -> Iterator[Finding]:
-    """Compare two JSON values; yields a finding at `where` for every leaf that differs, with its path."""
+    """Compare two JSON values, and yield a finding for every leaf that differs.
+
+    Findings are located at `where`, usually a file name, and name the leaf's path. `path` is where both values lie in
+    the document. Lists of strings are compared without regard to order.
+    """
     if isinstance(found, dict) and isinstance(expected, dict):
         for key in sorted(found.keys() | expected.keys()):
             inner = f"{path}.{key}" if path else str(key)

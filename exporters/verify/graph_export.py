@@ -108,7 +108,7 @@ def _signature(artifact: Artifact, model: ir.Model) -> Iterator[Finding]:
             yield from compare_json(stated.model_dump(mode="json"), facts, MANIFEST_NAME, "details.input")
     asked, said = manifest.config.get("format"), getattr(manifest.details, "format", None)
     if asked not in (None, said):
-        yield Finding(Check.MANIFEST, MANIFEST_NAME, f"details.format is {said}; the export was asked for {asked}")
+        yield Finding(Check.MANIFEST, MANIFEST_NAME, f"details.format is {said}; the options say {asked}")
 
 
 def _layers(artifact: Artifact, layers: tuple[ExportedLayer, ...]) -> Iterator[Finding]:

@@ -41,7 +41,10 @@ def foresee(root: Path, kind: str, trained: Collection[str]) -> dict[str, list[F
 
 
 def plan_ahead(root: Path, kind: str, trained: Collection[str], form: ExportFormat) -> ExportPlan:
-    """The plan for exporting the artifact in `root`, or one to be trained from the model there; see `foresee`."""
+    """The plan for exporting the artifact in `root`, or one to be trained from the model there, in format `form`.
+
+    `kind` and `trained` are as in `foresee`.
+    """
     options = VllmExportOptions(format=form)
     if kind_of_source(root) in TUNED_KINDS:  # an export with a manifest is used as a base like any plain model
         return build_plan(open_source(root, verify=False), read_structure(root), options)

@@ -172,7 +172,7 @@ def _read(path: Path) -> tuple[tuple[str, str], ...]:
             continue
         match = _LINE.fullmatch(text)
         if match is None:  # the line is not shown: it may be a key in plain text
-            what, why = f"line {number} of {path} is no API key's digest", "it is not 'sha256:<64 hex digits> [name]'"
+            what, why = f"line {number} of {path} is not an API key's digest", "it is not 'sha256:<64 hex> [name]'"
             fix = "create keys with fp8pipe serve-key, and add the line it prints to the file"
             raise ConfigurationError(what, why=why, fix=fix)
         keys.append((match[1], match[2] or f"line {number}"))

@@ -164,7 +164,10 @@ class Upstream:
         return Reply(self, connection)
 
     async def fetch(self, method: bytes, target: bytes, headers: Headers, body: bytes = b"") -> tuple[int, bytes]:
-        """Send a request, and return status and complete body. Raises the errors of `request` and `Reply.next`."""
+        """Send a request, see `request`, and return status and complete body of the response.
+
+        Raises the errors of `request` and `Reply.next`.
+        """
         reply, parts = await self.request(method, target, headers, body), []
         try:
             while (part := await reply.next()) is not None:

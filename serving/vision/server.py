@@ -37,9 +37,9 @@ _PAGE = Path(__file__).with_name("page")
 _TOP_K = 5
 _GIVES = {"classify": "classes", "predict": "values without probabilities", "embed": "features"}
 _OTHER = {
-    "classify": ("no_classes", "this model is no classifier"),
-    "predict": ("no_values", "this model predicts no values"),
-    "embed": ("no_features", "this model is no backbone"),
+    "classify": ("no_classes", "this model is not a classifier"),
+    "predict": ("no_values", "this model does not predict values"),
+    "embed": ("no_features", "this model is not a backbone"),
 }  # fmt: skip
 
 
@@ -162,7 +162,7 @@ def _add_images(app: FastAPI, state: VisionState) -> None:
         """The names of the outputs. Raises a `Problem` if the model is for another task."""
         if model.task != task:
             code, what = _OTHER[task]
-            raise Problem(404, code, f"{what}: it gives {_GIVES[model.task]}", f"use /v1/{model.task}")
+            raise Problem(404, code, f"{what}: it returns {_GIVES[model.task]}", f"use /v1/{model.task}")
         return model.classes or ()
 
     @app.post("/v1/classify", tags=["images"], openapi_extra={**IMAGES_BODY, "parameters": [TOP_K]})

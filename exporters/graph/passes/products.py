@@ -41,7 +41,7 @@ def _split_gemm(graph: ir.Graph, product: Product) -> ir.Node:
     attributes = gemm.attributes
     unscaled = attributes.get_float("alpha", 1.0) == attributes.get_float("beta", 1.0) == 1.0
     if not unscaled or attributes.get_int("transA", 0) != 0:
-        raise ValueError(f"{gemm.name} is no product with a bias alone")
+        raise ValueError(f"{gemm.name} does more than multiply and add a bias: alpha, beta or transA is set")
     x, weight = gemm.inputs[0], gemm.inputs[1]
     assert weight is not None
     stored = weight

@@ -235,4 +235,4 @@ def _quantizers(view: View) -> Iterator[Finding]:
         if not fixed(node.inputs[1]) and node in readers:
             yield finding("dynamic-scale", node, "its scale is computed while the engine runs")
         if code_type(node) == ir.DataType.INT4 and node in readers:
-            yield finding("int4-activation", node, "gives INT4 activations, for which no kernel is known")
+            yield finding("int4-activation", node, "quantizes activations to INT4, for which no kernel is known")
