@@ -116,7 +116,7 @@ class Pyramid(Canvas):
     def pixels(self) -> Tensor:
         """The start image plus all layers.
 
-        Values beyond the valid range are scaled down to 1 % of their excess, so that they keep a gradient.
+        Pixels beyond the valid range are clamped, except that 1 % of the excess remains, so that they keep a gradient.
         """
         change = self.parameters[-1]
         for layer, (rows, columns) in zip(self.parameters, self._enlarge, strict=False):

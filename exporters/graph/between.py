@@ -3,9 +3,9 @@
 The graph is cut at the outputs of the matrix multiplications. Each piece is fed the parent's own outputs (computed by
 torch from the artifact), and what it passes to the next quantizer, or to the output, is compared with torch in float64.
 ONNX's reference evaluator, which shares no code with an engine, runs the pieces in float64: a wrong operator, attribute
-or constant shows up at a tolerance of 1e-6. An engine runs the same pieces as in service, with a tolerance of 1e-5,
-because its sums round. Nothing is quantized here and errors do not propagate between pieces, so a difference can be
-attributed to the nodes of its piece.
+or constant exceeds a tolerance of 4e-7. An engine runs the same pieces as in service, with a tolerance of 1e-5, because
+its sums round. Nothing is quantized here and errors do not propagate between pieces, so a difference can be attributed
+to the nodes of its piece.
 """
 
 from __future__ import annotations
@@ -163,12 +163,12 @@ class PieceParity:
 
 @dataclass(frozen=True, slots=True)
 class Pieces:
-    """The inputs of the pieces and the expected outputs; numpy arrays by the names of the graph's values.
+    """The inputs of the pieces and the expected outputs, by the names of the graph's values.
 
     Attributes:
-        feeds: outputs of the matrix multiplications, and the pixels.
-        expected: inputs of the quantizers, and the output; float64.
-        exact: names of the stored tensors whose very values were used for `expected`; None means all. The exporter
+        feeds: outputs of the matrix multiplications, and the pixels; numpy arrays.
+        expected: inputs of the quantizers, and the output; torch tensors, float64.
+        exact: names of the stored tensors whose exact values were used for `expected`; None means all. The exporter
             computes the others from several tensors, and rounds only the result to FP16.
     """
 

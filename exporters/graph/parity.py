@@ -165,7 +165,7 @@ def _value(operand: Operand, inputs: Mapping[str, Any]) -> Tensor:
     if operand.quantizer is None:
         return x.double()
     if isinstance(operand.quantizer, BlockQuantizer):
-        return operand.quantizer.fake(x).double()  # this is exact already
+        return operand.quantizer.fake(x).double()  # no rounding error: dequantized NVFP4 values are exact in fp32
     return operand.quantizer.codes(x).float().double() * operand.quantizer.scale
 
 

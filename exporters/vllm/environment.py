@@ -46,7 +46,7 @@ print(json.dumps(found))
 class VllmEnvironment:
     """A Python interpreter whose environment has vLLM."""
 
-    python: Path  # the interpreter; symlinks are not resolved, since a virtual environment's interpreter is one
+    python: Path  # the interpreter; symlinks are kept, since a virtual environment is found by the path of its symlink
     vllm: str  # version of vLLM
     versions: dict[str, str]  # versions of Python and of the relevant distributions
 
@@ -140,7 +140,10 @@ def subprocess_environment(**more: str) -> dict[str, str]:
 
 
 def end_group(process: subprocess.Popen[bytes], grace_s: float = 5.0) -> None:
-    """End a process that leads its own session and everything it started: with SIGTERM first, then SIGKILL."""
+    """End a process that leads its own session, and everything it started.
+
+    SIGTERM is sent first, and SIGKILL if anything is still running after `grace_s` seconds.
+    """
     for number in (signal.SIGTERM, signal.SIGKILL):
         try:
             os.killpg(process.pid, number)

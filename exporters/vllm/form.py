@@ -102,7 +102,7 @@ class ServingForm(FrozenConfig):
         return self.model_copy(update=chosen) if chosen else self
 
     def options(self) -> list[str]:
-        """The settings that were given, as command line options of `fp8pipe serve`."""
+        """The settings that were given, as command-line options of `fp8pipe serve`."""
         given: list[str] = []
         for name in sorted(ServingForm.model_fields.keys() & self.model_fields_set - {"extra"}):
             value = getattr(self, name)
@@ -137,7 +137,8 @@ class ServingForm(FrozenConfig):
     def rounds_activations(self, environment: VllmEnvironment) -> bool:
         """Whether the inputs of FP8 layers are quantized as the checkpoint declares.
 
-        The CPU plugin quantizes them only if told to; vLLM's own kernels always do, except on GPUs without FP8.
+        The CPU plugin quantizes them only if the environment variable FP8PIPE_VLLM_ACTIVATIONS is `quant`. vLLM's own
+        kernels always do, except on GPUs without FP8.
         """
         if environment.dequantizes:
             return os.environ.get(_ACTIVATIONS, "").strip().lower() == "quant"

@@ -30,8 +30,8 @@ logger = logging.getLogger(__name__)
 
 _PAGE = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
 _HOP = {b"connection", b"keep-alive", b"proxy-connection", b"te", b"trailer", b"transfer-encoding", b"upgrade"}
-# Headers that are not forwarded to vLLM and to the client. API keys are checked before requests reach the proxy and are
-# not passed on; request ids are set by this service in both directions.
+# Headers that are not forwarded, to vLLM (`_NOT_UP`) and to the client (`_NOT_DOWN`). API keys are checked before
+# requests reach the proxy and are not passed on; request ids are set by this service in both directions.
 _NOT_UP = _HOP | {b"host", b"content-length", b"expect", b"authorization", b"x-api-key", b"x-request-id"}
 _NOT_DOWN = _HOP | {b"date", b"server", b"x-request-id"}
 _SHUTTING_DOWN = ("shutting_down", "the server is shutting down")

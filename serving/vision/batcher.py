@@ -60,14 +60,15 @@ class Done:
 
 @dataclass(slots=True)
 class _Job:
-    pixels: np.ndarray
-    future: asyncio.Future[Done]
+    # One request while it waits or runs.
+    pixels: np.ndarray  # (n, 3, H, W) float32
+    future: asyncio.Future[Done]  # resolved in `loop`
     loop: asyncio.AbstractEventLoop
-    arrived: float
+    arrived: float  # `time.monotonic()`, like the deadline
     deadline: float
-    rows: list[np.ndarray | None] = field(default_factory=list)
-    left: int = 0
-    queue_s: float = -1.0
+    rows: list[np.ndarray | None] = field(default_factory=list)  # outputs by image; None until it has run
+    left: int = 0  # number of images that have not run
+    queue_s: float = -1.0  # waiting time of the first image, seconds; negative until it runs
 
 
 class Batcher:

@@ -56,11 +56,11 @@ class VisionState:
     model: ServedModel
     engine: Engine
     config: VisionConfig
-    proof: Proof
+    proof: Proof  # the validation that applies
     metrics: VisionMetrics
     lifecycle: Lifecycle
-    batcher: Batcher
-    decoders: ThreadPoolExecutor
+    batcher: Batcher  # runs the engine
+    decoders: ThreadPoolExecutor  # threads that decode and preprocess images
     decoding: int = 0  # number of images being decoded or waiting to be
 
     def require_ready(self) -> None:
