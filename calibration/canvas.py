@@ -1,4 +1,4 @@
-"""How an image is parametrized while it is optimised: by its pixels, or by a pyramid of corrections to a start image.
+"""The parameters of an optimised image: its pixels, or a pyramid of corrections that are added to a start image.
 
 Adam on individual pixels produces fine patterns that no photograph has, because all spatial frequencies have the same
 learning rate. A pyramid sums layers of successively halved resolution, so that coarse changes take few parameters and
@@ -31,10 +31,10 @@ _COLOURS: Final = ((1.0, 1.0, 1.0), (0.25, 0.05, -0.25), (0.08, -0.16, 0.08))
 
 
 class Canvas(ABC):
-    """A batch of images being optimised.
+    """A batch of images that is being optimised, with the state of its AdamW optimizer.
 
-    Subclasses take `start`, `(N, 3, H, W)` normalized pixels, and `limits`, the smallest and largest valid values, each
-    broadcastable to `start`; None means no limits.
+    Subclasses are constructed from `start`, `(N, 3, H, W)` normalized pixels, and `limits`, the smallest and largest
+    valid values, each broadcastable to `start`; None means no limits.
 
     Attributes:
         parameters: the optimised tensors, which require gradients.
@@ -60,7 +60,12 @@ class Canvas(ABC):
 
     @torch.no_grad()
     def step(self, gradients: tuple[Tensor, ...], rate: float) -> None:
-        """One step of AdamW (arXiv 1711.05101)."""
+        """One step of AdamW (arXiv 1711.05101).
+
+        Args:
+            gradients: the gradients of `parameters`, in the same order.
+            rate: the learning rate; each parameter scales it by its own factor.
+        """
         self._steps += 1
         ahead, behind = 1 - _BETA1**self._steps, 1 - self._beta2**self._steps
         for index, (parameter, gradient) in enumerate(zip(self.parameters, gradients, strict=True)):
@@ -72,14 +77,14 @@ class Canvas(ABC):
 
 
 class Pixels(Canvas):
-    """Every pixel is a parameter, as published; `start` is used without a copy."""
+    """Images whose pixels are the parameters, as in the published method; `start` is used without a copy."""
 
     def __init__(self, start: Tensor, limits: tuple[Tensor, Tensor] | None) -> None:
         super().__init__([start], [1.0], beta2=0.999)
         self._limits = limits
 
     def pixels(self) -> Tensor:
-        """The parameters themselves."""
+        """The parameters themselves, `(N, 3, H, W)`."""
         return self.parameters[0]
 
     @torch.no_grad()
@@ -91,7 +96,7 @@ class Pixels(Canvas):
 
 
 class Pyramid(Canvas):
-    """Layers of successively halved resolution, added to a fixed start image."""
+    """Images whose parameters are layers of successively halved resolution, added to a fixed start image."""
 
     def __init__(self, start: Tensor, limits: tuple[Tensor, Tensor] | None) -> None:
         sizes = layer_sizes(start.shape[2], start.shape[3])
@@ -109,7 +114,10 @@ class Pyramid(Canvas):
         self._start = self._start[rows]
 
     def pixels(self) -> Tensor:
-        """The start image plus all layers, (almost) clamped to the valid range."""
+        """The start image plus all layers.
+
+        Pixels beyond the valid range are clamped, except that 1 % of the excess remains, so that they keep a gradient.
+        """
         change = self.parameters[-1]
         for layer, (rows, columns) in zip(self.parameters, self._enlarge, strict=False):
             change = change + rows @ layer @ columns
@@ -121,13 +129,16 @@ class Pyramid(Canvas):
 
 
 def enlargement(small: int, large: int) -> Tensor:
-    """Matrix `(large, small)` for bicubic upsampling of one axis; two GEMMs take a tenth of the operator's time."""
+    """The matrix `(large, small)` that upsamples one axis bicubically.
+
+    Multiplying by two such matrices takes a tenth of the time of `interpolate`.
+    """
     unit = torch.eye(small)[None, None]
     return functional.interpolate(unit, size=(large, small), mode="bicubic", align_corners=False)[0, 0]
 
 
 def layer_sizes(height: int, width: int) -> list[tuple[int, int]]:
-    """Sizes of a pyramid's layers, coarsest first; the last is the image's full size."""
+    """(height, width) of a pyramid's layers, coarsest first; the last has the image's full size."""
     sizes = [(height, width)]
     while min(sizes[-1]) > _COARSEST:
         sizes.append((-(-sizes[-1][0] // 2), -(-sizes[-1][1] // 2)))
@@ -135,6 +146,6 @@ def layer_sizes(height: int, width: int) -> list[tuple[int, int]]:
 
 
 def open_canvas(start: Tensor, limits: tuple[Tensor, Tensor], config: SynthesisConfig) -> Canvas:
-    """The configured kind of canvas, on the device of `start`."""
+    """Create the configured kind of canvas, on the device of `start`; see `Canvas` for the arguments."""
     kind = Pyramid if config.canvas == "pyramid" else Pixels
     return kind(start, (limits[0].to(start.device), limits[1].to(start.device)) if config.clamp else None)

@@ -1,4 +1,4 @@
-"""Configuration of the synthesis of calibration images, with the settings of the published method as a preset."""
+"""The options of the synthesis of calibration images, with the settings of the published method as a preset."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _PUBLISHED: Final = {
 
 
 class SynthesisConfig(FrozenConfig):
-    """How images are optimised through the frozen model."""
+    """Options of the synthesis: how images are optimised through the frozen model."""
 
     preset: Literal["default", "published"] = Field(
         "default", description="published: the settings of MimiQ, arXiv 2407.20021; values given explicitly win."

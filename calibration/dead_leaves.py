@@ -1,10 +1,10 @@
-"""Procedural start images from the dead-leaves model: overlapping shapes with coloured, textured surfaces.
+"""Procedural initial images from the dead-leaves model: overlapping shapes with coloured, textured surfaces.
 
 Vision transformers respond to edges, surfaces, occlusion, and textures with natural spectra; white noise has none of
 these, and optimising noise pixels produces few of them. The dead-leaves model (Matheron 1968; Lee, Mumford and Huang
-2001, "Occlusion models for natural images") has them by construction: opaque shapes of power-law sizes that occlude
-each other. Here each shape has a texture of 1/f noise and a muted colour, a few large parts form a subject, and some
-images are out of focus. No real image was used to design them.
+2001, "Occlusion models for natural images") has them by construction: opaque shapes, whose sizes follow a power law,
+occlude each other. Here each shape has a texture of 1/f noise and a muted colour, a few large shapes near the centre
+form a subject, and some images are out of focus. No real image was used in the design.
 """
 
 from __future__ import annotations
@@ -20,17 +20,18 @@ from calibration.views import image_stream
 
 _SURFACES = 10
 _LEAST_RADIUS, _LARGEST_RADIUS = 0.05, 1.2  # relative to half the image's side
-# Hues vary mostly between blue and yellow, less between green and magenta, as in daylight.
+# Two RGB directions along which colours vary: mostly between blue and yellow, less between green and magenta, as in
+# daylight.
 _CHROMA = ((1.0, 0.2, -1.0), (0.25, -0.5, 0.25))
 
 
 @dataclass(frozen=True, slots=True)
 class _Sheet:
-    """Pixel coordinates, -1 to 1 on both axes, and the image's random stream."""
+    """Pixel coordinates, from -1 to 1 on both axes, and the image's random stream."""
 
-    rows: Tensor
-    columns: Tensor
-    stream: torch.Generator
+    rows: Tensor  # `(H, 1)`
+    columns: Tensor  # `(1, W)`
+    stream: torch.Generator  # see `image_stream`
 
     def draw(self, count: int) -> list[float]:
         """Uniform numbers in [0, 1)."""
@@ -38,11 +39,15 @@ class _Sheet:
 
 
 def dead_leaves(seed: int, first: int, count: int, size: tuple[int, int]) -> Tensor:
-    """Images `first` to `first + count - 1` of a seed, of `size` (height, width): `(count, 3, H, W)` fp32 in [0, 1]."""
+    """Draw images number `first` to `first + count - 1` of a seed.
+
+    `size` is (height, width); returns `(count, 3, H, W)`, fp32 in [0, 1].
+    """
     return torch.stack([_picture(image_stream(seed, first + i), size) for i in range(count)])
 
 
 def _picture(stream: torch.Generator, size: tuple[int, int]) -> Tensor:
+    # Draw one image: a background, small and large shapes, and defocus.
     sheet = _Sheet(torch.linspace(-1, 1, size[0]).view(-1, 1), torch.linspace(-1, 1, size[1]).view(1, -1), stream)
     picture = _surface(sheet)
     surfaces = [_surface(sheet) for _ in range(_SURFACES)]
@@ -58,7 +63,7 @@ def _picture(stream: torch.Generator, size: tuple[int, int]) -> Tensor:
 
 
 def _surface(sheet: _Sheet) -> Tensor:
-    """A muted colour with 1/f^a texture, `(3, H, W)`."""
+    """Draw a surface that covers the whole image: a muted colour with 1/f^a texture, `(3, H, W)`."""
     height, width = sheet.rows.shape[0], sheet.columns.shape[1]
     draws = sheet.draw(4)
     colour = torch.full((3,), 0.05 + 0.9 * draws[0])
@@ -74,7 +79,10 @@ def _surface(sheet: _Sheet) -> Tensor:
 
 
 def _leaf(sheet: _Sheet) -> Tensor:
-    """Mask, boolean `(H, W)`, of an ellipse, a box, a kite or a wavy blob of power-law size, rotated and shifted."""
+    """Draw a shape: an ellipse, a box, a kite or a wavy blob of power-law size, rotated and shifted.
+
+    Returns its mask, boolean `(H, W)`.
+    """
     draws = sheet.draw(8)
     # The density of radii is proportional to radius^-3, which makes images scale-invariant.
     share = 1 - (_LEAST_RADIUS / _LARGEST_RADIUS) ** 2
@@ -92,7 +100,7 @@ def _leaf(sheet: _Sheet) -> Tensor:
 
 
 def _part(sheet: _Sheet) -> tuple[Tensor, Tensor]:
-    """A large rounded part near the centre: its mask, boolean `(H, W)`, and its shading, fp32 `(H, W)`."""
+    """Draw a large rounded shape near the centre: its mask, boolean `(H, W)`, and its shading, fp32 `(H, W)`."""
     draws = sheet.draw(7)
     radius = 0.15 + 0.45 * draws[0]
     u, v = _own_coordinates(
@@ -105,7 +113,10 @@ def _part(sheet: _Sheet) -> tuple[Tensor, Tensor]:
 def _own_coordinates(
     sheet: _Sheet, row: float, column: float, radius: float, stretch: float, rotation: float
 ) -> tuple[Tensor, Tensor]:
-    """Pixel coordinates along a shape's own axes, scaled so that its edge is at 1."""
+    """Pixel coordinates along a shape's own axes, scaled so that its edge is at 1.
+
+    `row` and `column` are its centre, `stretch` is half the logarithm of its aspect ratio, `rotation` is in turns.
+    """
     angle = 2 * math.pi * rotation
     y, x = sheet.rows - row, sheet.columns - column
     u = (x * math.cos(angle) + y * math.sin(angle)) / (radius * math.exp(stretch))
@@ -114,7 +125,7 @@ def _own_coordinates(
 
 
 def _defocus(picture: Tensor, sigma: float) -> Tensor:
-    """Gaussian blur with a standard deviation of `sigma` pixels."""
+    """Blur an image with a Gaussian whose standard deviation is `sigma` pixels; not at all below 0.3."""
     reach = min(int(3 * sigma) + 1, min(picture.shape[1:]) - 1)
     if sigma < 0.3:
         return picture

@@ -1,8 +1,9 @@
-"""Optimise images through the frozen model, with losses on its attention maps (MimiQ, arXiv 2407.20021).
+"""Optimises images through the frozen model, with losses on its attention maps (MimiQ, arXiv 2407.20021).
 
-Each step shows the model a view of every image and reduces the sum of the losses over the batch. Each image has its own
-losses, Adam is elementwise, and all random draws come from the image's own stream, so an image does not depend on the
-others in its batch. (Results are bit-identical only for equal batches: GEMMs of other shapes may sum in another order.)
+In each step the model gets a random view of every image, and the sum of the losses over the batch is minimised. Each
+image has its own losses, Adam is elementwise, and all random numbers come from the image's own stream, so an image does
+not depend on the others in its batch. (Results are bit-identical only for equal batches: GEMMs of other shapes may sum
+in another order.)
 
 With a plateau configured, an image whose loss has stopped falling is finished early. As every step uses another random
 view, losses fluctuate, so the means over two windows of steps are compared: an image is finished if the mean over the
@@ -10,8 +11,8 @@ latest window is not lower than that over the window before by at least the rela
 the image's own losses, so an interrupted and resumed run stops each image at the same step. (The host must know which
 images are finished, so a plateau costs a GPU synchronization per step; without it there is none.)
 
-Images are made on the model's device. A GPU makes as many at once as should fit into its memory (`memory`), fewer if
-they do not fit. On a GPU the last bits differ between runs, as the gradient of a view is summed in no fixed order.
+Images are made on the model's device. On a GPU, batches are as large as the estimate in `memory` allows, and are halved
+if memory runs out. The last bits differ between runs on a GPU, as the gradient of a view is summed in no fixed order.
 """
 
 from __future__ import annotations
@@ -42,13 +43,13 @@ _RESTARTS = 3
 
 
 class Synthesizer:
-    """Optimises images.
+    """Makes synthetic images for one model.
 
     Args:
         vision: the frozen model.
         structure: the model's structure.
         config: losses, views and steps.
-        seed: together with an image's number, it determines the image.
+        seed: determines all images, each together with its number.
 
     Raises:
         ConfigurationError: the model has no attention maps to compare, or does not support a configured option.
@@ -62,6 +63,8 @@ class Synthesizer:
 
     def batch(self, first: int, count: int, on_step: Callable[[int], None] = lambda step: None) -> ImageSet:
         """Make images `first` to `first + count - 1`; labels are their target classes, all -1 for a backbone.
+
+        `on_step` is called after every optimizer step with its number, starting at 1.
 
         Raises:
             ConfigurationError: an image became NaN in every attempt.
@@ -105,9 +108,16 @@ class Synthesizer:
     def _optimise(
         self, numbers: list[int], attempts: list[int], on_step: Callable[[int], None]
     ) -> tuple[Tensor, Tensor, dict[str, list[float]]]:
-        """Finished pixels `(N, 3, H, W)`, normalized, labels `(N,)`, and each image's final losses by name.
+        """Optimise one batch of images.
 
-        Pixels are on the device, labels and losses on the host.
+        Args:
+            numbers: the images' numbers.
+            attempts: how often each image has been restarted already.
+            on_step: see `batch`.
+
+        Returns:
+            Pixels `(N, 3, H, W)`, normalized, on the device; labels `(N,)`, and the images' final losses by name, on
+            the host.
         """
         config, batch = self.config, self._begin(numbers, attempts)
         labels, done = batch.labels, torch.empty(len(numbers), 3, *self.structure.image_size, device=self.device)
@@ -131,7 +141,7 @@ class Synthesizer:
         return done, labels, {name: values.tolist() for name, values in found.items()}
 
     def _begin(self, numbers: list[int], attempts: list[int]) -> Batch:
-        """Draw the random state of each image; draws for an option are made only if the option is used."""
+        """Draw all random numbers that a batch starts with; those for an option are drawn only if it is used."""
         config, classes = self.config, self.structure.classes
         streams = [image_stream(self.seed, n, a) for n, a in zip(numbers, attempts, strict=True)]
         drawn = [-1 if classes is None else int(torch.randint(classes, (), generator=stream)) for stream in streams]
@@ -159,7 +169,7 @@ class Batch:
     config: SynthesisConfig  # determines views and loss terms
     grid: tuple[int, int]  # rows and columns of patches
     layers: list[str]  # attentions that have priors, in the order of `priors`
-    streams: list[torch.Generator]  # one per remaining image
+    streams: list[torch.Generator]  # the random streams of the remaining images
     labels: Tensor  # `(N,)` int64, of all images of the initial batch, on the host
     canvas: Canvas  # the remaining images, on the device
     regions: Tensor | None  # targets of whole images and quarters, see `draw_regions`, on the host, or None
@@ -175,7 +185,7 @@ class Batch:
         self.plateau = Plateau(self.config.plateau, self.config.plateau_window)
 
     def scene(self, step: int) -> Scene:
-        """The input of step number `step`; advances the random streams."""
+        """Make the input of step number `step`, starting at 0; advances the random streams."""
         config, pixels = self.config, self.canvas.pixels()
         shown, targets = pixels, self.labels[self.rows]
         maps = None if self.priors is None else self.priors.flatten(1, 2)
@@ -217,10 +227,13 @@ class Plateau:
         self._history: list[Tensor] = []
 
     def going(self, losses: Tensor) -> Tensor:
-        """Which images continue, boolean `(N,)` on the host; the history of the others is dropped.
+        """Decide which images continue to be optimised; the others are removed from the history.
 
         Args:
             losses: `(N,)`, this step's losses of the remaining images. An image with a NaN loss continues.
+
+        Returns:
+            A boolean mask `(N,)` on the host.
         """
         self._history = [*self._history, losses.detach().clone()][-2 * self._window :]
         if not self._tolerance or len(self._history) < 2 * self._window:

@@ -1,4 +1,4 @@
-"""A set of calibration images on disk: uint8 pixels, labels, losses, and a contact sheet for visual inspection."""
+"""A set of calibration images, in memory and on disk: uint8 pixels, labels, losses, and a contact sheet to look at."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _SHEET_IMAGES, _CAPTION = 64, 12
 
 @dataclass(frozen=True, slots=True)
 class ImageSet:
-    """Calibration images."""
+    """A set of calibration images, with a record of how they were made."""
 
     images: Tensor  # `(N, 3, H, W)` uint8: the model's input before normalization
     labels: Tensor | None  # `(N,)` int64 classes; None if there are none
@@ -34,7 +34,10 @@ class ImageSet:
     notes: list[str] = field(default_factory=list)  # messages about restarts and the like
 
     def save(self, folder: Path, classes: Sequence[str] | None = None) -> None:
-        """Write images.safetensors, images.json and contact_sheet.png (with class names below the images)."""
+        """Write images.safetensors, images.json and contact_sheet.png.
+
+        `classes` are the names of all classes, for the contact sheet; without them it shows class indices.
+        """
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {"images": self.images.contiguous()}
         if self.labels is not None:
@@ -90,7 +93,7 @@ class ImageSet:
 
 
 def contact_sheet(images: Tensor, labels: Tensor | None, classes: Sequence[str] | None, path: Path) -> None:
-    """Write the first images as one PNG, eight per row, each with its class below."""
+    """Write the first 64 images as one PNG, eight per row, each with the name or index of its class below."""
     from PIL import Image, ImageDraw
 
     shown = images[:_SHEET_IMAGES]

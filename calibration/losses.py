@@ -1,6 +1,6 @@
-"""Losses for the synthesis of images, on the attention of the frozen model, one value per image.
+"""Losses for the synthesis of images, mostly on the attention of the frozen model.
 
-Every loss is a vector over images, so that an image does not depend on the others in its batch.
+Every loss is a vector with one value per image, so that an image does not depend on the others in its batch.
 
 **Received attention** is how much attention each patch receives, from the class token if there is one, otherwise from
 all patches. Masks, priors and token pruning, which treat patches differently, all use it.
@@ -42,7 +42,7 @@ def head_similarity(maps: Tensor, site: AttentionSite, *, absolute: bool = False
 
     For each query patch, its H attention maps over the key patches are scaled to [0, 1]; every ordered pair of heads,
     including a head with itself, is compared by SSIM with global moments; the loss is the mean of `1 - SSIM^2` over
-    queries and pairs. The H x H covariances are one batched GEMM, so no tensor has a size of H^2 times the keys.
+    queries and pairs. One batched GEMM computes the H x H covariances, so no tensor has a size of H^2 times the keys.
 
     Args:
         maps: attention logits before mask and softmax (or probabilities), `(N * windows, H, tokens, tokens)`. A factor
@@ -72,10 +72,10 @@ def head_similarity(maps: Tensor, site: AttentionSite, *, absolute: bool = False
 
 
 def total_variation(images: Tensor) -> Tensor:
-    """Sum of the norms of the differences to the right, lower and both diagonal neighbours, `(N,)`.
+    """Total variation of images `(N, 3, H, W)`: the norms of the differences of neighbouring pixels, summed; `(N,)`.
 
-    The published code takes each norm over the whole batch, so that its weight falls with the square root of the batch
-    size; here the norms are per image.
+    Neighbours are to the right, below and on both diagonals. The published code takes each norm over the whole batch,
+    so that its weight falls with the square root of the batch size; here the norms are per image.
     """
     right = images[..., :, 1:] - images[..., :, :-1]
     down = images[..., 1:, :] - images[..., :-1, :]
@@ -130,9 +130,10 @@ def received_attention(probabilities: Tensor, site: AttentionSite) -> Tensor:
 
 
 def global_sites(structure: VitStructure, wish: str) -> dict[str, AttentionSite]:
-    """The attentions of a plain transformer by name, in order: all are global, with all patches and equal head counts.
+    """The attentions of a plain vision transformer, by name and in order, except pooling ones.
 
-    `wish` is the option that needs them, for the error message.
+    Each attends over all patches, and all have the same number of heads. `wish` names the option that needs such
+    attentions, for the error message.
 
     Raises:
         ConfigurationError: there are none, or one has windows, merged patches, or another number of heads.
@@ -150,9 +151,10 @@ def global_sites(structure: VitStructure, wish: str) -> dict[str, AttentionSite]
 
 
 def draw_priors(streams: list[torch.Generator], layers: int, heads: int, grid: tuple[int, int]) -> Tensor:
-    """Random maps, `(N, layers, heads, rows, columns)` fp32 with a maximum of at most 1.
+    """Draw attention priors: random maps `(N, layers, heads, rows, columns)`, fp32 in [0, 1], for a `grid` of patches.
 
-    Each map is the maximum of its Gaussians, whose number, positions and widths are drawn from the image's own stream.
+    Each map is the elementwise maximum of one to five Gaussians, whose number, positions and widths are drawn from the
+    image's own stream.
     """
     draws = uniform(streams, layers, heads, _MOST, 5)
     counts = 1 + (draws[..., 0, 4] * _MOST).long()  # (N, L, H)
@@ -167,28 +169,32 @@ def draw_priors(streams: list[torch.Generator], layers: int, heads: int, grid: t
 
 
 def deeper_half(names: list[str]) -> dict[str, float]:
-    """The deeper half of the layers with their loss weights, depth / number of layers."""
+    """The deeper half of the layers, by name, with their loss weights: depth / number of layers."""
     return {name: (i + 1) / len(names) for i, name in enumerate(names) if i >= len(names) // 2}
 
 
 def prior_distance(shares: Tensor, prior: Tensor) -> Tensor:
-    """Mean squared distance of `received_attention` from the prior, in units of uniform attention, `(N,)` fp32.
+    """Mean squared distance of `received_attention` from a prior, in units of uniform attention, `(N,)` fp32.
 
-    The mean is over heads and patches. The prior `(N, H, P)`, nonnegative, is normalized here to a sum of 1.
+    The mean is over heads and patches. Both arguments are `(N, H, P)`; the prior, which must not be negative, is
+    normalized here to a sum of 1.
     """
     wanted = prior / prior.sum(-1, keepdim=True).clamp(min=1e-12)
     return ((shares - wanted) * shares.shape[-1]).square().flatten(1).mean(1)
 
 
-_FIRST_SHARE: Final = 0.5  # of the patches, as published
+# MaskAQ's mask, as published: shares of the patches that it selects at the first and last step, and the share of the
+# selected patches that is dropped at random.
+_FIRST_SHARE: Final = 0.5
 _LAST_SHARE: Final = 0.1
 _DROPPED: Final = 0.3
 
 
 def similarity_spread(logits: Tensor, site: AttentionSite) -> Tensor:
-    """Negative Gaussian entropy of the cosines between patches' attention rows, `(N,)` fp32, without prefix tokens.
+    """Negative entropy of the cosines between the patches' rows of head-mean logits, assumed Gaussian, `(N,)` fp32.
 
-    A positive factor on the logits `(N, H, tokens, tokens)` makes no difference.
+    `logits` are `(N, H, tokens, tokens)`, of which prefix tokens are ignored; a positive factor on them makes no
+    difference.
     """
     with torch.autocast(logits.device.type, enabled=False):
         rows = functional.normalize(logits[:, :, site.prefix_tokens :, site.prefix_tokens :].float().mean(1), dim=-1)
@@ -197,13 +203,16 @@ def similarity_spread(logits: Tensor, site: AttentionSite) -> Tensor:
 
 
 def rounded(values: Tensor, bits: int) -> Tensor:
-    """Fake-quantize `values` `(N, H, T, d)` to a symmetric grid, one scale per image and head; straight-through."""
+    """Fake-quantize `values` `(N, H, T, d)` to a symmetric grid, with one scale per image and head.
+
+    Gradients pass through the rounding unchanged (straight-through estimator).
+    """
     step: Tensor = values.detach().abs().amax((-2, -1), keepdim=True).clamp(min=1e-12) / (2 ** (bits - 1) - 1)
     return values + ((values / step).round() * step - values).detach()
 
 
 def query_logits(q: Tensor, k: Tensor, site: AttentionSite, bits: int) -> tuple[Tensor, Tensor]:
-    """Logits of one attention's `summary_query`, in float and with queries and keys rounded to `bits`.
+    """Logits of one attention's `summary_query`, in float and with fake-quantized queries and keys.
 
     Args:
         q: queries `(N, H, tokens, d)`, not scaled.
@@ -212,7 +221,8 @@ def query_logits(q: Tensor, k: Tensor, site: AttentionSite, bits: int) -> tuple[
         bits: bit width of the rounded queries and keys.
 
     Returns:
-        Two `(N, patches)` fp32: q.k for each patch, averaged over heads; in float, and rounded.
+        Two tensors `(N, patches)`, fp32: the products q.k with each patch, averaged over heads; in float, and with
+        rounded queries and keys.
     """
     found = []
     with torch.autocast(q.device.type, enabled=False):
@@ -223,12 +233,12 @@ def query_logits(q: Tensor, k: Tensor, site: AttentionSite, bits: int) -> tuple[
 
 
 def informative(logits: Tensor, progress: float, draws: Tensor) -> Tensor:
-    """MaskAQ's mask of the patches with most attention, `(N, P)` of zeros and ones.
+    """MaskAQ's mask of the patches that receive most attention, `(N, P)`, of zeros and ones.
 
     Args:
-        logits: `(N, P)`, mean of `query_logits` over layers.
+        logits: `(N, P)`, mean of the float `query_logits` over layers.
         progress: from 0 at the first step to 1 after the last.
-        draws: `(N, P)`, uniform: of the selected patches, those with the lowest draws are dropped.
+        draws: `(N, P)`, uniform random numbers; the selected patches with the lowest numbers are dropped.
     """
     share = _FIRST_SHARE + (_LAST_SHARE - _FIRST_SHARE) * progress
     count = max(1, int(logits.shape[1] * share + 1e-6))  # so that a tenth of 100 is 10 despite floating-point error
@@ -239,7 +249,10 @@ def informative(logits: Tensor, progress: float, draws: Tensor) -> Tensor:
 
 
 def masked_difference(logits: list[tuple[Tensor, Tensor]], progress: float, draws: Tensor) -> Tensor:
-    """Mean of |float - rounded| over layers and `informative` patches, `(N,)` fp32, from the layers' `query_logits`."""
+    """MaskAQ's second loss: the mean of |float - rounded| logits over layers and `informative` patches, `(N,)` fp32.
+
+    `logits` are the `query_logits` of each layer; see `informative` for the other arguments.
+    """
     mask = informative(torch.stack([a for a, _ in logits]).mean(0).detach(), progress, draws)
     each = torch.stack([(a - b).abs() for a, b in logits]).mean(0)  # (N, P)
     return (each * mask).sum(1) / mask.sum(1)

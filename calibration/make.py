@@ -1,4 +1,7 @@
-"""Calibration images by any method: synthetic, noise, from a folder, from an artifact; made in resumable batches."""
+"""Makes or reads calibration images by any method: synthetic, noise, from a folder, or from an earlier artifact.
+
+Synthetic images are made in batches that are stored as they are finished, so that an interrupted run can be resumed.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +33,11 @@ Progress = Callable[[int], None]
 
 @dataclass(frozen=True, slots=True)
 class ImageRequest:
-    """Which images to make or read; an unknown method raises a ConfigurationError that lists the methods."""
+    """Which images to make or read.
+
+    Raises:
+        ConfigurationError: the method is unknown; the message lists the known ones.
+    """
 
     method: str  # synthetic, patch-similarity, gaussian, images:DIR, or artifact:DIR (images of an artifact)
     count: int  # number of images
@@ -41,7 +48,7 @@ class ImageRequest:
         if self.method in METHODS or self.method.startswith((FOLDER_PREFIX, ARTIFACT_PREFIX)):
             return
         raise ConfigurationError(
-            f"there is no calibration {self.method!r}",
+            f"there is no calibration method {self.method!r}",
             why=f"it is one of {', '.join(METHODS)}, images:DIR (of a folder), artifact:DIR (of an artifact)",
             fix="use --calibration synthetic",
         )
@@ -87,7 +94,7 @@ def make_images(
 
 
 def read_images(request: ImageRequest, vision: VisionModel, structure: VitStructure) -> ImageSet | None:
-    """The requested images if they exist already, in a folder or an artifact; None if they must be made.
+    """Read the requested images from a folder or an artifact; None if the method makes new images.
 
     Raises:
         Fp8PipeError: there are no images or too few, or one cannot be read.
@@ -100,11 +107,12 @@ def read_images(request: ImageRequest, vision: VisionModel, structure: VitStruct
 def _synthesize(
     request: ImageRequest, vision: VisionModel, structure: VitStructure, checkpoints: Path | None, on_images: Progress
 ) -> ImageSet:
+    # Make the images that no earlier run has stored in `checkpoints`, and join all batches.
     config = request.synthesis
     if request.method == "patch-similarity":  # PSAQ-ViT's loss instead of MimiQ's
         config = config.model_copy(update={"similarity": 0.0, "entropy": 1.0})
     synthesizer, size = Synthesizer(vision, structure, config, request.seed), config.batch_size
-    # As many batches as a GPU holds are made together, but stored one by one: a resumed run may have another GPU.
+    # As many batches as a GPU can hold are made together, but stored one by one: a resumed run may have another GPU.
     together = max(1, (synthesizer.at_once or 0) // size)
     parts: dict[int, ImageSet] = {}
     for first in range(0, request.count, size):
@@ -135,7 +143,7 @@ def _is_kept(checkpoints: Path | None, first: int) -> bool:
 
 
 def _keep(part: ImageSet, folder: Path) -> None:
-    """Write a batch atomically."""
+    """Store a batch in `folder`, atomically."""
     scratch = folder.with_name(f"writing-{folder.name}")
     shutil.rmtree(scratch, ignore_errors=True)
     part.save(scratch)
@@ -143,7 +151,12 @@ def _keep(part: ImageSet, folder: Path) -> None:
 
 
 def _prepare(checkpoints: Path, request: ImageRequest, vision: VisionModel) -> None:
-    """Create the record of a folder of batches, or check that it belongs to the same request."""
+    """Record the request in a directory of batches, or check that the batches there belong to the same request.
+
+    Raises:
+        BadArtifactError: the record is damaged.
+        ConfigurationError: the batches were made for another request.
+    """
     described = {
         "method": request.method, "count": request.count, "seed": request.seed, "model": vision.digest,
         "synthesis": request.synthesis.model_dump(mode="json"),
@@ -157,17 +170,18 @@ def _prepare(checkpoints: Path, request: ImageRequest, vision: VisionModel) -> N
     try:
         stored = json.loads(record.read_text())
     except ValueError as error:
-        raise BadArtifactError(f"{record} is damaged", why=str(error), fix="start anew with --force") from error
+        raise BadArtifactError(f"{record} is damaged", why=str(error), fix="start over with --force") from error
     different = sorted(key for key in described if stored.get(key) != described[key])
     if different:
         raise ConfigurationError(
             f"the images in {checkpoints} were started with other settings",
             why=f"these differ: {', '.join(different)}",
-            fix="resume with the same options, or start anew with --force",
+            fix="resume with the same options, or start from scratch with --force",
         )
 
 
 def _from_folder(request: ImageRequest, vision: VisionModel) -> ImageSet:
+    # Draw images at random from a folder, and preprocess them.
     path = Path(request.method.removeprefix(FOLDER_PREFIX)).expanduser()
     folder = list_pictures(path)
     if len(folder.files) < request.count:
@@ -184,7 +198,7 @@ def _from_folder(request: ImageRequest, vision: VisionModel) -> ImageSet:
 
 
 def _from_artifact(request: ImageRequest, structure: VitStructure) -> ImageSet:
-    """The first images of an earlier run, so that several precisions can share the same images."""
+    """Read the first images of an earlier run's artifact, so that models of several precisions can share images."""
     path = Path(request.method.removeprefix(ARTIFACT_PREFIX)).expanduser()
     if not (path / ARTIFACT_IMAGES).is_dir():
         raise ConfigurationError(

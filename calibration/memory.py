@@ -1,4 +1,4 @@
-"""How many images a GPU makes at once: as many as fit into its free memory, estimated from the model's shapes.
+"""Estimates how many images fit into a GPU's free memory at once, from the model's shapes.
 
 Weights get no gradients, so a step keeps only activations for its backward pass: part of the inputs and outputs of
 linear layers, in the model's compute dtype, and several copies of every attention map, more of those that are compared
@@ -17,8 +17,9 @@ import torch
 from calibration.config import SynthesisConfig
 from fp8pipe.models.vision.structure import VitStructure
 
-_SHARE: Final = 0.8  # of the free memory: fragmentation and GEMM workspaces take the rest
-_PIXEL_COPIES: Final = 16  # of an image, fp32: its canvas, moments and gradients, its view, the variation
+_SHARE: Final = 0.8  # part of the free memory to use; the rest is left for fragmentation and GEMM workspaces
+# How many times a step holds each tensor:
+_PIXEL_COPIES: Final = 16  # of an image, fp32: its canvas, moments, gradients, view, and total variation
 _LINEAR_COPIES: Final = 0.75  # of the input and output of a linear layer, in the compute dtype
 _MAP_COPIES: Final = 3.0  # of an attention map, in the compute dtype
 _COMPARED_COPIES: Final = 4.5  # of an attention map that is compared, fp32

@@ -2,10 +2,10 @@
 
 Optionally, tokens are pruned: after a given block, the patches that receive least attention are removed from the
 forward pass. Patches that receive hardly any attention cost as much as the others, but have little effect on the image.
-(Token pruning in model inversion: "Sparse Model Inversion", ICML 2024.) Scores come from that block's own attention,
-see `received_attention`; the remaining patches are chosen for each image and keep their order.
+(Token pruning in model inversion: "Sparse Model Inversion", ICML 2024.) Patches are scored by that block's own
+attention, see `received_attention`; the remaining patches are chosen for each image and keep their order.
 
-Whether a model supports this is tested, not looked up by name: blocks after that one must not use positions (windows,
+Whether a model supports this is tested by running it: the blocks after the given one must not use positions (windows,
 position biases, rotary embeddings), so permuting the patches there must not change the model's output, and the model
 must run without some of them.
 """
@@ -43,14 +43,14 @@ from fp8pipe.models.vision.structure import AttentionSite, VitStructure
 
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """The input of one step."""
+    """The input of one synthesis step."""
 
     pixels: Tensor  # the images themselves, `(N, 3, H, W)`
-    view: Tensor  # the views of them that the model gets, same shape
+    view: Tensor  # the random views of the images that the model sees, same shape
     targets: Tensor  # `(N,)` int64 classes, or `(N, C)` fp32 soft targets
     progress: float  # from 0 at the first step to 1 after the last
     priors: dict[str, Tensor]  # target maps by attention, each `(N, H, P)`; empty without that term
-    draws: Tensor | None  # `(N, P)` uniform, for random dropping in masks; None without that term
+    draws: Tensor | None  # `(N, P)` uniform random numbers for dropping patches from masks; None without that term
 
 
 class Terms:
@@ -68,7 +68,7 @@ class Terms:
     def __init__(self, model: nn.Module, structure: VitStructure, config: SynthesisConfig) -> None:
         self._model = copy.deepcopy(model) if config.bf16 else model
         for module in self._model.modules() if config.bf16 else ():
-            if type(module) is nn.Linear:  # otherwise autocast would convert these weights in every step
+            if type(module) is nn.Linear:  # converted once, because autocast would convert the weights in every step
                 module.to(torch.bfloat16)
         self._structure, self.config = structure, config
         self._device = next(model.parameters()).device
@@ -120,6 +120,7 @@ class _Seen:
         self._query_logits: list[tuple[Tensor, Tensor]] = []
 
     def attend(self, name: str, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+        # Compute one attention for the model, and collect the loss terms that depend on it.
         owner, config, site = self._owner, self._config, self._owner.sites.get(name)
 
         def on_logits(logits: Tensor) -> Tensor:
@@ -163,15 +164,16 @@ class _Seen:
         return terms
 
 
-# Relative to the largest output. Another summation order in fp32 stays below this; positions that matter far exceed it.
+# Largest change of the output relative to the largest output when patches are permuted. The different summation order
+# in fp32 changes it by less, the use of positions by far more.
 _TOLERANCE: Final = 1e-3
 
 
 class TokenPruner:
-    """Drops patches after one block of a model.
+    """Prunes tokens: drops the patches that receive least attention after one block of a model.
 
     Args:
-        model: the float model; run as a test, but not changed.
+        model: the float model; it is run as a test, but not changed.
         structure: the model's structure.
         after: number of blocks that get all patches.
         share: fraction of the patches that are kept.
@@ -196,7 +198,7 @@ class TokenPruner:
         self._scores = received_attention(probabilities.detach(), self.site).mean(1)
 
     def active(self, model: nn.Module) -> AbstractContextManager[None]:
-        """A context in which forward passes of `model` are pruned; each must call `note` before the pruning."""
+        """A context in which forward passes of `model` are pruned; `note` must be called in each, at `self.site`."""
         return self._hooked(model, self._best)
 
     def _best(self) -> Tensor:
@@ -220,6 +222,7 @@ class TokenPruner:
 
     @torch.no_grad()
     def _try(self, model: nn.Module, structure: VitStructure) -> None:
+        # Refuse a model whose later blocks depend on the order of the patches, or do not run with fewer.
         generator = torch.Generator().manual_seed(0)
         device = next(model.parameters()).device
         pixels = torch.randn(2, 3, *structure.image_size, generator=generator).to(device)
@@ -247,4 +250,4 @@ def _block_of(attention: str) -> str:
 
 
 def _refused(why: str, fix: str) -> ConfigurationError:
-    return ConfigurationError("this model cannot go on with fewer patches", why=why, fix=fix)
+    return ConfigurationError("this model does not support the pruning of patches", why=why, fix=fix)

@@ -1,10 +1,11 @@
 """Random views of an image for each optimisation step, drawn from the image's own random stream.
 
-Each image has its own random stream, which is drawn on the host whatever the device, so that an image depends on the
-seed and its number, not on its batch.
+Each image has its own random number generator, its stream, which is always on the host. So an image depends on the
+seed and its number, and not on its batch or the device.
 
-A model may recognise features in an image that vanish when it is slightly shifted; random views favour those that
-survive. There are two kinds: `shifts`, as published, and `camera`, which also zooms, rotates and changes the lighting.
+A model may recognise features in an image that vanish when it is slightly shifted; with random views, features that
+remain after such changes prevail. There are two kinds of views: `shifts`, as published, and `camera`, which also zooms,
+rotates and changes the lighting.
 
 An image made for one class shows it once, on an empty background. With regions (SARDFQ, arXiv 2412.16553:
 multi-semantic reinforcement, soft labels) each of its four quarters has its own class: a view shows either one quarter,
@@ -26,22 +27,26 @@ from torch.nn import functional
 from calibration.config import SynthesisConfig
 from fp8pipe.core.devices import to_device
 
-_FARTHEST = 1.15  # largest visible part, relative to the image's side; mirrored beyond the edges
+_FARTHEST = 1.15  # largest visible part, relative to the image's side; beyond its edges the image is mirrored
 _ROTATION = 0.25  # maximum angle, radians
-_TINT, _EXPOSURE = 0.2, 0.3
+_TINT, _EXPOSURE = 0.2, 0.3  # standard deviation of the colour offset, and largest log of the brightness factor
 
 
 def view(
     pixels: Tensor, maps: Tensor | None, streams: list[torch.Generator], step: int, config: SynthesisConfig
 ) -> tuple[Tensor, Tensor | None]:
-    """A random view of each image, drawn from its own stream, and the image's maps, transformed in the same way.
+    """Make a random view of each image, and transform its maps in the same way.
 
     Args:
         pixels: `(N, 3, H, W)`.
-        maps: `(N, C, rows, columns)` of any resolution, or None. `shifts`, which are small, do not transform them.
+        maps: `(N, C, rows, columns)` of any resolution, or None. Views of kind `shifts` leave them unchanged, because
+            the shifts are small.
         streams: the images' random streams.
         step: number of the step.
         config: kind and strength of the views.
+
+    Returns:
+        Views and maps, of the same shapes.
     """
     if config.views == "camera":
         return _camera(pixels, maps, streams, config)
@@ -51,6 +56,7 @@ def view(
 def _camera(
     pixels: Tensor, maps: Tensor | None, streams: list[torch.Generator], config: SynthesisConfig
 ) -> tuple[Tensor, Tensor | None]:
+    # Views that are zoomed, mirrored, rotated, shifted, and changed in brightness and colour.
     draws = uniform(streams, 5)
     size = config.nearest + (_FARTHEST - config.nearest) * draws[:, 0]
     mirror = torch.where(draws[:, 1] < 0.5, -1.0, 1.0)
@@ -67,9 +73,10 @@ def _camera(
 
 
 def resample(pictures: Tensor, where: Tensor, edges: str = "reflection") -> Tensor:
-    """Transform images `(N, C, H, W)` by affine maps `(N, 2, 3)` of [-1, 1] coordinates: same size, bilinear.
+    """Transform images `(N, C, H, W)` affinely, with bilinear interpolation; their size stays the same.
 
-    The affine maps are on the host. `edges` is the `padding_mode` of `grid_sample`.
+    `where`, `(N, 2, 3)` on the host, maps coordinates of the result to those of the image, both in [-1, 1]. `edges` is
+    the `padding_mode` of `grid_sample`.
     """
     where = to_device(where, pictures.device)
     grid = functional.affine_grid(where, list(pictures.shape), align_corners=False)
@@ -95,29 +102,30 @@ def _shifts(pixels: Tensor, streams: list[torch.Generator], step: int, config: S
 
 
 def image_stream(seed: int, image: int, attempt: int = 0) -> torch.Generator:
-    """The generator of image number `image`; `attempt` counts its restarts."""
+    """Create the random number generator of image number `image`; `attempt` is the number of its restarts."""
     digest = hashlib.sha256(f"{seed} {image} {attempt}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
 def normal(streams: list[torch.Generator], *shape: int) -> Tensor:
-    """Standard normal values, `(len(streams), *shape)`."""
+    """Draw standard normal values `(len(streams), *shape)`, each row from its own stream."""
     return torch.stack([torch.randn(shape, generator=stream) for stream in streams])
 
 
 def uniform(streams: list[torch.Generator], *shape: int) -> Tensor:
-    """Uniform values in [0, 1), `(len(streams), *shape)`."""
+    """Draw uniform values in [0, 1), `(len(streams), *shape)`, each row from its own stream."""
     return torch.stack([torch.rand(shape, generator=stream) for stream in streams])
 
 
 QUARTERS: Final = 4
-_LEAST, _MOST = 5.0, 10.0  # logits of target classes, our choice: above the others, and unlike each other
+# Range of the random logits of target classes, chosen here: above those of all other classes, and clearly different.
+_LEAST, _MOST = 5.0, 10.0
 
 
 def draw_regions(streams: list[torch.Generator], labels: Tensor, classes: int) -> Tensor:
-    """Soft targets `(N, 5, C)` fp32 that sum to 1: the whole image's, then those of its quarters, in reading order.
+    """Draw soft targets `(N, 5, C)`, fp32, each summing to 1: of the whole image, then of its quarters, row by row.
 
-    The quarters' classes are drawn from each image's own stream, except that the first has the image's label.
+    The first quarter has the image's label `(N,)`; the classes of the others are drawn from the image's own stream.
     """
     wanted = (uniform(streams, QUARTERS) * classes).long().clamp(max=classes - 1)
     wanted[:, 0] = labels
@@ -128,14 +136,20 @@ def draw_regions(streams: list[torch.Generator], labels: Tensor, classes: int) -
 
 
 def draw_choice(streams: list[torch.Generator], share: float) -> Tensor:
-    """What each view shows, `(N,)` int64: 0 the whole image, 1 to 4 a quarter; `share` of the views show a quarter."""
+    """Draw what each view shows, `(N,)` int64: 0 for the whole image, 1 to 4 for a quarter.
+
+    `share` is the probability of a quarter.
+    """
     draws = uniform(streams, 2)
     quarter = 1 + (draws[:, 1] * QUARTERS).long().clamp(max=QUARTERS - 1)
     return torch.where(draws[:, 0] < share, quarter, 0)
 
 
 def cut(pictures: Tensor, choice: Tensor) -> Tensor:
-    """Images or maps `(N, C, H, W)`, or their quarters enlarged to full size (bilinear), by `choice` (on the host)."""
+    """Cut the chosen quarters out of images or maps `(N, C, H, W)`, and enlarge them to full size (bilinear).
+
+    `choice`, `(N,)` on the host, is the result of `draw_choice`; for 0 the whole image is returned.
+    """
     corner = (choice - 1).clamp(min=0)
     where = torch.zeros(len(choice), 2, 3)
     where[:, 0, 0] = where[:, 1, 1] = 0.5

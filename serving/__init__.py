@@ -1,1 +1,1 @@
-"""Serving exported artifacts over HTTP: vision models in this process, language models in vLLM."""
+"""Serves exported artifacts over HTTP: vision models in this process, language models in vLLM's processes."""

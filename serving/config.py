@@ -1,4 +1,4 @@
-"""The settings of a service, as frozen configurations; the command-line options override their defaults."""
+"""The settings of services, as frozen pydantic models; every field is also a command-line option."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class ServeConfig(Trust):
 
     @property
     def max_total_body_bytes(self) -> int:
-        """Limit on the bodies of all requests together, bytes."""
+        """Largest total size of all request bodies in memory, bytes."""
         return int(self.max_total_body_mb * 1_000_000)
 
 
@@ -115,14 +115,14 @@ class VisionConfig(ServeConfig):
 
     @property
     def asked(self) -> DeviceName:
-        """The requested device, given directly or implied by the provider."""
+        """The requested device: that of `provider`, or `device` if the provider is auto."""
         if self.provider is Provider.AUTO:
             return self.device
         return "cpu" if self.provider is Provider.CPU else "cuda"
 
     @property
     def wanted(self) -> Provider:
-        """The requested provider, given directly or implied by the device."""
+        """The requested provider: `provider`, or the one for `device` if the provider is auto."""
         named = {"auto": Provider.AUTO, "cpu": Provider.CPU, "cuda": Provider.CUDA}
         return named[self.device] if self.provider is Provider.AUTO else self.provider
 
@@ -181,5 +181,5 @@ class LanguageConfig(ServingForm):
 
     @property
     def form(self) -> ServingForm:
-        """Only the options that affect numerical results; a validation record names these."""
+        """Only the options that affect numerical results, which a validation record stores."""
         return ServingForm.model_validate({name: getattr(self, name) for name in ServingForm.model_fields})

@@ -3,9 +3,9 @@
 The graph is cut at the outputs of the matrix multiplications. Each piece is fed the parent's own outputs (computed by
 torch from the artifact), and what it passes to the next quantizer, or to the output, is compared with torch in float64.
 ONNX's reference evaluator, which shares no code with an engine, runs the pieces in float64: a wrong operator, attribute
-or constant shows up at a tolerance of 1e-6. An engine runs the same pieces as in service, with a tolerance of 1e-5,
-because its sums round. Nothing is quantized here and errors do not propagate between pieces, so a difference can be
-attributed to the nodes of its piece.
+or constant exceeds a tolerance of 4e-7. An engine runs the same pieces as in service, with a tolerance of 1e-5, because
+its sums round. Nothing is quantized here and errors do not propagate between pieces, so a difference can be attributed
+to the nodes of its piece.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 # largest difference was 2e-8, and 2.3e-7 where the parent resizes its position embeddings in fp32.
 EVALUATED_TOLERANCE: Final = 4e-7
 ENGINE_TOLERANCE: Final = 1e-5
-# Rotary tables and resized position embeddings are rounded once more than in the parent: a relative error of 2^-11.
+# Rotary tables and resized position embeddings are also rounded to FP16, unlike the parent's: relative error 2^-11.
 HALF_TOLERANCE: Final = 1e-3
 _PATCHES: Final = "/patches"
 _SHOWN: Final = 6  # number of a piece's nodes that are named
@@ -63,7 +63,7 @@ class _Between:
         pieces: its outputs (inputs of quantizers, and the graph's outputs) in the graph's order, each with the names of
             those nodes leading to it that belong to no earlier piece.
         stored: by output, the names of all stored tensors with more than one number that it depends on.
-        passed: those of `pieces` that are outputs of matrix multiplications themselves, so not outputs of the model.
+        passed: those of `pieces` that are themselves outputs of matrix multiplications, and so not outputs of `proto`.
     """
 
     proto: Any
@@ -98,7 +98,7 @@ def _cut(model: ir.Model, layers: Sequence[ExportedLayer]) -> _Between:
 
 
 def _is_table(value: ir.Value) -> bool:
-    """Whether a stored tensor holds several floats."""
+    """Whether a stored tensor is of a float type and has more than one element."""
     tensor = value.const_value
     return tensor is not None and tensor.size > 1 and tensor.dtype.name in ("FLOAT", "FLOAT16", "DOUBLE")
 
@@ -163,13 +163,13 @@ class PieceParity:
 
 @dataclass(frozen=True, slots=True)
 class Pieces:
-    """The inputs of the pieces and the expected outputs; numpy arrays by the names of the graph's values.
+    """The inputs of the pieces and the expected outputs, by the names of the graph's values.
 
     Attributes:
-        feeds: outputs of the matrix multiplications, and the pixels.
-        expected: inputs of the quantizers, and the output; float64.
-        exact: stored tensors whose values were used for `expected`; None if all were. The exporter computes others from
-            several tensors, and rounds only the result to FP16.
+        feeds: outputs of the matrix multiplications, and the pixels; numpy arrays.
+        expected: inputs of the quantizers, and the output; torch tensors, float64.
+        exact: names of the stored tensors whose exact values were used for `expected`; None means all. The exporter
+            computes the others from several tensors, and rounds only the result to FP16.
     """
 
     feeds: Mapping[str, Any]
@@ -207,7 +207,7 @@ def parent_pieces(
 
 
 def run_to(model: ir.Model, names: Sequence[str], pixels: Any) -> dict[str, Any]:
-    """Values of a graph by name for a numpy array of pixels, without optimization."""
+    """Run a graph in ONNX Runtime without optimization on a numpy array of pixels; returns the named values."""
     import onnx
     import onnx_ir as ir
 
@@ -220,7 +220,7 @@ def run_to(model: ir.Model, names: Sequence[str], pixels: Any) -> dict[str, Any]
 
 
 def file_pieces(model: ir.Model, layers: Sequence[ExportedLayer], pixels: Tensor) -> Pieces:
-    """Values computed from the graph itself, without optimization: the reference if there is no parent."""
+    """Compute inputs and expected outputs from the graph itself, without optimization, if there is no parent."""
     cut = _cut(model, layers)
     feeds = run_to(model, [INPUT_NAME, *cut.inputs, *cut.passed], pixels.numpy())
     wide = {name: feeds[name].astype("float64") for name in cut.inputs}
@@ -229,7 +229,7 @@ def file_pieces(model: ir.Model, layers: Sequence[ExportedLayer], pixels: Tensor
 
 
 def _is_unfolded(layer: ExportedLayer) -> bool:
-    """Whether a patch embedding is a matrix multiplication of rearranged pixels."""
+    """Whether a layer is a patch embedding that was rewritten as a matrix multiplication of rearranged pixels."""
     source = layer.operands[0].source
     return layer.kind is ProductKind.LINEAR and source is not None and str(source.name).endswith(_PATCHES)
 
@@ -283,7 +283,10 @@ def evaluate(proto: Any, feeds: Mapping[str, Any], operators: Sequence[Any] = ()
 def compare_between(
     model: ir.Model, layers: Sequence[ExportedLayer], pieces: Pieces, *, engine: bool, optimize: bool = True
 ) -> list[PieceParity]:
-    """Run every piece and compare it: in ONNX Runtime, optimized as in service, if `engine`, else in the evaluator."""
+    """Run every piece, and compare its output with `pieces.expected`.
+
+    With `engine` the pieces run in ONNX Runtime (with `optimize`, as in service), otherwise in the reference evaluator.
+    """
     cut = _cut(model, layers)
     feeds = {name: pieces.feeds[name] for name in cut.inputs}
     if engine:
@@ -302,14 +305,14 @@ def compare_between(
 
 
 def _error(found: Any, expected: Tensor | None) -> float:
-    """NaN for a value without a counterpart in the parent, such as an extra output."""
+    """The largest relative difference; NaN for a value without a counterpart in the parent, such as an extra output."""
     return math.nan if expected is None else layer_error(torch.from_numpy(found), expected)
 
 
 def between_gates(
     model: ir.Model, layers: Sequence[ExportedLayer], pieces: Pieces, *, engine: bool = True
 ) -> list[Gate]:
-    """Gates on the pieces in the evaluator, and in ONNX Runtime if it is the engine; and on operators in no piece."""
+    """Gates on all pieces in the reference evaluator, in ONNX Runtime too if `engine`, and on operators in no piece."""
     evaluated = compare_between(model, layers, pieces, engine=False)
     gates = [
         _uncompared(model, layers),
@@ -324,7 +327,7 @@ def between_gates(
 
 
 def _gate(report: Sequence[PieceParity], tolerance: float, where: str) -> Gate:
-    """The worst error; the first piece that differs is named with its operators, since later pieces depend on it."""
+    """Gate on the worst error; names the first differing piece and its operators, since later pieces depend on it."""
     if not report:
         return none_of(f"operators between products, {where}", 0, "no such operators")
     worst = max(report, key=lambda piece: math.inf if math.isnan(piece.error) else piece.error)
@@ -340,6 +343,6 @@ def _gate(report: Sequence[PieceParity], tolerance: float, where: str) -> Gate:
 
 
 def _uncompared(model: ir.Model, layers: Sequence[ExportedLayer]) -> Gate:
-    """Counts operators that no comparison runs: those neither in layers nor between them."""
+    """Gate on the number of operators that no comparison runs, being neither in layers nor between them."""
     missing = _uncompared_nodes(model, layers)
     return none_of("operators compared nowhere", len(missing), ", ".join(missing[:_SHOWN]))

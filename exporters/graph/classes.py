@@ -1,4 +1,4 @@
-"""Compares outputs and classes of the whole model, in addition to the comparison of layers and of what lies between.
+"""Compares outputs and classes of the whole model, in addition to the layers and the operators between them.
 
 A quantized transformer is chaotic, so even two correct engines differ at the output. How far depends only on the model
 and is measured on it alone: torch runs again with the output of every layer perturbed by as much as a correct engine
@@ -75,7 +75,7 @@ class ClassAgreement(FrozenConfig):
 
     @property
     def lowered(self) -> str:
-        """How the bound was lowered, in words; empty if it is the usual one."""
+        """A sentence that says why the required agreement was lowered; empty if it was not."""
         if self.allowed <= max(_FREE_IMAGES, int((1 - _LEAST) * self.images)):
             return ""
         return (
@@ -89,7 +89,15 @@ class ClassAgreement(FrozenConfig):
 def compare_classes(
     expected: Tensor, found: Tensor, own: float, source: str, activation: Activation = "softmax"
 ) -> ClassAgreement:
-    """Compare the reference's outputs `(N, C)` with an engine's; `own` is the result of `own_agreement`."""
+    """Compare the reference's outputs `(N, C)` with an engine's.
+
+    Args:
+        expected: outputs of the reference.
+        found: outputs of the engine.
+        own: result of `own_agreement`.
+        source: where the images come from, for reports.
+        activation: function that turns the outputs into probabilities.
+    """
     relative = (found - expected).norm(dim=1) / expected.norm(dim=1).clamp(min=1e-30)
     ranked = ranks(activation, expected.shape[1])
     differing = [
@@ -158,6 +166,7 @@ def _disturbed(quantized: QuantizedVit, pixels: Tensor, seed: int) -> Tensor:
 
 
 def _disturb(random: torch.Generator) -> Callable[[nn.Module, Any, Tensor], Tensor]:
+    # A forward hook that adds 1e-6 of the largest output to every output, with random signs.
     def hook(module: nn.Module, args: Any, output: Tensor) -> Tensor:
         signs = torch.randint(0, 2, output.shape, generator=random) * 2 - 1
         disturbed: Tensor = output + INTEGER_TOLERANCE * output.abs().max() * signs

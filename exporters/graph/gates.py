@@ -1,4 +1,4 @@
-"""The gates of a graph: what is compared with what, and the verdict.
+"""The gates of an exported graph: which results are compared, and with which tolerances.
 
 In the ordinary format, engine and torch differ in the last bits between matrix multiplications, so only layers that are
 fed the same input can be compared. In the exact format, integer matrix multiplications are surrounded by float64
@@ -40,7 +40,11 @@ _FLOAT_GRAPH_TOLERANCE: Final = 1e-4
 
 
 def float_gate(float_bytes: bytes, quantized: QuantizedVit, pixels: Tensor) -> Gate:
-    """Compare the float graph with the float model: everything not quantized, with another batch size than traced."""
+    """Compare the float graph, before quantization, with the float model in torch.
+
+    `float_bytes` is the serialized graph. The first three of `pixels` (N, 3, H, W) are used: another batch size than
+    the one that was traced.
+    """
     model = without_activations(quantized, {})
     with torch.no_grad():
         expected = model(pixels[:3])
@@ -52,7 +56,7 @@ def float_gate(float_bytes: bytes, quantized: QuantizedVit, pixels: Tensor) -> G
 
 
 def parity_gates(report: Sequence[LayerParity]) -> list[Gate]:
-    """Gates on codes and outputs of layers; none for a kind of layer that does not occur."""
+    """Gates on the layers' codes and outputs; an output gate is left out if no layer of its kind occurs."""
     kinds = (
         ("integer layer error", {layer.layer: layer.error for layer in report if layer.integer}, INTEGER_TOLERANCE),
         ("float layer error", {layer.layer: layer.error for layer in report if not layer.integer}, FLOAT_TOLERANCE),
@@ -63,26 +67,26 @@ def parity_gates(report: Sequence[LayerParity]) -> list[Gate]:
 
 
 def torch_errors(report: Sequence[LayerParity]) -> dict[str, float]:
-    """Errors of torch's own outputs by layer, if available."""
+    """Errors of torch's outputs by layer, without layers for which none was computed."""
     return {layer.layer: layer.torch_error for layer in report if layer.torch_error is not None}
 
 
 def layer_codes_gate(name: str, report: Sequence[LayerParity]) -> Gate:
-    """Counts differing activation codes over all layers."""
+    """Gate on the number of differing activation codes in all layers, which must be 0."""
     differing = sum(layer.differing_codes for layer in report)
     detail = f"of {sum(layer.codes for layer in report)} in {len(report)} layers, each fed the same input"
     return none_of(name, differing, detail)
 
 
 def layer_error_gate(name: str, errors: Mapping[str, float], tolerance: float) -> Gate:
-    """The largest error of some layers."""
+    """Gate on the largest of these relative errors, which are given by layer and must not be empty; NaN fails."""
     worst = max(errors, key=lambda layer: math.inf if math.isnan(errors[layer]) else errors[layer])
     detail = f"against the exact result of the codes, relative to the layer's largest output; {len(errors)} layers"
     return at_most(name, errors[worst], tolerance, f"{detail}, the worst: {worst}")
 
 
 def kernel_gate(report: KernelReport) -> Gate:
-    """Requires integer kernels for every layer with integer codes."""
+    """Gate on the number of layers with integer codes that do not run in an integer kernel, which must be 0."""
     missing = report.float_layers
     detail = f"{report.integer} run in integers{'; the first that does not: ' + missing[0] if missing else ''}"
     return none_of("integer layers run in float", len(missing), detail)
@@ -95,10 +99,10 @@ _BATCH: Final = 8  # the codes of the whole model are kept in memory for this ma
 def codes_gate(model: ir.Model, layers: Sequence[ExportedLayer], quantized: QuantizedVit, pixels: Tensor) -> Gate:
     """Compare all activation codes in the model, ONNX Runtime against torch.
 
-    ONNX Runtime returns the input of each quantizer; its codes are computed here, by the formula that the comparison of
-    layers checks against ONNX Runtime's.
+    ONNX Runtime returns the input of each quantizer, and its codes are computed from that in torch. The comparison of
+    single layers checks that torch and ONNX Runtime compute the same codes from the same input.
 
-    `layers` must be those of `model`, read from its file; only the first normalized `pixels` (N, 3, H, W) are used.
+    `layers` are those of `model`, read from its file. Of the normalized `pixels` (N, 3, H, W), the first 16 are used.
     """
     exact, sites = ExactVit(quantized), operand_at_sites(layers, quantized)
     names = {site: str(operand.source.name) for site, operand in sites if operand is not None and operand.source}
@@ -124,7 +128,10 @@ def codes_gate(model: ir.Model, layers: Sequence[ExportedLayer], quantized: Quan
 
 
 def outputs_gate(expected: Tensor, found: Tensor) -> Gate:
-    """Compare outputs of the model `(N, C)` fp32 bit for bit; NaN never counts as equal."""
+    """Compare the model's outputs `(N, C)`, fp32, in torch (`expected`) and the engine (`found`) bit for bit.
+
+    NaN and infinity never count as equal.
+    """
     differing = expected.numel()
     if expected.shape == found.shape and expected.dtype == found.dtype == torch.float32:
         same = (expected.view(torch.int32) == found.view(torch.int32)) & expected.isfinite()
@@ -134,7 +141,7 @@ def outputs_gate(expected: Tensor, found: Tensor) -> Gate:
 
 
 def _in_layout(codes: Tensor, site: str, quantized: QuantizedVit) -> Tensor:
-    """Codes in the graph's layout: keys transposed, pixels as rows of patches."""
+    """Rearrange torch's codes into the graph's layout: keys are transposed, and every patch of pixels becomes a row."""
     if site.endswith(".k"):
         return codes.transpose(-2, -1).contiguous()
     layer = quantized.model.get_submodule(site.removesuffix(".input")) if site.endswith(".input") else None
@@ -144,9 +151,9 @@ def _in_layout(codes: Tensor, site: str, quantized: QuantizedVit) -> Tensor:
 
 
 def _with_sources(model: ir.Model, names: Sequence[str]) -> bytes:
-    """The graph with the inputs of its quantizers as additional outputs.
+    """Serialize the graph with the named values, the inputs of its quantizers, as additional outputs.
 
-    Not the codes themselves: if QuantizeLinear is an output of the graph, ONNX Runtime multiplies in float.
+    The codes themselves are not made outputs: ONNX Runtime would then multiply in float.
     """
     import onnx
 
@@ -159,7 +166,7 @@ _INTEGER: Final = frozenset(("MatMulIntegerToFloat", "QLinearMatMul", "QGemm"))
 
 
 class KernelReport(FrozenConfig):
-    """The operator that runs each layer."""
+    """Which operator of ONNX Runtime's optimized graph runs each layer."""
 
     operators: dict[str, str] = Field(description="the operator of every layer in the optimized graph")
     integer: int = Field(ge=0, description="layers that run in integers")
@@ -167,13 +174,16 @@ class KernelReport(FrozenConfig):
 
 
 def check_kernels(model: Path, layers: Sequence[ExportedLayer]) -> KernelReport:
-    """Optimize a graph file as in service, and look up in it the layers that `read_layers` found in the file."""
+    """Let ONNX Runtime optimize a graph file as in service, and look up which operator runs each layer.
+
+    `layers` are the result of `read_layers` for the same file.
+    """
     onnx_ir = import_onnx_package("onnx_ir")
     with tempfile.TemporaryDirectory(prefix="fp8pipe-graph-") as folder:
         optimized = Path(folder) / "optimized.onnx"
         open_session(model, write_to=optimized)
         made_by = {value.name: node.op_type for node in onnx_ir.load(optimized).graph for value in node.outputs}
-    # The matmul may have been fused with the bias or not, so its result may have either name.
+    # If the matmul was fused with its bias, only the name of the sum is left; otherwise the matmul keeps its own.
     operators = {
         layer.label: made_by.get(layer.node.outputs[0].name) or made_by.get(layer.output.name, "fused away")
         for layer in layers

@@ -1,4 +1,4 @@
-"""Images for comparisons: those of a folder, those that the artifact was calibrated with, or random ones."""
+"""Images for comparisons: from a folder, from the artifact's calibration set, or random pixels."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ _SEED: Final = 0
 
 @dataclass(frozen=True, slots=True)
 class ProbeImages:
-    """Normalized images."""
+    """Normalized images, and where they come from."""
 
     pixels: Tensor  # (N, 3, H, W) float32
-    source: str  # where they come from, in words
+    source: str  # a description of their origin, for reports
 
 
 def probe_images(root: Path | None, preprocessing: Preprocessing, count: int = PROBE_IMAGES) -> ProbeImages:
-    """The first images of an artifact's calibration set, or random ones if it has none.
+    """The first images of an artifact's calibration set, or at most 16 images of random pixels if it has none.
 
-    `root` is the artifact's directory; at most `count` normalized images are returned.
+    `root` is the artifact's directory, None for random pixels; at most `count` normalized images are returned.
 
     Raises:
         BadArtifactError: the calibration set cannot be read, or its images have another size.
@@ -53,10 +53,10 @@ def probe_images(root: Path | None, preprocessing: Preprocessing, count: int = P
 
 
 def folder_images(folder: Path, preprocessing: Preprocessing, count: int = MOST_IMAGES) -> ProbeImages:
-    """Images of an image folder, drawn from all classes; all of them if there are no more than `count`.
+    """At most `count` images of an image folder, drawn at random from all classes with a fixed seed.
 
     Raises:
-        ConfigurationError: not an image folder, or an image that cannot be read.
+        ConfigurationError: it is not an image folder, or an image cannot be read.
     """
     found = read_image_folder(folder)
     random = torch.Generator().manual_seed(_SEED)

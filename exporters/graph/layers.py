@@ -1,7 +1,7 @@
-"""Reads the quantized layers of a graph back from the graph itself.
+"""Reads the quantized layers back from an exported graph.
 
-Every comparison after an export starts here, from the file and the names in it alone: which codes and scales a layer
-multiplies, where its input is quantized, and which value is its result.
+Every comparison after an export starts from what is read here. It relies only on the file and the names of its nodes,
+and finds the codes and scales that each layer multiplies, the quantizer of its input, and the value that is its result.
 
 An NVFP4 operand has two DequantizeLinear nodes, the first for its block scales. A weight consists of FLOAT4E2M1 codes,
 FLOAT8E4M3FN block scales and a tensor scale, all stored; for an activation, TRT_FP4DynamicQuantize (domain `trt`)
@@ -27,7 +27,7 @@ from fp8pipe.numerics.quantizers import INT8_MAX, INT8_MIN, ActivationQuantizer
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-_BLOCKED = 2  # number of axes of a scale tensor with blocks
+_BLOCKED = 2  # number of axes of a block-wise scale tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +39,7 @@ class StoredWeight:
     dtype: str  # type in the file, for example "INT4"
 
     def dequantize(self) -> Tensor:
-        """float64, exact."""
+        """The weight `codes * scale` in float64, which is exact."""
         scale = self.scale.double().view(-1, *(1,) * (self.codes.dim() - 1))
         return self.codes.float().double() * scale
 
@@ -56,7 +56,7 @@ class Operand:
 
     @property
     def kinds(self) -> frozenset[Kind]:
-        """The family of the multiplied codes; empty if the operand is float."""
+        """The number type of the multiplied codes (INT, E4M3 or NVFP4) as a set of one; empty for a float operand."""
         if isinstance(self.weight, StoredWeight):
             return frozenset((Kind.INT if self.weight.codes.dtype == torch.int8 else Kind.E4M3,))
         coded = self.weight or self.quantizer
@@ -68,9 +68,9 @@ class ExportedLayer:
     """One matrix multiplication or convolution of the graph, with its operands, bias and result."""
 
     kind: ProductKind  # linear, patch, qk or av
-    name: str  # the name of the module
+    name: str  # the module's name
     node: ir.Node  # the MatMul or Conv node
-    operands: tuple[Operand, Operand]  # both operands
+    operands: tuple[Operand, Operand]  # activation, then weight or second activation
     bias: Tensor | None  # `(out,)` fp32, or None
     output: ir.Value  # the result including the bias; for qk the logits before the mask
 
@@ -109,6 +109,7 @@ def read_layers(model: ir.Model) -> tuple[ExportedLayer, ...]:
 
 
 def _read(node: ir.Node, kind: ProductKind, name: str) -> ExportedLayer:
+    # Read one layer from its MatMul or Conv node; the Add of a linear's bias is recognized by its name.
     operands = (_operand(node.inputs[0], kind), _operand(node.inputs[1], kind))
     output, bias = node.outputs[0], None
     if kind is ProductKind.PATCH and len(node.inputs) > 2:
@@ -122,6 +123,7 @@ def _read(node: ir.Node, kind: ProductKind, name: str) -> ExportedLayer:
 
 
 def _operand(value: ir.Value | None, kind: ProductKind) -> Operand:
+    # Read one operand by following its DequantizeLinear to stored codes, or to the quantizer of an activation.
     if value is None:
         raise _bad("a MatMul or Conv lacks an operand")
     dequantize = value.producer()
@@ -144,11 +146,11 @@ def _operand(value: ir.Value | None, kind: ProductKind) -> Operand:
     zero = quantize.inputs[2] if len(quantize.inputs) > 2 else None
     dtype = "UINT8" if zero is None or zero.dtype is None else zero.dtype.name  # ONNX's default
     if dtype not in ("INT8", "FLOAT8E4M3FN"):
-        raise _bad(f"{quantize.name} gives {dtype}")
+        raise _bad(f"{quantize.name} has the output type {dtype}")
     source, low, high, exact = _clip(quantize.inputs[0], float(_array(scale)))
     if dtype == "INT8":
         quantizer = ActivationQuantizer(float(_array(scale)), low, high)
-    else:  # a Clip must be to the values of the largest codes
+    else:  # FP8: a Clip is optional, but its bounds must be the values of the smallest and largest code
         clipped = source is not quantize.inputs[0]
         exact = exact and (not clipped or (low, high) == (-int(E4M3.max), int(E4M3.max)))
         quantizer = ActivationQuantizer(float(_array(scale)), kind=Kind.E4M3)
@@ -156,6 +158,7 @@ def _operand(value: ir.Value | None, kind: ProductKind) -> Operand:
 
 
 def _weight(dequantize: ir.Node, codes: ir.Value, scale: ir.Value | None, kind: ProductKind) -> StoredWeight:
+    # Read a stored weight in torch's layout, with one scale per output channel.
     array = _array(codes)
     if codes.dtype is not None and codes.dtype.name == "FLOAT8E4M3FN":
         tensor = torch.from_numpy(np.ascontiguousarray(array).view(np.uint8)).view(torch.float8_e4m3fn)
@@ -175,7 +178,11 @@ def _weight(dequantize: ir.Node, codes: ir.Value, scale: ir.Value | None, kind: 
 
 
 def _clip(value: ir.Value | None, scale: float) -> tuple[ir.Value, int, int, bool]:
-    """The input of the Clip, the codes of its bounds, and whether these are exact."""
+    """Look through the Clip before a QuantizeLinear whose input is `value`; there may be none.
+
+    Returns:
+        The value before the Clip, the smallest and largest code, and whether the bounds are exactly the codes' values.
+    """
     if value is None:
         raise _bad("a QuantizeLinear lacks its input")
     clip = value.producer()
@@ -191,13 +198,13 @@ def _clip(value: ir.Value | None, scale: float) -> tuple[ir.Value, int, int, boo
 
 
 def _is_bound(bound: float, code: int | None, scale: float) -> bool:
-    """Whether a Clip bound is the value of a code, in fp32 or rounded once to FP16."""
+    """Whether a Clip bound is exactly `code * scale`, in fp32 or rounded once to FP16."""
     exact = np.float32(0 if code is None else code) * np.float32(scale)
     return bool(np.float32(bound) in (exact, np.float32(np.float16(exact))))
 
 
 def _lowest(value: ir.Value) -> int:
-    """The smallest code without a Clip: that of INT8, or 0 for values that are never negative."""
+    """The smallest code of a quantizer without a lower Clip bound: that of INT8, or 0 after a Softmax."""
     producer = value.producer()
     if producer is not None and producer.op_type == "Cast" and producer.inputs[0] is not None:
         producer = producer.inputs[0].producer()
@@ -205,7 +212,7 @@ def _lowest(value: ir.Value) -> int:
 
 
 def _wide(output: ir.Value) -> ir.Value:
-    """The same result in float64 if the graph casts it to that."""
+    """The output of a Cast (to float64, in the exact format) that is the only consumer of `output`; else `output`."""
     readers = [node for node, _ in output.uses()]
     return readers[0].outputs[0] if len(readers) == 1 and readers[0].op_type == "Cast" else output
 
@@ -222,6 +229,7 @@ def _equal(a: ir.Value | None, b: ir.Value | None) -> bool:
 
 
 def _array(value: ir.Value | None, node: ir.Node | None = None) -> Any:
+    # A stored tensor as a numpy array; `node` is named in the error if the tensor is not stored.
     if value is None or value.const_value is None:
         what = "a scale, a bound or a code" if node is None else f"a scale or a code of {node.name}"
         raise _bad(f"{what} is not stored in the file")
@@ -248,7 +256,7 @@ DYNAMIC_QUANTIZE: Final = "TRT_FP4DynamicQuantize"
 
 
 def is_block_operand(dequantize: ir.Node) -> bool:
-    """Whether a DequantizeLinear belongs to an NVFP4 operand, that is, its codes are four-bit floats."""
+    """Whether a DequantizeLinear belongs to an NVFP4 operand: its codes are four-bit floats, stored or computed."""
     codes = dequantize.inputs[0]
     if codes is None:
         return False
@@ -258,10 +266,10 @@ def is_block_operand(dequantize: ir.Node) -> bool:
 
 
 def read_block_weight(dequantize: ir.Node) -> BlockCodes:
-    """A stored weight, in torch's layout (out, in).
+    """Read a stored NVFP4 weight, in torch's layout (out, in).
 
     Raises:
-        BadArtifactError: it is not stored in blocks of 16 inputs with two levels of scales.
+        BadArtifactError: it is not stored in blocks of 16 inputs with block scales and a tensor scale.
     """
     codes, inner = dequantize.inputs[0], _inner(dequantize)
     _check_form(dequantize, axis=0)
@@ -280,10 +288,11 @@ def read_block_weight(dequantize: ir.Node) -> BlockCodes:
 
 
 def read_block_quantizer(dequantize: ir.Node) -> tuple[ir.Value, BlockQuantizer, ir.Value]:
-    """A dynamically quantized activation: its float value, its quantizer, its codes.
+    """Read a dynamically quantized NVFP4 activation: its float value, its quantizer, and its codes.
 
     Raises:
-        BadArtifactError: it is not in blocks of 16 along the last axis, or scales and codes have different sources.
+        BadArtifactError: it is not in blocks of 16 along the last axis, or its scales and codes are not the outputs of
+            the same quantizing node.
     """
     codes, inner = dequantize.inputs[0], _inner(dequantize)
     _check_form(dequantize, axis=-1)
@@ -292,7 +301,7 @@ def read_block_quantizer(dequantize: ir.Node) -> tuple[ir.Value, BlockQuantizer,
     if codes is None or dynamic is None or dynamic is not scale or dynamic.inputs[1] is not inner.inputs[1]:
         raise _bad(f"{dequantize.name} does not follow one {DYNAMIC_QUANTIZE} of the same tensor scale")
     if inner.inputs[0] is not dynamic.outputs[1] or codes is not dynamic.outputs[0] or dynamic.domain != DOMAIN:
-        raise _bad(f"{dequantize.name} takes codes for scales")
+        raise _bad(f"{dequantize.name} reads codes and scales from the wrong outputs of {dynamic.name}")
     _check_form(dynamic, axis=-1)
     source = dynamic.inputs[0]
     if source is None:
@@ -313,6 +322,7 @@ def _inner(dequantize: ir.Node) -> ir.Node:
 
 
 def _check_form(node: ir.Node, axis: int) -> None:
+    # Refuse a node unless its blocks are of 16 numbers along this axis.
     attributes = node.attributes
     if attributes.get_int("block_size", 0) != BLOCK or attributes.get_int("axis", 1) != axis:
         raise _bad(f"{node.name} has no blocks of {BLOCK} along axis {axis}")

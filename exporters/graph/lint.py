@@ -18,15 +18,15 @@ from fp8pipe.numerics.kinds import Kind
 from fp8pipe.numerics.nvfp4 import BlockCodes
 from fp8pipe.numerics.quantizers import weight_limits
 
-# The size limit of a protobuf file.
+# The largest size of a protobuf file, bytes.
 _LARGEST_FILE_BYTES = 2**31 - 1
-_LARGEST_NIBBLE = 15
+_LARGEST_NIBBLE = 15  # the largest E2M1 code, stored one per byte
 
 
 def lint_model(quantized: QuantizedVit, format: OnnxFormat, *, runtime: bool = True) -> list[Finding]:
-    """Findings on the artifact's values, and on whether the format can represent them.
+    """Check an artifact's values, and whether the format can represent them; returns all findings.
 
-    `runtime`: whether ONNX Runtime will run the graph; it does not support four-bit floats.
+    `runtime` says whether ONNX Runtime will run the graph: it does not support four-bit floats.
     """
     findings = []
     if not quantized.weights:
@@ -56,7 +56,11 @@ def lint_model(quantized: QuantizedVit, format: OnnxFormat, *, runtime: bool = T
 
 
 def lint_graph(traced: FloatGraph, model: nn.Module) -> list[Finding]:
-    """Findings on a float graph, before any pass: what engines run with one kernel must be one operator."""
+    """Check a float graph before any pass; returns all findings.
+
+    Every LayerNorm must be a single operator, since engines have one kernel for it, and the graph must fit into one
+    ONNX file. `model` is the module from which the graph was traced.
+    """
     norms = {name for name, module in model.named_modules() if isinstance(module, nn.LayerNorm)}
     findings = [
         Finding(
@@ -77,6 +81,7 @@ def lint_graph(traced: FloatGraph, model: nn.Module) -> list[Finding]:
 
 
 def _values(name: str, weight: Codes) -> list[Finding]:
+    # Check one weight: scales must be positive and finite, and codes within their bit width and not NaN.
     findings = []
     if not bool((torch.isfinite(weight.scale) & (weight.scale > 0)).all()):
         findings.append(Finding("scale", name, "a scale is not a positive number", "quantize the model again"))
@@ -98,7 +103,7 @@ def _values(name: str, weight: Codes) -> list[Finding]:
 
 
 def _mixed(quantized: QuantizedVit) -> list[Finding]:
-    """Layers that would multiply integers by FP8, for which no engine has a kernel."""
+    """Findings on matrix multiplications of integers by FP8, for which no engine has a kernel."""
     findings = []
     groups = {site.name: f"{site.input_group}.input" for site in quantized.structure.linears}
     for name, weight in quantized.weights.items():

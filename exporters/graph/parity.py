@@ -47,7 +47,7 @@ _TAPS: Final = {
 
 
 class LayerParity(FrozenConfig):
-    """One layer, with the same input on both sides."""
+    """The comparison of one layer in the engine with its exact result for the same input."""
 
     layer: str = Field(description="module name; .qk and .av are the two matmuls of an attention")
     codes: int = Field(ge=0, description="activation codes compared")
@@ -115,7 +115,11 @@ def judge_layers(
     layers: Sequence[ExportedLayer], inputs: Mapping[str, Any], outputs: Mapping[str, Any],
     torch_outputs: Mapping[str, Tensor] | None, count: Callable[[ExportedLayer], tuple[int, int]],
 ) -> list[LayerParity]:  # fmt: skip
-    """Compare an engine's outputs by name with exact ones; `count` returns the numbers of codes and of differences."""
+    """Compare an engine's outputs, by name, with the exact results of the layers.
+
+    `count` returns a layer's number of activation codes, and how many of them differ. `torch_outputs`, by label, are
+    compared with the exact results, too, unless None.
+    """
     report = []
     for layer in layers:
         (compared, differing), expected = count(layer), _exact(layer, inputs)
@@ -153,7 +157,7 @@ def _exact(layer: ExportedLayer, inputs: Mapping[str, Any]) -> Tensor:
 
 
 def _value(operand: Operand, inputs: Mapping[str, Any]) -> Tensor:
-    """One operand, quantized, in float64."""
+    """One operand in float64: the dequantized weight, or the quantized and dequantized activation."""
     if operand.weight is not None:
         return operand.weight.dequantize().double()
     assert operand.source is not None
@@ -161,12 +165,12 @@ def _value(operand: Operand, inputs: Mapping[str, Any]) -> Tensor:
     if operand.quantizer is None:
         return x.double()
     if isinstance(operand.quantizer, BlockQuantizer):
-        return operand.quantizer.fake(x).double()  # this is exact already
+        return operand.quantizer.fake(x).double()  # no rounding error: dequantized NVFP4 values are exact in fp32
     return operand.quantizer.codes(x).float().double() * operand.quantizer.scale
 
 
 def layer_error(found: Tensor, expected: Tensor) -> float:
-    """The largest difference relative to the largest expected number; NaN if the sizes differ."""
+    """The largest absolute difference over the largest absolute expected number; NaN if the sizes differ."""
     if found.numel() != expected.numel():
         return float("nan")
     difference = (found.double().reshape(expected.shape) - expected.double()).abs().max()
@@ -182,12 +186,12 @@ def in_rank(tensor: Tensor, value: ir.Value) -> Tensor:
 
 
 def input_name(value: ir.Value) -> str:
-    """The name of the extracted model's input that stands for a value of the graph."""
+    """The name of the extracted model's input that replaces this value of the graph."""
     return f"input/{value.name}"
 
 
 def cut_layers(model: ir.Model, layers: Sequence[ExportedLayer], *, wide: bool = False) -> bytes:
-    """A model whose outputs are the layers' outputs, by their names in the graph.
+    """Extract the layers as one serialized model whose outputs are the layers' outputs, by their names in the graph.
 
     With `wide`, matrix multiplications sum in float64, so that differences are due to the graph alone.
     """
@@ -202,6 +206,9 @@ def _cut(
     as_float: bool = False,
     wide: bool = False,
 ) -> bytes:
+    # Extract the nodes from the layers' float inputs to `outputs` as a serialized model.
+    #
+    # With `as_float`, the outputs are cast to float32 and named NAME/float; `wide` as in `cut_layers`.
     import onnx
     import onnx_ir as ir
 
@@ -228,7 +235,15 @@ def _cut(
 
 
 def model_of(model: ir.Model, nodes: list[Any], tensors: list[ir.Value], given: list[Any], results: list[Any]) -> Any:
-    """A model from some of a graph's nodes and stored tensors, with the given inputs and outputs."""
+    """Make an `onnx.ModelProto` from parts of a graph.
+
+    Args:
+        model: the model that the parts are from, whose opset and IR version are used.
+        nodes: nodes as `NodeProto`.
+        tensors: stored tensors that the nodes read.
+        given: descriptions of the inputs as `ValueInfoProto`.
+        results: descriptions of the outputs as `ValueInfoProto`.
+    """
     import onnx
     import onnx_ir as ir
 
@@ -244,7 +259,7 @@ def sources_of(layers: Sequence[ExportedLayer]) -> list[ir.Value]:
 
 
 def _widened(product: Any) -> list[Any]:
-    """The MatMul in float64 between casts, under the same names."""
+    """Replace a float32 MatMul by casts to float64, a float64 MatMul and a cast back; its names stay the same."""
     from onnx import TensorProto, helper
 
     sides = [f"{product.output[0]}/double/{index}" for index in range(2)]
@@ -265,7 +280,11 @@ def float_value(name: str, rank: int | None) -> Any:
 def way_between(
     sources: Iterable[ir.Value], outputs: Iterable[ir.Value]
 ) -> tuple[list[ir.Node], list[ir.Value], set[ir.Value]]:
-    """Nodes and stored tensors that lead from `sources` to `outputs`, with nodes in the graph's order."""
+    """The part of a graph that computes `outputs` from `sources`.
+
+    Returns:
+        Its nodes in the graph's order, its stored tensors, and those of `sources` that it reads.
+    """
     stop, used = set(sources), set[Any]()
     nodes: dict[int, Any] = {}
     tensors: dict[Any, None] = {}

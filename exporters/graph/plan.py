@@ -31,7 +31,7 @@ class GraphPlan:
     activations: tuple[str, ...]  # sites that are quantized
     float_layers: tuple[str, ...]  # linears that stay float
     need_bytes: int  # total size of stored tensors, bytes
-    precision: str  # in words, for example "int4 weights, int8 activations"
+    precision: str  # a description, for example "8-bit int weights, quantized activations"
     halves: bool  # whether codes of at most 4 bits are stored one per byte
     peak_bytes: int | None = None  # peak resident memory of an export in this process; None if unknown
 
@@ -40,10 +40,12 @@ def vision_plan(
     plan: GraphPlan, source: Path, output: Path, *, format: str, force: bool, engines: Sequence[str] | None = None,
     base: str = "", sizes: tuple[int, int] | None = None,
 ) -> tuple[dict[str, Any], Plan]:  # fmt: skip
-    """The dry run of an export of a vision model: the artifact has been read and linted, the model is not traced.
+    """The dry run of an export of a vision model; returns it as a JSON document and as a plan to print.
 
-    `engines` are compute capabilities to compile for, None for ONNX Runtime, which needs none; `base` is the type of
-    what they do not quantize. `sizes` are the peak and final size of the export in bytes; those of the graph if None.
+    `plan` was made from the artifact, which has been read and linted; the model is not traced. `engines` are the
+    compute capabilities to compile for, None for ONNX Runtime, which needs no engines; `base` is the dtype of
+    everything that is not quantized. `sizes` are the peak and final size of the export in bytes, by default the size of
+    the graph.
     """
 
     free = free_bytes(output)
@@ -96,7 +98,7 @@ _LAYER_IMAGES: Final = 4
 
 
 def export_peak(quantized: QuantizedVit) -> int | None:
-    """Peak resident memory of an export in this process, bytes; None if packages or the system do not allow it."""
+    """Estimate the peak resident memory of an export in this process, bytes; None if it cannot be measured here."""
     if not can_measure():
         return None
     with PhaseMeter() as meter:
@@ -109,6 +111,7 @@ def export_peak(quantized: QuantizedVit) -> int | None:
 
 
 def _trace_two_layers() -> None:
+    # Trace and run a tiny network, which loads every package that an export loads.
     import_onnx_package("onnxruntime")
     net = nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 8)).eval()
     dynamic = ({0: torch.export.Dim("batch")},)
@@ -122,7 +125,7 @@ def _trace_two_layers() -> None:
 
 @torch.no_grad()
 def run_model(quantized: QuantizedVit) -> None:
-    """The forward passes of an export, or of its validation, on blank images."""
+    """Run the forward passes that an export and its validation run, on blank images, to measure their memory."""
     height, width = quantized.structure.image_size
     pixels = torch.zeros(PROBE_IMAGES, 3, height, width)
     passes: tuple[Callable[[Tensor], Any], ...] = (lambda x: quantized.taps(x[:_LAYER_IMAGES]), quantized)

@@ -51,7 +51,10 @@ def as_exported(quantized: QuantizedVit, format: OnnxFormat) -> QuantizedVit:
 
 
 def without_activations(quantized: QuantizedVit, weights: Mapping[str, Codes]) -> QuantizedVit:
-    """The float model with dequantized weights and plain attention, with codes for the given weights."""
+    """A copy of the model without activation quantizers, with plain attention and dequantized weights.
+
+    `weights` are the codes that the copy reports as its quantized weights, by layer; they may be empty.
+    """
     # A new model, because `quantized.model` has hooks that quantize its activations.
     return QuantizedVit(
         float_model(quantized), quantized.architecture, quantized.preprocessing, quantized.structure, weights, {}
@@ -71,7 +74,9 @@ def trace_linted(model: nn.Module, structure: VitStructure, source: str) -> Floa
 
 
 def quantize_graph(quantized: QuantizedVit, format: OnnxFormat, source: str) -> QuantizedGraph:
-    """Trace, lint and rewrite; the exact format uses float64 and needs integer codes throughout.
+    """Trace a model, lint its float graph, and apply the passes of a format; `source` is for messages.
+
+    The exact format uses float64 and needs integer codes throughout.
 
     Raises:
         LintFindingsError, ConfigurationError: as `trace_linted`.
@@ -102,7 +107,7 @@ def write_description(root: Path, quantized: QuantizedVit) -> None:
 
 
 def graph_details(graph: QuantizedGraph, quantized: QuantizedVit, format: str) -> GraphDetails:
-    """The manifest's details of the graph."""
+    """The details that the manifest records about a graph."""
     return GraphDetails(
         format=format,
         input=GraphInput(name=INPUT_NAME, shape=("batch", 3, *quantized.architecture.image_size)),

@@ -41,6 +41,7 @@ def reopen_gates(
 
 
 def _weights(layers: Mapping[str, ExportedLayer], quantized: QuantizedVit) -> tuple[int, int]:
+    # Count differing weight codes and weight scales; all of a layer count if it is missing or of another shape.
     codes = scales = 0
     for name, weight in quantized.weights.items():
         layer = layers.get(name)
@@ -63,6 +64,7 @@ def _differing_scales(stored: StoredWeight | BlockCodes, weight: Codes) -> int:
 
 
 def _quantizers(layers: Sequence[ExportedLayer], quantized: QuantizedVit, format: OnnxFormat) -> tuple[int, str]:
+    # Count operands whose activation quantizer differs from the artifact's, with a detail for the gate.
     wrong, seen = [], 0
     wanted = quantized.activations if format.quantizes_activations else {}
     for site, operand in operand_at_sites(layers, quantized):
@@ -85,7 +87,7 @@ def _same(found: Quantizer | None, expected: Quantizer | None) -> bool:
 
 
 def operand_at_sites(layers: Sequence[ExportedLayer], quantized: QuantizedVit) -> Iterable[tuple[str, Operand | None]]:
-    """Every operand of the model that may be quantized, with its counterpart in the file; a site once per consumer."""
+    """Pairs of an activation site and its operand in the file, None if missing; a site occurs once per consumer."""
     by_label = {layer.label: layer for layer in layers}
     for linear in quantized.structure.linears:
         layer = by_label.get(linear.name)
@@ -100,7 +102,10 @@ def operand_at_sites(layers: Sequence[ExportedLayer], quantized: QuantizedVit) -
 def _float_tensors(
     model: ir.Model, layers: Mapping[str, ExportedLayer], quantized: QuantizedVit
 ) -> tuple[tuple[int, str], tuple[int, str]]:
-    """Counts stored tensors that differ from the parameter of that name, and float copies of quantized weights."""
+    """Count stored tensors that differ from the parameter of the same name, and float copies of quantized weights.
+
+    Both counts come with a detail for the gate.
+    """
     state = quantized.model.state_dict()
     different, copies, compared = [], [], 0
     for name, value in model.graph.initializers.items():
@@ -126,6 +131,7 @@ def _equal(a: Tensor, b: Tensor) -> bool:
 
 
 def _is_copy(tensor: Tensor, weight: Tensor) -> bool:
+    # Whether a stored tensor equals a dequantized weight or its transpose.
     if tensor.numel() != weight.numel() or weight.dim() < 2:
         return False
     tensor = tensor.float()

@@ -1,4 +1,4 @@
-"""Creates ONNX Runtime sessions, with the settings under which the graph runs as it was trained.
+"""Creates ONNX Runtime sessions, with settings under which a graph computes what the model was trained to compute.
 
 Two of its optimizers are disabled. `MatMulAddFusion` turns a two-dimensional MatMul and its bias (a classifier) into a
 Gemm with a float bias, for which there is no integer kernel. `QDQPropagationTransformer` moves quantizers across
@@ -37,7 +37,11 @@ def has_vnni(features: Collection[str] | None = None) -> bool:
 
 
 def session_entries(features: Collection[str] | None = None) -> dict[str, str]:
-    """`SESSION_ENTRIES`, correct on any processor, without those that a CPU with these features does not need."""
+    """The session settings for a CPU with these features, by default this machine's.
+
+    `SESSION_ENTRIES` give correct results on any processor; the precision mode is left out where VNNI makes it
+    unnecessary.
+    """
     vnni = has_vnni(features)
     return {name: value for name, value in SESSION_ENTRIES.items() if not (vnni and name == PRECISION_MODE)}
 
@@ -49,10 +53,10 @@ def open_session(
 ) -> Any:  # fmt: skip
     """Create an `onnxruntime.InferenceSession`.
 
-    `model` is a file or its bytes; the optimized graph is written to `write_to`. Without `optimize` operators run
-    unmodified; `portable` uses only fusions that every CPU supports. `threads` is the number of threads per operator,
-    the runtime's default if None. The first available one of `providers` is used; exports are compared on the CPU.
-    `entries` default to `session_entries`.
+    `model` is a file or its bytes. The optimized graph is written to `write_to`, if given. Without `optimize` the graph
+    runs as it is; `portable` uses only fusions that every CPU supports. `threads` is the number of threads per
+    operator; None is the runtime's default. The first available one of `providers` is used. `entries` are session
+    settings, by default those of `session_entries`.
 
     Raises:
         BadArtifactError: the runtime refuses the graph.
@@ -85,7 +89,7 @@ def open_session(
 
 
 def run(session: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """All outputs by name, as numpy arrays."""
+    """Run a session on numpy arrays by input name; returns all outputs by name, as numpy arrays."""
     names = [output.name for output in session.get_outputs()]
     return dict(zip(names, session.run(names, dict(inputs)), strict=True))
 

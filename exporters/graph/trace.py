@@ -3,8 +3,8 @@
 `torch.onnx.export` traces the prepared model while every attention uses the plain formula (the scale is applied to the
 queries before the multiplication), so the graph has two matrix multiplications per attention and one per linear. The
 exporter records for every node the modules it came from; with that, and by comparing the weights themselves, each
-matrix multiplication is assigned to its layer. One without a layer, or a layer without one, is an error: nothing is
-guessed.
+matrix multiplication is assigned to its layer. A matrix multiplication without a layer, or a layer without a matrix
+multiplication, is an error.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class ProductKind(StrEnum):
     AV = "av"
 
 
-# Its node is named LAYER + suffix.
+# The node of a matrix multiplication is named after its module, followed by this suffix.
 SUFFIXES: Final = {
     ProductKind.LINEAR: "/MatMul", ProductKind.PATCH: "/Conv", ProductKind.QK: "/qk", ProductKind.AV: "/av",
 }  # fmt: skip
@@ -55,7 +55,7 @@ SUFFIXES: Final = {
 
 @dataclass(slots=True)
 class Product:
-    """A matrix multiplication or convolution of the graph; a pass that replaces its node updates it here."""
+    """A matrix multiplication or convolution of the graph; a pass that replaces its node also updates this record."""
 
     kind: ProductKind  # a linear, the patch embedding, or one of an attention's two matrix multiplications
     name: str  # the name of the module
@@ -70,7 +70,7 @@ class FloatGraph:
     products: tuple[Product, ...]  # in the order of the structure: linears, then attentions (qk, av)
 
     def in_graph_order(self) -> list[Product]:
-        """The products in node order: a value that several of them read must be inserted before the first."""
+        """The products in the order of the nodes, so that a node inserted for several products precedes the first."""
         order = {node: index for index, node in enumerate(self.model.graph)}
         return sorted(self.products, key=lambda product: order[product.node])
 
@@ -108,7 +108,10 @@ def trace_float(model: nn.Module, structure: VitStructure) -> FloatGraph:
 
 @contextmanager
 def _folded(model: nn.Module, names: Collection[str], pixels: Tensor) -> Iterator[None]:
-    """Within this context, these linears, whose outputs do not depend on the pixels, return them as constants."""
+    """Within this context, the named linears return outputs recorded beforehand, which a trace takes as constants.
+
+    Only for linears whose outputs do not depend on the pixels.
+    """
     found: dict[nn.Module, list[Tensor]] = {model.get_submodule(name): [] for name in names}
     with ExitStack() as hooks:
         for layer, outputs in found.items():
@@ -126,6 +129,7 @@ def _folded(model: nn.Module, names: Collection[str], pixels: Tensor) -> Iterato
 
 
 def _replayed(outputs: list[Tensor]) -> Callable[[Tensor], Tensor]:
+    # A forward function that ignores its input and returns the recorded outputs one after the other, repeatedly.
     again = cycle(outputs)
     return lambda x: next(again)
 
@@ -142,8 +146,9 @@ def export_program(
 ) -> ir.Model:
     """Export a module with `torch.onnx.export`, opset 21.
 
-    `dynamic` says which dimensions of the example's `arguments` are dynamic; `name` and `fix` are for messages. Names
-    of inputs and outputs are chosen by the exporter if None.
+    `arguments` are an example of the module's inputs, and `dynamic` lists their dynamic dimensions (`dynamic_shapes` of
+    `torch.onnx.export`). `name` and `fix` appear in error messages. The exporter chooses names for inputs and outputs
+    that are None.
 
     Raises:
         ConfigurationError: it cannot be traced.
@@ -169,6 +174,8 @@ def export_program(
 
 
 def _assign(graph_model: ir.Model, model: nn.Module, structure: VitStructure) -> Iterable[Product]:
+    # Assign every matrix multiplication and convolution of the graph to its layer, or raise a ConfigurationError if one
+    # of them belongs to no layer, or a layer lacks one.
     by_module: dict[str, list[ir.Node]] = defaultdict(list)
     known = {*structure.linear_names, *structure.attention_names}
     stray = []
@@ -252,6 +259,7 @@ def _feeds(first: ir.Node, second: ir.Node) -> bool:
 
 
 def _exactly(count: int, name: str, nodes: list[ir.Node], model: nn.Module) -> list[ir.Node]:
+    # Return the nodes of a module if there are `count` of them; raise otherwise.
     if len(nodes) != count:
         raise _unassigned(model, f"{name} has {len(nodes)} matmul(s) in the graph, expected {count}")
     return nodes

@@ -1,4 +1,4 @@
-"""The complete export: lint, rewrite, write, reopen, compare in ONNX Runtime, commit."""
+"""Exports a vision model to ONNX: lint, trace and rewrite, write, read back, compare in ONNX Runtime, commit."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ from fp8pipe.report.card import CardFacts, commit_export
 logger = logging.getLogger(__name__)
 
 _LAYER_IMAGES: Final = 4
-_HALF: Final = 4  # bits
+_HALF: Final = 4  # codes of at most this many bits could be stored two per byte
 
 _CARD: Final = CardFacts("onnx", "ONNX Runtime", (
     "A quantized network amplifies rounding errors: single layers agree with torch up to rounding, "
@@ -67,10 +67,10 @@ _CARD: Final = CardFacts("onnx", "ONNX Runtime", (
 def plan_export(source: Path, options: OnnxExportOptions, *, runtime: bool = True) -> GraphPlan:
     """Read and lint the artifact, and return what an export would hold. Writes nothing.
 
-    `runtime`: whether ONNX Runtime will run the export.
+    `runtime` says whether ONNX Runtime will run the export.
 
     Raises:
-        BadArtifactError: no such artifact, or a damaged one.
+        BadArtifactError: the artifact does not exist or is damaged.
         LintFindingsError: it cannot be exported in this format.
     """
     artifact = open_artifact(source, kind=VIT_KIND)
@@ -80,7 +80,7 @@ def plan_export(source: Path, options: OnnxExportOptions, *, runtime: bool = Tru
 
 
 def plan_onnx(source: Path, output: Path, options: OnnxExportOptions) -> tuple[dict[str, Any], Plan]:
-    """The dry run: the artifact is read and linted, but its model is not traced."""
+    """The dry run, as a JSON document and as a plan: the artifact is read and linted, but its model is not traced."""
     plan = plan_export(source, options)
     return vision_plan(plan, source, output, format=options.format.value, force=options.force)
 
@@ -131,7 +131,7 @@ def export_onnx(source: Path, output: Path, options: OnnxExportOptions) -> Artif
 def _gates(
     path: Path, graph: QuantizedGraph, quantized: QuantizedVit, format: OnnxFormat, images: ProbeImages
 ) -> list[Gate]:
-    """All comparisons, made on the written file."""
+    """Compare the written file with the artifact and, in ONNX Runtime, with torch; `graph` is what was written."""
     model = ir.load(path)
     layers = read_layers(model)
     gates = reopen_gates(model, layers, quantized, format)
@@ -154,11 +154,12 @@ def _gates(
 
 
 def _outputs(path: Path, images: ProbeImages) -> Tensor:
-    """The engine's outputs for all images."""
+    """ONNX Runtime's outputs `(N, C)` for all images."""
     return torch.from_numpy(run(open_session(path), {INPUT_NAME: images.pixels.numpy()})[OUTPUT_NAME])
 
 
 def _warn(writer: ArtifactWriter, quantized: QuantizedVit, format: OnnxFormat, images: ProbeImages) -> None:
+    # Record in the manifest what users of the export should know.
     if images.source.startswith("random"):
         writer.warn(f"compared on {images.source}")
     if not format.quantizes_activations and quantized.activations:
@@ -174,6 +175,7 @@ def _warn(writer: ArtifactWriter, quantized: QuantizedVit, format: OnnxFormat, i
 
 
 def _plan(quantized: QuantizedVit, format: OnnxFormat) -> GraphPlan:
+    # Determine what an export holds, and the size of its stored tensors, without tracing the model.
     int4 = format is OnnxFormat.INT4_WEIGHT_ONLY
     halves = {n for n, w in quantized.weights.items() if w.kind is Kind.NVFP4 or (int4 and fits_int4(w))}
     codes = sum((w.codes.numel() + 1) // 2 if n in halves else w.codes.numel() for n, w in quantized.weights.items())
@@ -196,6 +198,7 @@ def _commit(
     writer: ArtifactWriter, artifact: Artifact, quantized: QuantizedVit, options: OnnxExportOptions,
     stated: OnnxDetails, model: ir.Model,
 ) -> Artifact:  # fmt: skip
+    # Write the model card and the manifest, and commit the export.
     versions = installed_versions(("onnx", "onnx-ir", "onnxscript", "onnxruntime", "timm"))
     asked = needs(model, versions["onnxruntime"])
     least = least_onnxruntime(asked)

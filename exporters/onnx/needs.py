@@ -1,6 +1,6 @@
 """The minimum version of ONNX Runtime for a graph, from its opset, its IR version and its types.
 
-These are facts about published packages, so they are kept in tables with their sources.
+The tables hold facts about published releases of ONNX Runtime; comments name their sources.
 """
 
 from __future__ import annotations
@@ -27,7 +27,10 @@ def needs(model: ir.Model, checked: str) -> dict[str, str]:
 
     Args:
         model: the graph.
-        checked: a version that ran the graph, used for everything that is not in the tables.
+        checked: a version that ran the graph; it is given for requirements that are not in the tables.
+
+    Returns:
+        Versions by requirement: the opset, the IR version, and less common types and operator domains.
     """
     types = {value.dtype.name for value in model.graph.initializers.values() if value.dtype is not None}
     domains = sorted(domain for domain in model.graph.opset_imports if domain not in ("", "ai.onnx"))
@@ -41,5 +44,5 @@ def needs(model: ir.Model, checked: str) -> dict[str, str]:
 
 
 def least_onnxruntime(found: Mapping[str, str]) -> str:
-    """The newest of the releases in the result of `needs`."""
+    """The minimum version for a graph: the newest of the versions that `needs` returned."""
     return max(found.values(), key=lambda version: tuple(int(part) for part in version.split(".") if part.isdigit()))

@@ -17,12 +17,12 @@ from fp8pipe.artifact import Artifact
 from fp8pipe.artifact.finding import Finding
 from fp8pipe.models.vision.quantized import QuantizedVit, layer_records
 
-# Linter rules that apply to any runtime; the others are about TensorRT's builder.
+# The rules of TensorRT's linter that apply to any runtime; the others concern only TensorRT's builder.
 _ANY_RUNTIME: Final = ("scale-value", "scale-infinite", "nan-code", "scale-shape", "block-size", "codes-undecoded")
 
 
 def check_onnx(artifact: Artifact, parent: Path | None, notes: list[str]) -> Iterator[Finding]:
-    """Check an export for ONNX Runtime."""
+    """Check an export for ONNX Runtime, against `parent`, the artifact's directory, too if it is given."""
     format = OnnxFormat(artifact.manifest.details_of(OnnxDetails).format)
 
     def remake(quantized: QuantizedVit, source: str) -> tuple[ir.Model, GraphDetails]:

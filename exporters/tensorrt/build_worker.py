@@ -1,9 +1,10 @@
 """Builds one engine in a separate process: `python -P build_worker.py JOB`.
 
-TensorRT keeps the first logger of a process for good, and a crashing compiler must not take its caller down with it.
-JOB is a JSON file (`builder.run_builder`); the result is written to the path named in it. No other file of the project
-is imported. TensorRT for RTX compiles on any machine for the given compute capabilities, and logs the layers.
-TensorRT 10 and 11 need a GPU: the builder times kernels on it, and the engine inspector needs it, too.
+A separate process is needed because TensorRT uses the first logger of a process until it exits, and because a crashing
+compiler must not end its caller. JOB is a JSON file written by `builder.run_builder`; the result is written to the path
+named in it. No other file of the project is imported. TensorRT for RTX compiles on any machine for the given compute
+capabilities, and logs the layers. TensorRT 10 and 11 need a GPU: the builder times kernels on it, and the engine
+inspector needs it, too.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ def main() -> int:
 
 
 def _end_with(parent: int) -> None:
-    """Exit when the parent does: an abandoned builder would keep running for minutes."""
+    """Ask Linux to kill this process when its parent exits: an orphaned builder would keep running for minutes."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != parent:  # the parent exited before the request
@@ -45,6 +46,8 @@ def _end_with(parent: int) -> None:
 
 
 def _logger(trt: Any) -> Any:
+    # A TensorRT logger that collects (severity, text) pairs. Its class is made here, since the module of its base class
+    # is known only at run time.
     def begin(self: Any) -> None:
         trt.ILogger.__init__(self)
         self.messages = []
@@ -56,6 +59,7 @@ def _logger(trt: Any) -> Any:
 
 
 def _build(trt: Any, logger: Any, job: dict[str, Any]) -> dict[str, Any]:
+    # Parse the graph and build the engine; returns `parsed`, `built`, the parser's errors, and the inspector's JSON.
     builder = trt.Builder(logger)
     bits = sum(1 << int(getattr(trt.NetworkDefinitionCreationFlag, flag)) for flag in job["network_flags"])
     network = builder.create_network(bits)
@@ -80,6 +84,7 @@ def _build(trt: Any, logger: Any, job: dict[str, Any]) -> dict[str, Any]:
 
 
 def _config(trt: Any, builder: Any, job: dict[str, Any]) -> Any:
+    # The builder configuration that the job describes: limits, flags, input shapes and compute capabilities.
     config = builder.create_builder_config()
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     if "optimization_level" in job:
@@ -111,7 +116,10 @@ def _keep_timings(config: Any, path: Path) -> None:
 
 
 def _inspect(trt: Any, logger: Any, serialized: Any, profiles: dict[str, Any]) -> str:
-    """The layers as JSON. Types of dynamic tensors are known only in a context with concrete shapes."""
+    """The layers of a serialized engine as JSON, from its inspector; empty if it cannot be loaded.
+
+    The inspector reports the types of dynamic tensors only for an execution context with concrete shapes.
+    """
     engine = trt.Runtime(logger).deserialize_cuda_engine(serialized)
     if engine is None:
         return ""

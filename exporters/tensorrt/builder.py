@@ -1,10 +1,9 @@
 """Runs the engine builders, each in a separate process.
 
 TensorRT for RTX compiles on any machine for the given compute capabilities. TensorRT 10 and 11 (`enterprise`), the
-product for data centres, builds on the GPU that will run the engine, and only for that GPU. Its libraries are not among
-the packages of the public index, and its builder times kernels on the device. So missing requirements are reported
-before anything is written, together with the alternatives: where to get the libraries, `trtexec` on the serving
-machine, or TensorRT for RTX, which needs neither.
+product for data centres, builds only for the GPU of the machine it runs on, since its builder times kernels there. Its
+libraries are not on PyPI. So missing requirements are reported before anything is written, together with the
+alternatives: NVIDIA's package index, `trtexec` on the serving machine, or TensorRT for RTX, which needs no GPU.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ Shapes = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
 
 
 def shapes(three: Iterable[tuple[int, ...]]) -> Shapes:
-    """The minimum, typical and maximum of these shapes."""
+    """A tuple of exactly three shapes, given in the order minimum, typical, maximum."""
     low, usual, high = three
     return low, usual, high
 
@@ -95,7 +94,10 @@ SETTINGS: Final[Mapping[str, str]] = {"typing": "strong", "profiling_verbosity":
 
 
 def build_rtx(graph: Path, engine: Path, capabilities: Sequence[str], profiles: Mapping[str, Shapes]) -> Built:
-    """Compile a graph for compute capabilities such as ("8.9", "12.0"); `profiles` of its dynamic inputs are by name.
+    """Compile a graph with TensorRT for RTX.
+
+    `capabilities` are compute capabilities such as ("8.9", "12.0"); `profiles` are the shapes of the graph's dynamic
+    inputs, by name. The engine is written to `engine`.
 
     Raises:
         MissingCapabilityError: the package is not installed.
@@ -182,7 +184,9 @@ def check_enterprise() -> EnterpriseMachine:
 def build_enterprise(
     graph: Path, engine: Path, machine: EnterpriseMachine, profiles: Mapping[str, Shapes], settings: EnterpriseSettings
 ) -> Built:
-    """Build for the GPU of this machine. Kernel timings are kept in the cache for the next build.
+    """Build an engine with TensorRT for the GPU of this machine, and write it to `engine`.
+
+    `profiles` are the shapes of the graph's inputs by name. Kernel timings are kept in the cache for the next build.
 
     Raises:
         GateFailedError: the parser or the builder refuses the graph; the message quotes it.
@@ -200,7 +204,7 @@ def build_enterprise(
 
 
 def job(machine: EnterpriseMachine, profiles: Mapping[str, Shapes], settings: EnterpriseSettings) -> dict[str, Any]:
-    """The input of the worker apart from file paths; it must be serializable as JSON."""
+    """The input of `build_worker.py` for TensorRT, apart from file paths; serializable as JSON."""
     return {
         "package": "tensorrt", "profiles": dict(profiles), "inspect": True,
         "network_flags": list(settings.network_flags(machine.version)),

@@ -49,14 +49,14 @@ class ReadyEngine:
     """An engine that can be loaded on this machine."""
 
     path: Path  # the uncompressed file
-    recipe: EngineRecipe  # what it was made from
+    recipe: EngineRecipe  # what it was built from
     source: EngineSource  # the export, the cache, or a new build
     precisions: Mapping[str, int]  # number of matrix multiplications by precision, as listed
     reasons: tuple[str, ...]  # why the export's own engine was not used; empty if it was
 
 
 class _Kept(FrozenConfig):
-    """The record that the cache keeps beside an engine."""
+    """The record beside an engine in the cache, stored as JSON."""
 
     recipe: EngineRecipe = Field(description="what the engine was built from")
     sha256: str = Field(description="digest of the engine's file")
@@ -64,10 +64,10 @@ class _Kept(FrozenConfig):
 
 
 def ready_engine(export: Path, capability: str, *, on_build: Callable[[str], None] | None = None) -> ReadyEngine:
-    """The engine of an export for one GPU, rebuilt from its graph if the stored one cannot be used.
+    """The engine of an export for one GPU, rebuilt from the export's graph if the stored engine cannot be used.
 
-    The export need not have been built for the compute capability (for example "8.9"). `on_build` is called with a
-    notice before an engine is built; without it the notice is logged.
+    `capability` is the GPU's compute capability, for example "8.9"; the export may lack an engine for it. `on_build` is
+    called with a notice before an engine is built; without it the notice is logged.
 
     Raises:
         BadArtifactError: anything other than an engine is missing or damaged.
@@ -82,7 +82,7 @@ def ready_engine(export: Path, capability: str, *, on_build: Callable[[str], Non
     reasons = _stale(artifact, entry, wanted, capability)
     if entry is not None and not reasons and not entry.engine.endswith(PACKED_SUFFIX):
         return ReadyEngine(artifact.root / entry.engine, wanted, EngineSource.EXPORT, entry.precisions, ())
-    if entry is not None and not reasons:  # cached under the packed file's digest, so unambiguous
+    if entry is not None and not reasons:  # unpacked into the cache, under a name with the packed file's digest
         packed = next(file.sha256 for file in artifact.manifest.files if file.path == entry.engine)
 
         def unpack(path: Path) -> Mapping[str, int]:
@@ -135,12 +135,12 @@ def profiles_of(artifact: Artifact) -> dict[str, Shapes]:
 
 
 def _wanted(artifact: Artifact, capability: str) -> EngineRecipe:
-    """The recipe of an engine for this machine."""
+    """The recipe by which an engine for this compute capability would be built on this machine."""
     config = artifact.manifest.config
     entry = artifact.manifest.details_of(TrtDetails).engines.get(capability)
     stored = None if entry is None else entry.recipe
     builder: Literal["rtx", "enterprise"] = "enterprise" if config["builder"] == "enterprise" else "rtx"
-    # Without a builder no version is known that the stored engine could differ from, so its own version is assumed.
+    # If no builder is installed, the stored engine's version cannot be checked, so that version is assumed.
     version = installed_builder(builder) or (stored.version if stored else "none installed")
     return EngineRecipe(
         builder=builder, version=version, capability=capability,
@@ -163,12 +163,12 @@ def _stale(artifact: Artifact, entry: BuiltEngine | None, wanted: EngineRecipe, 
 
 
 def _place(recipe: EngineRecipe, packed: str = "") -> Path:
-    """Where an engine is cached: one that was built here, or one unpacked from the file with digest `packed`."""
+    """The path of an engine in the cache; `packed` is the digest of the file it is unpacked from, if any."""
     return cache_folder() / f"{recipe.digest[:32]}{'-' if packed else ''}{packed[:32]}.engine"
 
 
 def _from_cache(recipe: EngineRecipe, packed: str = "") -> _Kept | None:
-    """The cache record of a complete engine of this recipe, if there is one."""
+    """The cache record of an engine of this recipe whose file is undamaged; None if there is none."""
     path = _place(recipe, packed)
     try:
         kept = _Kept.model_validate_json(path.with_suffix(".json").read_bytes())
@@ -179,7 +179,11 @@ def _from_cache(recipe: EngineRecipe, packed: str = "") -> _Kept | None:
 
 
 def _keep(recipe: EngineRecipe, make: Callable[[Path], Mapping[str, int]], packed: str = "") -> dict[str, int]:
-    """Put an engine into the cache: first the engine, atomically, then the record that makes it valid."""
+    """Put the engine that `make` writes into the cache: first its file, atomically, then the record that validates it.
+
+    Returns:
+        The number of matrix multiplications by precision, from `make`.
+    """
     place = _place(recipe, packed)
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
@@ -220,7 +224,7 @@ def _build(artifact: Artifact, recipe: EngineRecipe, path: Path) -> dict[str, in
             why=f"the installed package has version {recipe.version}",
             fix="reinstall the package",
         )
-    # The limits that the export's own engines had to meet.
+    # The rebuilt engine must meet the same requirement on precision as the engines of the export.
     report = read_precision(_products(artifact), built.layers)
     details = artifact.manifest.details_of(TrtDetails)
     format = TrtFormat(details.format)

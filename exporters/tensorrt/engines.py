@@ -1,10 +1,10 @@
 """Engines of an export: where they are stored, their entries in `layers.json`, and checks of their precision and size.
 
 An engine of TensorRT for RTX carries the source text of its generated kernels, some 145 kB each, which is compiled on
-the GPU. Most texts are stored once per launch, even if two are identical: their total size depends on the number of
-layers, but neither on their width nor on any setting. So two sizes are compared with the codes, scales and floats that
-an engine must hold: the engine without that text, which would double if the builder kept weights dequantized, and the
-compressed file as it is stored.
+the GPU. Most texts are stored once per kernel launch, even if two are identical, so their total size depends on the
+number of layers, but neither on the layers' width nor on any setting. So two sizes are compared with the total size of
+the codes, scales and floats that an engine must hold: the size of the engine without that text, which would double if
+the builder kept weights dequantized, and the size of the compressed file as it is stored.
 """
 
 from __future__ import annotations
@@ -32,7 +32,14 @@ def engine_file(capability: str, builder: Builder = Builder.RTX) -> str:
 
 
 def describe_engine(root: Path, name: str, report: PrecisionReport, built: Built) -> dict[str, Any]:
-    """An engine's entry in layers.json."""
+    """Make an engine's entry in layers.json.
+
+    Args:
+        root: directory of the export.
+        name: path of the engine file within it.
+        report: the engine's precisions.
+        built: the result of the build.
+    """
     return {
         "engine": name,
         "engine_bytes": (root / name).stat().st_size,
@@ -51,7 +58,10 @@ def write_layers(root: Path, reports: Mapping[str, Mapping[str, Any]]) -> None:
 
 
 def precision_gate(report: PrecisionReport, wanted: Mapping[str, str], name: str, *, required: bool) -> Gate:
-    """Counts matrix multiplications in another precision than wanted; informational only if not required."""
+    """Gate on the number of matrix multiplications in another precision than wanted; always passes if not `required`.
+
+    `wanted` are precisions by name of the graph's node, as returned by `artifact_precisions`.
+    """
     other, kinds = report.not_in(wanted), Counter(wanted.values())
     detail = shown_counts(report.counts())
     if len(kinds) > 1:
@@ -65,14 +75,14 @@ def shown_counts(counts: Mapping[str, int]) -> str:
     return ", ".join(f"{count} in {name}" for name, count in sorted(counts.items()))
 
 
-# An FP16 copy of 8-bit codes would have a ratio of 2.
+# Largest ratio of an engine's size, without text, to that of the graph's tensors; FP16 copies of 8-bit codes give 2.
 LIMIT: Final = 1.35
-# Besides text and weights an engine has a header and a record per layer: 57 kB with two blocks, 210 kB with twelve.
+# An engine also has a header and a record per layer: together 57 kB with two transformer blocks, 210 kB with twelve.
 ALLOWANCE_BYTES: Final = 256 * 1024
 _MEGABYTE: Final = 1_000_000
 # Text is found as runs of at least this length: random weights contain such a run with a probability of 1 in 10^800.
-# The E4M3 scales of NVFP4 blocks can consist of these bytes, too, but contain no line feed, which read as a scale would
-# be 2^-6 of the typical ones.
+# The E4M3 scales of NVFP4 blocks can consist of these bytes, too, but contain no line feed: as an E4M3 scale, that byte
+# is 2^-6 of the typical ones.
 _TEXT: Final = re.compile(rb"[\t\n\r\x20-\x7e]{2000,}")
 
 # For dry runs: kernel source text per transformer block (0.9 to 1.2 MB with 6, 12 and 30 blocks), and the compression
@@ -105,9 +115,9 @@ def measure_engine(engine: Path, ideal: int) -> EngineSize:
 
 
 def size_gate(size: EngineSize, capability: str, *, required: bool) -> Gate:
-    """Whether the engine holds the weights in the same form as the graph.
+    """Gate on the engine's size without text: it must not exceed the graph's tensors by more than codes allow.
 
-    Informational only (`required` is False) for weight-only formats, where the builder may keep weights dequantized.
+    Always passes if not `required`, as for weight-only formats, where the builder may keep weights dequantized.
     """
     shown = f"codes, scales and floats have {size.ideal_bytes / _MEGABYTE:.1f}: x{size.weights_over_ideal:.2f}"
     name, detail = f"MB of the engine beside text for {capability}", f"of {size.engine_bytes / _MEGABYTE:.1f}; {shown}"
@@ -115,9 +125,9 @@ def size_gate(size: EngineSize, capability: str, *, required: bool) -> Gate:
 
 
 def stored_gate(size: EngineSize, stored_bytes: int, capability: str, *, required: bool) -> Gate:
-    """Whether the engine file as stored in the export is about as large as its codes.
+    """Gate on the size of the engine file as stored in the export, against the size of the graph's tensors.
 
-    Informational only (`required` is False) for uncompressed engines and for weight-only formats.
+    Always passes if not `required`, as for uncompressed engines and for weight-only formats.
     """
     detail = f"x{stored_bytes / size.ideal_bytes:.2f} of codes, scales and floats"
     return _bytes_gate(f"MB of the stored engine for {capability}", stored_bytes, size, required, detail)

@@ -1,4 +1,4 @@
-"""The complete export of a vision model: graph, validation, engines, and the precisions reported by the builder."""
+"""Exports a vision model to TensorRT: writes the graph, compares it with the artifact, builds and checks engines."""
 
 from __future__ import annotations
 
@@ -230,7 +230,7 @@ class _Made:
         if not self.format.weight_only:
             wanted, name = artifact_precisions(self.layers), f"products not in {self.format} for {capability}"
             return precision_gate(report, wanted, name, required=self.options.require)
-        # The builder may dequantize: codes and memory stay small, and nothing is rounded again.
+        # The builder may dequantize weights: they are still stored as codes, and nothing is rounded again.
         value, detail = sum(product.name in _FLOATS for product in report.products), shown_counts(report.counts())
         return Gate(name=f"products in float for {capability}", value=value, threshold=value, detail=detail)
 

@@ -1,8 +1,8 @@
 """Makes the graph of a quantized vision model in a form that TensorRT builds well: strongly typed Q/DQ.
 
-Defines the formats in which an artifact can be exported, the GPUs that support them (only Blackwell's tensor cores
-multiply NVFP4), and the passes: those of `exporters/graph`, those for NVFP4, and two that the builder needs, which keep
-the queries' quantizers in place and limit the inputs of linears to three axes.
+Chooses the format in which an artifact is exported, checks that the GPUs support it (only Blackwell's tensor cores
+multiply NVFP4), and runs the passes: those of `exporters/graph`, those for NVFP4, and two that the builder needs, which
+keep the queries' quantizers in place and limit the inputs of linears to three axes.
 """
 
 from __future__ import annotations
@@ -42,7 +42,9 @@ INT4_BLOCK = 32
 
 
 def typed_graph(quantized: QuantizedVit, format: TrtFormat, source: str) -> QuantizedGraph:
-    """Trace, lint and rewrite the model of a format (`in_format`); all floats are still float32 (see `halve`).
+    """Trace, lint and rewrite a model, which must be the result of `in_format` for the same format.
+
+    All floats of the graph are float32; `halve` converts them. `source` is the artifact's name in messages.
 
     Raises:
         LintFindingsError, ConfigurationError: as `trace_linted`.
@@ -77,8 +79,8 @@ def _prepared(traced: FloatGraph, quantized: QuantizedVit) -> list[Change]:
     return [raise_opset(traced.model, activations=bool(sites)), flatten_products(traced, rounded)]
 
 
-_QUERIES = ".q/QuantizeLinear"
-_MOST_AXES = 3
+_QUERIES = ".q/QuantizeLinear"  # how the names of the queries' quantizers end
+_MOST_AXES = 3  # of an input of TensorRT's dynamic quantizer
 
 
 def hold_queries(model: ir.Model) -> Change:
@@ -91,8 +93,8 @@ def hold_queries(model: ir.Model) -> Change:
     keeps one of the three quantizers in place, and with it the weights' codes. Its bounds are the values of the
     smallest and largest code, so it changes no code.
 
-    Other matrix multiplications with several such quantizers (for example keys and values in attention pooling) have
-    the first of them clipped. They are found in the graph by the linter's own rule.
+    In other matrix multiplications with several such quantizers (for example keys and values in attention pooling), the
+    first quantizer by name gets a Clip. The linter's `moved_quantizers` finds them.
     """
     queries = [n for n in model.graph if n.op_type == "QuantizeLinear" and (n.name or "").endswith(_QUERIES)]
     changed = [_clip(model.graph, node) for node in queries if _unclipped(node)]
@@ -108,6 +110,7 @@ def _unclipped(quantize: ir.Node) -> bool:
 
 
 def _clip(graph: ir.Graph, quantize: ir.Node) -> str:
+    # Insert a Clip to the range of the codes before a quantizer; returns the quantizer's site.
     value = quantize.inputs[0]
     assert value is not None
     site = str(quantize.name).removesuffix("/QuantizeLinear")
@@ -128,11 +131,14 @@ def flatten_products(traced: FloatGraph, names: Collection[str]) -> Change:
     """Rewrite linears in `names` with four axes to three, since TensorRT's dynamic quantizer does not accept more.
 
     Models that keep patches as an image (Swin in timm) multiply inputs of shape `(N, rows, columns, C)`. The axes
-    between the first and the last are merged before the multiplication and split again after its bias: the same numbers
-    in the same order. Windows are cut from images, so the first axis may be dynamic; the others are constants.
+    between the first and the last are merged before the multiplication and split again after its bias, which leaves the
+    numbers and their order unchanged. Only the first axis may be dynamic.
 
     The graph must be without Gemm (see `split_gemms`) and not yet quantized; `names` are linears whose inputs will be
-    quantized in blocks. The change names the linears that were rewritten.
+    quantized in blocks. The result lists the linears that were rewritten.
+
+    Raises:
+        ValueError: an axis other than the first is dynamic.
     """
     flat: dict[ir.Value, ir.Value] = {}
     changed = []
@@ -148,6 +154,7 @@ def _axes(value: ir.Value | None) -> int:
 
 
 def _flatten(graph: ir.Graph, product: Product, flat: dict[ir.Value, ir.Value]) -> None:
+    # Reshape one linear's input to three axes, and its result back; `flat` holds the inputs reshaped so far.
     node, value = product.node, product.node.inputs[0]
     assert value is not None
     assert value.shape is not None
@@ -175,7 +182,7 @@ def _flatten(graph: ir.Graph, product: Product, flat: dict[ir.Value, ir.Value]) 
 
 
 def _reshape(graph: ir.Graph, value: ir.Value, name: str, sides: tuple[int, ...], shape: ir.Shape | None) -> ir.Node:
-    """A node that is not yet in a graph; 0 keeps a dimension."""
+    """Create a Reshape that is not yet in the graph; 0 in `sides` keeps a dimension, `shape` is the output's."""
     stored = add_initializer(graph, f"{name}/shape", np.array(sides, np.int64))
     node = ir.node("Reshape", [value, stored], name=name)
     output = node.outputs[0]
@@ -183,7 +190,7 @@ def _reshape(graph: ir.Graph, value: ir.Value, name: str, sides: tuple[int, ...]
     return node
 
 
-# For messages: the name of a family of codes, the format it is stored in, and the precision setting that makes it.
+# By number type of the codes: its name in messages, the format that stores it, and the value of --bits that yields it.
 _OWN: Final = {
     Kind.INT: ("integers", TrtFormat.INT8, "integer bits, for instance w8a8"),
     Kind.E4M3: ("FP8", TrtFormat.FP8, "wfp8afp8"),
@@ -198,7 +205,7 @@ def choose_format(quantized: QuantizedVit, wanted: TrtFormat | None, source: str
         LintFindingsError: the artifact's codes cannot be stored in this format without being rounded again.
     """
     kinds = {weight.kind for weight in quantized.weights.values()}
-    # NVFP4 artifacts also hold FP8; all others hold a single family.
+    # NVFP4 artifacts also hold FP8 codes; all others hold codes of a single type.
     kind = next((kind for kind in (Kind.NVFP4, Kind.E4M3) if kind in kinds), Kind.INT)
     called, own, _ = _OWN[kind]
     format = own if wanted is None else wanted
@@ -223,10 +230,10 @@ _FP4_DEFAULT: Final = ("12.0",)
 
 
 def with_targets(options: TrtExportOptions, format: TrtFormat) -> TrtExportOptions:
-    """The options with the format's default compute capabilities if none were given.
+    """The options, with the default compute capabilities of the format if none were given.
 
     Raises:
-        ConfigurationError: a given compute capability does not support the format; found before the builder runs.
+        ConfigurationError: a given compute capability does not support the format.
     """
     if format.kind is Kind.NVFP4 and "compute_capabilities" not in options.model_fields_set:
         return options.model_copy(update={"compute_capabilities": _FP4_DEFAULT})

@@ -1,4 +1,4 @@
-"""Passes that convert a float32 graph to half precision, for engines that use every type exactly as written.
+"""Passes that convert a float32 graph to FP16, for strongly typed engines, which compute in the types of the graph.
 
 Codes and scales keep their values: scales are trained to be exactly representable in FP16, and any other scale is
 refused. What changes is the arithmetic between the matrix multiplications. Pixels stay float32 up to their quantizer,
@@ -52,7 +52,7 @@ def refuse_not_half(source: str, fix: str) -> Iterator[None]:
 
 
 def halve(model: ir.Model) -> Change:
-    """Convert in place; the change names the stored tensors that were converted to FP16.
+    """Convert a float32 graph to FP16 in place; the result lists the stored tensors that were converted.
 
     Raises:
         NotHalf: a scale that FP16 cannot represent exactly, or a finite value beyond its range.
@@ -109,7 +109,7 @@ def _input_islands(graph: ir.Graph) -> frozenset[ir.Node]:
 
 
 def _split_shared(graph: ir.Graph, islands: frozenset[ir.Node]) -> None:
-    """A scale that is used inside and outside an island is stored in both types."""
+    """Store a second, float32 copy of every tensor that is read both inside and outside the islands, for the inside."""
     for value in list(graph.initializers.values()):
         inside = [(node, index) for node, index in value.uses() if node in islands]
         if value.dtype != ir.DataType.FLOAT or not inside or len(inside) == len(value.uses()):
@@ -120,6 +120,7 @@ def _split_shared(graph: ir.Graph, islands: frozenset[ir.Node]) -> None:
 
 
 def _halve_stored(value: ir.Value) -> str:
+    # Convert a stored tensor to FP16, and return its name. Raises NotHalf if its numbers cannot be represented.
     array, name = stored_array(value), str(value.name)
     finite = array[np.isfinite(array)]
     exact = any(node.op_type in _QUANTIZERS and index == _SCALE for node, index in value.uses())
@@ -135,13 +136,13 @@ def _halve_stored(value: ir.Value) -> str:
 
 
 def _is_mask(array: np.ndarray) -> bool:
-    """Zeros and very large negative numbers: in FP16 minus infinity masks the same positions."""
+    """Whether a tensor holds only zeros and negative numbers beyond FP16: as minus infinity they mask the same."""
     beyond = np.abs(array) > _LARGEST
     return bool(np.all(array[beyond] < 0) and np.all(array[~beyond] == 0))
 
 
 def _halve_attributes(node: ir.Node) -> None:
-    """Constants and casts that refer to float32."""
+    """Change float32 to FP16 in a node's Cast target or constant tensor."""
     if node.op_type == "Cast" and node.attributes.get_int("to", 0) == ir.DataType.FLOAT:
         node.attributes["to"] = ir.AttrInt64("to", ir.DataType.FLOAT16)
     value = node.attributes.get("value")
@@ -152,7 +153,7 @@ def _halve_attributes(node: ir.Node) -> None:
 
 
 def _cast_inputs(graph: ir.Graph, islands: frozenset[ir.Node]) -> None:
-    """Consumers outside the islands read the input in FP16."""
+    """Cast the graph's inputs to FP16 for all consumers outside the islands."""
     for value in graph.inputs:
         outside = [(node, index) for node, index in value.uses() if node not in islands]
         if value.dtype != ir.DataType.FLOAT or not outside:
@@ -169,9 +170,9 @@ def stored_arrays(model: ir.Model) -> dict[str, Any]:
 
 
 def compare_halved(before: Mapping[str, Any], written: ir.Model) -> list[Gate]:
-    """Gates on a written FP16 graph, read from its file, against the tensors of the float32 graph (`stored_arrays`).
+    """Gates on a written graph, read from its file, against the tensors of the float32 graph (`stored_arrays`).
 
-    All numbers of the latter have already been compared with the artifact.
+    The float32 graph has already been compared with the artifact.
     """
     after = stored_arrays(written)
     codes = scales = others = 0
@@ -198,7 +199,7 @@ def compare_halved(before: Mapping[str, Any], written: ir.Model) -> list[Gate]:
 
 
 def dequantize_graph(model: ir.Model) -> int:
-    """Replace stored codes by values in their scale's type, and remove activation quantizers; in place.
+    """Replace stored codes by dequantized values in their scale's dtype, and remove activation quantizers, in place.
 
     Returns the number of DequantizeLinear nodes that were removed.
     """
@@ -232,7 +233,7 @@ def _stored(graph: ir.Graph, node: ir.Node) -> ir.Value:
 
 
 def _spread(scale: Any, codes: Any, axis: int, block: int) -> Any:
-    """One scale per tensor, per channel or per block, broadcast to the shape of the codes."""
+    """Reshape a scale (per tensor, per channel or per block) to float32 that broadcasts to the shape of the codes."""
     if block:
         return np.repeat(scale, block, axis=axis).astype(np.float32)
     if scale.size == 1:
@@ -243,7 +244,7 @@ def _spread(scale: Any, codes: Any, axis: int, block: int) -> Any:
 
 
 def _unclipped(value: ir.Value) -> ir.Value:
-    """The input of a Clip that feeds only a quantizer, since it belongs to the quantizer; else the value itself."""
+    """The input of a Clip that feeds only a quantizer, and so belongs to it; otherwise the value itself."""
     producer = value.producer()
     if producer is None or producer.op_type != "Clip" or len(value.uses()) > 1 or producer.inputs[0] is None:
         return value
@@ -251,7 +252,7 @@ def _unclipped(value: ir.Value) -> ir.Value:
 
 
 def _typed(graph: ir.Graph, node: ir.Node, value: ir.Value) -> ir.Value:
-    """The activation before its quantizer, cast to the type of the dequantized one: pixels are float32."""
+    """The activation before its quantizer, cast to the dtype after it if they differ, as for float32 pixels."""
     wanted = node.inputs[1].dtype if node.inputs[1] is not None else None
     if wanted is None or value.dtype == wanted:
         return value

@@ -1,7 +1,7 @@
-"""Parses what a builder reports about an engine, and finds the precision in which it really multiplies.
+"""Parses the layers that a builder reports for an engine, and finds the precision of each matrix multiplication.
 
 An engine's inspector needs a GPU. The builder's log at its most verbose level contains the same list, written during
-compilation, so precision can be checked on any machine. The text has one line per layer, of the form
+compilation, so precision can be checked on any machine. The log has one line per layer, of the form
 
     Name: N, LayerType: T, Inputs: [ { Name: .., Dimensions: [..], .., Datatype: D, .. }, ..], Constants: [..],
     Outputs: [..], TacticName: X, StreamId: 0, Metadata: [ONNX Layer: node]<US>[ONNX Layer: node]
@@ -9,9 +9,10 @@ compilation, so precision can be checked on any machine. The text has one line p
 where <US> is the unit separator, code 31. Layers that copy shapes to the device have no constants and name parameters;
 signals between streams name an event.
 
-The inspector prints JSON. 10.x writes a tensor's layout and type in one string, `"Format/Datatype": "Row major linear
-FP16 format"`; 11.x has a key for each. Layer kinds are named as in the listing, so that matrix multiplications are
-found in the same way. (IEngineInspector; "Migrating IEngineInspector Usage from TensorRT 10.x to 11.x".)
+The inspector prints JSON. TensorRT 10.x writes a tensor's layout and type in one string, `"Format/Datatype": "Row major
+linear FP16 format"`; 11.x has a key for each. Layer kinds are translated to those of the log, so that matrix
+multiplications are found in the same way. (Sources: IEngineInspector; "Migrating IEngineInspector Usage from TensorRT
+10.x to 11.x".)
 
 A graph requests a precision, but the builder decides. It may silently dequantize and multiply in half precision, so
 each matrix multiplication of the graph (named after its layer) is looked up among the built layers, and its operand
@@ -74,6 +75,7 @@ def parse_listing(messages: Iterable[str]) -> tuple[EngineLayer, ...]:
 
 
 def _layer(line: str) -> EngineLayer:
+    # Parse one line of the builder's log.
     found = _LINE.match(line)
     if found is None:
         raise BadArtifactError(
@@ -95,13 +97,15 @@ def _ports(text: str) -> tuple[Port, ...]:
     )
 
 
-# The first match within a description is used, so longer names precede the names that they contain.
+# Parts of a type description, and the builder's type names. The first part that occurs in a description decides, so
+# longer parts precede those that they contain.
 _TYPES: Final = (
     ("fp4", "FP4E2M1"), ("int4", "Int4"), ("fp8", "FP8"), ("e4m3", "FP8"), ("int8", "Int8"), ("bfloat16", "BFloat16"),
     ("bf16", "BFloat16"), ("fp16", "Half"), ("half", "Half"), ("fp32", "Float"), ("float", "Float"),
     ("int64", "Int64"), ("int32", "Int32"), ("bool", "Bool"),
 )  # fmt: skip
-# Layer kinds of products that are not compiled by Myelin, the compiler that TensorRT for RTX consists of.
+# Kinds of multiplying layers that TensorRT does not compile with Myelin (the only compiler of TensorRT for RTX), and
+# the names of the same kinds in the log.
 _KINDS: Final[Mapping[str, str]] = {
     "MatrixMultiply": "gemm", "CaskGemmMatrixMultiply": "gemm", "CaskGemmConvolution": "gemm",
     "Convolution": "convolution", "CaskConvolution": "convolution", "CaskFlattenConvolution": "convolution",
@@ -131,6 +135,7 @@ def parse_inspector(text: str) -> tuple[EngineLayer, ...]:
 
 
 def _inspected(entry: Mapping[str, Any]) -> EngineLayer:
+    # Convert one layer of the inspector's JSON to the form of the log; a TypeError if it is only a name.
     if not isinstance(entry, Mapping):
         raise TypeError(f"a layer is only named: {str(entry)[:80]}")
     constants = _tensors(entry.get("Constants", ()))
@@ -155,12 +160,12 @@ def _tensors(entries: Any) -> tuple[Port, ...]:
 
 
 def port_type(text: str) -> str:
-    """The builder's name of the type in a description."""
+    """The builder's name of the type that a description mentions, such as Half; the description itself if unknown."""
     lowered = text.lower()
     return next((name for part, name in _TYPES if part in lowered), text)
 
 
-# The builder's type names, by their common names.
+# Common names of types, by the builder's names.
 NAMES: Final[Mapping[str, str]] = {
     "Int8": "int8", "FP8": "fp8", "FP4E2M1": "fp4", "Int4": "int4", "Half": "fp16", "BFloat16": "bf16", "Float": "fp32",
 }  # fmt: skip
@@ -181,7 +186,7 @@ class ProductPrecision(FrozenConfig):
 
     @property
     def name(self) -> str:
-        """The precision in one word: the operands' common type, or both types."""
+        """The precision: the operands' common type, or both types joined by "x"; "unknown" without operands."""
         return "x".join(dict.fromkeys(self.operands)) or "unknown"
 
 
@@ -196,14 +201,14 @@ class PrecisionReport(FrozenConfig):
         return dict(Counter(product.name for product in self.products))
 
     def not_in(self, precisions: Mapping[str, str]) -> tuple[str, ...]:
-        """Nodes that run in another precision than the one given for them; nodes that are not listed may use any."""
+        """Nodes that run in another precision than `precisions` requires; nodes missing there may use any."""
         return tuple(p.node for p in self.products if p.name != precisions.get(p.node, p.name))
 
 
 def artifact_precisions(layers: Sequence[ExportedLayer]) -> dict[str, str]:
-    """The precision of each matrix multiplication in the artifact, by node: that of its codes.
+    """The precision of the codes that each matrix multiplication has in the artifact, by name of its node.
 
-    One with a float operand, or with operands of two families, is left out.
+    Those with a float operand, or with operands of two different types, are left out.
     """
     found = {}
     for layer in layers:
@@ -215,7 +220,7 @@ def artifact_precisions(layers: Sequence[ExportedLayer]) -> dict[str, str]:
 
 
 def read_precision(nodes: Sequence[str], layers: Sequence[EngineLayer]) -> PrecisionReport:
-    """Look up the graph's matrix multiplications and convolutions by node name among the listed layers."""
+    """Find the engine layers that run the graph's matrix multiplications and convolutions, given by node name."""
     multiplying = [layer for layer in layers if _multiplies(layer)]
     return PrecisionReport(
         products=tuple(_find(node, multiplying) for node in nodes),
@@ -228,7 +233,7 @@ def _multiplies(layer: EngineLayer) -> bool:
 
 
 def _find(node: str, layers: Sequence[EngineLayer]) -> ProductPrecision:
-    # A fused layer names all nodes it was made from; a layer that has the node's own name is preferred.
+    # Several layers may list the node among those they were fused from; one that is named after it is preferred.
     candidates = [layer for layer in layers if node in layer.nodes]
     own = [layer for layer in candidates if layer.name.startswith(node)] or candidates
     if not own:
@@ -245,7 +250,7 @@ def _find(node: str, layers: Sequence[EngineLayer]) -> ProductPrecision:
 
 
 def _operands(layer: EngineLayer, attention: bool) -> list[str]:
-    """Types of the multiplied operands. A residual that the kernel also adds, and literals, may follow them."""
+    """Types of the multiplied operands. Inputs after these, such as a residual or a scalar constant, are ignored."""
     activations = [port.dtype for port in layer.inputs]
     stored = [port.dtype for port in layer.constants if port.shape not in _LITERALS]
     if attention:

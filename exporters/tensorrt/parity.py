@@ -1,18 +1,18 @@
 """Compares the graph before its conversion to FP16 with the artifact in torch, layer by layer, with the same inputs.
 
-The comparison is that of the ONNX export, in ONNX Runtime. Only the patch embedding differs, which is a matrix
+The comparison runs in ONNX Runtime, as for the ONNX export. Only the patch embedding differs, which is a matrix
 multiplication of rearranged pixels here. Every operator runs unoptimized, and sums are computed in float64: ONNX
 Runtime's integer kernels saturate on CPUs without VNNI and its float32 sums round at every addition, neither of which
 is a property of the graph. What remains is the rounding of `code * scale` and of the bias to fp32, a few times 6e-8, so
 1e-6 of a layer's largest output is allowed, as for integer kernels in the ONNX export. A patch embedding that stays a
-convolution is summed in float32: 1e-5.
+convolution is summed in float32, for which 1e-5 is allowed.
 
-ONNX Runtime has no kernels for NVFP4. There ONNX's reference evaluator runs the written nodes one by one. TensorRT's
-own operator is implemented here a second time, from its documentation, in numpy with the casts of ml_dtypes: the scale
-of a block is E4M3(amax / 6 / tensor_scale), a code is E2M1(x / (block_scale * tensor_scale)), both rounded to nearest,
-ties to even, saturating. Codes must be equal. Outputs are compared with the exact result of the codes: products of
-NVFP4 numbers are exact in fp32, and sums of so few bits stay within 1e-6 of the layer's largest output. With float
-activations every term is rounded, and 1e-5 is allowed, as for other float sums.
+ONNX Runtime has no kernels for NVFP4, so layers with NVFP4 operands run node by node in ONNX's reference evaluator.
+TensorRT's own operator is implemented for it here, from its documentation, in numpy with the casts of ml_dtypes: the
+scale of a block is E4M3(amax / 6 / tensor_scale), a code is E2M1(x / (block_scale * tensor_scale)), both rounded to
+nearest, ties to even, saturating. Codes must be equal. Outputs are compared with the exact result of the codes:
+products of NVFP4 numbers are exact in fp32, and sums of so few bits stay within 1e-6 of the layer's largest output.
+With float activations every term is rounded, and 1e-5 is allowed, as for other float sums.
 """
 
 from __future__ import annotations
@@ -53,10 +53,9 @@ _PATCHES = "/patches"
 def typed_parity(
     model: ir.Model, layers: Sequence[ExportedLayer], quantized: QuantizedVit, pixels: Tensor
 ) -> list[LayerParity]:
-    """Compare every layer, with the same input on both sides.
+    """Compare every layer without NVFP4 operands in ONNX Runtime with torch, given the same input.
 
-    `model` is the float32 graph; layers with NVFP4 operands are skipped (see `block_parity`). `pixels` (N, 3, H, W)
-    must be normalized.
+    `model` is the float32 graph; `block_parity` compares the other layers. `pixels` (N, 3, H, W) must be normalized.
     """
     layers = [layer for layer in layers if not layer.blocks]
     taps = quantized.taps(pixels)
@@ -76,7 +75,11 @@ def typed_parity(
 def product_gates(
     model: ir.Model, layers: Sequence[ExportedLayer], quantized: QuantizedVit, pixels: Tensor
 ) -> list[Gate]:
-    """Compare all layers of a float32 graph, with the same input on both sides."""
+    """Compare all layers of a float32 graph with torch, given the same input, and return the gates.
+
+    `layers` are those of `model`, `quantized` is the model that the graph computes, and `pixels` (N, 3, H, W) must be
+    normalized.
+    """
     convolves = any(layer.kind is ProductKind.PATCH for layer in layers)
     report = typed_parity(model, layers, quantized, pixels)
     gates = typed_gates(report, FLOAT_TOLERANCE if convolves else INTEGER_TOLERANCE) if report else []
@@ -109,7 +112,10 @@ def dynamic_quantize(x: Any, tensor_scale: Any) -> tuple[Any, Any]:
 def block_parity(
     model: ir.Model, layers: Sequence[ExportedLayer], quantized: QuantizedVit, pixels: Tensor
 ) -> list[LayerParity]:
-    """Compare every layer with an NVFP4 operand, with the same input on both sides; empty if there is none."""
+    """Compare every layer with an NVFP4 operand with torch, given the same input; empty if there is no such layer.
+
+    The arguments are those of `product_gates`.
+    """
     chosen = [layer for layer in layers if layer.blocks]
     if not chosen:
         return []
@@ -134,7 +140,10 @@ def block_gates(report: Sequence[LayerParity]) -> list[Gate]:
 
 
 def evaluate_graph(graph: Path | bytes, inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """Outputs by name of a graph with NVFP4 operators, which ONNX Runtime does not support, node by node; slow."""
+    """Run a graph with NVFP4 operators, which ONNX Runtime lacks, in the reference evaluator; slow.
+
+    `graph` is a file or its bytes; returns the outputs by name.
+    """
     import onnx
 
     proto = onnx.load_model_from_string(graph) if isinstance(graph, bytes) else onnx.load(graph)

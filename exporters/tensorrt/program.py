@@ -1,13 +1,13 @@
-"""Reads what an engine of TensorRT for RTX will run from the engine file itself: on any machine, without loading it.
+"""Reads the kernel launches of a TensorRT for RTX engine from its file, on any machine and without loading the engine.
 
-An engine holds its program as text: every tensor with its type, and every kernel launch with its inputs, its outputs
-and the nodes of the graph that it was made from:
+An engine file holds its program as text: every tensor with its type, and every kernel launch with its inputs, its
+outputs and the nodes of the graph that it was made from:
 
     tensor={ ... dims={ 1 128 384 } ... name="A" ... region=B-consts ... type=int8 }
     fully_connected={ name="qkv" output={"C" } input={"D" "A" } ... layers="[ONNX Layer: qkv]\n[ONNX Layer: x_dq]" }
     function={ name=_gemm_mha_v2 ... input_args={ "E" "F" } ... output_args={ "G" } ... layers="[ONNX Layer: qk]..." }
 
-A manifest and `layers.json` say what a builder reported; this shows what the engine contains.
+The manifest and `layers.json` record what the builder reported; this module reads what the engine file contains.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def read_program(engine: Path) -> tuple[EngineLayer, ...]:
     """The kernel launches of an engine, in the form of the builder's listing (`parse_listing`).
 
     Raises:
-        BadArtifactError: no readable program: it is not an engine, or an engine of another version.
+        BadArtifactError: no program is found: the file is not an engine, or one of an unknown version.
     """
     with engine.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
         tensors: dict[bytes, tuple[Port, bool]] = {}

@@ -25,7 +25,7 @@ from fp8pipe.core.config import FrozenConfig
 from fp8pipe.core.errors import BadArtifactError
 from fp8pipe.core.machine import distribution_version
 
-# Distributions that contain each builder; the first one installed is used.
+# Python distributions that contain each builder, in order of preference; the first one installed is used.
 DISTRIBUTIONS = {"rtx": ("tensorrt-rtx",), "enterprise": ("tensorrt", "tensorrt-cu13", "tensorrt-cu12")}
 PACKED_SUFFIX: Final = ".xz"
 # Every xz level compresses the text; higher ones spend seconds per megabyte on the remaining data, the codes.
@@ -53,7 +53,7 @@ class EngineRecipe(FrozenConfig):
         return hashlib.sha256(text.encode()).hexdigest()
 
     def differences(self, wanted: EngineRecipe) -> tuple[str, ...]:
-        """Why an engine of this recipe cannot be used instead of `wanted`; empty if it can."""
+        """The reasons why an engine built by this recipe cannot be used where `wanted` is needed; empty if it can."""
         mine, theirs = self.model_dump(mode="json"), wanted.model_dump(mode="json")
         words = {
             "builder": f"it was built by {_NAMES[self.builder]}, not {_NAMES[wanted.builder]}",
@@ -67,7 +67,7 @@ class EngineRecipe(FrozenConfig):
 
 
 def installed_builder(builder: str) -> str | None:
-    """Version of the installed builder; None if there is none. Nothing is imported."""
+    """Version of the installed builder ("rtx" or "enterprise"), from package metadata; None if it is not installed."""
     return next((v for name in DISTRIBUTIONS[builder] if (v := distribution_version(name)) is not None), None)
 
 
@@ -77,7 +77,8 @@ def cache_folder() -> Path:
     return (Path(base).expanduser() if base else Path.home() / ".cache" / "fp8pipe") / "engines"
 
 
-# Kernel source text compresses to about a tenth; a file of zeros to 1/7000.
+# The largest accepted ratio of unpacked to packed size: kernel source text compresses to about a tenth, but a file of
+# zeros, which would fill the disk, to 1/7000.
 _UNPACKED_TIMES: Final = 200
 
 
@@ -94,7 +95,7 @@ def unpack_engine(packed: Path, target: Path) -> None:
     """Decompress an engine to `target`.
 
     Raises:
-        BadArtifactError: it is incomplete, or decompresses to more than an engine can have.
+        BadArtifactError: the file is incomplete or damaged, or unpacks to more than 200 times its size.
     """
     most, written = _UNPACKED_TIMES * packed.stat().st_size + _CHUNK_BYTES, 0
     try:

@@ -1,6 +1,6 @@
 """The target `trt` for vision models: a strongly typed Q/DQ graph, and engines of TensorRT.
 
-Defines the export options, which are recorded completely in the manifest, and the manifest's further details.
+Defines the export options, all of which are recorded in the manifest, and the details that the manifest adds to them.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from fp8pipe.core.config import CONFIG_ONLY, Flag, FrozenConfig
 from fp8pipe.numerics.kinds import Kind
 
 KIND: Final = "trt-export"
-# For model cards.
+# Limitations to state in model cards.
 ENGINE_LIMITS: Final = (
     "Engines run only on the compute capability in their name, with the version that built them; "
     "build others from model.onnx.",
@@ -85,14 +85,14 @@ class TrtFormat(StrEnum):
 
     @property
     def kind(self) -> Kind:
-        """The family of the stored codes."""
+        """The number type of the stored codes: INT, E4M3 or NVFP4."""
         if self is TrtFormat.FP8:
             return Kind.E4M3
         return Kind.NVFP4 if self in (TrtFormat.NVFP4, TrtFormat.NVFP4_WEIGHT_ONLY) else Kind.INT
 
 
 class EnterpriseSettings(FrozenConfig):
-    """Settings of the builder; part of an engine's recipe."""
+    """Settings of TensorRT's builder (`enterprise`), which are part of an engine's recipe."""
 
     workspace_mib: Annotated[int, Flag("workspace")] = Field(
         default=4096, gt=0, description="Enterprise: scratch memory that kernels may use, MiB"
@@ -106,11 +106,11 @@ class EnterpriseSettings(FrozenConfig):
 
     @staticmethod
     def network_flags(version: str) -> tuple[str, ...]:
-        """Names of NetworkDefinitionCreationFlag: 11 has only strongly typed networks, 10 needs a flag for them."""
+        """Names of NetworkDefinitionCreationFlag: 10.x needs one for strong typing, 11.x is always strongly typed."""
         return ("STRONGLY_TYPED",) if int(version.split(".")[0]) < 11 else ()
 
     def builder_flags(self) -> tuple[str, ...]:
-        """Names of BuilderFlag, in 10 and 11 alike; no precision flags: strong typing forbids them, 11 has none."""
+        """Names of BuilderFlag, the same for 10.x and 11.x; strong typing allows no precision flags."""
         return ("VERSION_COMPATIBLE",) if self.version_compatible else ()
 
 
@@ -186,7 +186,11 @@ class TrtDetails(GraphDetails):
 
 
 def migrate_trt(data: dict[str, Any]) -> dict[str, Any]:
-    """Exports of language models also had this kind, recognizable by their cache; reasons contained the base type."""
+    """Convert manifest data of an older version.
+
+    Exports of language models, recognized by the key `cache`, used to have this kind, too, and the reason of a layer
+    used to hold the base dtype.
+    """
     from exporters.tensorrt.language.target import migrate_language
 
     if "cache" in data["details"]:

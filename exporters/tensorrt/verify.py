@@ -38,7 +38,7 @@ from fp8pipe.models.vision.quantized import QuantizedVit, layer_records
 
 
 def check_trt(artifact: Artifact, parent: Path | None, notes: list[str]) -> Iterator[Finding]:
-    """Check an export of a vision model for TensorRT."""
+    """Check an export of a vision model for TensorRT: its graph, against `parent` too if given, and its engines."""
     details, require = artifact.manifest.details_of(TrtDetails), bool(artifact.manifest.config.get("require", True))
     format, half = TrtFormat(details.format), Base(details.base) is Base.FP16
 
@@ -110,7 +110,10 @@ def check_language(artifact: Artifact, parent: Path | None, notes: list[str]) ->
 def _compare_decoder(
     artifact: Artifact, model: ir.Model, products: tuple[ExportedLayer, ...], parent: Path, notes: list[str]
 ) -> Iterator[Finding]:
-    """Compare codes, scales and floats; the graph; tokenizer and configuration."""
+    """Compare a decoder export with its parent: stored numbers, layer records, the graph, tokenizer and config.json.
+
+    Differences of structure are only added to `notes` if the graph was traced with other versions of packages.
+    """
     source = open_language(parent)
     stored = json.loads((artifact.root / SCALES_FILE).read_text(encoding="utf-8"))
     scales = {name: InputScale.model_validate(scale) for name, scale in stored.items()}

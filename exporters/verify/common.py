@@ -1,4 +1,4 @@
-"""Helpers for all kinds of checks: gates and linter findings turned into findings, and JSON compared key by key."""
+"""Helpers that the checks of all kinds of artifacts share; each yields a `Finding` for every difference."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def failed_gates(gates: Sequence[Gate]) -> Iterator[Finding]:
 
 
 def compare_gates(artifact: Artifact, again: Sequence[Gate]) -> Iterator[Finding]:
-    """Compare the manifest's gates with the same gates evaluated again, where they follow from the files alone."""
+    """Compare the manifest's gates with gates that were evaluated again and depend only on the files."""
     recorded = {gate.name: gate for gate in artifact.manifest.gates}
     for gate in again:
         old = recorded.get(gate.name)
@@ -42,14 +42,18 @@ def compare_gates(artifact: Artifact, again: Sequence[Gate]) -> Iterator[Finding
 
 
 def _close(recorded: float | None, again: float | None) -> bool:
-    """Whether two values of a gate agree: counts exactly, norms up to the order of summation."""
+    """Whether two values of a gate agree: counts exactly, others up to 0.1 %, as their sums may round differently."""
     if recorded is None or again is None:
         return recorded is again
     return recorded == again or (not float(again).is_integer() and math.isclose(recorded, again, rel_tol=1e-3))
 
 
 def compare_json(found: Any, expected: Any, where: str, path: str = "") -> Iterator[Finding]:
-    """Every leaf in which two JSON values differ, with its path."""
+    """Compare two JSON values, and yield a finding for every leaf that differs.
+
+    Findings are located at `where`, usually a file name, and name the leaf's path. `path` is where both values lie in
+    the document. Lists of strings are compared without regard to order.
+    """
     if isinstance(found, dict) and isinstance(expected, dict):
         for key in sorted(found.keys() | expected.keys()):
             inner = f"{path}.{key}" if path else str(key)
@@ -111,7 +115,10 @@ def compare_encodings(
 
 
 def compare_details(artifact: Artifact, expected: Details, unknown: frozenset[str] = frozenset()) -> Iterator[Finding]:
-    """Compare the manifest's details with those derived from the files: those set and not in `unknown`."""
+    """Compare the manifest's details with those derived from the files.
+
+    Only the fields that are set in `expected` and not named in `unknown` are compared.
+    """
     if artifact.manifest.stored_version < ENCODINGS_SINCE:
         unknown |= {"trained_activations"}  # older manifests stored it as text, which is incomplete
     known = expected.model_fields_set - unknown
@@ -120,7 +127,14 @@ def compare_details(artifact: Artifact, expected: Details, unknown: frozenset[st
 
 
 def compare_files(root: Path, source: Path, names: Iterable[Path], expected: Iterable[Path]) -> Iterator[Finding]:
-    """Files copied along with the weights: `names` in the export must equal `expected` in its parent byte for byte."""
+    """Compare files that an export copies from its parent, byte for byte.
+
+    Args:
+        root: directory of the export.
+        source: directory of the parent.
+        names: the copied files that the export has.
+        expected: the files that it should have, since the parent has them.
+    """
     there, wanted = set(names), set(expected)
     for name in sorted(there | wanted):
         if name not in wanted:

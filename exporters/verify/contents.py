@@ -1,4 +1,4 @@
-"""Checks the contents of an artifact: exports by their target's checks, trained and quantized models by those here."""
+"""Checks the contents of an artifact: an export by its target's check, a trained or quantized model by those here."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def check_contents(artifact: Artifact, parent: Path | None) -> tuple[list[Findin
     except MissingCapabilityError as error:
         notes.append(f"contents not checked: {error.what} ({error.fix})")
     except (ValueError, KeyError, TypeError, OSError, RuntimeError, SafetensorError) as error:
-        # The files have the recorded hashes but cannot be read here: whoever wrote them made a mistake.
+        # The files have the recorded hashes but cannot be read, so they were already wrong when they were hashed.
         why = " ".join(f"{type(error).__name__}: {error}".split())[:400]
         named = _no_json(artifact) or [(artifact.kind, f"its files are inconsistent with each other: {why}")]
         findings += [Finding(Check.REOPEN, where, said) for where, said in named]
@@ -63,7 +63,7 @@ def check_contents(artifact: Artifact, parent: Path | None) -> tuple[list[Findin
 
 
 def _no_json(artifact: Artifact) -> list[tuple[str, str]]:
-    """Files that should hold JSON but do not, each with the reason."""
+    """The artifact's .json files that do not hold valid JSON, each with the reason."""
     found = []
     for entry in artifact.manifest.files:
         if entry.path.endswith(".json"):
@@ -75,7 +75,7 @@ def _no_json(artifact: Artifact) -> list[tuple[str, str]]:
 
 
 def _check_vit(artifact: Artifact, parent: Path | None, notes: list[str]) -> Iterator[Finding]:
-    """An artifact of `quantize-vit`."""
+    """Check an artifact of `quantize-vit`: values, preprocessing, and the manifest's layer records."""
     quantized = load_quantized(artifact.root)
     yield from lint_findings(lint_model(quantized, OnnxFormat.QDQ, runtime=False))
     manifest = artifact.manifest
@@ -93,13 +93,13 @@ def _check_vit(artifact: Artifact, parent: Path | None, notes: list[str]) -> Ite
 
 
 def _check_tuned(artifact: Artifact, parent: Path | None, notes: list[str]) -> Iterator[Finding]:
-    """An artifact of `finetune`: values, shapes, adapter, and the manifest's layer records."""
-    # The rules that apply to every format; the files were already hashed.
+    """Check an artifact of `finetune`: values, shapes, adapter, and the manifest's layer records."""
+    # With format bf16 the linter applies only the rules that hold for every format. The files were already hashed.
     plan = plan_export(artifact.root, VllmExportOptions(format=ExportFormat.BF16), verify=False)
     yield from lint_findings(lint(plan))
     yield from unexpected_tensors(plan.source.tensors, plan.structure)
     yield from stray_weights(artifact.root, plan.source.tensors, ("adapter.safetensors",))
-    # The manifest's statements on layers, orientation, shapes and number format.
+    # Compare the manifest's statements on layers, orientation, shapes and number format with the files.
     manifest, tensors = artifact.manifest, plan.source.tensors
     coded = {name.removesuffix(".weight") for name, entry in tensors.items() if entry.dtype == "F8_E4M3"}
     stated = {layer.name for layer in manifest.layers if layer.converted}

@@ -1,10 +1,10 @@
-"""Checks for all exports that store the model as a graph: signature, layers, other files, and the graph made again.
+"""Checks for all exports that store the model as a graph: signature, layers, other files, and the graph exported anew.
 
-A graph is a function of the artifact it was made from. So the graph of a vision export is made again from its parent
+A graph is determined by the artifact it was made from. So the graph of a vision export is made again from its parent
 and compared with the file: inputs, operators, attributes, connections, and every stored number. This finds errors that
-are invisible in the file alone and that still give the same class on a few images: a factor applied twice, a wrong
-epsilon or axis. Tracing depends on the versions of torch and onnxscript: if they differ from those in the manifest,
-differences of structure are only noted, while differences of stored numbers are still findings.
+cannot be seen in the file alone and may not change the class of a few images: a factor applied twice, a wrong epsilon
+or axis. Tracing depends on the versions of torch and onnxscript: if they differ from those in the manifest, differences
+of structure are only noted, while differences of stored numbers are still findings.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class GraphChecks:
 def check_vision_graph(
     artifact: Artifact, parent: Path | None, notes: list[str], checks: GraphChecks
 ) -> Iterator[Finding]:
-    """Check an export that stores a vision model as a graph."""
+    """Check an export that stores a vision model as a graph, against `parent` too if it is given."""
     model = yield from check_file(artifact, checks.lint, readable=checks.readable)
     if model is not None:
         yield from _descriptions(artifact, model)
@@ -108,7 +108,7 @@ def _signature(artifact: Artifact, model: ir.Model) -> Iterator[Finding]:
             yield from compare_json(stated.model_dump(mode="json"), facts, MANIFEST_NAME, "details.input")
     asked, said = manifest.config.get("format"), getattr(manifest.details, "format", None)
     if asked not in (None, said):
-        yield Finding(Check.MANIFEST, MANIFEST_NAME, f"details.format is {said}; the export was asked for {asked}")
+        yield Finding(Check.MANIFEST, MANIFEST_NAME, f"details.format is {said}; the options say {asked}")
 
 
 def _layers(artifact: Artifact, layers: tuple[ExportedLayer, ...]) -> Iterator[Finding]:
@@ -144,7 +144,7 @@ def _encodings(manifest: Manifest, layer: ExportedLayer, record: LayerRecord) ->
 
 
 def _products(artifact: Artifact, model: ir.Model) -> Iterator[Finding]:
-    """Every layer of the manifest has its MatMul or Conv in the graph and vice versa, and its codes are in range."""
+    """Check that manifest and graph have the same layers, and that the layers' codes are within their bit width."""
     found = {str(n.name).rpartition("/")[0] for n in model.graph if str(n.name).endswith(("/MatMul", "/Conv"))}
     stated = {layer.name for layer in artifact.manifest.layers}
     for name in sorted(found ^ stated):
@@ -173,7 +173,7 @@ def _range(codes: Any, record: LayerRecord) -> Iterator[Finding]:
 
 
 def _runs(artifact: Artifact, path: Path, onnx_ir: Any) -> Iterator[Finding]:
-    """ONNX's checker accepts the file, and ONNX Runtime loads it; it has no kernels for four-bit floats."""
+    """Check that ONNX's checker accepts the file and ONNX Runtime loads it (NVFP4 excepted, which has no kernels)."""
     import onnx
 
     try:
@@ -259,7 +259,7 @@ def other_versions(artifact: Artifact, names: Sequence[str]) -> str:
 
 
 def compare_graphs(found: ir.Model, expected: ir.Model) -> Iterator[Finding]:
-    """Everything except stored numbers in which the graph of a file differs from `expected`, a newly exported one."""
+    """Compare the graph of a file with `expected`, a newly exported one, in everything except stored numbers."""
     for domain in sorted(found.opset_imports.keys() | expected.opset_imports.keys()):
         pair = found.opset_imports.get(domain), expected.opset_imports.get(domain)
         if pair[0] != pair[1]:
@@ -277,7 +277,7 @@ def compare_graphs(found: ir.Model, expected: ir.Model) -> Iterator[Finding]:
 
 
 def _compare_nodes(found: list[ir.Node], expected: list[ir.Node]) -> Iterator[Finding]:
-    """Match nodes by the name of their first output, which every node has and which is unique."""
+    """Compare the nodes of two graphs, matched by the name of their first output, which is unique."""
     ours, theirs = ({str(n.outputs[0].name): n for n in nodes} for nodes in (found, expected))
     for name in theirs:
         if name not in ours:

@@ -1,7 +1,7 @@
-"""Verifies a whole directory in one call: bytes, records, parents, contents.
+"""Verifies all artifacts below a directory: the bytes of their files, records, parents and contents.
 
-Parents are matched by digest: in the verified tree, in the places named by the caller, at the path recorded in the
-manifest, or beside the artifact. A parent found in none of them is noted, with the reason.
+Parents are matched by digest. They are looked for in the verified tree, in the places named by the caller, at the path
+recorded in the manifest, and beside the artifact. If a parent is found in none of these, a note says why.
 """
 
 from __future__ import annotations
@@ -68,7 +68,16 @@ def verify_tree(
 
 
 class _Family:
-    """Artifacts and models among which parents are searched: first those of the verified tree and at `places`."""
+    """The artifacts and models among which parents are looked up.
+
+    Args:
+        artifacts: those of the verified tree.
+        places: directories named by the caller, each with artifacts or a model.
+        quick: do not hash parents.
+
+    Raises:
+        ConfigurationError: a place holds neither an artifact nor a model.
+    """
 
     def __init__(self, artifacts: Sequence[Artifact], places: Sequence[Path], *, quick: bool) -> None:
         self.quick = quick
@@ -95,7 +104,8 @@ class _Family:
         """Look up every parent that the manifest names.
 
         Returns:
-            The directory of the first one available, findings (same name, different digest), and what is missing.
+            The directory of the first parent that was found, or None; findings on parents whose digest differs; and
+            notes on parents that were not found or cannot be compared.
         """
         path: Path | None = None
         findings, notes = [], []
@@ -114,10 +124,10 @@ class _Family:
         return path, findings, notes
 
     def _look_up(self, artifact: Artifact, parent: Parent) -> tuple[Path | None, str]:
-        """The parent at its recorded path or beside the artifact, its files hashed; else why it cannot be compared.
+        """Look for a parent at its recorded path and beside the artifact, and hash its files.
 
-        A different digest at the recorded path is a note, not a finding: retraining the parent does not make this
-        artifact wrong.
+        Returns its directory, or None and a note that says why it cannot be compared. A different digest at the
+        recorded path is a note, not a finding: retraining the parent does not make this artifact wrong.
         """
         named = f"parent {parent.kind} {parent.digest[:12]} ({parent.path})"
         if target_of(artifact.kind) is None:
@@ -137,7 +147,10 @@ class _Family:
         return None, f"{named}: not compared: {why}; give its directory with --parents"
 
     def _artifact(self, child: Artifact, parent: Parent) -> tuple[Path | None, str]:
-        """A parent that is an artifact; returns a note if only its content matches, or if it is damaged."""
+        """Look for a parent that is an artifact; returns its directory, or None, and a note.
+
+        The note says that the artifact found is damaged, or that only its content matches.
+        """
         known, _, note = find_parent(child, parent, list(candidate_artifacts(child, parent)))
         if known is None or self.quick:
             return (None, "") if known is None else (known.root, note)
@@ -148,7 +161,7 @@ class _Family:
         return known.root, note
 
     def _other(self, artifact: Artifact, parent: Parent) -> Finding | None:
-        """A finding if an artifact or model of the parent's kind was named as the parent but is a different one."""
+        """A finding if the caller named an artifact or model of the parent's kind whose digest is not the parent's."""
         others = [(named.root.name, named.digest) for named in self.named
                   if named.kind == parent.kind and named.root != artifact.root]  # fmt: skip
         if parent.kind == "model" and not parent.outdated and parent.digest not in self.models:

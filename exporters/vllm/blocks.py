@@ -22,12 +22,16 @@ R = TypeVar("R")
 
 
 def blocks_of(unit: Unit) -> list[range]:
-    """Row ranges of the unit's weight that are processed together."""
+    """Split a unit's weight into ranges of rows that are processed one at a time; one range if it is transposed."""
     return [range(unit.entry.shape[0])] if unit.transposed and unit.entry.shape else row_blocks(unit.entry)
 
 
 def by_unit(units: Iterable[Unit], work: Callable[[Unit, range], R]) -> Iterator[tuple[Unit, list[R]]]:
-    """Apply `work` to every block as `each` does; yields each unit with the results of its blocks, in order."""
+    """Apply `work` to every block of the units, in threads (see `each`).
+
+    Yields:
+        Each unit with the results of its blocks, in order.
+    """
     units = list(units)
     pieces = ((unit, rows) for unit in units for rows in blocks_of(unit))
     with closing(each(lambda piece: work(*piece), pieces)) as results:

@@ -1,8 +1,7 @@
 """The device that an installed vLLM computes on, as seen by vLLM's own torch.
 
-fp8pipe's torch may be a CPU build while vLLM is a GPU build, so vLLM's Python is queried. The available kernels depend
-on the GPU's compute capability: a serving configuration names the GPU, and a validation on one GPU does not count for
-another.
+fp8pipe's torch may be a CPU build while vLLM is a GPU build, so vLLM's own Python is queried. vLLM's kernels depend on
+the GPU's compute capability. So a validation record names the GPU, and is not accepted for serving on another one.
 """
 
 from __future__ import annotations
@@ -29,10 +28,10 @@ print(json.dumps([[one.name, [one.major, one.minor], one.total_memory] for one i
 
 
 def vllm_gpu(environment: VllmEnvironment) -> Gpu | None:
-    """The GPU that this vLLM computes on, the first one its torch sees; None unless it is a CUDA build.
+    """The GPU that this vLLM computes on, which is the first one that its torch sees; None if it is not a CUDA build.
 
     Raises:
-        MissingCapabilityError: a CUDA build that sees no device.
+        MissingCapabilityError: it is a CUDA build, but finds no GPU.
     """
     if environment.device != "cuda":
         return None
@@ -48,10 +47,10 @@ def vllm_gpu(environment: VllmEnvironment) -> Gpu | None:
 
 
 def require_known_device(environment: VllmEnvironment) -> None:
-    """Refuse a vLLM in which a validation would be meaningless.
+    """Refuse a vLLM whose kernels fp8pipe does not know, since its validation would have no meaning.
 
     Raises:
-        MissingCapabilityError: a build for GPUs of another vendor than NVIDIA, or for CUDA without a device.
+        MissingCapabilityError: it is built for devices other than CPUs and NVIDIA GPUs, or for CUDA and finds no GPU.
     """
     if vllm_gpu(environment) is None and not environment.on_cpu:
         raise MissingCapabilityError(
@@ -62,7 +61,10 @@ def require_known_device(environment: VllmEnvironment) -> None:
 
 
 def device_in_words(environment: VllmEnvironment) -> str:
-    """`a CPU`, or `a GPU (NVIDIA H200, compute capability 9.0)`; raises as `vllm_gpu`."""
+    """A description of the device for messages and records. Raises the errors of `vllm_gpu`.
+
+    For example `a CPU`, or `a GPU (NVIDIA H200, compute capability 9.0)`.
+    """
     gpu = vllm_gpu(environment)
     if gpu is None:
         return "a CPU" if environment.on_cpu else f"a device of {environment.device}"

@@ -1,7 +1,7 @@
 """The dry run: predicts the output of an export from headers, and its time and memory by running a small part of it.
 
-The part is the largest tensor of each action, with random values. An export holds a few blocks of rows at a time, and
-the same code runs here on tensors of the same shapes.
+The part consists of the largest tensor of each `Action` (copied, quantized, cast, ...), filled with random values. The
+code of an export runs on it, in the same blocks of rows, so that its peak memory is that of the export.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _HARDWARE = {
 
 
 def plan_vllm(source: Path, output: Path, options: VllmExportOptions) -> tuple[dict[str, Any], Plan]:
-    """The dry run, as a document and as a plan; no weights are read, so their values are not linted."""
+    """The dry run, as a JSON document and as a plan; no weights are read, so the linter does not check their values."""
     plan = plan_export(source, options, verify=False)
     free, (peak, seconds) = free_bytes(output), measure(plan)
     converted = sum(layer.converted for layer in plan.layers)
@@ -92,7 +92,7 @@ def measure(plan: ExportPlan) -> tuple[int | None, float]:
     with tempfile.TemporaryDirectory(prefix="fp8pipe-dry-run-") as scratch:
         root = Path(scratch)
         units = tuple(_made_up(unit, root / f"{unit.action}.safetensors") for unit in largest.values())
-        # A separate root, so that the adapter beside the real weights is not read either.
+        # A separate source directory, so that the linter does not read the adapter beside the real weights.
         (root / "source").mkdir()
         shutil.copyfile(plan.source.root / CONFIG_NAME, root / "source" / CONFIG_NAME)
         (root / "export").mkdir()
@@ -112,7 +112,7 @@ def measure(plan: ExportPlan) -> tuple[int | None, float]:
 
 
 def _made_up(unit: Unit, file: Path) -> Unit:
-    """The unit with random values, stored in its own file."""
+    """A copy of the unit whose tensor and scale have random values and are stored in `file`."""
     tensors = {unit.entry.name: _values(unit.entry)}
     if unit.scale is not None:
         tensors[unit.scale.name] = _values(unit.scale).abs() + 1

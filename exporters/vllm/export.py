@@ -1,4 +1,4 @@
-"""An export: plan, lint and write, reopen, commit. The output appears only once linter and comparison pass."""
+"""Exports to vLLM: plan, lint and write, compare, commit. The output appears only if linter and comparison pass."""
 
 from __future__ import annotations
 
@@ -51,13 +51,13 @@ _CARD = CardFacts(
 
 
 def plan_export(source: Path | str, options: VllmExportOptions, *, verify: bool = True) -> ExportPlan:
-    """The plan of what `export_vllm` would write: file names, tensors, sizes, layers, warnings.
+    """The plan of what `export_vllm` would write: file names, tensors, sizes and layers.
 
-    Reads only headers and the tokenizer, apart from hashing the source as `open_source` does.
+    Reads only headers, config.json and tokenizer files; with `verify`, the source's files are hashed, too.
 
     Raises:
-        ConfigurationError: an unusable source, one with a different number of experts than its config.json declares,
-            or an undeclared vLLM version.
+        ConfigurationError: the source cannot be used, has another number of experts than its config.json declares, or
+            the vLLM version is unknown.
         BadArtifactError: an unfinished or corrupt artifact.
     """
     opened = open_source(source, verify=verify)
@@ -96,7 +96,7 @@ def export_vllm(source: Path | str, output: Path, options: VllmExportOptions) ->
     check_place(output, force=options.force)
     plan = plan_export(source, options, verify=(Path(source) / MANIFEST_NAME).is_file())
     progress = ExportProgress(partial_of(output), plan)
-    disk_guard(output, _left(plan, progress))  # before the linter, not after it
+    disk_guard(output, _left(plan, progress))  # checked first, since the linter takes long
     if lint_structure(plan) or lint_others(plan):
         refuse(lint(plan), str(plan.source.root))
     with ArtifactWriter(
@@ -120,7 +120,7 @@ def _left(plan: ExportPlan, progress: ExportProgress) -> int:
 
 
 def _write(plan: ExportPlan, writer: ArtifactWriter, progress: ExportProgress) -> None:
-    """Write all files; leave nothing behind if the linter refuses a value."""
+    """Write all files, and lint values on the way; if there are findings, discard the files and raise them."""
     done = sum(len(units) for name, units in zip(shard_names(len(plan.shards)), plan.shards, strict=True)
                if name in progress.finished)  # fmt: skip
     if progress.finished:
@@ -155,7 +155,7 @@ def _compare(plan: ExportPlan, root: Path) -> tuple[list[Gate], Parent, dict[str
 
 
 def plan_warnings(plan: ExportPlan) -> list[str]:
-    """Everything about the plan that readers of the manifest should be warned about."""
+    """The warnings about an export that are recorded in its manifest."""
     warnings = [*auxiliary_warnings(plan.source.root), *_token_warnings(plan), *plan.ending.warnings()]
     warnings += [] if plan.source.base is None else plan.source.base.warnings()
     quantized = [unit for unit in plan.units if unit.action is Action.QUANTIZE]
@@ -187,18 +187,21 @@ def plan_warnings(plan: ExportPlan) -> list[str]:
 
 
 def _token_warnings(plan: ExportPlan) -> list[str]:
-    """Tokens of a plain model's tokenizer without an embedding row; for tuned models `finetune` warned already."""
+    """Warnings about tokens of a plain model's tokenizer that have no embedding row.
+
+    For trained models, `finetune` has already warned.
+    """
     if plan.source.kind != HUGGING_FACE or plan.structure.embedding is None:
         return []
     try:
         tokenizer = load_tokenizer(plan.source.root)
-    except ConfigurationError:  # no tokenizer, or one that is already warned about with the ending
+    except ConfigurationError:  # no tokenizer, or an unusable one: other warnings say so
         return []
     return check_tokens(tokenizer, plan.structure.tensors[f"{plan.structure.embedding}.weight"][0], ())
 
 
 def details_of(plan: ExportPlan) -> VllmDetails:
-    """The export-specific part of the manifest; the encodings are those of the layer records."""
+    """The details that the manifest records about an export to vLLM."""
     return VllmDetails(
         format=plan.options.format.value,
         transposed=[u.entry.name for u in plan.units if u.quantized and u.transposed],
@@ -212,6 +215,7 @@ def details_of(plan: ExportPlan) -> VllmDetails:
 
 
 def _commit(writer: ArtifactWriter, plan: ExportPlan, parent: Parent, digests: dict[str, str]) -> Artifact:
+    # Write the model card and the manifest, and move the export into place.
     format = plan.options.format
     write_card(writer, _CARD, source=plan.source.root, parent=parent, format=format.value, layers=plan.layers)
     return writer.commit(

@@ -1,7 +1,7 @@
-"""Predicts what an export will refuse about a model before it is trained: the linter's structural rules, from headers.
+"""Predicts, before a model is trained, which findings will refuse its export; reads only headers.
 
-The trained artifact does not exist yet. Its tensors will be those of the base model, with codes and a scale in place of
-each weight that training quantizes, so the rules that need no values can be applied already.
+The trained artifact does not exist yet. But its tensors will be those of the base model, with codes and a scale in
+place of each weight that training quantizes, so the linter's structural rules, which need no values, can be applied.
 """
 
 from __future__ import annotations
@@ -24,12 +24,16 @@ from fp8pipe.models.language.structure import read_structure
 
 
 def foresee(root: Path, kind: str, trained: Collection[str]) -> dict[str, list[Finding]]:
-    """What each format of this export would refuse, by the options that select it, the default first.
+    """Find what would refuse an export to vLLM in each of its formats.
 
     Args:
         root: an artifact, or the base model of an artifact that does not exist yet.
         kind: kind of the artifact.
         trained: names in the checkpoint (without `.weight`) of the linears that will be trained.
+
+    Returns:
+        The findings by the command-line options that select a format, for example `--target vllm --format w8a16`; the
+        default format comes first.
     """
     usual = VllmExportOptions().format
     words = {form: "--target vllm" + ("" if form is usual else f" --format {form}") for form in ExportFormat}
@@ -37,9 +41,12 @@ def foresee(root: Path, kind: str, trained: Collection[str]) -> dict[str, list[F
 
 
 def plan_ahead(root: Path, kind: str, trained: Collection[str], form: ExportFormat) -> ExportPlan:
-    """The plan for exporting an artifact that exists or will be trained from the model in `root`; see `foresee`."""
+    """The plan for exporting the artifact in `root`, or one to be trained from the model there, in format `form`.
+
+    `kind` and `trained` are as in `foresee`.
+    """
     options = VllmExportOptions(format=form)
-    if kind_of_source(root) in TUNED_KINDS:  # an export has a manifest, too, but as a base it is like any model
+    if kind_of_source(root) in TUNED_KINDS:  # an export with a manifest is used as a base like any plain model
         return build_plan(open_source(root, verify=False), read_structure(root), options)
     base = read_base(root)
     tensors = dict(base.entries)

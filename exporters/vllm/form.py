@@ -1,8 +1,8 @@
 """The settings with which `fp8pipe serve` starts vLLM, as far as they affect what it computes.
 
-They are one data model, so that a validation runs exactly what the service runs, and record, card, report and
-`/v1/artifact` describe it in the same words. What the service adds (socket, names, timeouts) changes no number and is
-not part of it.
+They are one data model, so that a validation runs vLLM exactly as the service does, and the validation record, model
+card, report and `/v1/artifact` describe the settings in the same way. Settings that the service adds (socket, names,
+timeouts) do not affect results and are not part of it.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ __all__ = ["ServingForm"]
 _BY_VLLM: Final = Flag(default="vLLM's choice")
 _CPU_CACHE: Final = "VLLM_CPU_KVCACHE_SPACE"
 _ACTIVATIONS: Final = "FP8PIPE_VLLM_ACTIVATIONS"
-# Keys in which vLLM looks for the longest context; ALiBi models may have none of them, and none of them is nested.
+# Top-level keys of config.json from which vLLM derives the context length; ALiBi models may have none of them.
 _CONTEXT: Final = frozenset(
     ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "model_max_length", "max_target_positions",
      "max_sequence_length", "max_seq_length", "seq_len", "n_ctx", "text_config")
 )  # fmt: skip
 _UNSTATED_LENGTH: Final = 2048
-# The service sets these itself: other values would move vLLM to an address nobody expects, or bypass the API keys.
+# The service sets these itself: other values would move vLLM to an address unknown to the proxy, or bypass API keys.
 _OURS: Final = frozenset(
     ("--model", "--served-model-name", "--uds", "--host", "--port", "--api-key", "--ssl-keyfile", "--ssl-certfile",
      "--ssl-ca-certs", "--ssl-cert-reqs", "--root-path", "--api-server-count", "--headless", "--config",
@@ -38,7 +38,7 @@ _OURS: Final = frozenset(
 
 
 class ServingForm(FrozenConfig):
-    """How vLLM is run. Settings that are not given are left to vLLM, except `dtype` and `max_model_len`."""
+    """How vLLM is run. Unset fields are left to vLLM, except `dtype` and `max_model_len`, which have defaults here."""
 
     dtype: Literal["bfloat16", "float16", "float32", "auto"] = Field(default="bfloat16", description="Compute dtype")
     max_model_len: Annotated[int | None, Flag(default="as much as fits into memory")] = Field(
@@ -71,6 +71,7 @@ class ServingForm(FrozenConfig):
     @field_validator("extra")
     @classmethod
     def _not_ours(cls, extra: tuple[str, ...]) -> tuple[str, ...]:
+        # Refuse extra arguments that the service sets itself, or that have a field of their own.
         if extra and not extra[0].startswith("-"):
             raise ValueError(f"{extra[0]!r} is not an option; give vLLM's own options after '--'")
         typed = {_flag(name) for name in _TYPED} | {f"--no-{name[2:]}" for name in map(_flag, _TYPED)}
@@ -93,7 +94,7 @@ class ServingForm(FrozenConfig):
     def with_defaults(self, model: Path, *, on_cpu: bool) -> Self:
         """A copy in which unset options have the defaults for this machine and model.
 
-        On a CPU nothing is compiled unless requested. A context length is set if the model's config.json has none.
+        On a CPU the model is compiled only if requested. A context length is set if the model's config.json has none.
         """
         chosen: dict[str, Any] = {} if self.enforce_eager is not None else {"enforce_eager": on_cpu}
         if self.max_model_len is None and not _CONTEXT & json.loads((model / "config.json").read_bytes()).keys():
@@ -101,7 +102,7 @@ class ServingForm(FrozenConfig):
         return self.model_copy(update=chosen) if chosen else self
 
     def options(self) -> list[str]:
-        """The settings that were given, as command line options of `fp8pipe serve`."""
+        """The settings that were given, as command-line options of `fp8pipe serve`."""
         given: list[str] = []
         for name in sorted(ServingForm.model_fields.keys() & self.model_fields_set - {"extra"}):
             value = getattr(self, name)
@@ -113,7 +114,7 @@ class ServingForm(FrozenConfig):
 
     def arguments(self) -> list[str]:
         """vLLM's arguments for these settings."""
-        # -1: as much as fits into memory. Without it vLLM refuses to start if the model's full context does not fit.
+        # -1 is the longest context that fits into memory; by default vLLM refuses to start if the full one does not.
         command = ["--dtype", self.dtype, "--max-model-len", str(self.max_model_len or -1)]
         for name in ("kv_cache_dtype", "max_num_seqs", "tensor_parallel_size", "gpu_memory_utilization"):
             value = getattr(self, name)
@@ -136,7 +137,8 @@ class ServingForm(FrozenConfig):
     def rounds_activations(self, environment: VllmEnvironment) -> bool:
         """Whether the inputs of FP8 layers are quantized as the checkpoint declares.
 
-        The CPU plugin quantizes them only if told to; vLLM's own kernels always do, except on GPUs without FP8.
+        The CPU plugin quantizes them only if the environment variable FP8PIPE_VLLM_ACTIVATIONS is `quant`. vLLM's own
+        kernels always do, except on GPUs without FP8.
         """
         if environment.dequantizes:
             return os.environ.get(_ACTIVATIONS, "").strip().lower() == "quant"
@@ -144,7 +146,9 @@ class ServingForm(FrozenConfig):
         return device is None or device.fp8
 
     def in_words(self, environment: VllmEnvironment) -> str:
-        """The numerically relevant settings: `on a CPU: bfloat16, compiled, activations not rounded`; a GPU is named.
+        """A description of the settings that affect results, which validation records store and compare.
+
+        For example `on a CPU: bfloat16, compiled, activations not rounded`; on a GPU it names the GPU.
 
         Raises:
             MissingCapabilityError: vLLM is built for a GPU and finds none.

@@ -1,8 +1,8 @@
-"""The checks before anything is written: every rule runs, and all findings are reported.
+"""Checks of an export before anything is written: every rule runs, and all findings are reported.
 
-Some rules check values, in one pass over the source with one tensor in memory at a time. Others need only names, shapes
-and the model's structure, and predict what the engine will do with the checkpoint: which layers it fuses, which names
-it expects, which layers it leaves unquantized. They exist to catch checkpoints that load but produce garbage.
+Some rules check values, in one pass over the source with a few blocks of rows in memory at a time. Others need only
+names, shapes and the model's structure, and predict what vLLM will do with the checkpoint: which layers it fuses, which
+names it expects, which layers it leaves unquantized. They catch checkpoints that would load but produce garbage.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from fp8pipe.models.language.structure import Role
 from fp8pipe.numerics.grids import E4M3
 
 _ADAPTER_FILE: Final = "adapter.safetensors"
-# A weight matrix whose amax exceeds this, while the reciprocal of its scale would give a plausible amax, was stored
-# with the inverse scale (448/amax): the amax of trained weights stays far below 100.
+# If the scale implies an amax above the first value, and its reciprocal one below the second, the scale was stored
+# inverted (448/amax instead of amax/448): the amax of trained weights stays far below 100.
 _IMPLAUSIBLE_AMAX: Final = 1000.0
 _PLAUSIBLE_AMAX: Final = 448.0
 _USE_BF16: Final = "export with --format bf16"
@@ -65,7 +65,7 @@ def _found(rule: str, tensor: str, why: str) -> Finding:
 
 
 def lint(plan: ExportPlan, advance: Callable[[], None] = lambda: None) -> list[Finding]:
-    """All findings, structural ones first; reads the source once, and calls `advance` once per tensor."""
+    """All findings on an export, structural ones first; reads the source once, and calls `advance` once per tensor."""
     findings = lint_structure(plan)
     for unit, bad in by_unit((*plan.units, *plan.dropped), lambda unit, rows: count_bad(read_rows(unit.entry, rows))):
         findings += value_findings(unit, sum(bad))
@@ -74,7 +74,7 @@ def lint(plan: ExportPlan, advance: Callable[[], None] = lambda: None) -> list[F
 
 
 def lint_others(plan: ExportPlan) -> list[Finding]:
-    """Findings about values that are not exported: second copies of tied tensors, and the adapter."""
+    """Findings about values that are read but not exported: second copies of tied tensors, and the adapter."""
     return [*_tied(plan), *_adapter(plan)]
 
 
@@ -87,14 +87,14 @@ def lint_structure(plan: ExportPlan) -> list[Finding]:
 
 
 def count_bad(values: Tensor) -> int:
-    """The number of NaN codes in E4M3, or of NaN and infinite values in a float tensor; 0 for other tensors."""
+    """Count the NaN codes of an E4M3 tensor, or the NaN and infinite values of another float tensor; else 0."""
     if values.dtype == torch.float8_e4m3fn:
         return int(((values.view(torch.uint8) & 0x7F) == 0x7F).sum())
     return count_not_finite(values) if values.dtype.itemsize > 1 else 0
 
 
 def value_findings(unit: Unit, bad: int) -> Iterator[Finding]:
-    """Findings about the values of a unit, given the number from `count_bad`; reads its scale."""
+    """Findings about the values of a unit's tensor and scale; `bad` is the sum of `count_bad` over its blocks."""
     if unit.entry.dtype == "F8_E4M3":
         if bad:
             yield _found("nan-code", unit.entry.name, f"{bad} code(s) 0x7F or 0xFF, which E4M3 reads as NaN")
@@ -105,6 +105,7 @@ def value_findings(unit: Unit, bad: int) -> Iterator[Finding]:
 
 
 def _scale(entry: TensorEntry) -> Iterator[Finding]:
+    # Findings on a scale: not finite, not positive, or stored inverted.
     scale = read_tensor(entry).reshape(-1)
     bad = int((~torch.isfinite(scale)).sum())
     if bad:
@@ -130,6 +131,7 @@ def _tied(plan: ExportPlan) -> Iterator[Finding]:
 
 
 def _adapter(plan: ExportPlan) -> Iterator[Finding]:
+    # Findings on adapter tensors with updates that are not merged into the weights.
     path = plan.source.root / _ADAPTER_FILE
     if not plan.source.holds_codes or not path.is_file():
         return
@@ -141,6 +143,7 @@ def _adapter(plan: ExportPlan) -> Iterator[Finding]:
 
 
 def _scales(plan: ExportPlan) -> Iterator[Finding]:
+    # FP8 weights must be E4M3 with a scale of the right shape, and no other tensor may have a scale.
     for entry in plan.orphans:
         yield _found("orphan-scale", entry.name, "a scale without its weight")
     for unit in plan.units:
@@ -195,9 +198,10 @@ def _something_quantized(plan: ExportPlan) -> Iterator[Finding]:
 
 
 def _known_names(plan: ExportPlan) -> Iterator[Finding]:
-    """Every matrix of the decoder must belong to a known kind of module: for others the engine's name is unknown.
+    """Every matrix of the decoder must belong to a known kind of module, or vLLM's treatment of it is unknown.
 
-    Tensors that the model declares elsewhere (a vision tower's convolutions and positions) are copied; none is FP8.
+    Tensors that the model declares outside the decoder, such as the convolutions and position embeddings of a vision
+    tower, are allowed: they are copied and never FP8.
     """
     structure = plan.structure
     for unit in plan.units:
@@ -213,6 +217,7 @@ def _known_names(plan: ExportPlan) -> Iterator[Finding]:
 
 
 def _placement(plan: ExportPlan) -> Iterator[Finding]:
+    # FP8 codes may be only in linear layers of the text decoder.
     structure = plan.structure
     for unit in plan.units:
         if not unit.quantized or unit.module is None:
@@ -234,6 +239,7 @@ def _dimensions(plan: ExportPlan) -> Iterator[Finding]:
 
 
 def _fused(plan: ExportPlan) -> Iterator[Finding]:
+    # Layers that the engine fuses must be all quantized or all unquantized.
     quantized = {unit.module for unit in plan.units if unit.quantized}
     for group in fused_siblings(plan.structure.projections, plan.schema.fused_groups):
         plain = [module for module in group if module not in quantized]
@@ -246,7 +252,7 @@ def _fused(plan: ExportPlan) -> Iterator[Finding]:
 
 
 def _ignore(plan: ExportPlan) -> Iterator[Finding]:
-    """Every unquantized projection must be in the ignore list, and every name there must be one."""
+    """Every unquantized projection must be in the ignore list, and every name in the list must be such a projection."""
     ignore, structure, spelt = set(plan.ignore), plan.structure, plan.spelt
     quantized = {unit.module for unit in plan.units if unit.quantized}
     for unit in plan.units:
@@ -262,6 +268,7 @@ def _ignore(plan: ExportPlan) -> Iterator[Finding]:
 
 
 def _transposed(plan: ExportPlan) -> Iterator[Finding]:
+    # Weights stored (in, out) need a loader that transposes FP8 codes, and an artifact that declares them so.
     structure, declared = plan.structure, plan.source.transposed
     served = structure.model_type in plan.schema.conv1d_model_types
     for unit in plan.units:

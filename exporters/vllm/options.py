@@ -1,8 +1,8 @@
 """The options of a vLLM export, and how config.json declares them to the engine: the `quantization_config` block.
 
-Released engines reject unknown keys, and formats gain keys without a version number. So the block is written here
-explicitly, with the minimal keys that the declared version needs, and a version that is not in the table is refused
-instead of guessed.
+Released versions of vLLM reject unknown keys, and the format of the block gains keys without having a version number.
+So the block is written here key by key, with only those that the declared vLLM version needs, and vLLM versions that
+are not in the table are refused.
 """
 
 from __future__ import annotations
@@ -62,7 +62,8 @@ class CheckpointSchema:
         tested: whether checkpoints of this format were loaded in exactly that version.
         conv1d_model_types: model types whose loader transposes Conv1D weights itself but leaves `weight_scale` as it
             is, so that FP8 codes stored as `(in, out)` with scales `(out, 1)` load correctly.
-        fused_groups: leaf names that the engine concatenates into one layer; all parts need the same scheme.
+        fused_groups: names of sibling modules that the engine concatenates into one layer, so that all of them must be
+            quantized in the same way.
     """
 
     vllm_version: str
@@ -104,7 +105,7 @@ def schema_for(vllm_version: str) -> CheckpointSchema:
 def quantization_config(
     export_format: ExportFormat, ignore: Sequence[str], schema: CheckpointSchema
 ) -> dict[str, object] | None:
-    """The block for config.json, without null and default values; None for an unquantized export.
+    """The `quantization_config` block for config.json, without null and default values; None for bf16 exports.
 
     compressed-tensors itself calls a weight-only FP8 checkpoint `naive-quantized`; vLLM takes the same code path for
     both formats and selects W8A16 because no input activations are declared. `ignore` holds full names of linear

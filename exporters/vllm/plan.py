@@ -1,7 +1,7 @@
-"""Decides tensor by tensor what an export will hold, from headers alone.
+"""Plans an export: decides how every tensor is converted, from headers alone.
 
-A unit is one source tensor and how it is converted. The plan reads no tensor data, so a dry run costs almost nothing,
-and every later step (lint, write, reopen) iterates over the same list.
+A unit is one source tensor and how it is converted. A plan is made without reading tensor data, so it takes hardly any
+time. All later steps (linting, writing, comparing) process the units of the same plan.
 """
 
 from __future__ import annotations
@@ -47,9 +47,9 @@ class Unit:
         scale: the source tensor's scale, for FP8 codes.
         action: how it is converted.
         outputs: the weight first, then its scale if there is one; empty for DROP.
-        module: the model's name of the owning module, None if the model knows none.
+        module: the module that the tensor belongs to, as named in the transformers model; None if there is none.
         transposed: whether the weight is stored as `(in, out)`.
-        name: the model's name of the tensor.
+        name: the tensor's name in the transformers model, which may differ from its name in the checkpoint.
     """
 
     entry: TensorEntry
@@ -67,7 +67,7 @@ class Unit:
 
     @property
     def size_bytes(self) -> int:
-        """Bytes of the outputs."""
+        """Total size of the outputs, bytes."""
         return sum(output.size_bytes for output in self.outputs)
 
 
@@ -80,8 +80,8 @@ class ExportPlan:
         dropped: units without an output.
         orphans: source tensors that belong to no unit (scales without codes).
         ending: how generation_config.json is changed so that engines stop at the end of an answer.
-        names: the model's names of the source's tensors.
-        ignore: names for the quantization block's `ignore`, spelled as in `spelt`.
+        names: the names in the transformers model, by the source's tensor names.
+        ignore: entries of `ignore` in config.json's quantization block, spelled as in `spelt`.
         layers: one record per linear layer, named as in `spelt`.
     """
 
@@ -98,7 +98,10 @@ class ExportPlan:
     ending: Ending = field(default_factory=Ending)
 
     def stopping_as(self, added: int | None) -> ExportPlan:
-        """The plan of an export whose manifest says `stop_token_added`; earlier exports kept the source's file."""
+        """The plan that fits an existing export, given its manifest's `stop_token_added`.
+
+        If that is None, the export kept the source's generation_config.json, as those of earlier versions did.
+        """
         return self if added is not None else replace(self, ending=Ending())
 
     @property
@@ -108,12 +111,12 @@ class ExportPlan:
 
     @property
     def stored(self) -> dict[str, TensorEntry]:
-        """Source tensors by the model's names, restricted to those that the model holds in the form they are stored."""
+        """Source tensors by name in the transformers model, except those that it combines with others into one."""
         return {known.name: self.source.tensors[name] for name, known in self.names.items() if known.whole}
 
     @property
     def spelt(self) -> dict[str, str]:
-        """Checkpoint name by linear layer: the checkpoint's own if transformers renames the layer, else the model's."""
+        """The name of every linear layer in the checkpoint, by its name in the transformers model."""
         return {module: module for module in self.structure.projections} | spell(self.names)
 
     @property
@@ -126,7 +129,7 @@ def build_plan(source: Source, structure: ModelStructure, options: VllmExportOpt
     """Decide how every tensor is converted; reads headers only.
 
     Raises:
-        ConfigurationError: an undeclared vLLM version.
+        ConfigurationError: `options.vllm_version` is not one of the declared versions.
     """
     names = structure.naming.table(source.tensors)
     planner = _Planner(source, structure, options.format, schema_for(options.vllm_version), names)
@@ -155,13 +158,13 @@ def build_plan(source: Source, structure: ModelStructure, options: VllmExportOpt
 
 
 def spell(names: Mapping[str, ModelName]) -> dict[str, str]:
-    """The checkpoint's name of every module whose tensors transformers renames."""
+    """Checkpoint names of the modules that transformers renames, by their names in the transformers model."""
     renamed = ((name, known) for name, known in names.items() if known.renamed and known.whole)
     return {known.name.rpartition(".")[0]: name.rpartition(".")[0] for name, known in renamed}
 
 
 def fused_siblings(modules: Iterable[str], groups: Iterable[frozenset[str]]) -> list[tuple[str, ...]]:
-    """Groups of modules that the engine concatenates: same parent, leaf names of one group."""
+    """Groups of modules that the engine concatenates: children of one parent with leaf names in one of `groups`."""
     by_parent: dict[str, dict[str, str]] = defaultdict(dict)
     for module in modules:
         parent, _, leaf = module.rpartition(".")
@@ -173,7 +176,7 @@ def fused_siblings(modules: Iterable[str], groups: Iterable[frozenset[str]]) -> 
 
 @dataclass(frozen=True)
 class _Planner:
-    """Holds what a tensor's conversion depends on: its source, the model's structure, and the export's format."""
+    """Decides on conversions, given the source, the model's structure, and the export's format and schema."""
 
     source: Source
     structure: ModelStructure
@@ -188,7 +191,7 @@ class _Planner:
 
     @cached_property
     def stored(self) -> frozenset[str]:
-        """The model's names of the source's tensors."""
+        """The names of the source's tensors in the transformers model."""
         return frozenset(known.name for known in self.names.values() if known.whole)
 
     @cached_property
@@ -213,7 +216,7 @@ class _Planner:
         return reasons
 
     def unit(self, entry: TensorEntry) -> Unit:
-        """How a tensor is converted."""
+        """Decide how a source tensor is converted, and into which output tensors."""
         known = self.names[entry.name]
         module = self.structure.owner(known.name) if known.whole else None
         role = self.structure.roles.get(module or "") if known.name.endswith(".weight") else None
@@ -229,6 +232,7 @@ class _Planner:
         return Unit(entry, scale, action, tuple(outputs), module, transposed, known.name)
 
     def _action(self, entry: TensorEntry, name: str, module: str | None, role: Role | None) -> Action:
+        # How a tensor is converted, by its dtype, the export's format, and its role in the model.
         if self.structure.tied.get(name) in self.stored:
             return Action.DROP
         if entry.dtype == "F8_E4M3":
@@ -242,7 +246,7 @@ class _Planner:
         return Action.QUANTIZE if fits else Action.COPY
 
     def layer(self, module: str, quantized: set[str]) -> LayerRecord:
-        """The record of a linear layer."""
+        """The manifest's record of a linear layer; `quantized` are the modules that the export stores in FP8."""
         shape = self.structure.shape(module)
         if module not in quantized:
             reason = self.refused.get(module, "not FP8 in the source, or not requested")
@@ -255,7 +259,7 @@ class _Planner:
 
 
 def _shards(units: list[Unit], max_bytes: int) -> tuple[tuple[Unit, ...], ...]:
-    """Fill files in order; a weight and its scale always share a file."""
+    """Distribute units to files in order, each of at most `max_bytes` or a single unit; scales stay with weights."""
     shards: list[list[Unit]] = [[]]
     size = 0
     for unit in units:

@@ -1,4 +1,4 @@
-"""Opens a written export as a third party would: to compare it with its source bit for bit, or to load it as a model.
+"""Opens a written export independently of its writer: to compare it with its source, or to load it as a model.
 
 The comparison does not use the code that wrote the files: names and shapes come from the written headers, the
 quantization block from the written config.json, and the expected weight from the source's numbers, decoded and rounded
@@ -60,19 +60,19 @@ _PASSED_OVER = frozenset((MANIFEST_NAME, CHECKSUM_NAME, ".lock", PROGRESS_NAME, 
 class _Comparison:
     """The differences found so far."""
 
-    weights: list[str] = field(default_factory=list)
-    copies: list[str] = field(default_factory=list)
-    e4m3_error: float = 0.0
-    bf16_error: float = 0.0
-    counts: Counter[Action] = field(default_factory=Counter)
+    weights: list[str] = field(default_factory=list)  # names of weights whose values differ
+    copies: list[str] = field(default_factory=list)  # names of copied tensors whose bytes differ
+    e4m3_error: float = 0.0  # largest relative error of a row that was rounded to E4M3
+    bf16_error: float = 0.0  # largest relative error of a tensor that was rounded to bf16
+    counts: Counter[Action] = field(default_factory=Counter)  # number of compared tensors by action
 
 
 @dataclass(frozen=True, slots=True)
 class _Block:
     """The result of comparing one block of rows."""
 
-    same: bool
-    row_error: float = 0.0  # the largest, for weights rounded to E4M3
+    same: bool  # whether the written values are bit-identical to the expected ones
+    row_error: float = 0.0  # the largest relative error of a row, for weights rounded to E4M3
     squares: tuple[float, float] = (0.0, 0.0)  # sums of squares of errors and of values, for weights rounded to bf16
 
 
@@ -120,7 +120,7 @@ def reopen(
 
 
 def file_gates(plan: ExportPlan, root: Path) -> list[Gate]:
-    """All gates except those on values: the set of tensors, the files beside them, and config.json.
+    """All gates except those on values: on the set of tensors, the files beside the weights, and config.json.
 
     Raises:
         BadArtifactError: the written files cannot be read at all.
@@ -129,15 +129,15 @@ def file_gates(plan: ExportPlan, root: Path) -> list[Gate]:
 
 
 def expected_values(unit: Unit) -> Tensor:
-    """The values that a unit's weight must represent, computed by plain arithmetic: fp32, as oriented in the source.
+    """The values that a unit's exported weight must represent, computed by plain arithmetic.
 
-    Non-float tensors with action COPY are returned unchanged.
+    fp32, oriented as in the source; tensors that are not of a float dtype are returned unchanged.
     """
     return _expected(unit, *_source(unit, _all(unit)))
 
 
 def source_values(unit: Unit) -> Tensor:
-    """The weight's values in the source, fp32."""
+    """The values of a unit's weight in the source, fp32; FP8 codes are dequantized."""
     return _values(unit, *_source(unit, _all(unit)))
 
 
@@ -164,6 +164,7 @@ def _expected(unit: Unit, original: Tensor, scale: Tensor | None) -> Tensor:
 
 
 def _compare(unit: Unit, rows: range, written: dict[str, TensorEntry]) -> _Block:
+    # Compare one block of a unit's rows in the written file with the values that it must have.
     exported = read_rows(written[unit.outputs[0].name], rows)
     original, scale = _source(unit, rows)
     if unit.action is Action.COPY:
@@ -183,7 +184,7 @@ def _compare(unit: Unit, rows: range, written: dict[str, TensorEntry]) -> _Block
 
 
 def _add(found: _Comparison, unit: Unit, blocks: list[_Block]) -> None:
-    """Add the results of a unit's blocks."""
+    """Add the results of a unit's blocks to the comparison."""
     found.counts[unit.action] += 1
     if not all(block.same for block in blocks):
         (found.copies if unit.action is Action.COPY else found.weights).append(unit.entry.name)
@@ -226,6 +227,7 @@ def _tensor_set(plan: ExportPlan, written: dict[str, TensorEntry]) -> Gate:
 
 
 def _other_files(plan: ExportPlan, root: Path) -> list[Gate]:
+    # Gates on all files besides the weights: none is missing, changed or unexpected.
     source = plan.source.root
     names = {str(path) for path in sidecar_files(source, SERVED_FILES)}
     changed = set() if plan.ending.settings is None else {GENERATION_FILE}
@@ -243,7 +245,7 @@ def _other_files(plan: ExportPlan, root: Path) -> list[Gate]:
 
 
 def _generation(expected: dict[str, Any], root: Path) -> Gate:
-    """generation_config.json equals the source's, except for an end-of-turn token added to `eos_token_id`."""
+    """Gate: generation_config.json equals the source's, except for an end-of-turn token added to `eos_token_id`."""
     path = root / GENERATION_FILE
     found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     wrong = [f"{GENERATION_FILE}: {key}" for key in _differing(found, expected)]
@@ -251,7 +253,7 @@ def _generation(expected: dict[str, Any], root: Path) -> Gate:
 
 
 def _config(plan: ExportPlan, root: Path) -> Gate:
-    """config.json equals the source's, except for the keys in `changed_on_purpose`."""
+    """Gate: config.json equals the source's, except for the keys in `changed_on_purpose`."""
     config = json.loads((root / CONFIG_NAME).read_text(encoding="utf-8"))
     wrong = list(_differing(config, export_config(plan)))
     return _none("config-preserved", wrong, f"config.json, except {', '.join(_changed_keys(plan)) or 'nothing'}")
@@ -292,10 +294,11 @@ if TYPE_CHECKING:
 
 
 def iter_weights(export: Path) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of an export except its scales, with its name, file by file, one in memory at a time.
+    """Read an export tensor by tensor, with one tensor in memory at a time.
 
     Yields:
-        fp32 for float tensors (FP8 codes dequantized), the stored dtype for others; in the stored orientation.
+        Name and values of every tensor except scales, in the stored orientation: fp32 for float tensors (FP8 codes are
+        dequantized), the stored dtype for others.
 
     Raises:
         BadArtifactError: not a finished vllm-export, or damaged.

@@ -1,8 +1,8 @@
-"""What an interrupted export leaves for the next run: the shards that were completely written.
+"""Lets an interrupted export be resumed: records which shards were completely written.
 
-The progress record lies beside them and applies to one plan: the same source files (names, sizes and modification
-times), the same options and the same layout. It is not trusted: kept shards are compared with the source bit for bit
-like everything else before the export is finished.
+The record is a file beside the shards. It is valid for one plan: the same source files (names, sizes and modification
+times), the same options and the same layout. Kept shards are compared with the source bit for bit like all others
+before the export is finished, so a wrong record cannot lead to a wrong export.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class ExportProgress:
         os.replace(pending, self._path)
 
     def forget(self) -> None:
-        """Remove the record: what was written turned out to be wrong, and the next export starts from scratch."""
+        """Remove the record, because written files turned out to be wrong; the next export starts from scratch."""
         self._path.unlink(missing_ok=True)
 
     def _read(self) -> dict[str, int]:

@@ -1,7 +1,7 @@
 """The input of an export: a falqon artifact, a merged-LoRA artifact, or a plain Hugging Face directory.
 
-All three are represented by one object: tensor headers, the parsed config.json, and the origin. Tensor data is read
-here only for hashing.
+A `Source` represents any of the three: its tensor headers, the parsed config.json, and its parent record. Tensor data
+is read here only for hashing.
 """
 
 from __future__ import annotations
@@ -53,7 +53,10 @@ class Source:
         return self.kind == FALQON_KIND
 
     def encoding_of(self, module: str) -> Encoding | None:
-        """How the source stores a layer's weight, from its manifest; names may lack the base model's prefix."""
+        """How the source stores a layer's weight, from its manifest; None if it is float or not listed.
+
+        The manifest may name the layer without leading parts of `module`, such as the base model's prefix.
+        """
         parts = module.split(".")
         names = (".".join(parts[start:]) for start in range(len(parts)))
         return next((self.layers[name].weight for name in names if name in self.layers), None)
@@ -73,8 +76,9 @@ def open_source(source: Path | str, *, verify: bool = True) -> Source:
             directory has no digest.
 
     Raises:
-        ConfigurationError: nothing there, no config.json, or a checkpoint in an unreadable quantized format.
-        BadArtifactError: an artifact that is unfinished, corrupt, or of a kind that cannot be exported.
+        ConfigurationError: the source does not exist, has no config.json, or is in a quantized format that cannot be
+            read.
+        BadArtifactError: the artifact is unfinished, corrupt, or of a kind that cannot be exported.
     """
     root = Path(source)
     if not root.is_dir():

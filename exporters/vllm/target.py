@@ -37,7 +37,10 @@ class VllmDetails(Details):
 
 
 def _migrate(data: dict[str, Any]) -> dict[str, Any]:
-    """Older manifests described activations in a sentence: `e4m3, dynamic, one scale a token (training: ...)`."""
+    """Convert manifest data of an older version, which described activations as text.
+
+    For example: `e4m3, dynamic, one scale a token (training: one a tensor)`.
+    """
     details = dict(data["details"])
     said = str(details.pop("activations", ""))
     token = {"format": "e4m3", "bits": 8, "granularity": "per-token", "scale_rule": "amax", "dynamic": True}

@@ -1,7 +1,7 @@
 """Checks for trained language models and their exports to vLLM.
 
-The export is planned again with itself as the source. Then every rule of the linter can be applied to its contents, and
-what the plan expects in config.json and in the manifest can be compared with what is there.
+An export is planned again with its own files as the source. So every rule of the linter can be applied to its contents,
+and its config.json and manifest can be compared with those that the plan would write.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def plan_itself(artifact: Artifact) -> ExportPlan:
 
 
 def check_vllm(artifact: Artifact, parent: Path | None, notes: list[str]) -> Iterator[Finding]:
-    """Check an export to vLLM."""
+    """Check an export to vLLM, against `parent`, an artifact or model, too if it is given."""
     plan = plan_itself(artifact)
     tensors = plan.source.tensors
     yield from lint_findings(lint(plan))
@@ -70,7 +70,7 @@ def check_vllm(artifact: Artifact, parent: Path | None, notes: list[str]) -> Ite
 
 
 def _statements(artifact: Artifact, plan: ExportPlan) -> Iterator[Finding]:
-    """Compare config.json's quantization block and the manifest with the files."""
+    """Compare the manifest and the quantization block of config.json with the weight files."""
     written = json.loads((artifact.root / CONFIG_NAME).read_text(encoding="utf-8"))
     block, expected = written.get("quantization_config"), export_config(plan).get("quantization_config")
     for found in compare_json(block, expected, CONFIG_NAME):
@@ -91,9 +91,9 @@ def _statements(artifact: Artifact, plan: ExportPlan) -> Iterator[Finding]:
 
 
 def _against(artifact: Artifact, own: ExportPlan, parent: Path) -> Iterator[Finding]:
-    """Compare every number and file with the source's."""
+    """Compare every number and file with the parent's; `own` is the plan of the export from its own files."""
     added = artifact.manifest.details_of(VllmDetails).stop_token_added
-    # A model was hashed when it was identified as the parent; an artifact elsewhere was not.
+    # A plain model was already hashed when it was identified as the parent; an artifact was not.
     plan = plan_export(parent, own.options, verify=(parent / MANIFEST_NAME).is_file()).stopping_as(added)
     yield from compare_layers(artifact.manifest, plan.layers)
     yield from compare_details(artifact, details_of(plan))
@@ -106,7 +106,10 @@ def _against(artifact: Artifact, own: ExportPlan, parent: Path) -> Iterator[Find
 
 
 def stray_weights(root: Path, tensors: dict[str, TensorEntry], allowed: tuple[str, ...] = ()) -> Iterator[Finding]:
-    """Weight files that no index names: a loader that reads all files would load a different model."""
+    """Findings on weight files that the index does not name, which some loaders would read as well.
+
+    `allowed` are names of files that may be there.
+    """
     used = {entry.file for entry in tensors.values()}
     for path in sorted(root.glob("*.safetensors")):
         if path not in used and path.name not in allowed:
@@ -114,9 +117,9 @@ def stray_weights(root: Path, tensors: dict[str, TensorEntry], allowed: tuple[st
 
 
 def unexpected_tensors(tensors: dict[str, TensorEntry], structure: ModelStructure) -> Iterator[Finding]:
-    """Adapters left in the weights, and tensors that the architecture has but the files lack.
+    """Findings on adapter tensors in the weights, and on tensors of the architecture that the files lack.
 
-    Experts that transformers holds as one stacked tensor are skipped: no checkpoint has these names.
+    Experts that transformers holds as one stacked tensor are skipped, since checkpoints store them under other names.
     """
     for name in sorted(tensors):
         if "lora_" in name or ".base_layer." in name:

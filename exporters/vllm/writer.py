@@ -5,9 +5,9 @@ header can be written first, and only a few blocks of rows are in memory, whatev
 source is read once for linting and writing, so what is written is exactly what was linted. The format: 8 bytes of
 header length (little endian), a JSON header, then tensor data without gaps.
 
-Tokenizer, chat template, generation config and licences are copied byte for byte: one character of a chat template
-decides whether a fine-tuned model answers as trained. There are two exceptions: the two keys of config.json that this
-exporter owns, and `eos_token_id` of the generation config if it lacks the token that ends the model's turns.
+Tokenizer, chat template, generation config and licences are copied byte for byte: a single changed character in a chat
+template can make a fine-tuned model answer differently than trained. Only two things are changed: the quantization
+block and the dtype in config.json, and `eos_token_id` in generation_config.json if it lacks the end-of-turn token.
 """
 
 from __future__ import annotations
@@ -135,7 +135,7 @@ def _layout(outputs: Sequence[TensorHeader]) -> tuple[bytes, dict[str, int]]:
 
 
 def _produce(unit: Unit, rows: range, block: Tensor) -> list[tuple[TensorHeader, int, Tensor]]:
-    """The output of a block of a unit's rows: for each output tensor its header, the byte offset, and the values.
+    """Convert a block of a unit's rows; returns header, byte offset within the tensor, and values of each output.
 
     Raises:
         ValueError: the values have a different shape than planned (a bug in this exporter).
@@ -169,7 +169,7 @@ def _scale(unit: Unit) -> TensorEntry:
 
 
 def auxiliary_warnings(root: Path) -> list[str]:
-    """What the served model will lack, as warnings for the manifest."""
+    """Warnings for the manifest about a missing tokenizer or chat template, without which serving is limited."""
     names = {path.name for path in sidecar_files(root, SERVED_FILES)}
     if not any(name.startswith(("tokenizer", "vocab")) for name in names):
         return ["the source has no tokenizer: give the engine one (--tokenizer)"]

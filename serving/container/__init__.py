@@ -1,1 +1,1 @@
-"""What container images need besides the package: pinned requirements and a health check."""
+"""Files that the container images need besides the package: pinned requirements and a health check."""

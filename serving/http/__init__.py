@@ -1,1 +1,1 @@
-"""What every HTTP service here is built on: API keys, limits, logs, metrics, errors and graceful shutdown."""
+"""The basis of all HTTP services: API keys, limits, logs, metrics, error responses and graceful shutdown."""

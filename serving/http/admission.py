@@ -41,8 +41,8 @@ _LINE = re.compile(rf"sha256:([0-9a-f]{{64}})(?:\s+({_NAME}))?")
 _LOOK_EVERY_S = 1.0
 _MAX_KEY_LENGTH = 512
 _MAX_CLIENTS = 10_000
-# Up to this much of a body is read and discarded before a refusal: a client that is cut off while it sends never reads
-# the response.
+# At most this many bytes, for at most this many seconds, are read and discarded before an error is sent: a client whose
+# connection is closed while it still sends the body would not read the response.
 _DISCARD_BYTES = 256_000_000
 _DISCARD_S = 5.0
 _CLOSE = {"Connection": "close"}
@@ -64,7 +64,7 @@ def is_name(text: str) -> bool:
 
 
 class KeyFile:
-    """The API keys of a file, which is read again when it changes.
+    """The API keys in the file `path`, which is read again when it changes.
 
     Raises:
         ConfigurationError: the file is unreadable, contains no keys, or has an invalid line.
@@ -81,7 +81,10 @@ class KeyFile:
         self._looked = time.monotonic()
 
     def name_of(self, key: bytes) -> str | None:
-        """The name of a key that a client sent; None if it is unknown. It is compared with every stored digest."""
+        """The name of a key that a client sent; None if it is unknown.
+
+        The digest of `key` is compared with every stored digest, so that the time does not depend on which one matches.
+        """
         if time.monotonic() - self._looked >= _LOOK_EVERY_S:
             self.reload_if_changed()
         digest = hashlib.sha256(key).hexdigest()
@@ -119,7 +122,10 @@ class KeyFile:
 
 
 class AuthMiddleware:
-    """Rejects requests without a known key, which is sent as `Authorization: Bearer KEY` or `X-API-Key: KEY`."""
+    """Rejects requests without a known API key with 401; all are accepted if `keys` is None.
+
+    Clients send the key as `Authorization: Bearer KEY` or `X-API-Key: KEY`. Paths in `OPEN_PATHS` need no key.
+    """
 
     def __init__(self, app: Any, keys: KeyFile | None) -> None:
         self.app, self.keys = app, keys
@@ -152,7 +158,7 @@ def _presented(scope: Scope) -> bytes | None:
 
 
 def _read(path: Path) -> tuple[tuple[str, str], ...]:
-    """(digest, name) of every key; a key without a name is called by its line number."""
+    """Read (digest, name) of every key from a key file; a key without a name gets the name `line N`."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -166,7 +172,7 @@ def _read(path: Path) -> tuple[tuple[str, str], ...]:
             continue
         match = _LINE.fullmatch(text)
         if match is None:  # the line is not shown: it may be a key in plain text
-            what, why = f"line {number} of {path} is no API key's digest", "it is not 'sha256:<64 hex digits> [name]'"
+            what, why = f"line {number} of {path} is not an API key's digest", "it is not 'sha256:<64 hex> [name]'"
             fix = "create keys with fp8pipe serve-key, and add the line it prints to the file"
             raise ConfigurationError(what, why=why, fix=fix)
         keys.append((match[1], match[2] or f"line {number}"))
@@ -174,14 +180,17 @@ def _read(path: Path) -> tuple[tuple[str, str], ...]:
 
 
 class BodyBudget:
-    """How many bytes of request bodies the service holds, and the limit, over all connections."""
+    """The number of bytes of request bodies in memory, over all connections, and its limit."""
 
     def __init__(self, max_bytes: int) -> None:
         self.max_bytes, self.held = max_bytes, 0
 
 
 class BodyAccount:
-    """One request's share of a `BodyBudget`, held until it is answered; stored as `body_account` in its state."""
+    """The bytes that one request has reserved from a `BodyBudget`, until it is answered.
+
+    It is stored in the request's state as `body_account`.
+    """
 
     def __init__(self, budget: BodyBudget) -> None:
         self._budget, self._held = budget, 0
@@ -223,7 +232,7 @@ class BodyLimitMiddleware:
             account.close()
 
     def _limited(self, receive: Receive, account: BodyAccount) -> Receive:
-        """A `receive` that enforces the limits on size and time."""
+        """Wrap `receive` so that it enforces the limits on size and time."""
         left, complete = self.max_bytes, False
         deadline = asyncio.get_running_loop().time() + self.timeout_s
 
@@ -259,13 +268,17 @@ class BodyLimitMiddleware:
 
 
 async def refuse(problem: Problem, scope: Scope, receive: Receive, send: Send) -> None:
-    """Reject a request whose body has not been read: discard it first, unless the client waits for `100 Continue`."""
+    """Send an error response to a request whose body has not been read.
+
+    The body is read and discarded first, unless the client waits for `100 Continue` before sending it.
+    """
     if (b"expect", b"100-continue") not in ((name, value.lower()) for name, value in scope["headers"]):
         await _discard(receive)
     await send_problem(problem, scope, receive, send)
 
 
 async def _discard(receive: Receive) -> None:
+    # Read and drop the rest of a request's body, within limits on size and time.
     left = _DISCARD_BYTES
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(_DISCARD_S):
@@ -277,7 +290,14 @@ async def _discard(receive: Receive) -> None:
 
 
 class RateLimitMiddleware:
-    """A token bucket per client: `rate` requests per second, bursts of `burst`. Paths in `free` are not limited."""
+    """Rejects requests beyond a rate with 429: a token bucket per API key, or per address without keys.
+
+    Args:
+        app: the wrapped ASGI app.
+        rate: requests per second; None for no limit.
+        burst: requests that may come at once; None for two seconds' worth.
+        free: paths that are not limited.
+    """
 
     def __init__(self, app: Any, rate: float | None, burst: int | None, free: frozenset[str]) -> None:
         self.app, self.rate, self.free = app, rate, free
@@ -296,7 +316,7 @@ class RateLimitMiddleware:
         await self.app(scope, receive, send)
 
     def _take(self, client: str, rate: float) -> float:
-        """Take a token; return 0 if there was one, else the seconds until there will be."""
+        """Take a token from the client's bucket; returns 0, or the seconds until the next token if there was none."""
         now = time.monotonic()
         tokens, then = self._buckets.pop(client, (self.burst, now))
         tokens = min(self.burst, tokens + (now - then) * rate)

@@ -51,16 +51,17 @@ class Problem(Exception):
 
 
 def overloaded(message: str, headers: Mapping[str, str] | None = None) -> Problem:
-    """503: the service cannot take more load at the moment."""
+    """A problem with status 503: the service cannot take more load at the moment."""
     return Problem(503, "overloaded", message, "try again in a second", {"Retry-After": "1", **(headers or {})})
 
 
 def too_many_images(limit: int) -> Problem:
-    """413: a request contains more than `limit` images."""
+    """A problem with status 413: a request contains more than `limit` images."""
     return Problem(413, "too_many_images", f"more than {limit} images in a request", "send several requests")
 
 
 def _response(problem: Problem, scope: Scope) -> Response:
+    # The JSON response for a problem, in the format for the request's path.
     body = {"code": problem.code, "message": problem.message, "fix": problem.fix, "request_id": _request_id(scope)}
     document: dict[str, Any] = {"error": body}
     if str(scope.get("path", "")).startswith("/v2"):
@@ -72,7 +73,7 @@ def _response(problem: Problem, scope: Scope) -> Response:
 
 
 async def send_problem(problem: Problem, scope: Scope, receive: Receive, send: Send) -> None:
-    """Send `problem` as the response, from a middleware."""
+    """Send `problem` as the response of an ASGI request."""
     await _response(problem, scope)(scope, receive, send)
 
 
@@ -87,6 +88,7 @@ def install_problem_handlers(app: FastAPI) -> None:
 
 
 def _as_problem(error: Exception, scope: Scope) -> Problem:
+    # The problem that describes an exception of a route to the client; unexpected exceptions are logged.
     if isinstance(error, Problem):
         return error
     if isinstance(error, HTTPException):

@@ -1,12 +1,13 @@
-"""Runs an app until a signal stops it, and shuts down gracefully, without losing a request.
+"""Runs an ASGI app until a signal stops it, and shuts down gracefully, without losing a request.
 
 On SIGTERM (or SIGINT) `/readyz` answers 503 at once, so that a load balancer sends requests elsewhere. For `linger_s`
 new requests are still accepted and answered with `Connection: close`; then the listener closes, requests in progress
 are finished, and the process exits with 0. A second signal stops it at once. SIGHUP reloads the API keys.
 
-This also adds to uvicorn's HTTP protocol what it lacks: a timeout for headers, a limit on connections, and errors in
-JSON. uvicorn waits forever for the headers of the first request, which a slowloris attack exploits. And it does not
-answer a client that closes its sending side in the middle of a request, although that client could still read.
+The module also adds to uvicorn's HTTP protocol what it lacks: a timeout for headers, a limit on connections, and errors
+in JSON. By itself uvicorn waits forever for the headers of a connection's first request, which a slowloris attack
+exploits. And it does not answer a client that closes its sending side in the middle of a request, although that client
+could still read the response.
 """
 
 from __future__ import annotations
@@ -31,18 +32,18 @@ from serving.config import ServeConfig
 
 logger = logging.getLogger(__name__)
 
-_ACCEPT_S = 0.2  # time to accept connections that are already in the kernel's queue
+_ACCEPT_S = 0.2  # seconds to accept connections that are already in the kernel's queue
 _MAX_HEADER_BYTES = 65_536
-# After a refusal the connection stays half open this long: closing it with unread data would reset it, and the client
-# might lose the response.
+# After an error response, seconds until the connection is closed. Closing it at once with unread data would reset it,
+# and the client might lose the response.
 _LINGER_S = 0.5
-# Requests that a client sent before it could notice the shutdown are still answered.
+# Seconds that idle connections stay open during a shutdown: requests sent before the client notices are still answered.
 _LAST_CALL_S = 1.0
 
 
 @dataclass
 class Lifecycle:
-    """Whether the service accepts requests."""
+    """The state of a service: whether it accepts requests or is draining."""
 
     ready: bool = False  # everything is loaded
     draining: bool = False  # SIGTERM was received
@@ -55,7 +56,7 @@ class Lifecycle:
         return self.ready and not self.draining
 
     def drain(self) -> None:
-        """Start draining."""
+        """Start draining, unless it has started already."""
         if not self.draining:
             self.draining = True
             for call in self.on_drain:
@@ -63,7 +64,16 @@ class Lifecycle:
 
 
 class Service(uvicorn.Server):
-    """A server for `app` that drains on the first signal and stops on the second; SIGHUP calls `reload`."""
+    """A uvicorn server for `app` that drains on the first signal and stops at once on the second.
+
+    Args:
+        app: the ASGI app, with all middleware.
+        config: address, limits and timeouts.
+        lifecycle: the state that is shared with the app.
+        reload: called on SIGHUP.
+        drain_s: longest time for requests in progress after a signal, seconds; by default as long as one request may
+            take.
+    """
 
     def __init__(
         self, app: Any, config: ServeConfig, lifecycle: Lifecycle, *, reload: Callable[[], None] = lambda: None,
@@ -124,7 +134,7 @@ class Service(uvicorn.Server):
 
 
 class _LimitedProtocol(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
-    """One connection, on top of whichever HTTP parser uvicorn found installed."""
+    """uvicorn's protocol for one connection, with the limits added; its base depends on the installed HTTP parser."""
 
     header_timeout_s: ClassVar[float]
     max_connections: ClassVar[int]
@@ -144,6 +154,7 @@ class _LimitedProtocol(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
+        # Let uvicorn parse the data, and limit the size of the headers and the time until they are complete.
         if self._over:
             return
         before = self.cycle
@@ -161,6 +172,7 @@ class _LimitedProtocol(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
             self._arm()
 
     def eof_received(self) -> bool | None:
+        # Answer a client that closed its sending side before its request was complete.
         if self._over or self.pipeline:
             return None
         cycle = self.cycle
@@ -200,6 +212,7 @@ class _LimitedProtocol(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
             self._refuse(408, "headers_too_slow", "the headers did not arrive in time")
 
     def _refuse(self, status: int, code: str, message: str, extra: str = "") -> None:
+        # Send an error response and close the connection, or only close it while another response is being sent.
         self._disarm()
         self._refused = True
         cycle = self.cycle

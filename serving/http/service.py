@@ -1,6 +1,6 @@
-"""Turns an app into a running service: adds middleware, reports the artifact and its validation, and runs the server.
+"""Turns an ASGI app into a running service: checks the validation, adds middleware, and runs the server.
 
-The middleware, from the outermost inward: telemetry, tracing, CORS, API keys, rate limit, body limits.
+The middleware, from the outermost to the innermost: telemetry, tracing, CORS, API keys, rate limit, body limits.
 
 Each web page is a single document that loads nothing from other sites, so it works without internet access.
 """
@@ -38,21 +38,23 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Proof:
-    """The verdict of the validation that applies to a service; `unvalidated` if none does."""
+    """The validation that applies to a service."""
 
-    verdict: str
-    form: str  # how the engine runs, in words; empty if there is only one way
+    verdict: str  # its verdict; `unvalidated` if no validation applies
+    form: str  # a description of how the engine runs; empty if there is only one way
     versions: Mapping[str, str]  # versions of the engine's packages
 
 
 def proof_of(artifact: Artifact, config: ServeConfig, versions: Mapping[str, str], form: str = "") -> Proof:
-    """Compare a service with the validation record of its export.
+    """Check that an accepted validation of the export applies to the engine and settings that will serve it.
+
+    With `config.unvalidated` a failed check is only logged, and the result says `unvalidated`.
 
     Args:
         artifact: the export that is served.
         config: where the record is, and whether one is required.
         versions: installed versions of the engine's packages.
-        form: how the engine runs, in the words of a record.
+        form: how the engine runs, as described in validation records; empty if there is only one way.
 
     Raises:
         BadArtifactError: the record is damaged, does not match its signature, or belongs to another export.
@@ -81,7 +83,7 @@ def proof_of(artifact: Artifact, config: ServeConfig, versions: Mapping[str, str
 
 
 def identity_of(artifact: Artifact, proof: Proof) -> dict[str, Any]:
-    """Identity of the artifact and its validation, for /v1/artifact. File system paths are not disclosed."""
+    """Describe the artifact and its validation, for /v1/artifact. File system paths are not disclosed."""
     manifest = artifact.manifest
     return {
         "name": artifact.root.absolute().name,
@@ -98,7 +100,7 @@ def identity_of(artifact: Artifact, proof: Proof) -> dict[str, Any]:
 
 
 def read_keys(config: ServeConfig) -> KeyFile | None:
-    """The API keys; None if no key is required. Raises the errors of `KeyFile`."""
+    """Read the API keys of the configured file; None if no key is required. Raises the errors of `KeyFile`."""
     return None if config.api_key_file is None else KeyFile(config.api_key_file)
 
 
@@ -106,7 +108,17 @@ def wrap(
     app: Any, config: ServeConfig, *, keys: KeyFile | None, lines: logging.Logger, metrics: HttpMetrics,
     lifecycle: Lifecycle, headers: tuple[tuple[bytes, bytes], ...] = (),
 ) -> Any:  # fmt: skip
-    """`app` with all middleware; `headers` are added to every response, `Connection: close` too while draining."""
+    """Wrap `app` in all middleware.
+
+    Args:
+        app: the ASGI app.
+        config: the service's settings.
+        keys: the accepted API keys; None if no key is required.
+        lines: the access logger.
+        metrics: the metrics to update.
+        lifecycle: the service's state; while it drains, every response has `Connection: close`.
+        headers: (name, value) pairs that are added to every response.
+    """
     budget = BodyBudget(config.max_total_body_bytes)
     metrics.held_bytes.set_function(lambda: budget.held)
     layers: Any = BodyLimitMiddleware(app, config.max_body_bytes, config.body_timeout_s, budget)

@@ -38,14 +38,14 @@ _METHODS: Final = frozenset(("GET", "POST", "HEAD", "OPTIONS", "PUT", "DELETE", 
 _SANE_REQUEST_ID: Final = re.compile(rb"[A-Za-z0-9._-]{1,64}")
 _MAX_LOGGED_PATH: Final = 200
 _MAX_PENDING_LINES: Final = 10_000
-_STATUS_CLIENT_LEFT: Final = 499  # the client disconnected before there was a response
+_STATUS_CLIENT_LEFT: Final = 499  # logged if the client disconnected before a response was sent
 _TRACING_VARIABLES: Final = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
-# Probes and scrapes come every few seconds; their traces are of no use.
+# Health probes and metric scrapes come every few seconds, and traces of them are useless.
 _UNTRACED_URLS: Final = "/healthz$,/readyz$,/metrics$,/v2/health/"
 
 
 class HttpMetrics:
-    """Metrics common to all services: requests, and the artifact served. Each instance has a registry of its own.
+    """Prometheus metrics common to all services: requests, and the artifact served. Each instance has its own registry.
 
     Attributes:
         registry: where a service registers further metrics.
@@ -65,12 +65,15 @@ class HttpMetrics:
         self.in_drain = Gauge("fp8pipe_draining", "1 while draining, after SIGTERM.", registry=at)
 
     def observe(self, route: str, method: str, status: int, took_s: float) -> None:
-        """Count one request. `route` must be a route template, never text from a client: labels are kept forever."""
+        """Count one request, which took `took_s` seconds.
+
+        `route` must be a route template and never text from a client, because every new label value stays in memory.
+        """
         self.requests.labels(route, method if method in _METHODS else "other", str(status)).inc()
         self.latency.labels(route).observe(took_s)
 
     def identify(self, labels: Mapping[str, str]) -> None:
-        """Publish which artifact is served."""
+        """Publish the served artifact as the metric `fp8pipe_artifact_info`, described by these labels."""
         Gauge("fp8pipe_artifact_info", "The artifact that is served.", list(labels), registry=self.registry).labels(
             **labels
         ).set(1)
@@ -90,7 +93,10 @@ class _DroppingHandler(QueueHandler):
 
 @contextlib.contextmanager
 def access_log(enabled: bool) -> Iterator[logging.Logger]:
-    """The access logger; the thread that writes its lines ends with the context."""
+    """A context that provides the access logger, whose lines a thread writes to stderr until the context ends.
+
+    If not `enabled`, the logger discards all lines.
+    """
     lines = logging.getLogger("fp8pipe_access")
     lines.propagate, lines.handlers = False, []
     lines.setLevel(logging.INFO if enabled else logging.CRITICAL)
@@ -110,7 +116,14 @@ def access_log(enabled: bool) -> Iterator[logging.Logger]:
 
 
 class TelemetryMiddleware:
-    """The outermost middleware: request ids, access log, request metrics, and `headers()` added to each response."""
+    """The outermost middleware: request ids, access log, request metrics, and additional response headers.
+
+    Args:
+        app: the wrapped ASGI app.
+        lines: the access logger.
+        metrics: the metrics to update.
+        headers: called for each response; returns the (name, value) pairs of bytes to add to it.
+    """
 
     def __init__(self, app: Any, lines: logging.Logger, metrics: HttpMetrics, headers: Any) -> None:
         self.app, self.lines, self.metrics, self.headers = app, lines, metrics, headers
@@ -158,7 +171,7 @@ def _request_id(scope: Scope) -> str:
 
 
 def traced(app: Any) -> Any:
-    """`app`, with tracing if the environment enables it; logs a warning if the packages for it are missing."""
+    """Add tracing to `app` if the environment enables it; logs a warning if the packages for it are missing."""
     wanted = any(os.environ.get(name) for name in _TRACING_VARIABLES)
     if not wanted or os.environ.get("OTEL_SDK_DISABLED", "").lower() == "true":
         return app
@@ -172,7 +185,7 @@ def traced(app: Any) -> Any:
 
 
 def with_spans(app: Any, provider: Any) -> Any:
-    """`app` wrapped in OpenTelemetry's middleware; `provider` is an `opentelemetry.trace.TracerProvider`."""
+    """Wrap `app` in OpenTelemetry's middleware; `provider` is an `opentelemetry.trace.TracerProvider`."""
     from opentelemetry.instrumentation.asgi import OpenTelemetryMiddleware
 
     return OpenTelemetryMiddleware(

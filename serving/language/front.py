@@ -1,10 +1,10 @@
-"""The proxy that clients connect to: it forwards requests to vLLM unchanged and answers properly while vLLM is down.
+"""The proxy that clients connect to: it forwards requests to vLLM, and sends proper errors while vLLM is down.
 
 It answers `/`, `/healthz`, `/readyz`, `/metrics` and `/v1/artifact` itself; all other paths go to vLLM. Responses are
 streamed as they arrive. When a client disconnects, its request is cancelled in vLLM too. If vLLM fails during a
 request, the client gets a 503 with `Retry-After` if nothing has been sent yet, an `error` event in an event stream, and
-otherwise a closed connection, so that a partial response is never mistaken for a complete one. Requests still running
-when the time to drain is over end in the same way.
+otherwise a closed connection, so that a partial response is never mistaken for a complete one. Requests that are still
+running when the drain period ends are ended in the same way.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ logger = logging.getLogger(__name__)
 
 _PAGE = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
 _HOP = {b"connection", b"keep-alive", b"proxy-connection", b"te", b"trailer", b"transfer-encoding", b"upgrade"}
-# API keys are checked here and not passed on to vLLM; the request id is set here, in both directions.
+# Headers that are not forwarded, to vLLM (`_NOT_UP`) and to the client (`_NOT_DOWN`). API keys are checked before
+# requests reach the proxy and are not passed on; request ids are set by this service in both directions.
 _NOT_UP = _HOP | {b"host", b"content-length", b"expect", b"authorization", b"x-api-key", b"x-request-id"}
 _NOT_DOWN = _HOP | {b"date", b"server", b"x-request-id"}
 _SHUTTING_DOWN = ("shutting_down", "the server is shutting down")
@@ -44,7 +45,7 @@ class Front:
     """The ASGI app of the proxy.
 
     Args:
-        supervisor: the supervisor of vLLM; requests go to its `upstream`.
+        supervisor: the supervisor of vLLM, whose `upstream` requests are forwarded to.
         lifecycle: the lifecycle of the service.
         metrics: the service's own metrics; `/metrics` shows them before vLLM's.
         identity: the response of `/v1/artifact`.
@@ -64,7 +65,7 @@ class Front:
         self._ending = False
 
     def end_after_drain(self, longest_s: float) -> None:
-        """Arrange that requests still running `longest_s` after draining began are ended. Call in the event loop."""
+        """End requests that are still running `longest_s` seconds after draining began. Call it in the event loop."""
         loop = asyncio.get_running_loop()
 
         # Draining is started by a signal handler, which runs outside the event loop.
@@ -94,6 +95,7 @@ class Front:
             await send_problem(problem, scope, receive, send)
 
     async def _own(self, path: str) -> Response | None:
+        # The response of a path that the proxy answers itself; None for all others.
         if path == "/" and self._page is not None:
             return HTMLResponse(self._page[0], headers=self._page[1])
         if path == "/healthz":
@@ -112,7 +114,7 @@ class Front:
         return None
 
     def _away(self) -> Problem:
-        """The error that a client gets while vLLM cannot answer."""
+        """The problem (503) that a client gets while vLLM is starting or being restarted."""
         state = self.supervisor.state
         what = "the model is being loaded" if state is State.STARTING else "the model is being restarted"
         fix = "send the request again after the number of seconds in Retry-After"
@@ -144,6 +146,7 @@ class Front:
             gone.cancel()
 
     async def _exchange(self, scope: Scope, body: bytes, send: Send) -> None:
+        # Send a request to vLLM, and its response to the client.
         target = scope["raw_path"] + (b"?" + scope["query_string"] if scope["query_string"] else b"")
         headers: Headers = [item for item in scope["headers"] if item[0] not in _NOT_UP]
         headers.append((b"x-request-id", scope["state"]["request_id"].encode()))
@@ -166,6 +169,7 @@ class Front:
             reply.release()
 
     async def _stream(self, reply: Reply, send: Send) -> None:
+        # Pass a response on as it arrives; if it breaks off, end it so that the client notices.
         headers = [item for item in reply.headers if item[0] not in _NOT_DOWN]
         await send({"type": "http.response.start", "status": reply.status, "headers": headers})
         code, message = "engine_unavailable", "the model stopped in the middle of its answer"
@@ -192,7 +196,7 @@ class Front:
 
 
 async def _body(receive: Receive) -> bytes | None:
-    """The body of the request; None if the client disconnected before it was complete."""
+    """Read the complete body of a request; None if the client disconnected before it was complete."""
     parts = []
     while True:
         message = await receive()

@@ -1,8 +1,8 @@
 """`fp8pipe serve` for a language export: runs the proxy, the supervisor and vLLM, from start to graceful shutdown.
 
-The port opens at once and answers `/healthz`; `/readyz` answers 200 once vLLM responds. On SIGTERM `/readyz` answers
-503, requests in progress are finished, and then vLLM is stopped. vLLM's output goes to a log file, whose last lines
-are shown if the first start fails.
+The port opens at once; `/healthz` answers from then on, and `/readyz` answers 200 once vLLM responds. On SIGTERM
+`/readyz` answers 503, requests in progress are finished, and then vLLM is stopped. vLLM's output goes to a log file,
+whose last lines are shown if the first start fails.
 
 vLLM listens on a Unix socket in a private directory, so that other users of the machine cannot bypass the API keys, and
 no other process can take its port between two starts.
@@ -35,11 +35,11 @@ from serving.language.supervisor import Child, State, Supervisor
 from serving.language.upstream import KEEP_ALIVE_S, Upstream
 
 logger = logging.getLogger(__name__)
-_AFTER_DRAIN_S = 5  # extra time to send errors to requests that were still running when the time to drain was over
+_AFTER_DRAIN_S = 5  # seconds to send errors to requests that are still running when the drain period ends
 
 
 def serve_language(export: Path, config: ServeConfig, language: LanguageConfig | None = None) -> int:
-    """Check the hash of every file of a vLLM export, then serve it until a signal; 0 after a graceful shutdown.
+    """Check the hash of every file of a vLLM export, then serve it until a signal; returns the exit code (0).
 
     Raises:
         BadArtifactError: the files do not match the manifest, or vLLM cannot load the export.
@@ -84,7 +84,10 @@ def _engine_command(
 def supervise(
     command: list[str], env: dict[str, str], socket: Path, log: Path, model: str, language: LanguageConfig
 ) -> Supervisor:
-    """A supervisor, not yet started, for a server of `model` that listens on `socket`."""
+    """Create a supervisor, which is not yet running, for a server of `model` that listens on the Unix socket `socket`.
+
+    `command` and `env` start the server; its output goes to `log`.
+    """
 
     def start() -> Child:
         socket.unlink(missing_ok=True)  # left behind by a run that was killed
@@ -96,7 +99,11 @@ def supervise(
 def run_front(
     supervisor: Supervisor, artifact: Artifact, config: ServeConfig, language: LanguageConfig, proof: Proof
 ) -> int:
-    """Serve until a signal arrives. If vLLM's first start fails, raises the error that it failed with."""
+    """Run the proxy and the supervisor until a signal arrives; returns the exit code (0).
+
+    Raises:
+        Fp8PipeError: vLLM's first start failed, or the supervisor did.
+    """
     keys, lifecycle, metrics = read_keys(config), Lifecycle(), HttpMetrics()
     up = Gauge("fp8pipe_engine_up", "1 while vLLM is ready.", registry=metrics.registry)
     up.set_function(lambda: supervisor.state is State.READY)
@@ -115,7 +122,7 @@ def run_front(
 
 
 def _supervised(front: Front, drain_s: float) -> Any:
-    """The ASGI app `front`, whose supervisor runs as long as the service does."""
+    """Wrap the ASGI app `front` so that its supervisor runs as long as the service does."""
     supervisor = front.supervisor
 
     def leave(*_: Any) -> None:

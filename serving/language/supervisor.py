@@ -4,8 +4,8 @@ If the first start fails, the service ends: the cause is the export or the machi
 crashes are followed by a restart after 1, 2, 4 ... seconds; the delay is reset once the server has stayed up for a
 while. A server that runs but does not respond, or whose engine produces no more tokens, is killed and restarted too.
 
-vLLM's server and its engine are separate processes: the server answers `/health`, with 200 even while the engine hangs.
-So the engine is regularly asked for one token. Under load that request waits in the queue with the others; therefore an
+vLLM's server and its engine are separate processes, and the server answers `/health` with 200 even while the engine
+hangs. So a request for one token is sent regularly. Under load it waits in vLLM's queue with the others; therefore an
 engine counts as hung only if, for the whole timeout, the token did not arrive and vLLM's token counters did not change.
 """
 
@@ -34,7 +34,7 @@ _COUNTERS = (b"vllm:generation_tokens_total", b"vllm:prompt_tokens_total", b"vll
 
 
 class State(StrEnum):
-    """State of the server."""
+    """State of vLLM's server."""
 
     STARTING = "starting"
     READY = "ready"
@@ -43,9 +43,10 @@ class State(StrEnum):
 
 
 class Child:
-    """One run of the command, in its own process session under a guard process that kills all of it at the end.
+    """One run of vLLM's server, started at once, in its own process session.
 
-    Its output goes to `log`, which each run overwrites, so that restarts cannot fill the disk.
+    A guard process kills everything that the command started when `stop` is called or this process ends. The output
+    goes to `log`, which each run overwrites, so that restarts cannot fill the disk.
     """
 
     def __init__(self, command: Sequence[str], env: Mapping[str, str], log: Path) -> None:
@@ -61,7 +62,10 @@ class Child:
         return code if code is None or code <= 128 else 128 - code
 
     async def stop(self, grace_s: float) -> None:
-        """Stop all its processes: SIGTERM, then SIGKILL. Must be called even if the command ended by itself."""
+        """Stop all its processes: SIGTERM and, after at most `grace_s` seconds, SIGKILL.
+
+        Must be called even if the command ended by itself, because its workers may still be running.
+        """
         if self.exit_code() is None and grace_s > 0:
             self._process.terminate()  # the guard forwards the signal
             await self._wait(grace_s)
@@ -81,7 +85,14 @@ class Child:
 
 
 class Supervisor:
-    """Runs one child after another, each created by `start`; health checks request tokens from the model `model`."""
+    """Keeps a server running, by starting a new child whenever one has ended.
+
+    Args:
+        start: starts the server and returns its child.
+        upstream: the client for requests to the server.
+        model: the model's name in the API, for requests of one token.
+        config: timeouts and intervals.
+    """
 
     def __init__(self, start: Callable[[], Child], upstream: Upstream, model: str, config: SupervisorConfig) -> None:
         self._start, self.upstream, self.model, self.config = start, upstream, model, config
@@ -97,12 +108,18 @@ class Supervisor:
 
     @property
     def retry_after_s(self) -> int:
-        """Seconds until a retry makes sense: the last start's duration minus the time elapsed in this one, or 5."""
+        """Estimated seconds until the server is ready: the duration of the last start minus the time since this one.
+
+        At most 60; 5 if that time is over.
+        """
         left = self._last_start_s - (asyncio.get_running_loop().time() - self._since)
         return min(60, math.ceil(left)) if left > 0 else 5
 
     async def run(self, on_failure: Callable[[], None]) -> None:
-        """Supervise until cancelled, then stop the child; a failed first start sets `failure`, calls `on_failure`."""
+        """Run and restart the server until this task is cancelled, then stop it.
+
+        If the first start fails, `failure` is set to the error, `on_failure` is called, and the method returns.
+        """
         try:
             while True:
                 code = await self._one_run()
@@ -119,7 +136,7 @@ class Supervisor:
                 await self.child.stop(self.config.stop_grace_s)
 
     async def suspect(self) -> bool:
-        """Check the server at once, after a request failed in it; returns whether it is healthy."""
+        """Check the server at once, because a request to it failed; returns whether it is ready and healthy."""
         if self.state is State.READY and await self._healthy():
             return True
         if self.state is State.READY:
@@ -127,7 +144,7 @@ class Supervisor:
         return False
 
     async def _one_run(self) -> int:
-        """Start, monitor and clean up one child; returns its exit code."""
+        """Start, monitor and clean up one child; returns its exit code, which is not 0 if it had to be killed."""
         self._enter(State.STARTING)
         self._suspect.clear()
         self.child = child = self._start()
@@ -175,7 +192,7 @@ class Supervisor:
         return code
 
     async def _until_hung(self) -> None:
-        """Request a token periodically; return once the engine has shown no sign of life for `engine_timeout_s`."""
+        """Request a token periodically; returns once the engine has generated nothing for `engine_timeout_s`."""
         while True:
             await asyncio.sleep(self.config.engine_probe_every_s)
             probe = asyncio.create_task(self._one_token())
@@ -191,7 +208,10 @@ class Supervisor:
             await self.upstream.fetch(b"POST", b"/v1/completions", [(b"content-type", b"application/json")], body)
 
     async def _lives(self, probe: asyncio.Task[None], timeout_s: float) -> bool:
-        """Whether the probe gets a response, even an error, before the token counters are unchanged for `timeout_s`."""
+        """Wait for the probe; False if it gets no response and the token counters do not change for `timeout_s`.
+
+        An error response counts as a response.
+        """
         loop = asyncio.get_running_loop()
         seen, deadline = b"", loop.time() + timeout_s
         while True:
@@ -201,7 +221,7 @@ class Supervisor:
             text = await self.upstream.get(b"/metrics", timeout_s / 4) or b""
             counters = b"\n".join(line for line in text.splitlines() if line.startswith(_COUNTERS))
             if counters and counters != seen:
-                # The first reading is only the starting point.
+                # The first reading does not extend the deadline, since there is nothing to compare it with.
                 deadline = loop.time() + timeout_s if seen else deadline
                 seen = counters
             if loop.time() >= deadline:

@@ -1,8 +1,8 @@
-"""A minimal HTTP/1.1 client for a proxy to one server on a Unix socket.
+"""A minimal HTTP/1.1 client for the proxy, which forwards requests to one server on a Unix socket.
 
-General-purpose clients take longer than the whole time budget per request here (1 ms). This one sends headers and body
-in one write, parses responses with httptools, passes on body bytes as they arrive, and keeps connections open for the
-next request. It never repeats a request, since generation is not idempotent.
+The proxy may add at most 1 ms to a request, and general-purpose clients alone take longer. This one sends headers and
+body in one write, parses responses with httptools, passes on body bytes as they arrive, and keeps connections open for
+the next request. It never repeats a request, since generation is not idempotent.
 """
 
 from __future__ import annotations
@@ -15,13 +15,14 @@ import httptools
 
 Headers = list[tuple[bytes, bytes]]
 _BUFFERED_BYTES = 262_144
-# Shorter than the server's keep-alive timeout (`KEEP_ALIVE_S`), so that it never closes a connection just reused.
+# Seconds after which an idle connection is not used again. This is shorter than the server's keep-alive timeout
+# (`KEEP_ALIVE_S`), so that the server never closes a connection that has just been reused.
 _IDLE_S = 30.0
 KEEP_ALIVE_S = 120
 
 
 class UpstreamError(Exception):
-    """The server could not be reached or closed the connection early; `str` says which, for logs only."""
+    """The server could not be reached, or closed the connection early; the message says which and is only logged."""
 
 
 class _Connection:
@@ -65,7 +66,7 @@ class _Connection:
         return self._broken or self._reader.at_eof() or self.writer.transport.is_closing()
 
     async def receive(self) -> None:
-        """Wait for data and parse it; returns also when the connection has ended."""
+        """Wait for data and parse it; also returns when the connection has ended, see `lost`."""
         try:
             if data := await self._reader.read(_BUFFERED_BYTES):
                 self._parser.feed_data(data)
@@ -79,7 +80,7 @@ class _Connection:
             self._broken = True
 
     def take(self) -> bytes:
-        """The bytes of the body that arrived since the last call."""
+        """Return the bytes of the body that arrived since the last call; empty if there are none."""
         data = b"".join(self._chunks)
         self._chunks.clear()
         return data
@@ -118,26 +119,29 @@ class Reply:
 
     @property
     def finished(self) -> bool:
-        """Whether `next` has returned the last bytes, so that they and the end can be sent in one write."""
+        """Whether the last bytes have arrived, so that they and the end of the response can be sent in one write."""
         return self._connection.complete
 
     def release(self) -> None:
-        """Return the connection for reuse; if the response was not read to its end, close it, and the server stops."""
+        """Give the connection back for reuse.
+
+        If the response was not read to its end, the connection is closed, which makes the server cancel the request.
+        """
         self._owner._give_back(self._connection)
 
 
 class Upstream:
-    """The server at the Unix socket `path`, and a pool of idle connections to it."""
+    """A client for the server at the Unix socket `path`, with a pool of idle connections."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._idle: deque[_Connection] = deque()
 
     async def request(self, method: bytes, target: bytes, headers: Headers, body: bytes = b"") -> Reply:
-        """Send a request; return when the headers of the response have arrived.
+        """Send a request, and return the response as soon as its headers have arrived.
 
-        `headers` must not contain hop-by-hop headers, Host or Content-Length; `target` is the path and query that the
-        client sent.
+        `target` is path and query. `headers` must not contain hop-by-hop headers, Host or Content-Length. The caller
+        must call `release` on the result.
 
         Raises:
             UpstreamError: the server cannot be reached, or closed the connection before it answered.
@@ -160,7 +164,10 @@ class Upstream:
         return Reply(self, connection)
 
     async def fetch(self, method: bytes, target: bytes, headers: Headers, body: bytes = b"") -> tuple[int, bytes]:
-        """Status and complete body of a response. Raises the errors of `request` and `Reply.next`."""
+        """Send a request, see `request`, and return status and complete body of the response.
+
+        Raises the errors of `request` and `Reply.next`.
+        """
         reply, parts = await self.request(method, target, headers, body), []
         try:
             while (part := await reply.next()) is not None:
@@ -170,7 +177,7 @@ class Upstream:
             reply.release()
 
     async def get(self, target: bytes, timeout_s: float) -> bytes | None:
-        """The body of the response to a GET; None if the status is not 200 or the response does not come in time."""
+        """Send a GET request, and return the body; None if it fails, takes longer than `timeout_s`, or is not a 200."""
         try:
             async with asyncio.timeout(timeout_s):
                 status, body = await self.fetch(b"GET", target, [])
@@ -184,6 +191,7 @@ class Upstream:
             self._idle.pop().close()
 
     async def _take(self) -> _Connection:
+        # An idle connection that is still usable, or a new one.
         while self._idle:
             connection = self._idle.pop()
             if not connection.lost and asyncio.get_running_loop().time() - connection.used < _IDLE_S:

@@ -29,7 +29,7 @@ Run = Callable[[np.ndarray], np.ndarray]
 
 
 class VisionMetrics(HttpMetrics):
-    """Metrics of a vision service. Stages are decode, preprocess, queue and inference (of a whole batch)."""
+    """Metrics of a vision service. Its stages are decode, preprocess, queue, and inference of a whole batch."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -60,14 +60,15 @@ class Done:
 
 @dataclass(slots=True)
 class _Job:
-    pixels: np.ndarray
-    future: asyncio.Future[Done]
+    # One request while it waits or runs.
+    pixels: np.ndarray  # (n, 3, H, W) float32
+    future: asyncio.Future[Done]  # resolved in `loop`
     loop: asyncio.AbstractEventLoop
-    arrived: float
+    arrived: float  # `time.monotonic()`, like the deadline
     deadline: float
-    rows: list[np.ndarray | None] = field(default_factory=list)
-    left: int = 0
-    queue_s: float = -1.0
+    rows: list[np.ndarray | None] = field(default_factory=list)  # outputs by image; None until it has run
+    left: int = 0  # number of images that have not run
+    queue_s: float = -1.0  # waiting time of the first image, seconds; negative until it runs
 
 
 class Batcher:
@@ -129,7 +130,7 @@ class Batcher:
                 self._answer(run, batch)
 
     def _gather(self) -> list[tuple[_Job, int]] | None:
-        """Wait for the next batch; None after `close`, once the queue is empty."""
+        """Wait for the next batch, (request, image index) pairs; None after `close`, once the queue is empty."""
         largest = self._sizes[-1]
         with self._change:
             while not self._waiting:
@@ -164,6 +165,7 @@ class Batcher:
         return alive
 
     def _answer(self, run: Run, batch: list[tuple[_Job, int]]) -> None:
+        # Run a batch, and resolve the requests that are complete with it.
         started = time.monotonic()
         with self._change:  # the images of one request may run in several threads
             for job in {id(job): job for job, _ in batch}.values():

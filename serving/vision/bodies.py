@@ -37,7 +37,7 @@ class ImagesRequest:
 
 
 async def read_body(request: Request, max_bytes: int) -> bytes:
-    """The complete body, decompressed to at most `max_bytes`; the limits of the middleware apply too.
+    """Read the complete body, and decompress it to at most `max_bytes`; the limits of the middleware apply too.
 
     Raises:
         Problem: the body is too large, too slow, damaged, truncated, or has an unsupported encoding.
@@ -86,7 +86,7 @@ def compress(body: bytes, encoding: str) -> bytes:
 
 
 def accepted_encoding(header: str | None) -> str | None:
-    """gzip or deflate, whichever the Accept-Encoding header accepts first; None if it accepts neither."""
+    """Choose gzip or deflate, whichever comes first in the Accept-Encoding header; None if neither is accepted."""
     for part in (header or "")[:1000].lower().split(","):
         name, _, parameters = part.partition(";")
         weight = parameters.replace(" ", "").removeprefix("q=")
@@ -99,7 +99,7 @@ def parse_json(body: bytes) -> dict[str, Any]:
     """Parse a body that must be a JSON object.
 
     Raises:
-        Problem: 400, not valid JSON (too deeply nested, not UTF-8, ...), or not an object.
+        Problem: 400, the body is not valid JSON (or too deeply nested, not UTF-8, ...), or not an object.
     """
     try:
         document = from_json(body)
@@ -136,6 +136,7 @@ async def read_images(request: Request, max_bytes: int, max_images: int) -> Imag
 
 
 def _json(document: dict[str, Any], max_images: int) -> ImagesRequest:
+    # The images and top_k of a JSON body.
     unknown = sorted(set(document) - {"image", "images", "top_k"})
     if unknown:
         raise Problem(400, "unknown_field", f"unknown field {unknown[0][:60]!a}", "fields: image, images, top_k")
@@ -149,6 +150,7 @@ def _json(document: dict[str, Any], max_images: int) -> ImagesRequest:
 
 
 def _decode(text: Any, index: int) -> bytes:
+    # Decode one image from base64 or a data URL.
     if not isinstance(text, str):
         raise Problem(400, "invalid_base64", f"image {index} is not a string", "give base64")
     if text.startswith("data:"):
@@ -161,6 +163,7 @@ def _decode(text: Any, index: int) -> bytes:
 
 
 async def _multipart(request: Request, body: bytes, max_images: int) -> ImagesRequest:
+    # The images and top_k of a multipart body.
     async def once() -> AsyncGenerator[bytes, None]:
         yield body
 

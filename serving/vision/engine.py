@@ -1,8 +1,8 @@
-"""The served model, its engine, and a short benchmark at startup that selects batch sizes, streams and threads.
+"""Loads a vision model and its engine, and selects batch sizes, streams and threads by a short benchmark at startup.
 
-Running several batches in parallel (streams), each with fewer threads, often has a higher throughput than one batch
-with all threads, and shortens the wait in a burst; but a single request takes longer. So of all configurations whose
-throughput is within 5% of the best, the one with the lowest batch latency is used.
+Running several batches in parallel (each in its own stream, with fewer threads) often has a higher throughput than one
+batch with all threads, and shortens the wait in a burst of requests; but a single request takes longer. So of all
+configurations whose throughput is within 5% of the best, the one with the lowest batch latency is used.
 
 Batching must not change results. Integer GEMMs are exact, but a float GEMM may use a different kernel for one row than
 for eight. So at startup each batch size is run on random pixels, and only sizes whose outputs are bit-identical to
@@ -38,8 +38,8 @@ logger = logging.getLogger(__name__)
 _SIZES: Final = (1, 2, 4, 8, 16, 32, 64)
 # Larger batches and more streams increase latency, so they must raise the throughput by at least this factor.
 _MIN_GAIN: Final = 1.05
-_MAX_BATCH_S: Final = 0.5
-_REPEATS: Final = 3
+_MAX_BATCH_S: Final = 0.5  # seconds; larger batches that would take longer are not measured
+_REPEATS: Final = 3  # number of timings per configuration, of which the shortest counts
 _PROVIDERS: Final = {
     Provider.CPU: "CPUExecutionProvider",
     Provider.CUDA: "CUDAExecutionProvider",
@@ -66,7 +66,7 @@ class Measured:
 
 @dataclass(frozen=True, slots=True)
 class Engine:
-    """A loaded engine."""
+    """A loaded engine and the selected configuration."""
 
     runs: tuple[Run, ...]  # (n, 3, H, W) float32 -> (n, C) float32, one per stream; they may run in parallel
     sizes: tuple[int, ...]  # batch sizes in use
@@ -119,7 +119,11 @@ def _refuse_streams(config: VisionConfig) -> None:
 
 
 def _layouts(path: Path, model: ServedModel, config: VisionConfig) -> Iterator[Layout]:
-    """One stream with all cores, and with one core left for the event loop; then more streams with fewer threads."""
+    """The divisions of the CPU to measure, within the configured `threads` and `streams`.
+
+    If neither is set: one stream with all cores, or with all but one, which is left for the event loop; then more
+    streams with fewer threads each.
+    """
     cores = _cores()
     if config.threads:
         shapes = [(config.threads, config.streams or 1)]
@@ -133,13 +137,21 @@ def _layouts(path: Path, model: ServedModel, config: VisionConfig) -> Iterator[L
 
 
 def _cpu_runs(path: Path, model: ServedModel, threads: int, streams: int) -> tuple[Run, ...]:
-    """One session per stream, since a session has one thread pool; with one thread there is none, so one is shared."""
+    """Create a run function for each stream.
+
+    Every stream has its own session, because a session has one thread pool. Sessions with one thread have no pool, so
+    all streams share one.
+    """
     sessions = [open_session(path, threads=threads) for _ in range(1 if threads == 1 else streams)]
     return tuple(_session_run(sessions[stream % len(sessions)], model) for stream in range(streams))
 
 
 def _in_use(session: Any, provider: str, wanted: Provider) -> bool:
-    """Whether the session uses the provider: ONNX Runtime falls back to the CPU if a library or the GPU is missing."""
+    """Whether the session uses the provider, as ONNX Runtime falls back to the CPU if a library or the GPU is missing.
+
+    Raises:
+        MissingCapabilityError: it does not, and the provider was requested by name.
+    """
     found = str(session.get_providers()[0])
     if found == provider:
         return True
@@ -153,6 +165,7 @@ def _in_use(session: Any, provider: str, wanted: Provider) -> bool:
 
 
 def _providers(wanted: Provider) -> list[str]:
+    # The execution providers to try, in order of preference.
     available = import_onnx_package("onnxruntime").get_available_providers()
     cpu = _PROVIDERS[Provider.CPU]
     if wanted is Provider.AUTO:
@@ -175,6 +188,7 @@ def _session_run(session: Any, model: ServedModel) -> Run:
 def _chosen(
     layouts: Sequence[Layout], model: ServedModel, config: VisionConfig, provider: str, possible: tuple[int, ...]
 ) -> Engine:
+    # Measure all layouts and batch sizes, select one layout, and open it with the batch sizes that may be used.
     largest = config.max_batch or possible[-1]
     if largest > possible[-1] and layouts[0].threads == 0:
         raise ConfigurationError(
@@ -200,7 +214,10 @@ def _chosen(
 
 
 def _best(usable: Sequence[Measured], *, fixed: bool) -> Measured:
-    """Of the configurations with nearly the best throughput, the one with the shortest batch time."""
+    """Of the configurations with nearly the best throughput, the one with the shortest batch time.
+
+    With `fixed`, only the largest batch size is considered.
+    """
     if fixed:
         usable = [m for m in usable if m.batch == max(one.batch for one in usable)]
     best = max(m.images_per_s for m in usable)
@@ -208,7 +225,10 @@ def _best(usable: Sequence[Measured], *, fixed: bool) -> Measured:
 
 
 def _measure(layout: Layout, sizes: list[int], model: ServedModel, *, fixed: bool) -> list[Measured]:
-    """Time each size several times, taking the minimum; stop at sizes that take too long, unless the size is fixed."""
+    """Measure each batch size: the shortest of several timings, and whether the outputs are exact.
+
+    Stops when the next size would take too long, unless the size is `fixed` by the user.
+    """
     runs = layout.open()
     pixels = np.random.default_rng(0).standard_normal((sizes[-1], *model.shape), dtype=np.float32)
     alone: list[np.ndarray] = []
@@ -235,7 +255,7 @@ def _cores() -> int:
 
 @dataclass(frozen=True, slots=True)
 class ServedModel:
-    """A vision export."""
+    """A vision export as it is served."""
 
     artifact: Artifact  # the export
     name: str  # the model name that clients use: the name of the directory
@@ -264,7 +284,7 @@ class ServedModel:
 
 
 def read_model(export: Path) -> ServedModel:
-    """Open an export and check the hash of every file, except of engines, which are caches.
+    """Open a vision export, and check the hash of every file except engines, which can be rebuilt.
 
     Raises:
         BadArtifactError: a file does not match the manifest, or this is not the export of a vision model.

@@ -1,4 +1,4 @@
-"""The Open Inference Protocol v2 with Triton's binary tensor extension, so that `tritonclient` and KServe work as is.
+"""The Open Inference Protocol v2 with Triton's binary tensor extension, for clients such as `tritonclient` and KServe.
 
 A binary request is a JSON header of `Inference-Header-Content-Length` bytes, followed by the little-endian bytes of the
 tensors. The input is a preprocessed tensor, so no image is decoded here; the response holds the engine's raw outputs.
@@ -129,7 +129,7 @@ def _parse_infer(body: bytes, header_length: str | None, model: ServedModel, max
 
 
 def _write_infer(request: _InferRequest, outputs: np.ndarray, model: ServedModel) -> tuple[bytes, dict[str, str]]:
-    """Body and headers of the response."""
+    """Make body and headers of the response, as JSON or, if the client asked for it, binary."""
     tensor: dict[str, Any] = {"name": model.output_name, "datatype": _TYPE, "shape": list(outputs.shape)}
     document: dict[str, Any] = {"model_name": model.name, "model_version": _VERSION, "outputs": [tensor]}
     if request.id is not None:
@@ -144,6 +144,7 @@ def _write_infer(request: _InferRequest, outputs: np.ndarray, model: ServedModel
 
 
 def _wants_binary(document: dict[str, Any], model: ServedModel) -> bool:
+    # Whether the output is requested in binary; refuses requests for outputs that do not exist.
     binary = _flag(_parameters(document), "binary_data_output", False)
     outputs = document.get("outputs")
     if outputs is None:
@@ -161,6 +162,7 @@ def _wants_binary(document: dict[str, Any], model: ServedModel) -> bool:
 
 
 def _tensor(tensor: dict[str, Any], binary: memoryview, model: ServedModel, max_images: int) -> np.ndarray:
+    # Check the description of the input tensor, and read its values, (n, 3, H, W).
     if tensor.get("name") != model.input_name:
         raise _bad(f"there is no such input; the model has {model.input_name}")
     if tensor.get("datatype") != _TYPE:
@@ -179,7 +181,7 @@ def _tensor(tensor: dict[str, Any], binary: memoryview, model: ServedModel, max_
 
 
 def _values(tensor: dict[str, Any], binary: memoryview, count: int) -> np.ndarray:
-    """(count,) float32."""
+    """Read the tensor's values, from the binary part or from JSON, as `(count,)` float32."""
     size = _parameters(tensor).get("binary_data_size")
     if size is not None:
         if size != 4 * count or size != len(binary) or type(size) is not int:

@@ -37,14 +37,16 @@ _PAGE = Path(__file__).with_name("page")
 _TOP_K = 5
 _GIVES = {"classify": "classes", "predict": "values without probabilities", "embed": "features"}
 _OTHER = {
-    "classify": ("no_classes", "this model is no classifier"),
-    "predict": ("no_values", "this model predicts no values"),
-    "embed": ("no_features", "this model is no backbone"),
+    "classify": ("no_classes", "this model is not a classifier"),
+    "predict": ("no_values", "this model does not predict values"),
+    "embed": ("no_features", "this model is not a backbone"),
 }  # fmt: skip
 
 
 def serve_vision(export: Path, config: VisionConfig, language: None = None) -> int:
     """Check the export's files, load it, run the benchmark, and serve until SIGTERM; returns the exit code (0).
+
+    `language` is not used; it is there because all services are called with the same arguments.
 
     Raises:
         BadArtifactError: a file does not match the manifest, or the engine rejects the graph.
@@ -72,7 +74,7 @@ def serve_vision(export: Path, config: VisionConfig, language: None = None) -> i
 
 
 def _engine_facts(model: ServedModel, engine: Engine) -> tuple[dict[str, str], str]:
-    """Versions of the engine, and the provider if it is not the one that a validation uses."""
+    """Versions of the engine's packages, and the form for `proof_of`: the provider, unless validations use it too."""
     if model.engine == "tensorrt":
         return installed_versions(("tensorrt-rtx", "tensorrt")), ""
     import onnxruntime
@@ -160,7 +162,7 @@ def _add_images(app: FastAPI, state: VisionState) -> None:
         """The names of the outputs. Raises a `Problem` if the model is for another task."""
         if model.task != task:
             code, what = _OTHER[task]
-            raise Problem(404, code, f"{what}: it gives {_GIVES[model.task]}", f"use /v1/{model.task}")
+            raise Problem(404, code, f"{what}: it returns {_GIVES[model.task]}", f"use /v1/{model.task}")
         return model.classes or ()
 
     @app.post("/v1/classify", tags=["images"], openapi_extra={**IMAGES_BODY, "parameters": [TOP_K]})
@@ -201,7 +203,7 @@ def _add_page(app: FastAPI) -> None:
 
 
 def read_top_k(value: Any, classes: int) -> int:
-    """Number of classes to return; 5 by default, at most `classes`.
+    """Parse `top_k`, the number of classes to return; 5 if it is None, and at most `classes`.
 
     Raises:
         Problem: 400, not a whole number of at least 1.
@@ -218,7 +220,10 @@ def read_top_k(value: Any, classes: int) -> int:
 def class_answers(
     logits: np.ndarray, classes: tuple[str, ...], top_k: int, activation: Activation
 ) -> list[dict[str, Any]]:
-    """The most probable classes of each image, given logits (n, C); ties are in the order of the classes."""
+    """The JSON results of a classifier: the `top_k` most probable classes of each image, from logits (n, C).
+
+    Classes of equal probability keep the order of `classes`.
+    """
     shares = probabilities(logits, activation)
     best = np.argsort(-shares, axis=1, kind="stable")[:, :top_k]
     return [
@@ -228,7 +233,7 @@ def class_answers(
 
 
 def value_answers(values: np.ndarray, names: tuple[str, ...]) -> list[dict[str, Any]]:
-    """All values for each image, given outputs (n, C), in the order of the outputs."""
+    """The JSON results of a regression model: all values of each image, from outputs (n, C), in their order."""
     return [
         {"values": [{"index": i, "name": name, "value": float(row[i])} for i, name in enumerate(names)]}
         for row in values

@@ -3,7 +3,7 @@
 Input from clients is not trusted: format and dimensions are checked from the header before an image is decoded. JPEG,
 PNG, WebP, GIF, BMP, TIFF and PPM are accepted, recognized by content and not by the declared type. CMYK is converted to
 RGB, 16-bit grayscale keeps the upper 8 bits, the EXIF orientation is applied, only the first frame of an animation is
-used, and transparency is dropped. Calibration does the same, with the same function (`Preprocessing`).
+used, and transparency is dropped. Calibration treats images in the same way, with the same code (`Preprocessing`).
 
 Work for a client that has disconnected is cancelled. A client that has closed only its sending side counts as
 disconnected too, as with most servers, since the server cannot tell the two apart.
@@ -36,7 +36,7 @@ from serving.vision.engine import Engine, ServedModel
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
-# Without formats whose decoder starts a program (EPS), and without rare ones whose decoders are little tested.
+# Accepted formats: not those whose decoder starts another program (EPS), nor rare ones with little-tested decoders.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 
 
@@ -51,16 +51,16 @@ class ReadImage:
 
 @dataclass
 class VisionState:
-    """A served model and everything its routes need."""
+    """A served model and everything that its routes need."""
 
     model: ServedModel
     engine: Engine
     config: VisionConfig
-    proof: Proof
+    proof: Proof  # the validation that applies
     metrics: VisionMetrics
     lifecycle: Lifecycle
-    batcher: Batcher
-    decoders: ThreadPoolExecutor
+    batcher: Batcher  # runs the engine
+    decoders: ThreadPoolExecutor  # threads that decode and preprocess images
     decoding: int = 0  # number of images being decoded or waiting to be
 
     def require_ready(self) -> None:
@@ -114,6 +114,7 @@ class VisionState:
         self.decoding -= count
 
     def _decode(self, images: Sequence[bytes], gone: threading.Event) -> list[ReadImage]:
+        # Decode the images of a request in a thread; stops when `gone` is set, since the client has disconnected.
         found: list[ReadImage] = []
         for index, data in enumerate(images):
             if gone.is_set():
@@ -131,10 +132,12 @@ class VisionState:
 
 
 async def while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:
-    """The result of `work`, which is cancelled if the client disconnects. The request's body must have been read.
+    """Await `work` and return its result, or cancel it if the client disconnects.
+
+    The request's body must have been read.
 
     Raises:
-        Problem: the client disconnected; nobody will receive this.
+        Problem: the client disconnected; this response is never sent.
     """
     task = asyncio.ensure_future(work)
     watch = asyncio.ensure_future(_gone(request))
@@ -154,12 +157,15 @@ async def _gone(request: Request) -> None:
 
 
 def read_image(data: bytes, preprocessing: Preprocessing, max_pixels: int) -> ReadImage:
-    """Decode and preprocess one image: `data` are the bytes of the file, `preprocessing` comes from the export.
+    """Decode and preprocess one image.
 
-    Width times height may be at most `max_pixels`, before and after resizing.
+    Args:
+        data: the bytes of the image file.
+        preprocessing: the export's preprocessing.
+        max_pixels: largest width times height, before and after resizing.
 
     Raises:
-        Problem: 400, 413 or 422; no other exception, whatever the bytes are.
+        Problem: 400, 413 or 422, the image cannot be used; no other exception is raised, whatever the bytes are.
     """
     from PIL import Image, UnidentifiedImageError
 
@@ -190,6 +196,7 @@ def read_image(data: bytes, preprocessing: Preprocessing, max_pixels: int) -> Re
 
 
 def _check_size(size: tuple[int, int], preprocessing: Preprocessing, max_pixels: int) -> None:
+    # Refuse an image that is empty or too large, before or after resizing.
     short, long = min(size), max(size)
     if short < 1:
         raise Problem(400, "no_pixels", "the image has no pixels", "send an image that has")

@@ -1,7 +1,7 @@
-"""Runs a TensorRT engine in this process, on the first GPU, with torch managing GPU memory and streams.
+"""Runs a TensorRT engine in this process, on the first GPU; torch manages GPU memory and streams.
 
-No other vision export needs torch for serving. The engine stored in the export is used if it fits the GPU and the
-installed builder; otherwise it is rebuilt (`ready_engine`). Without a GPU this fails at once with a clear error.
+Serving other vision exports does not need torch. The engine stored in the export is used if it fits the GPU and the
+installed version of TensorRT; otherwise it is rebuilt (`ready_engine`).
 """
 
 from __future__ import annotations
@@ -20,11 +20,15 @@ _MODULES = {"rtx": "tensorrt_rtx", "enterprise": "tensorrt"}
 
 
 def open_tensorrt(model: ServedModel) -> tuple[Any, str, tuple[int, ...]]:
-    """Load the engine; returns (run function, where it runs, batch sizes within the engine's profile, ascending).
+    """Load the engine of an export.
+
+    Returns:
+        A function that runs it, (n, 3, H, W) float32 -> (n, C) float32; a description of where it runs; and the batch
+        sizes within the engine's profile, ascending, beginning with 1.
 
     Raises:
-        MissingCapabilityError: no GPU, no torch, or no TensorRT.
-        BadArtifactError: the engine cannot be loaded.
+        MissingCapabilityError: there is no GPU, or torch or TensorRT is not installed.
+        BadArtifactError: the engine cannot be loaded, or does not accept a batch of one image.
     """
     if importlib.util.find_spec("torch") is None:
         raise MissingCapabilityError(
@@ -58,7 +62,7 @@ def open_tensorrt(model: ServedModel) -> tuple[Any, str, tuple[int, ...]]:
 
 
 class _Runner:
-    """One execution context; not thread-safe."""
+    """Runs an engine in one execution context; not thread-safe."""
 
     def __init__(self, trt: Any, engine: bytes, model: ServedModel) -> None:
         import torch
@@ -79,6 +83,7 @@ class _Runner:
         self._stream = self._torch.cuda.Stream()
 
     def __call__(self, pixels: np.ndarray) -> np.ndarray:
+        # Run one batch on this object's CUDA stream, and wait for the result.
         torch, (source, result) = self._torch, self._names
         with torch.cuda.stream(self._stream):
             given = torch.from_numpy(np.ascontiguousarray(pixels)).cuda().to(self._types[0])

@@ -1,5 +1,8 @@
-"""Small named rewrites of a graph, each in place and returning what it changed; a target runs those it needs, in order.
+"""Passes over a graph: small named rewrites, each in place and returning what it changed. A target runs those it needs.
 
-products (Gemm and patch embeddings as MatMul, naming, and removal of machine-specific metadata), quantize (codes of
-weights, quantizers of activations), exact (float64 around integer matrix multiplications); editing has shared helpers.
+Modules:
+    products   rewrites Gemm and patch embeddings as MatMul, names nodes, removes machine-specific metadata
+    quantize   replaces weights by codes, and quantizes activations
+    exact      puts float64 around integer matrix multiplications
+    editing    helpers that the passes share
 """

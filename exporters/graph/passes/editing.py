@@ -16,14 +16,14 @@ from exporters.graph.trace import Product
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """What one pass changed, so that a caller can count, report or refuse it."""
+    """The result of one pass: what it changed, for counts, reports and checks."""
 
     name: str  # name of the pass
     changed: tuple[str, ...]  # names of the layers, sites or nodes that it rewrote, in order
 
 
 def add_initializer(graph: ir.Graph, name: str, array: Any) -> ir.Value:
-    """Add a stored tensor from a numpy array (ml_dtypes for small types), or return the existing one of that name.
+    """Add a stored tensor from a numpy array (of an ml_dtypes type for FP8, FP4 or INT4), unless it exists already.
 
     Raises:
         ValueError: another tensor has that name.
@@ -44,7 +44,7 @@ def add_initializer(graph: ir.Graph, name: str, array: Any) -> ir.Value:
 
 
 def as_array(codes: Tensor) -> Any:
-    """Codes as a contiguous numpy array: int8, or float8_e4m3fn of ml_dtypes."""
+    """Copy codes to a contiguous numpy array: E4M3 becomes float8_e4m3fn of ml_dtypes, other dtypes are kept."""
     import ml_dtypes
 
     if codes.dtype == torch.float8_e4m3fn:
@@ -81,7 +81,10 @@ def cast(graph: ir.Graph, before: ir.Node | None, value: ir.Value, to: ir.DataTy
 
 
 def cast_outputs(graph: ir.Graph, suffix: str, dtype: ir.DataType | None = None) -> None:
-    """Make outputs of the graph (of one type, if given) float32 under their names; the original becomes NAME/suffix."""
+    """Cast outputs of the graph (only those of `dtype`, if given) to float32.
+
+    The cast output keeps the name NAME; the value that is cast is renamed to NAME/suffix.
+    """
     for position, value in enumerate(list(graph.outputs)):
         if dtype is None or value.dtype == dtype:
             name = str(value.name)
@@ -118,20 +121,20 @@ def quantize_value(
 
 
 def hand_over(old: ir.Value, new: ir.Value) -> None:
-    """Replace `old` by `new`, which takes over its consumers and its name."""
+    """Let `new` take over the consumers and the name of `old`."""
     name = old.name
     old.replace_all_uses_with(new, replace_graph_outputs=True)
     old.name, new.name = None, name
 
 
 def drop_unused(graph: ir.Graph, value: ir.Value) -> None:
-    """Remove a stored tensor without consumers: no float copy of a weight may be left behind."""
+    """Remove a stored tensor if nothing reads it, so that no float copy of a weight stays in the file."""
     if not value.uses() and not value.is_graph_output() and value.name is not None:
         graph.initializers.pop(value.name, None)
 
 
 def take_weight(graph: ir.Graph, product: Product) -> ir.Value:
-    """Remove the float weight of a layer from the graph, since its name may be needed for the codes."""
+    """Detach a layer's float weight and return it; it leaves the graph, so that the codes can have its name."""
     old = product.node.inputs[1]
     assert old is not None
     product.node.replace_input_with(1, None)
@@ -140,7 +143,7 @@ def take_weight(graph: ir.Graph, product: Product) -> ir.Value:
 
 
 def stored_bias(product: ir.Node) -> ir.Node | None:
-    """The Add of a stored vector after a matrix multiplication, if it is the only consumer."""
+    """The Add of a stored bias vector that is the only consumer of a matrix multiplication; None if there is none."""
     uses = product.outputs[0].uses()
     if len(uses) != 1:
         return None

@@ -1,4 +1,4 @@
-"""Passes of the exact format: float64 around integer matrix multiplications, and a GELU for ONNX Runtime in float64.
+"""Passes of the exact format: float64 around integer matrix multiplications, and GELU in float64 for ONNX Runtime.
 
 `make_islands` is for a graph that was traced from a float64 model. What is not quantized runs in float64, with a single
 cast to or from fp32 on each side of the quantized parts. Codes, scales and the multiplications of codes stay as ONNX
@@ -6,7 +6,7 @@ Runtime's integer kernels need them: fp32 in, fp32 out. Each quantizer reads its
 result of a multiplication of codes is converted to float64 right after scaling. (Why this makes results equal bit for
 bit: `fp8pipe/models/vision/exact.py`.)
 
-`expand_gelus` builds GELU from operators that ONNX Runtime has in float64. It has no Erf there.
+`expand_gelus` builds GELU from operators that ONNX Runtime supports in float64; Erf is not among them.
 
     gelu(x) = x Phi(x) = max(x, 0) - |x| / 2 * erfc(|x| / sqrt(2))
 
@@ -51,6 +51,7 @@ def expand_gelus(model: ir.Model) -> Change:
 
 
 def _expand(graph: ir.Graph, gelu: ir.Node, x: ir.Value) -> None:
+    # Replace one Gelu of a float64 value by the formula of the module's docstring.
     nodes: list[ir.Node] = []
 
     def apply(op: str, *inputs: ir.Value | float) -> ir.Value:
@@ -81,7 +82,7 @@ def _expand(graph: ir.Graph, gelu: ir.Node, x: ir.Value) -> None:
 def make_islands(traced: FloatGraph) -> Change:
     """Insert the casts into a quantized float64 graph, in place; the graph's input and output become fp32.
 
-    The change names the values that are cast.
+    The result lists the names of the values that are cast.
     """
     graph = traced.model.graph
     changed = [_narrow_input(graph, node) for node in list(graph) if node.op_type == "QuantizeLinear"]
@@ -117,7 +118,7 @@ def _widen(graph: ir.Graph, product: ir.Node) -> str:
 
 
 def _narrow_ends(graph: ir.Graph) -> list[str]:
-    """Make the pixels (input) and logits (output) fp32 under their names."""
+    """Make the graph's input (pixels) and output (logits) fp32, with casts inside; they keep their names."""
     for value in graph.inputs:
         value.type = ir.TensorType(ir.DataType.FLOAT)
         readers = [(node, index) for node, index in value.uses()]

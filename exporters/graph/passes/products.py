@@ -1,14 +1,14 @@
 """Passes that turn layers into plain MatMuls, name them, and remove metadata of the exporting machine.
 
 `split_gemms`: engines run a quantized MatMul in integers and add a float bias afterwards; a quantized Gemm must have a
-quantized bias, or it does not run in integers at all. So no matrix multiplication keeps its bias inside.
+quantized bias, or it does not run in integers at all. So every bias becomes a separate Add.
 
 `unfold_patches`: the stride of a patch embedding's convolution equals its kernel size, so every patch is multiplied
 once by the same matrix. Engines have few kernels for such convolutions (for FP8 with a 14 x 14 kernel, none: the
 builder silently uses half precision), but all kernels for matrix multiplications. Pixels are rearranged before their
 quantizer, which is elementwise: the codes are the same in another order.
 
-`name_products`: everything after the export (comparisons, engine reports, people) finds a layer by its name.
+`name_products`: comparisons, engine reports and readers of the exported graph find a layer by the name of its node.
 """
 
 from __future__ import annotations
@@ -35,11 +35,13 @@ def split_gemms(traced: FloatGraph) -> Change:
 
 
 def _split_gemm(graph: ir.Graph, product: Product) -> ir.Node:
+    # Replace one Gemm by a MatMul and, if it has a bias, an Add; returns the MatMul. A weight that Gemm would transpose
+    # is stored transposed instead.
     gemm = product.node
     attributes = gemm.attributes
     unscaled = attributes.get_float("alpha", 1.0) == attributes.get_float("beta", 1.0) == 1.0
     if not unscaled or attributes.get_int("transA", 0) != 0:
-        raise ValueError(f"{gemm.name} is no product with a bias alone")
+        raise ValueError(f"{gemm.name} does more than multiply and add a bias: alpha, beta or transA is set")
     x, weight = gemm.inputs[0], gemm.inputs[1]
     assert weight is not None
     stored = weight
@@ -61,9 +63,9 @@ def _split_gemm(graph: ir.Graph, product: Product) -> ir.Node:
 
 
 def unfold_patches(traced: FloatGraph) -> Change:
-    """Replace the convolution of every patch embedding that can be replaced, in place.
+    """Replace the convolution of every patch embedding by a MatMul of rearranged pixels where possible, in place.
 
-    One with overlapping patches, padding or groups stays a convolution.
+    One with overlapping patches, padding, dilation or groups stays a convolution.
     """
     changed = []
     for product in traced.products:
@@ -74,6 +76,7 @@ def unfold_patches(traced: FloatGraph) -> Change:
 
 
 def _unfoldable(conv: ir.Node) -> bool:
+    # Whether the kernel tiles the image: equal stride, no padding, dilation or groups, and image sides divisible.
     weight = conv.inputs[1]
     assert weight is not None
     assert weight.shape is not None
@@ -92,7 +95,11 @@ def _unfoldable(conv: ir.Node) -> bool:
 
 
 def _unfold(graph: ir.Graph, product: Product) -> ir.Node:
-    """The MatMul; the convolution's bias and layout follow it."""
+    """Replace a convolution, and return the new MatMul.
+
+    Pixels are rearranged to (N, patches, channels * height * width) before it; the bias and a transpose back to the
+    convolution's layout (N, out, rows, columns) follow it.
+    """
     conv = product.node
     pixels, weight = conv.inputs[0], conv.inputs[1]
     assert pixels is not None
@@ -107,7 +114,7 @@ def _unfold(graph: ir.Graph, product: Product) -> ir.Node:
     def add(
         op: str, operands: Sequence[ir.Value | None], what: str, sides: Sequence[Any] | None, **form: Any
     ) -> ir.Value:
-        """A value named `NAME/what`, of the convolution's type, before the convolution."""
+        """Insert a node `NAME/what` before the convolution, and return its output, of the convolution's type."""
         called = f"{name}/{what}"
         value = insert(graph, conv, op, operands, called, called, conv.outputs[0], attributes=form)
         value.shape = None if sides is None else ir.Shape(sides)
@@ -155,7 +162,7 @@ def name_products(traced: FloatGraph) -> Change:
 
 
 def strip_metadata(model: ir.Model) -> Change:
-    """Remove the exporter's metadata (it contains paths of this machine), dead nodes and dead tensors."""
+    """Remove the exporter's metadata (it contains paths of this machine), unused nodes and unused tensors, in place."""
     from onnx_ir.passes.common import RemoveUnusedNodesPass
 
     stripped = []

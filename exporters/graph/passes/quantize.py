@@ -1,4 +1,4 @@
-"""Passes that replace weights by codes with a DequantizeLinear, and quantize activations where layers read them.
+"""Passes that replace weights by codes with a DequantizeLinear, and quantize the activations that layers read.
 
 Codes are stored in the layout in which the engine multiplies them: transposed to (in, out) for MatMul, so that nothing
 lies between DequantizeLinear and the MatMul. Integer codes of fewer bits are stored as INT8: no supported engine
@@ -8,9 +8,9 @@ An activation grid that is narrower than INT8, or asymmetric, is a Clip to its o
 point 0: the same codes, in a form for engines without zero points. Bounds that would have no effect are left out: where
 INT8 saturates anyway, and below zero after a softmax. Engines fuse attention only without a Clip.
 
-Consumers of one value with the same quantizer either share one pair or have one each: ONNX Runtime multiplies integers
-only if the pair has a single consumer, and merges equal pairs before it checks. So separate pairs differ in their
-`axis`, which has no meaning with one scale per tensor.
+Consumers of one value with the same quantizer either share one pair of QuantizeLinear and DequantizeLinear or have one
+pair each. ONNX Runtime multiplies integers only if a pair has a single consumer, but it merges equal pairs before it
+checks that. So separate pairs are given different values of `axis`, which has no meaning with one scale per tensor.
 
 NVFP4 weights and activations have the form that TensorRT turns into four-bit matrix multiplications. A weight is stored
 as E2M1 codes (in, out), E4M3 scales for blocks of 16 inputs, and a tensor scale. One DequantizeLinear converts the
@@ -71,6 +71,7 @@ def quantize_weights(
 def _replace(
     graph: ir.Graph, product: Product, weight: WeightCodes, int4: bool, block: int | None, zero_points: bool
 ) -> None:
+    # Replace one layer's weight by stored codes and scales with a DequantizeLinear (see `quantize_weights`).
     codes, axis = as_array(weight.codes), 0
     if product.kind is ProductKind.LINEAR:
         codes, axis = np.ascontiguousarray(codes.reshape(len(codes), -1).T), 1  # an unfolded patch embedding has 4 axes
@@ -104,7 +105,7 @@ def operand_sites(product: Product, structure: VitStructure) -> dict[int, str]:
 def _quantized_operands(
     traced: FloatGraph, structure: VitStructure, activations: Mapping[str, Q]
 ) -> Iterator[tuple[Product, int, str, ir.Value, Q]]:
-    """Layer, position, site, value and quantizer of every operand whose site has a quantizer, in the graph's order."""
+    """Layer, operand position, site, value and quantizer of each operand to be quantized, in the graph's order."""
     for product in traced.in_graph_order():
         for position, site in operand_sites(product, structure).items():
             quantizer, value = activations.get(site), product.node.inputs[position]
@@ -115,10 +116,11 @@ def _quantized_operands(
 def quantize_activations(
     traced: FloatGraph, structure: VitStructure, activations: Mapping[str, ActivationQuantizer], *, share: bool
 ) -> Change:
-    """Insert `[Clip,] QuantizeLinear, DequantizeLinear` before every operand whose site has a quantizer.
+    """Insert `[Clip,] QuantizeLinear, DequantizeLinear` before every operand whose site has a quantizer, in place.
 
-    `share`: one pair for all consumers of one value with the same quantizer; otherwise one each, named after it. The
-    change names the pairs, in the graph's order.
+    With `share`, all consumers of one value with the same quantizer read one pair, named after the site; otherwise each
+    has its own pair, named after the consumer from the second one on. The result lists the names of the pairs, in the
+    graph's order.
     """
     pairs: dict[tuple[ir.Value, ActivationQuantizer], ir.Value] = {}
     readers: Counter[ir.Value] = Counter()
@@ -137,7 +139,7 @@ def quantize_activations(
 
 
 def _axis(readers: int, value: ir.Value) -> int | None:
-    """An axis that no earlier pair of this value has; None, the default axis, for the first."""
+    """An axis that differs from those of the `readers` pairs of this value so far; None (the default) for the first."""
     rank = len(value.shape) if value.shape is not None else 1
     axes = [None, *(axis for axis in range(-rank, rank) if axis != _DEFAULT_AXIS)]
     return axes[readers % len(axes)]
@@ -146,7 +148,7 @@ def _axis(readers: int, value: ir.Value) -> int | None:
 def _insert(
     graph: ir.Graph, before: ir.Node, value: ir.Value, quantizer: ActivationQuantizer, site: str, axis: int | None
 ) -> ir.Value:
-    """Insert a pair and return the dequantized `value`."""
+    """Insert `[Clip,] QuantizeLinear, DequantizeLinear` before a node, and return the dequantized value."""
     integer = quantizer.kind is Kind.INT
     return quantize_value(
         graph, before, value, site, quantizer.scale, np.dtype(np.int8 if integer else ml_dtypes.float8_e4m3fn),
@@ -155,7 +157,7 @@ def _insert(
 
 
 def _bounds(quantizer: ActivationQuantizer, value: ir.Value) -> tuple[np.float32 | None, np.float32 | None]:
-    """The Clip bounds, which are the values of the smallest and largest code; None where INT8 itself saturates."""
+    """The Clip bounds, the values of the smallest and largest code; None where a bound would have no effect."""
     scale, producer = np.float32(quantizer.scale), value.producer()
     never_negative = producer is not None and producer.op_type == "Softmax"
     low = None if quantizer.low == INT8_MIN or never_negative else np.float32(quantizer.low) * scale
@@ -163,7 +165,7 @@ def _bounds(quantizer: ActivationQuantizer, value: ir.Value) -> tuple[np.float32
 
 
 def raise_opset(model: ir.Model, *, activations: bool) -> Change:
-    """Declare the opset and IR version that NVFP4 needs; in place. Existing operators keep their meaning.
+    """Declare the opset and IR version that NVFP4 needs, in place. The operators in use mean the same in that opset.
 
     `activations`: whether TensorRT's own operator is used.
     """
@@ -175,7 +177,7 @@ def raise_opset(model: ir.Model, *, activations: bool) -> Change:
 
 
 def quantize_block_weights(traced: FloatGraph, weights: Mapping[str, BlockCodes]) -> Change:
-    """Replace the stored operand of every linear in `weights` by codes, in place; the graph must be without Gemm."""
+    """Replace the weight of every linear in `weights` by NVFP4 codes, in place; the graph must be without Gemm."""
     changed = []
     for product in traced.products:
         if product.kind is ProductKind.LINEAR and product.name in weights:
@@ -185,6 +187,7 @@ def quantize_block_weights(traced: FloatGraph, weights: Mapping[str, BlockCodes]
 
 
 def _replace_blocks(graph: ir.Graph, product: Product, weight: BlockCodes) -> None:
+    # Replace one linear's weight by stored NVFP4 codes, (in, out), and scales with both DequantizeLinear.
     old, name = take_weight(graph, product), f"{product.name}.weight"
     codes = np.ascontiguousarray(weight.codes.numpy().T).view(ml_dtypes.float4_e2m1fn)
     blocks = np.ascontiguousarray(as_array(weight.scales.block).T)
@@ -211,6 +214,7 @@ def quantize_block_activations(
 
 
 def _round(graph: ir.Graph, before: ir.Node, value: ir.Value, quantizer: BlockQuantizer, site: str) -> ir.Value:
+    # Insert a TRT_FP4DynamicQuantize and both DequantizeLinear; returns the dequantized value.
     scale = add_initializer(graph, f"{site}/tensor_scale", np.array(quantizer.tensor_scale, np.float32))
     attributes = {"axis": -1, "block_size": BLOCK, "scale_type": int(ir.DataType.FLOAT8E4M3FN)}
     dynamic = ir.node(

@@ -24,7 +24,11 @@ __all__ = ["RULES", "Effect", "Report", "Rule", "check_file", "lint_file", "lint
 
 
 def lint_typed(model: ir.Model, capabilities: Sequence[str] = ()) -> Report:
-    """Findings on a graph for a strongly typed network; without `capabilities`, types are not checked against GPUs."""
+    """Check a graph that will be built as a strongly typed network.
+
+    `capabilities` are the compute capabilities to build for, such as "8.9"; without them, types are not checked against
+    what GPUs support.
+    """
     view = View(model)
     findings = [
         *lint_values(view),
@@ -37,10 +41,10 @@ def lint_typed(model: ir.Model, capabilities: Sequence[str] = ()) -> Report:
 
 
 def lint_file(path: Path, capabilities: Sequence[str] = ()) -> Report:
-    """The same for a file; tensors stored in separate files are read when they are needed.
+    """Check an ONNX file as `lint_typed` does; tensors in external data files are read when they are needed.
 
     Raises:
-        BadArtifactError: it cannot be read as ONNX.
+        BadArtifactError: the file does not exist, or cannot be read as ONNX.
     """
     if not path.is_file():
         raise BadArtifactError(
@@ -60,12 +64,19 @@ def lint_file(path: Path, capabilities: Sequence[str] = ()) -> Report:
 
 
 def check_file(path: Path, capabilities: Sequence[str], source: str, *, require: bool) -> tuple[str, ...]:
-    """Refuse a file before a builder is called; `require` also refuses what would be built in another precision.
+    """Check an ONNX file before a builder is called, and refuse it if there are errors.
 
-    Returns one sentence per rule with warnings.
+    Args:
+        path: the file.
+        capabilities: compute capabilities to build for.
+        source: name of the export's source, for the error message.
+        require: whether findings that only change the precision are errors, too.
+
+    Returns:
+        One sentence for each rule that has warnings.
 
     Raises:
-        LintFindingsError: all findings that are errors.
+        LintFindingsError: the file has errors; the exception holds all of them.
         BadArtifactError: the file cannot be read.
     """
     report = lint_file(path, capabilities)

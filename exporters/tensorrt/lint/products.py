@@ -1,8 +1,9 @@
 """Rules on matrix multiplications and convolutions: operand types, and what the builder fuses or moves.
 
-An attention becomes one kernel if both of its matrix multiplications use codes and only a quantizer lies between its
-softmax and the second one. Quantizers move upwards into the matrix multiplication that feeds them (see `hold_queries`
-in `exporters.tensorrt.graph`); if several quantize parts of one result (queries, keys, values), it loses its codes.
+The builder makes one kernel of an attention if both of its matrix multiplications use codes and only a quantizer lies
+between its softmax and the second one. It also moves quantizers upwards into the matrix multiplication whose result
+they quantize (see `hold_queries` in `exporters.tensorrt.graph`); if it moves several quantizers of parts of one result
+(queries, keys, values) there, it dequantizes that multiplication's weights.
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ def _up(value: ir.Value | None, products: dict[ir.Node, Product]) -> Product | N
 
 
 def _down(value: ir.Value, products: dict[ir.Node, Product]) -> Product | None:
-    """The matrix multiplication that reads the probabilities."""
+    """The matrix multiplication that reads a softmax's probabilities; None if none is found."""
     waiting, seen = [value], set()
     while waiting:
         for node, _ in waiting.pop().uses():
@@ -79,6 +80,8 @@ def _down(value: ir.Value, products: dict[ir.Node, Product]) -> Product | None:
 
 
 def _attention(softmax: ir.Node, first: Product, second: Product, static: bool) -> Iterator[Finding]:
+    # Find attentions that are not fused: one matrix multiplication has codes and the other has not, or a Clip lies
+    # between Softmax and QuantizeLinear.
     if first.low != second.low:
         why = f"{label(first.node)} multiplies {_shown(first)}, {label(second.node)} {_shown(second)}: not fused"
         yield finding("attention-part", softmax, why)
@@ -104,7 +107,10 @@ def _moved(product: Product) -> Iterator[Finding]:
 
 
 def moved_quantizers(product: Product) -> tuple[ir.Node, ...]:
-    """Quantizers of parts of a result that the builder moves into its product; none if one of them cannot be moved."""
+    """Quantizers of parts of a product's result that the builder moves into it; empty if one of them cannot be moved.
+
+    A part is cut out by Split, Slice or Gather, such as the queries of a joint multiplication.
+    """
     if not product.low or not product.operands[1].stored:
         return ()
     found: dict[ir.Node, None] = {}
@@ -116,16 +122,16 @@ def moved_quantizers(product: Product) -> tuple[ir.Node, ...]:
             return ()
         for node, _ in uses:
             if node.op_type == QUANTIZE:
-                found.update({node: None} if part else {})  # quantizers of the whole result cost nothing
+                found.update({node: None} if part else {})  # moving a quantizer of the whole result does no harm
             elif node.op_type in _MOVABLE and len(computed(node)) == 1:
                 waiting += [(output, part or node.op_type in _PARTS) for output in node.outputs]
             else:
-                return ()  # an operator in between keeps its quantizer in place, and thereby the others
+                return ()  # this operator keeps its quantizer in place; then the builder moves none of them
     return tuple(found)
 
 
 def _several(view: View) -> Iterator[Finding]:
-    """Values that several linears read through quantizers with different scales."""
+    """Findings on values that several linears read through quantizers with different scales."""
     readers: dict[ir.Value, dict[bytes, ir.Node]] = {}
     for product in view.products:
         for operand, other in (product.operands, product.operands[::-1]):
@@ -149,7 +155,10 @@ _FLOATS: Final = frozenset((ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.
 
 
 def lint_operands(view: View) -> Iterator[Finding]:
-    """Findings on every matrix multiplication and convolution, and on every addition of two float types."""
+    """Findings on operands: of matrix multiplications, convolutions and quantizers, and mixed float types.
+
+    Mixed float types are also looked for in Add, Sub, Mul and Div.
+    """
     types = element_types(view.model.graph)
     whole = {_type(product.operands[0], types) for product in view.products if product.low}
     for product in view.products:
@@ -164,11 +173,12 @@ def lint_operands(view: View) -> Iterator[Finding]:
 
 
 def _type(operand: Operand, types: dict[ir.Value, ir.DataType]) -> ir.DataType | None:
-    """The type of an operand's codes."""
+    """The type of an operand's codes; None for a float operand."""
     return types.get(operand.codes) if operand.low and operand.codes is not None else None
 
 
 def _codes(product: Product, types: dict[ir.Value, ir.DataType]) -> Iterator[Finding]:
+    # Find operands with codes of different types, and FP8 convolutions whose kernel is too large.
     first, second = (_type(operand, types) for operand in product.operands)
     if first is None or second is None:
         return
@@ -195,6 +205,7 @@ def _between(product: Product) -> Iterator[Finding]:
 
 
 def _half(product: Product, types: dict[ir.Value, ir.DataType], whole: set[ir.DataType | None]) -> Iterator[Finding]:
+    # Find products of codes with a float operand, unless that is the usual form of a weight-only graph.
     for operand, other in (product.operands, product.operands[::-1]):
         if not operand.low or operand.dequantize is None or other.dequantize is not None or not _plain(operand):
             continue
@@ -209,13 +220,13 @@ def _half(product: Product, types: dict[ir.Value, ir.DataType], whole: set[ir.Da
 
 
 def _plain(operand: Operand) -> bool:
-    """Quantized by ONNX's own operators; the rules for those of a builder's own domain are not known here."""
+    """Whether an operand is quantized by ONNX's own operators; those of other domains follow rules not known here."""
     node = operand.codes.producer() if operand.codes is not None else None
     return node is None or node.domain in ("", "ai.onnx")
 
 
 def _quantizers(view: View) -> Iterator[Finding]:
-    """Quantizers whose scale is computed, that quantize stored numbers, or that have 4 bits."""
+    """Findings on quantizers of stored weights, with a scale computed at run time, or of activations to INT4."""
     readers = {operand.quantizer: product for product in view.products for operand in product.operands if operand.low}
     for node in view.nodes(QUANTIZE):
         if constant(node.inputs[0]) is not None:
@@ -224,4 +235,4 @@ def _quantizers(view: View) -> Iterator[Finding]:
         if not fixed(node.inputs[1]) and node in readers:
             yield finding("dynamic-scale", node, "its scale is computed while the engine runs")
         if code_type(node) == ir.DataType.INT4 and node in readers:
-            yield finding("int4-activation", node, "gives INT4 activations, for which no kernel is known")
+            yield finding("int4-activation", node, "quantizes activations to INT4, for which no kernel is known")

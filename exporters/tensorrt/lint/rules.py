@@ -1,8 +1,8 @@
-"""The rules, each with what the builder does with a graph that breaks it.
+"""The rules, each with what the builder does with a graph that breaks it, and how to fix the graph.
 
-Every effect was observed in a real builder (TensorRT for RTX 1.7.1.116), and the tests reproduce it there. Commonly
-stated rules that made no difference there are not errors here: a Cast or a Transpose after DequantizeLinear, the
-scaling of attention after its first matrix multiplication, and scales along the rows of an activation all build well.
+Every effect was observed in a real builder (TensorRT for RTX 1.7.1.116), and the tests reproduce it there. Some rules
+are often recommended but made no difference there, so breaking them is not an error here: a Cast or a Transpose after
+DequantizeLinear, scaling attention after its first matrix multiplication, and scales along the rows of an activation.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ class Effect(StrEnum):
 
     `refused`: the build fails. `wrong`: it builds without an error, but the engine computes something other than the
     graph says, or NaN. `degraded`: it builds, but multiplies in another precision or uses more kernels. `warning`:
-    codes are multiplied as the graph says, or there is no better way to write it; reported, but never a reason to
-    refuse.
+    codes are multiplied as the graph says, or the graph cannot be written in a better way; this is reported, but the
+    graph is not refused.
     """
 
     REFUSED = "refused"
@@ -93,17 +93,17 @@ class Report:
     findings: tuple[Finding, ...]
 
     def errors(self, *, require: bool = True) -> tuple[Finding, ...]:
-        """Findings that forbid a build; without `require`, an engine in another precision is accepted."""
+        """Findings that forbid a build; without `require`, findings that only change the precision are not errors."""
         accepted = {Effect.WARNING} if require else {Effect.WARNING, Effect.DEGRADED}
         return tuple(found for found in self.findings if RULES[found.rule].effect not in accepted)
 
     def warnings(self, *, require: bool = True) -> tuple[Finding, ...]:
-        """All other findings."""
+        """All findings that are not errors with the same `require`."""
         errors = self.errors(require=require)
         return tuple(found for found in self.findings if found not in errors)
 
     def waivable(self, *, require: bool = True) -> str:
-        """Names the errors that are acceptable in an engine of another precision; empty if there are none."""
+        """A hint that --no-require accepts the errors that only change the precision; empty if there are none."""
         rules = {found.rule for found in self.errors(require=require) if RULES[found.rule].effect is Effect.DEGRADED}
         if not rules:
             return ""
@@ -127,7 +127,7 @@ def finding(rule: str, where: ir.Node | ir.Value | str, why: str) -> Finding:
 
 
 def label(thing: ir.Node | ir.Value) -> str:
-    """A name to find it by; an unnamed node is identified by its output, whose name is always present and unique."""
+    """A name for messages: that of a node or value; for an unnamed node, its type and the unique name of its output."""
     if thing.name or isinstance(thing, ir.Value):
         return str(thing.name)
     return f"{thing.op_type} -> {thing.outputs[0].name}"

@@ -1,7 +1,7 @@
-"""Rules on single tensors and quantizers, and on versions.
+"""Rules on single tensors and quantizers, and on the versions of GPUs and opsets.
 
-They cover zero points, element types, and values that engines accept but compute wrong results with; the axes and
-blocks of scales; types that a GPU's generation does not support, and what an opset does not define.
+They cover zero points, element types, values that engines accept but compute wrong results with, the axes and blocks
+of scales, types that a GPU does not support, and types that the graph's opset does not define.
 """
 
 from __future__ import annotations
@@ -50,6 +50,7 @@ def lint_values(view: View) -> Iterator[Finding]:
 
 
 def _zero_point(node: ir.Node) -> Iterator[Finding]:
+    # Find zero points other than 0, and those that are given but empty.
     if len(node.inputs) < 3:
         return
     if node.inputs[2] is None:
@@ -62,6 +63,7 @@ def _zero_point(node: ir.Node) -> Iterator[Finding]:
 
 
 def _unsigned(node: ir.Node) -> Iterator[Finding]:
+    # Find quantizers and stored weights of an unsigned type.
     if node.op_type == QUANTIZE:
         dtype = code_type(node)
         if dtype in _UNSIGNED:
@@ -75,6 +77,7 @@ def _unsigned(node: ir.Node) -> Iterator[Finding]:
 
 
 def _scale(scale: ir.Value, node: ir.Node) -> Iterator[Finding]:
+    # Find scales that are not positive and finite.
     array = constant(scale)
     if array is None:
         return
@@ -89,6 +92,7 @@ def _scale(scale: ir.Value, node: ir.Node) -> Iterator[Finding]:
 
 
 def _stored(value: ir.Value) -> Iterator[Finding]:
+    # Find stored tensors of an unsupported type, NaN codes, and codes that anything but DequantizeLinear reads.
     if value.dtype in _REFUSED_TYPES:
         yield finding("element-type", value, f"is stored as {value.dtype.name}")
     if value.dtype == ir.DataType.FLOAT8E4M3FN and value.const_value is not None:
@@ -105,6 +109,7 @@ def _stored(value: ir.Value) -> Iterator[Finding]:
 
 
 def _casts(view: View) -> Iterator[Finding]:
+    # Find quantization that is written with Cast instead of QuantizeLinear.
     for node in view.nodes("Cast"):
         to = ir.DataType(node.attributes.get_int("to", 0))
         if to in _FP8 and constant(node.inputs[0]) is None:
@@ -146,7 +151,7 @@ def lint_machines(view: View, capabilities: Sequence[str]) -> Iterator[Finding]:
 
 
 def _types(view: View) -> dict[ir.DataType, str]:
-    """Types of codes, each with one tensor or node that has it."""
+    """The types of codes in a graph, each with the name of one tensor or node that has it."""
     held: dict[ir.DataType, str] = {}
     for value in view.model.graph.initializers.values():
         if value.dtype is not None and value.dtype in _OPSETS:
@@ -161,8 +166,8 @@ _EIGHT_BITS: Final = frozenset((ir.DataType.INT8, ir.DataType.FLOAT8E4M3FN))
 
 
 def lint_scales(view: View) -> Iterator[Finding]:
-    """Findings on every quantizer's scale, given the scaled tensor and the operator that multiplies it."""
-    seen: set[ir.Node] = set()  # already refused or already checked
+    """Findings on the shape, axis and blocks of every quantizer's scale, given the tensor and its consumer."""
+    seen: set[ir.Node] = set()  # quantizers that have a finding or were checked already
     for node in view.nodes(QUANTIZE, DEQUANTIZE):
         for found in _shape(node):
             seen.add(node)
@@ -176,7 +181,7 @@ def lint_scales(view: View) -> Iterator[Finding]:
 
 
 def _shape(node: ir.Node) -> Iterator[Finding]:
-    """Whether the scale can be broadcast to the codes at all."""
+    """Find scales that cannot be broadcast to the codes."""
     value, scale = node.inputs[0], constant(node.inputs[1])
     if value is None or scale is None or scale.size == 1 or value.shape is None:
         return
@@ -201,6 +206,7 @@ def _shape(node: ir.Node) -> Iterator[Finding]:
 
 
 def _weight(product: Product, operand: Operand, other: Operand) -> Iterator[Finding]:
+    # Find weights whose scales or blocks lie along the wrong axis or do not suit the activation.
     node, codes = operand.dequantize, operand.codes
     scale = None if node is None else constant(node.inputs[1])
     if node is None or codes is None or codes.shape is None or scale is None:
@@ -224,14 +230,14 @@ def _weight(product: Product, operand: Operand, other: Operand) -> Iterator[Find
 
 
 def _blocks(node: ir.Node, scale: Any, rank: int, summed: int | None) -> int:
-    """Number of scales per output channel."""
+    """Number of blocks, each with its own scale, along the inputs of an output channel."""
     if scale.ndim != rank or summed is None or not node.attributes.get_int("block_size", 0):
         return 1
     return int(scale.shape[summed]) if attribute_axis(node, rank) == summed else 1
 
 
 def _activation(product: Product, operand: Operand) -> Iterator[Finding]:
-    """Flags one scale per summed index (input channel); with scales along another axis the builder multiplies codes."""
+    """Find activations with one scale per input channel, the summed axis; scales along other axes do no harm."""
     node, rank = operand.dequantize, _rank(operand)
     scale = None if node is None else constant(node.inputs[1])
     if node is None or scale is None or scale.ndim != 1 or scale.size == 1 or rank is None:

@@ -1,10 +1,11 @@
 """Identifies the quantizers and products (MatMul, Gemm, Conv) of any graph by structure, and all element types.
 
-No names of this project are needed. Between DequantizeLinear and a product the builder looks through operators that
-only move numbers, change their float type or multiply all of them by one number. `Operand` describes what is found.
+Names are not used, so graphs of any origin can be read. Between DequantizeLinear and a product the builder looks
+through operators that only move numbers, change their float type or multiply all of them by one number. `Operand`
+describes what is found.
 
 Types are those that a strongly typed builder sees: there are no implicit conversions. Files from other sources often do
-not declare them. What is unknown here is not checked.
+not declare types; where a type cannot be derived, it is not checked.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ _ARITHMETIC: Final = (
 
 
 def constant(value: ir.Value | None) -> Any:
-    """A stored tensor as a numpy array, also through Constant, Identity and Cast; None for a computed value."""
+    """A constant as a numpy array: a stored tensor or Constant, also behind Identity and Cast; None if computed."""
     if value is None:
         return None
     if value.const_value is not None:
@@ -55,14 +56,14 @@ def computed(node: ir.Node) -> list[ir.Value]:
 
 
 def fixed(value: ir.Value | None) -> bool:
-    """Whether a value is stored, or dequantized from stored tensors as the scales of blocks are."""
+    """Whether a value is constant, or dequantized from constants, as the block scales of NVFP4 are."""
     node = value.producer() if value is not None else None
     dequantized = node is not None and node.op_type == DEQUANTIZE and all(fixed(operand) for operand in node.inputs)
     return dequantized or constant(value) is not None
 
 
 def attribute_axis(node: ir.Node, rank: int) -> int:
-    """The axis of a quantizer as a non-negative index."""
+    """The `axis` attribute of a quantizer as a non-negative index, for a tensor with `rank` axes."""
     axis = node.attributes.get_int("axis", 1)
     return axis + rank if axis < 0 else axis
 
@@ -73,10 +74,10 @@ class Operand:
 
     value: ir.Value  # the operand itself
     position: int  # 0 or 1
-    dequantize: ir.Node | None  # the DequantizeLinear found behind `moves`; None for a float operand
-    # operators in between that the builder does not look through; if there are any, `dequantize` does not count
+    dequantize: ir.Node | None  # the DequantizeLinear that the operand comes from; None for a float operand
+    # operators after it that the builder does not look through; if there are any, it multiplies floats
     between: tuple[ir.Node, ...] = ()
-    moves: tuple[ir.Node, ...] = ()  # operators in between that it looks through
+    moves: tuple[ir.Node, ...] = ()  # operators after it that the builder looks through
 
     @property
     def codes(self) -> ir.Value | None:
@@ -96,7 +97,7 @@ class Operand:
 
     @property
     def low(self) -> bool:
-        """Whether the builder sees codes here."""
+        """Whether the builder recognizes this operand as codes."""
         return self.dequantize is not None and not self.between
 
 
@@ -109,7 +110,7 @@ class Product:
 
     @property
     def low(self) -> bool:
-        """Whether both operands are codes."""
+        """Whether the builder recognizes both operands as codes."""
         return all(operand.low for operand in self.operands)
 
     def contracted(self, operand: Operand, rank: int) -> int | None:
@@ -152,6 +153,7 @@ class View:
 
 
 def _operand(value: ir.Value, position: int) -> Operand:
+    # Follow an operand upwards to its DequantizeLinear, and sort the operators in between.
     moves: list[ir.Node] = []
     between: list[ir.Node] = []
     current: ir.Value | None = value
@@ -203,7 +205,7 @@ def code_type(quantize: ir.Node) -> ir.DataType:
 
 
 def element_types(graph: ir.Graph) -> dict[ir.Value, ir.DataType]:
-    """The known types of values in the main graph."""
+    """The element types of all values of the main graph whose type is declared or can be derived."""
     known: dict[ir.Value, ir.DataType] = {}
     for value in (*graph.inputs, *graph.initializers.values()):
         if value.dtype is not None:
@@ -218,7 +220,7 @@ def element_types(graph: ir.Graph) -> dict[ir.Value, ir.DataType]:
 
 
 def _given(node: ir.Node, known: dict[ir.Value, ir.DataType]) -> ir.DataType | None:
-    """The output type according to the operator's definition; None if it is not known."""
+    """The output type that the operator's definition gives; None if it cannot be derived."""
     if node.domain not in ("", "ai.onnx"):
         return None
     if node.op_type == "Cast":
