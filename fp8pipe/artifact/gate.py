@@ -23,17 +23,17 @@ class Verdict(StrEnum):
     """Possible verdicts, from best to worst."""
 
     ACCEPT = "ACCEPT"
-    """Every gate holds."""
+    """All gates passed."""
     PROVED_WITHOUT_RUNNING = "PROVED-WITHOUT-RUNNING"
-    """Graph and engine hold what they must; nothing was computed with them."""
+    """Graph and engine have the required contents, but were not run."""
     CONSISTENT = "CONSISTENT"
-    """The engine computes what the files say; their source was not at hand to be compared with."""
+    """The engine computes what the files describe, but the files were not compared with their source."""
     REGRESSION = "REGRESSION"
-    """A measured figure is on the wrong side of its threshold."""
+    """A measured value is on the wrong side of its threshold."""
     ANOMALOUS = "ANOMALOUS"
-    """A figure is missing or not finite, or two things that must be equal are not: nothing measured can be trusted."""
+    """A value is missing or not finite, or two things that must be equal differ, so no measurement can be trusted."""
     INFEASIBLE = "INFEASIBLE"
-    """The stage cannot run here: a package, a device, memory or disk is missing, or the export is refused."""
+    """The stage cannot run here (a package, a device, memory or disk space is missing), or the export is refused."""
 
     @property
     def failed(self) -> bool:

@@ -49,15 +49,15 @@ class ScaleRule(StrEnum):
     AMAX = "amax"
     """The largest magnitude is mapped to the largest code."""
     POWER_OF_TWO = "power-of-two"
-    """The same, rounded to a power of two."""
+    """Like `AMAX`, but rounded to a power of two."""
     PERCENTILE = "percentile"
-    """A power of two that clips a few of the values seen in calibration."""
+    """The scale is a power of two with which a few of the calibration values are clipped."""
     MSE = "mse"
-    """A power of two of the least mean squared error over the values seen in calibration."""
+    """The scale is the power of two with the smallest mean squared error over the calibration values."""
     CALIBRATED = "calibrated"
-    """Chosen for the least error on calibration images."""
+    """The scale has the smallest error on calibration images."""
     LEARNED = "learned"
-    """Calibrated, then trained with the weights."""
+    """The scale is first calibrated, and then trained together with the weights."""
 
 
 class Encoding(FrozenConfig):
