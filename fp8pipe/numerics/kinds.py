@@ -58,7 +58,7 @@ class Precision:
         match = re.fullmatch(r"w(\d+)a(\d+)", text.lower())
         if match is None:
             raise ConfigurationError(
-                f"{text!r} names no precision",
+                f"{text!r} is not a precision",
                 why="it is written wXaY: X bits for weights, Y bits for activations",
                 fix="use for instance w4a4, w4a8, w8a8, wfp8afp8 for FP8 (E4M3), or wnvfp4anvfp4",
             )

@@ -88,8 +88,8 @@ def check_values(directory: Path, origin: str, structure: ModelStructure) -> Non
         copies = [stored[name] for name in (tied, original) if name in stored]
         if len(copies) > 1 and not same_bits(*map(read_tensor, copies)):
             raise ConfigurationError(
-                f"{origin} ties two weights that differ",
-                why=f"config.json makes {copies[0].name} and {copies[1].name} one weight, and the checkpoint holds two",
+                f"{origin} contains two different copies of a tied weight",
+                why=f"config.json ties {copies[0].name} and {copies[1].name}, whose values in the checkpoint differ",
                 fix="set tie_word_embeddings to false in config.json, or remove the wrong copy",
             )
 

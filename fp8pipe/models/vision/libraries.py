@@ -122,7 +122,7 @@ def _create(timm: Any, source: str, image_size: tuple[int, int] | None) -> Any:
         if isinstance(error, TypeError) and options:  # the model takes no image size: report the real cause
             check_plain(timm.create_model(source, pretrained=False), source)
         raise ConfigurationError(
-            f"timm {timm.__version__} cannot give the model {source}",
+            f"timm {timm.__version__} cannot create the model {source}",
             why=_first_line(error) or type(error).__name__,
             fix="check the name (timm.list_models(pretrained=True) lists them) and the image size",
         ) from error

@@ -45,8 +45,8 @@ def check_plain(model: nn.Module, name: str) -> None:
             raise ConfigurationError(
                 f"{name} reads images of {module.in_channels} channel(s), and only three are supported",
                 why=f"its patch embedding {place} has {module.in_channels}, and pictures are prepared as RGB",
-                fix="use a model for RGB images; one for grey images becomes one by dividing its patch embedding among "
-                "three channels",
+                fix="use a model for RGB images; to convert a model for grey images, repeat the weights of its patch "
+                "embedding for three channels and divide them by three",
             )
 
 

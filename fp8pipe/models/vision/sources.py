@@ -208,8 +208,8 @@ def _own_directory(path: Path, src: str, image_size: tuple[int, int] | None) -> 
     if image_size is not None and image_size != architecture.image_size:
         raise ConfigurationError(
             f"{src} reads images of {architecture.image_size[0]}x{architecture.image_size[1]} pixels",
-            why=f"{image_size[0]}x{image_size[1]} was asked for, and its position table is saved for its own size",
-            fix="leave the image size out, or start from the model it was made of",
+            why=f"{image_size[0]}x{image_size[1]} was requested, but its position embeddings fit only its own size",
+            fix="omit the image size, or start from the model that this one was made from",
         )
     try:
         weights = load_file(path / WEIGHTS_FILE)

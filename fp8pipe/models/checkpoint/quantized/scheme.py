@@ -54,7 +54,7 @@ class Scheme:
 def refusal(root: Path, why: str) -> ConfigurationError:
     """The error for a base model in an unsupported format, with the reason `why`; the caller raises it."""
     return ConfigurationError(
-        f"the model in {root} is quantized already, in a way that cannot be read as a base",
+        f"the model in {root} is quantized already, in a format that is not supported for base models",
         why=why,
         fix=f"start from the original bf16, fp16 or fp32 checkpoint; quantized ones may be {_READ}",
     )
