@@ -1,8 +1,8 @@
-"""Artifacts: directories of weights with a manifest that lists, hashes and describes every file in them.
+"""Artifacts: directories of weights with a manifest that describes them and lists every file with its digest.
 
-A stage reads artifacts and writes exactly one. It writes into `NAME.partial/`, the manifest last. The result is then
-reopened and hashed again, and only after that renamed to `NAME/`. So a directory with its final name is always
-complete.
+A stage reads artifacts and writes exactly one. It writes the files, and then the manifest, into `NAME.partial/`. The
+result is reopened and hashed again, and only then renamed to `NAME/`. A directory with its final name is therefore
+always complete.
 """
 
 from importlib import import_module
@@ -42,13 +42,13 @@ __all__ = [
     "sha256_file", "staged", "translate_disk_full", "write_checked",
 ]  # fmt: skip
 
-# Each module imports those before it, so looking up a name imports nothing beyond the module that defines it. This
-# keeps `--help` fast.
+# The modules that define the names of `__all__`. Each imports only modules before it in this list, so that looking up a
+# name imports nothing beyond the module that defines it, which keeps `--help` fast.
 _HOMES = ("artifact.record", "artifact.gate", "artifact.manifest", "artifact.reader", "artifact.writer", "core.machine")
 
 
 def __getattr__(name: str) -> Any:
-    """Import a name of `__all__` from the first module that has it."""
+    """Import a name of `__all__` from the module that defines it, when it is first used."""
     if name in __all__:
         for home in _HOMES:
             module = import_module(f"fp8pipe.{home}")

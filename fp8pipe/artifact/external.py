@@ -1,9 +1,9 @@
-"""Check external data of ONNX files: a graph may store tensors in other files, and readers open any path it names.
+"""Checks the external data of ONNX graphs: tensors that are stored in other files, at a path given in the graph.
 
-Readers differ in how they treat such paths, duplicate entries, and ranges beyond the end of a file. So the graph is
-checked before any of them opens it. This module parses it without a library, because servers have no ONNX parser
-installed. Each external tensor must name a file next to the graph that the artifact lists, and a range within that
-file.
+ONNX readers open any path, and differ in how they treat paths, duplicate entries, and ranges beyond the end of a file.
+Graphs are therefore checked before any reader opens them. The file of an external tensor must be in the directory of
+the graph and be listed in the manifest, and its range must be within that file. This module parses graphs without a
+library, because servers have no ONNX parser installed.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from typing import Final
 __all__ = ["SUFFIX", "misplaced"]
 
 SUFFIX: Final = ".onnx"
-# Fields of onnx.proto that lead to tensors: for each message, the field numbers and the message that each one holds.
+# The fields of onnx.proto that may contain tensors, directly or not: for each message type, the field number and the
+# message type of each such field.
 _FIELDS: Final[Mapping[str, Mapping[int, str]]] = {
     "model": {7: "graph", 20: "training", 25: "function"},
     "training": {1: "graph", 2: "graph"},
@@ -26,13 +27,21 @@ _FIELDS: Final[Mapping[str, Mapping[int, str]]] = {
     "attribute": {5: "tensor", 6: "graph", 10: "tensor", 11: "graph", 22: "sparse", 23: "sparse"},
     "sparse": {1: "tensor", 2: "tensor"},
 }
-_NAME, _ENTRY = 8, 13  # fields of a tensor: its name, and a key-value pair of strings about its external location
-_NUMBERS: Final = {0: 0, 1: 8, 5: 4}  # size in bytes by wire type of numbers; 0 means a varint
-_LENGTH: Final = 2
+_NAME, _ENTRY = 8, 13  # field numbers in a tensor: its name, and a key-value pair that describes its external location
+_NUMBERS: Final = {0: 0, 1: 8, 5: 4}  # size of a number in bytes, by protobuf wire type; 0 for a varint
+_LENGTH: Final = 2  # wire type of fields that begin with their length
 
 
 def misplaced(graph: Path, sizes: Mapping[str, int]) -> Iterator[str]:
-    """Errors in a graph's external data, one sentence each; `sizes` are the sizes of the listed files next to it."""
+    """Find errors in the external data of a graph.
+
+    Args:
+        graph: the ONNX file.
+        sizes: for each file of the manifest in the same directory, its size in bytes.
+
+    Yields:
+        One message per error, to be put after the file's name.
+    """
     if graph.stat().st_size == 0:  # an empty file cannot be memory-mapped
         return
     with graph.open("rb") as stream:
@@ -62,7 +71,15 @@ def _wrong(entries: list[tuple[str, str]], sizes: Mapping[str, int]) -> str:
 
 
 def _stored_elsewhere(data: memoryview, message: str) -> Iterator[tuple[str, list[tuple[str, str]]]]:
-    """Every external tensor in a message: its name, and the key-value entries that describe its location."""
+    """Find all external tensors in a protobuf message.
+
+    Args:
+        data: the encoded message.
+        message: its type, a key of `_FIELDS`, or "tensor".
+
+    Yields:
+        The tensor's name, and the (key, value) entries that describe its location.
+    """
     if message == "tensor":
         fields = list(_fields(data))
         entries = [dict(_fields(value)) for number, value in fields if number == _ENTRY]
@@ -80,7 +97,11 @@ def _text(entry: Mapping[int, memoryview], number: int) -> str:
 
 
 def _fields(data: memoryview) -> Iterator[tuple[int, memoryview]]:
-    """The fields of a protobuf message as number and bytes; varints, which are not used here, yield no bytes."""
+    """Yield the number and the bytes of each field of a protobuf message; for varints, which are not needed, no bytes.
+
+    Raises:
+        ValueError: the data is not a valid message.
+    """
     place = 0
     while place < len(data):
         key, place = _varint(data, place)
@@ -98,7 +119,7 @@ def _fields(data: memoryview) -> Iterator[tuple[int, memoryview]]:
 
 
 def _varint(data: memoryview, place: int) -> tuple[int, int]:
-    """Decode a varint (7 bits per byte, least significant first) and return it with the position after it."""
+    """Decode the varint at `place` (7 bits per byte, least significant first); returns it and the position after it."""
     value = 0
     for shift in range(0, 70, 7):
         byte = data[place]

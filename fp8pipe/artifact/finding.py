@@ -1,6 +1,6 @@
-"""The type of a finding, which both the linters and `verify` return: which rule, where, why, and how to fix it.
+"""Findings: the problems reported by the linters of exports and by the command `verify`.
 
-A linter refuses an export with one error that carries all findings.
+If a linter has findings, the export is refused with a single error that contains all of them.
 """
 
 from __future__ import annotations
@@ -18,30 +18,30 @@ class Check(StrEnum):
     """The checks of `verify`, the cheapest first."""
 
     CHECKSUM = "checksum"
-    """A record's bytes against its checksum."""
+    """A record is compared with its checksum."""
     SIGNATURE = "signature"
-    """A directory's files against the signature beside it."""
+    """The files of a directory are compared with the signature next to it."""
     HASH = "hash"
-    """A file's bytes against the manifest."""
+    """The size and sha256 of a file are compared with the manifest."""
     RECORD = "record"
-    """What a validation or a run says, against the artifacts it speaks of and against itself."""
+    """The record of a validation or run is checked for consistency, and compared with the artifacts it refers to."""
     PARENT = "parent"
-    """The parents that a manifest names, against the artifacts that are there."""
+    """The parents named in a manifest are compared with the artifacts that exist."""
     MANIFEST = "manifest"
-    """What a manifest states, against the files."""
+    """Statements of a manifest are compared with the contents of the files."""
     LINT = "lint"
-    """The linters' rules on values and structure."""
+    """The rules of the linters on values and structure are applied."""
     REOPEN = "reopen"
-    """Files read as an engine reads them: do they fit each other?"""
+    """Files are opened as an engine would open them, and checked for consistency with each other."""
     PARITY = "parity"
-    """Every number and file, against those of the parent."""
+    """All weights and files are compared with those of the parent."""
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
     """One problem that was found."""
 
-    rule: str  # a linter's rule, or a check of `verify`; a stable name
+    rule: str  # name of the linter's rule or of the check of `verify`; names do not change between versions
     where: str  # the tensor, module, node or file concerned
     why: str  # what was observed, with values
     fix: str = ""  # what the user can do; empty if that is the same for all findings
@@ -49,7 +49,7 @@ class Finding:
 
     @property
     def check(self) -> Check:
-        """The check that found it: the rule itself if that names a check, otherwise lint."""
+        """The check of `verify` that reported the finding; `Check.LINT` for all rules of linters."""
         return Check(self.rule) if self.rule in list(Check) else Check.LINT
 
     def __str__(self) -> str:
@@ -60,16 +60,16 @@ _SHOWN = 4
 
 
 class LintFindingsError(LintRefusedError):
-    """An export refused by the linter, with every finding.
+    """The error with which an export is refused because of findings.
 
     Args:
-        findings: in the order found.
-        source: what was linted.
-        verb: what cannot be done with it, as a past participle.
-        note: a final line of the `fix` text.
+        findings: all findings, in the order in which they were found.
+        source: description of the checked model or artifact.
+        verb: past participle of what cannot be done with it ("exported").
+        note: a last line for the advice on how to fix the findings.
 
     Attributes:
-        findings: all findings, in the order found.
+        findings: all findings, in the order in which they were found.
     """
 
     def __init__(self, findings: Sequence[Finding], source: str, verb: str = "exported", note: str = "") -> None:
@@ -84,10 +84,10 @@ class LintFindingsError(LintRefusedError):
 
 
 def refuse(findings: Iterable[Finding], source: str) -> None:
-    """Refuse to export `source` if there are findings.
+    """Raise an error if there are findings for the export of `source`.
 
     Raises:
-        LintFindingsError: with all of them.
+        LintFindingsError: there is at least one finding; the error contains all of them.
     """
     found = list(findings)
     if found:
@@ -95,7 +95,7 @@ def refuse(findings: Iterable[Finding], source: str) -> None:
 
 
 def _shown(findings: Sequence[Finding]) -> list[str]:
-    """The first few findings of each rule, since one shared zero point can cause a finding at a hundred nodes."""
+    """The findings to show in the message: the first few of each rule, since one cause may affect a hundred nodes."""
     by_rule: dict[str, list[Finding]] = {}
     for finding in findings:
         by_rule.setdefault(finding.rule, []).append(finding)

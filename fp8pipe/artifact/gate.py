@@ -1,7 +1,7 @@
-"""Gates: a measured value, a comparison and a threshold, from which the verdict follows.
+"""Gates: comparisons of a measured value with a threshold, and the verdicts that follow from them.
 
-Exports, validations, recipes, reports and model cards all use this type. Whether a gate passed is always computed from
-its numbers: a record that states a different result is refused when it is read.
+Exports, validations, recipes, reports and model cards use the same class. Whether a gate passed is always computed from
+its numbers; a stored gate that states another result is rejected when it is read.
 """
 
 from __future__ import annotations
@@ -23,27 +23,27 @@ class Verdict(StrEnum):
     """Possible verdicts, from best to worst."""
 
     ACCEPT = "ACCEPT"
-    """Every gate holds."""
+    """All gates passed."""
     PROVED_WITHOUT_RUNNING = "PROVED-WITHOUT-RUNNING"
-    """Graph and engine hold what they must; nothing was computed with them."""
+    """Graph and engine have the required contents, but were not run."""
     CONSISTENT = "CONSISTENT"
-    """The engine computes what the files say; their source was not at hand to be compared with."""
+    """The engine computes what the files describe, but the files were not compared with their source."""
     REGRESSION = "REGRESSION"
-    """A measured figure is on the wrong side of its threshold."""
+    """A measured value is on the wrong side of its threshold."""
     ANOMALOUS = "ANOMALOUS"
-    """A figure is missing or not finite, or two things that must be equal are not: nothing measured can be trusted."""
+    """A value is missing or not finite, or two things that must be equal differ, so no measurement can be trusted."""
     INFEASIBLE = "INFEASIBLE"
-    """The stage cannot run here: a package, a device, memory or disk is missing, or the export is refused."""
+    """The stage cannot run here (a package, a device, memory or disk space is missing), or the export is refused."""
 
     @property
     def failed(self) -> bool:
-        """Whether something is wrong, as opposed to merely unproved."""
+        """Whether the verdict means that something is wrong, and not only that something was not proved."""
         order = list(Verdict)
         return order.index(self) > order.index(Verdict.CONSISTENT)
 
 
 class Comparison(StrEnum):
-    """How a value must compare with its threshold."""
+    """The relation that must hold between a value and its threshold."""
 
     AT_MOST = "at most"
     AT_LEAST = "at least"
@@ -80,7 +80,7 @@ class Gate(FrozenConfig):
     @model_validator(mode="wrap")
     @classmethod
     def _refuse_false_claims(cls, data: Any, handler: ModelWrapValidatorHandler[Gate]) -> Gate:
-        """Check stored values of `passed` and `verdict` against those computed from the numbers."""
+        """Reject stored values of `passed` and `verdict` that differ from those computed from the numbers."""
         claims = {}
         if isinstance(data, Mapping):
             claims = {key: data[key] for key in ("passed", "verdict") if key in data}
@@ -94,7 +94,7 @@ class Gate(FrozenConfig):
     @computed_field(description="whether the value is what it must be; NaN and a missing value never are")  # type: ignore[prop-decorator]
     @property
     def passed(self) -> bool:
-        """Whether the comparison holds; it never does for NaN or a missing value."""
+        """Whether the comparison holds; False if the value is NaN or missing."""
         return self.value is not None and _HOLDS[self.comparison](float(self.value), float(self.threshold))
 
     @computed_field(description="what the gate says")  # type: ignore[prop-decorator]
@@ -107,13 +107,13 @@ class Gate(FrozenConfig):
 
     @property
     def numbers(self) -> str:
-        """The comparison in words: `0.2 (at most 0.1)`."""
+        """Value, comparison and threshold as text: `0.2 (at most 0.1)`."""
         value = "missing" if self.value is None else f"{self.value:g}"
         return f"{value} ({self.comparison} {self.threshold:g})"
 
     @property
     def row(self) -> tuple[str, str, str, str]:
-        """Verdict, name, numbers and detail, for tables."""
+        """Row of a table: "pass" or "FAIL", name, numbers and detail."""
         return "pass" if self.passed else "FAIL", self.name, self.numbers, self.detail
 
     def __str__(self) -> str:
@@ -121,7 +121,7 @@ class Gate(FrozenConfig):
 
 
 def number_of(value: Any) -> float | None:
-    """A JSON value as a number, or None; manifests store infinities and NaN as strings."""
+    """A JSON value as a number; None if it is not one. Manifests store infinities and NaN as strings."""
     if isinstance(value, bool | int | float):
         return float(value)
     if isinstance(value, str) and value.lower().lstrip("-") in ("nan", "inf", "infinity"):
@@ -130,17 +130,17 @@ def number_of(value: Any) -> float | None:
 
 
 def none_of(name: str, count: float, detail: str = "") -> Gate:
-    """A gate on a count of errors, which must be zero."""
+    """A gate that requires a count (of errors, for instance) to be zero."""
     return Gate(name=name, value=count, comparison=Comparison.EQUAL, threshold=0, detail=detail)
 
 
 def at_most(name: str, value: float, threshold: float, detail: str) -> Gate:
-    """A gate on a value that must not exceed a threshold."""
+    """A gate that requires a value not to exceed a threshold."""
     return Gate(name=name, value=value, comparison=Comparison.AT_MOST, threshold=threshold, detail=detail)
 
 
 def failures(gates: Iterable[Gate]) -> list[str]:
-    """A sentence for each failed gate; empty if all passed."""
+    """One message for each failed gate; empty if all passed."""
     return [str(gate) for gate in gates if not gate.passed]
 
 
@@ -149,7 +149,8 @@ def worst(verdicts: Iterable[Verdict]) -> Verdict:
     return max(verdicts, key=list(Verdict).index, default=Verdict.ACCEPT)
 
 
-# Gates of schemas before 3 stored no comparison. For these names it is not the one that `read_gate` assumes by default.
+# Before schema 3, gates were stored without a comparison. These are the comparisons of the gates for which it is not
+# the one that `read_gate` assumes by default.
 _BEFORE_3: Final[Mapping[str, Comparison]] = {
     "top-1 agreement": Comparison.AT_LEAST,
     "top-1 agreement with the teacher": Comparison.AT_LEAST,
@@ -168,7 +169,7 @@ def read_gate(data: Mapping[str, Any]) -> Gate:
     if "comparison" in data or "threshold" not in data:
         return Gate.model_validate(data)
     known = _BEFORE_3.get(str(data.get("name")))
-    # A threshold of 0 belonged to a count of errors. A gate that had been waived stored its value as the threshold.
+    # A threshold of 0 was used for counts of errors. A waived gate was stored with its value as threshold.
     plain = Comparison.EQUAL if data["threshold"] == 0 else Comparison.AT_MOST
     gate: dict[str, Any] = {**data, "comparison": known or plain}
     if known is Comparison.AT_LEAST and data.get("passed") and isinstance(data["value"], float):

@@ -1,8 +1,8 @@
-"""The registry of artifact kinds: for each, the type of its manifest's `details` and the migration of older manifests.
+"""The registry of artifact kinds, with the type of `details` in their manifests and the migration of older manifests.
 
-The kinds that training and quantization write are defined and registered here. Kinds of exports are registered by
-`exporters.target`. This package must not import exporters, so the registry loads that module by name, the first time
-that it is asked for a kind it does not know.
+The kinds written by training and quantization are defined and registered here, those of exports in `exporters.target`.
+This package must not import exporters. The registry therefore loads that module by its name, when a kind is looked up
+that is not registered yet.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ __all__ = [
     "kind_named", "register_kind", "targets_of", "unregister_kind",
 ]  # fmt: skip
 
-# The `load()` of this module registers the kinds of exports.
+# The module whose function `load()` registers the kinds of exports.
 _REGISTRY: Final = "exporters.target"
 FALQON_KIND: Final = "falqon"
 LORA_KIND: Final = "lora-merged"
@@ -31,7 +31,7 @@ VIT_KIND: Final = "vit"
 
 
 class Details(FrozenConfig):
-    """Base class of the fields that only one kind of artifact has."""
+    """Base class of `details`, the fields of a manifest that depend on the artifact's kind."""
 
 
 Migration = Callable[[dict[str, Any]], dict[str, Any]]
@@ -39,20 +39,20 @@ Migration = Callable[[dict[str, Any]], dict[str, Any]]
 
 @dataclass(frozen=True, slots=True)
 class ArtifactKind:
-    """One kind of artifact.
+    """One kind of artifact. The fields after `migrate` are set only for exports.
 
-    `migrate` takes a manifest of schema 1 or 2 as plain data. Its common fields are converted already; its `details`
-    are still an untyped dictionary. It returns the manifest in the current schema, and may change the kind. The fields
-    after `migrate` are set for exports only.
+    The function `migrate` converts a manifest of schema 1 or 2, given as plain data, to the current schema. The fields
+    that are common to all kinds have been converted before; `details` is still an untyped dictionary. The function may
+    also change the kind.
     """
 
-    name: str  # the value of `kind` in manifests
-    details: type[Details]  # type of `details`
+    name: str  # value of `kind` in manifests
+    details: type[Details]  # type of `details` in manifests
     migrate: Migration = lambda data: data
-    made_from: tuple[str, ...] = ()  # kinds that it can be exported from
-    target: str = ""  # the `--target` that writes it
-    engines: tuple[str, ...] = ()  # engines that can validate it
-    measured_by: tuple[str, ...] = ()  # commands that benchmark or query it
+    made_from: tuple[str, ...] = ()  # kinds of artifacts from which it can be exported
+    target: str = ""  # value of `--target` with which it is exported
+    engines: tuple[str, ...] = ()  # engines with which it can be validated
+    measured_by: tuple[str, ...] = ()  # commands that measure it (benchmarks and queries)
 
 
 _kinds: dict[str, ArtifactKind] = {}
@@ -62,7 +62,7 @@ def register_kind(kind: ArtifactKind) -> None:
     """Register a kind.
 
     Raises:
-        ConfigurationError: another kind of that name is registered.
+        ConfigurationError: another kind with the same name is registered.
     """
     if _kinds.setdefault(kind.name, kind) is not kind:
         raise ConfigurationError(
@@ -85,8 +85,8 @@ def kind_named(name: str, where: str = "") -> ArtifactKind:
     """Look up a kind by name.
 
     Args:
-        name: as in manifests.
-        where: what the error message calls the manifest.
+        name: value of `kind` in a manifest.
+        where: description of the manifest in the error message.
 
     Raises:
         BadArtifactError: no such kind is registered.
@@ -102,19 +102,19 @@ def kind_named(name: str, where: str = "") -> ArtifactKind:
 
 
 def targets_of(kind: str) -> list[str]:
-    """Values of `--target` that accept an artifact of this kind, the default first."""
+    """Values of `--target` for exporting an artifact of this kind, the default first."""
     return list(dict.fromkeys(found.target for found in _all_kinds().values() if kind in found.made_from))
 
 
 class HeldoutLoss(FrozenConfig):
-    """Mean loss on held-out text, nats per answer token."""
+    """Mean loss on held-out text, in nats per answer token."""
 
     untuned: float = Field(description="loss of the model before fine-tuning")
     deployed: float = Field(description="loss of the weights that are stored")
 
 
 class MergeHealth(FrozenConfig):
-    """How well the FP8 codes took up the update at the final merge."""
+    """How closely the change of the FP8 codes by the final merge matches the intended update of the weights."""
 
     changed: float = Field(description="share of codes that changed")
     saturated: float = Field(description="share of target values beyond the largest value of the FP8 grid")
@@ -131,7 +131,7 @@ class TextFacts(FrozenConfig):
 
 
 class PackingFacts(FrozenConfig):
-    """How examples are packed into one sequence, and what the packing probe of the loaded model measured."""
+    """How several examples are packed into one sequence, and the test with which this was checked on the model."""
 
     how: Literal["positions", "mask", "off"] = Field(
         description="what isolates packed examples: restarting positions, or a mask per example; off: no packing"
@@ -184,14 +184,14 @@ class Accuracy(FrozenConfig):
 
 
 class TransformFacts(FrozenConfig):
-    """Equivalent transforms of the float model before quantization."""
+    """Transforms of the model before quantization that do not change the function it computes."""
 
     done: list[str] = Field(default_factory=list, description="transforms that were applied")
     left_out: list[str] = Field(default_factory=list, description="transforms that could not be applied, and why")
 
 
 class FirstLast(FrozenConfig):
-    """A loss at both ends of training."""
+    """A loss at the first and at the last step of training."""
 
     first: float = Field(description="at the first step")
     last: float = Field(description="at the last step")
@@ -215,7 +215,7 @@ class VitDetails(Details):
 
 
 def renamed(details: dict[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
-    """Details of an older schema, with keys renamed to those of the current one."""
+    """`details` of an older schema, with keys renamed according to `names` (old name to new name)."""
     return {names.get(key, key): value for key, value in details.items()}
 
 

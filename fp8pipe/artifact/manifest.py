@@ -1,12 +1,12 @@
-"""The manifest: what an artifact is, where it came from, and how its numbers are to be interpreted.
+"""The manifest of an artifact: what the artifact is, what it was made from, and how its weights are stored.
 
-It is versioned and typed by kind, so that a reader refuses what it does not understand instead of guessing. It always
-states the direction of scales, records every fallback as a warning, and its gates' verdicts follow from their numbers.
-How the weight and the input of each linear layer are encoded is stored in structured fields, not in text to be parsed.
+The manifest has a schema version and a kind, which determines the type of `details`. Unknown versions, kinds and fields
+are rejected. The manifest states the direction of scales, the quantization of the weight and the input of each linear
+layer, every fallback (as a warning), and the gates with their numbers.
 
 Manifests of older schemas are migrated to the current one before they are validated. Schema 1 had no checksum file next
-to the manifest. Schema 2 kept kind-specific facts in an untyped dictionary (`extra`), gates without a comparison, and
-the encoding of a layer as a sentence.
+to the manifest. Schema 2 had an untyped dictionary (`extra`) for the fields that depend on the kind, gates without a
+comparison, and the encoding of a layer as a sentence.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ __all__ = [
 
 D = TypeVar("D", bound=Details)
 
-# 2: a checksum file next to the manifest. 3: kind-specific details are typed, layers have encodings, and gates have a
-# comparison.
+# Schema 2 added a checksum file next to the manifest. Schema 3 added typed details, encodings of layers, and
+# comparisons of gates.
 SCHEMA_VERSION = 3
 CHECKSUM_SINCE = 2
 ENCODINGS_SINCE = 3
@@ -49,15 +49,15 @@ class ScaleRule(StrEnum):
     AMAX = "amax"
     """The largest magnitude is mapped to the largest code."""
     POWER_OF_TWO = "power-of-two"
-    """The same, rounded to a power of two."""
+    """Like `AMAX`, but rounded to a power of two."""
     PERCENTILE = "percentile"
-    """A power of two that clips a few of the values seen in calibration."""
+    """The scale is a power of two with which a few of the calibration values are clipped."""
     MSE = "mse"
-    """A power of two of the least mean squared error over the values seen in calibration."""
+    """The scale is the power of two with the smallest mean squared error over the calibration values."""
     CALIBRATED = "calibrated"
-    """Chosen for the least error on calibration images."""
+    """The scale has the smallest error on calibration images."""
     LEARNED = "learned"
-    """Calibrated, then trained with the weights."""
+    """The scale is first calibrated, and then trained together with the weights."""
 
 
 class Encoding(FrozenConfig):
@@ -82,7 +82,7 @@ class Encoding(FrozenConfig):
 
 
 class LayerRecord(FrozenConfig):
-    """How a linear layer's weight and input are encoded."""
+    """How the weight and the input of a linear layer are quantized."""
 
     name: str = Field(description="the layer's name in the checkpoint, without '.weight'")
     shape: tuple[int, int] | None = Field(default=None, description="(out, in); none where it has no matrix")
@@ -94,12 +94,12 @@ class LayerRecord(FrozenConfig):
 
     @property
     def converted(self) -> bool:
-        """Whether the weight is stored as codes."""
+        """Whether the weight is quantized."""
         return self.weight is not None
 
 
 def _inside(path: str) -> str:
-    """Refuse a path that leads outside the artifact's directory."""
+    """Validate that a path is relative and stays inside the artifact's directory."""
     pure = PurePosixPath(path)
     if pure.is_absolute() or ".." in pure.parts or "\\" in path or not pure.parts:
         raise ValueError("must be a relative path inside the artifact")
@@ -138,7 +138,7 @@ class Parent(FrozenConfig):
 
     @property
     def outdated(self) -> str:
-        """Why this digest cannot match any language model now; empty for a digest in the current form."""
+        """Why the digest cannot be compared with digests that are computed today; empty if it can."""
         why = "written by an earlier fp8pipe, whose model digests did not cover tokenizer and chat template"
         return why if self.kind == "model" and self.content is None else ""
 
@@ -176,23 +176,24 @@ class Manifest(FrozenConfig):
     warnings: list[str] = Field(default_factory=list, description="fallbacks and findings, in words")
     details: SerializeAsAny[Details] = Field(description="facts of the kind, in the kind's own model")
 
-    # The data as read from the file: its digest must not change when a later schema adds or renames fields.
+    # The data as read from the file. The digest is computed from it, and so does not change if a later schema adds or
+    # renames fields.
     _stored: dict[str, Any] | None = PrivateAttr(default=None)
 
     def to_json(self) -> str:
-        """The manifest as indented JSON text, ending in a newline; infinities and NaN become strings."""
+        """The manifest as indented JSON text that ends with a newline; infinities and NaN are written as strings."""
         return json.dumps(self.plain(), indent=2, ensure_ascii=False) + "\n"
 
     def plain(self) -> dict[str, Any]:
-        """The manifest as plain data in the current schema; fields that are None are omitted."""
+        """The manifest as JSON-compatible data in the current schema, without fields that are None."""
         found: dict[str, Any] = json.loads(self.model_dump_json(exclude_none=True))
         return found
 
     def details_of(self, model: type[D]) -> D:
-        """The details, typed.
+        """`details` as an instance of `model`.
 
         Raises:
-            BadArtifactError: the artifact is of a kind with other details.
+            BadArtifactError: the details are of another type, because the artifact is of another kind.
         """
         if not isinstance(self.details, model):
             raise BadArtifactError(
@@ -203,15 +204,15 @@ class Manifest(FrozenConfig):
 
     @property
     def digest(self) -> str:
-        """sha256 (hexadecimal) of the canonical JSON."""
+        """sha256 (hexadecimal) of the manifest as canonical JSON, see `canonical_digest`."""
         return canonical_digest(self._as_stored())
 
     @property
     def content(self) -> str:
-        """sha256 (hexadecimal) of the reproducible part of the artifact, which a rerun produces again on any machine.
+        """Content digest: sha256 (hexadecimal) of the reproducible part, which is the same for a rerun on any machine.
 
-        Covers kind, configuration, seed, the parents' contents, the number format, preprocessing, layers, and the
-        bytes of every file that is not volatile. Times, paths, versions and measurements are excluded.
+        It covers kind, configuration, seed, the content digests of the parents, number format, preprocessing, layers,
+        and the bytes of every file that is not volatile. Times, paths, versions and measurements are excluded.
         """
         stored = self._as_stored()
         kept: dict[str, Any] = {
@@ -223,7 +224,7 @@ class Manifest(FrozenConfig):
 
     @property
     def stored_version(self) -> int:
-        """Schema version in the file; after a migration, `schema_version` is the current one instead."""
+        """The schema version in the file, whereas `schema_version` is the current one after a migration."""
         return int(self._as_stored().get("schema_version", 1))
 
     def _as_stored(self) -> dict[str, Any]:
@@ -231,10 +232,14 @@ class Manifest(FrozenConfig):
 
     @classmethod
     def from_json(cls, text: str | bytes, *, where: str) -> Manifest:
-        """Parse a manifest of the current or an older schema; `where` is its path, for messages.
+        """Parse a manifest of the current schema or an older one.
+
+        Args:
+            text: the JSON text.
+            where: the manifest's path, for error messages.
 
         Raises:
-            BadArtifactError: not JSON, a newer schema (both versions are named), an unknown kind, or invalid fields.
+            BadArtifactError: it is not JSON, has a newer schema or an unknown kind, or fields are invalid.
         """
         try:
             data = json.loads(text)
@@ -260,7 +265,7 @@ class Manifest(FrozenConfig):
 
 
 def _typed(data: dict[str, Any], where: str) -> dict[str, Any]:
-    """Migrate the data to the current schema if it is older, and validate `details` as the model of its kind."""
+    """Migrate a manifest to the current schema if it is older, and validate `details` with the type of its kind."""
     name = data.get("kind")
     if not isinstance(name, str):
         return data  # validation refuses it
@@ -275,7 +280,7 @@ def _typed(data: dict[str, Any], where: str) -> dict[str, Any]:
 
 
 def canonical_digest(value: Any) -> str:
-    """sha256 (hexadecimal) of plain data as sorted JSON in UTF-8, without spaces."""
+    """sha256 (hexadecimal) of data as canonical JSON: UTF-8, sorted keys, no spaces."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, default=str)
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -289,7 +294,7 @@ _BITS: Final = {"e4m3": 8, "nvfp4": 4}
 
 
 def _migrated(data: Mapping[str, Any]) -> dict[str, Any]:
-    """Migrate the common fields of a manifest of schema 1 or 2; `details` remains an untyped dictionary."""
+    """Migrate the fields that are common to all kinds from schema 1 or 2; `details` remains an untyped dictionary."""
     number_format = data.get("number_format")
     return {
         **{key: value for key, value in data.items() if key != "extra"},

@@ -1,7 +1,7 @@
-"""Upload an artifact to a repository on the Hugging Face Hub, after hashing its files and checking gates and verdict.
+"""Uploads an artifact to a repository on the Hugging Face Hub, after hashing its files and checking gates and verdict.
 
-Only files listed in the manifest are uploaded, not other files that happen to be in the directory. The hub's client
-does the uploading. It skips files that the hub has already, so an interrupted upload can safely be repeated.
+Only the manifest, its checksum and the files listed in the manifest are uploaded. The upload is done by huggingface_hub
+and skips files that the hub already has, so that an interrupted upload can be repeated.
 """
 
 from __future__ import annotations
@@ -42,13 +42,13 @@ class Target:
 class PushPlan:
     """What would be uploaded."""
 
-    artifact: Artifact  # all of its files were hashed and match the manifest
+    artifact: Artifact  # the artifact, whose files have been hashed and match the manifest
     files: tuple[tuple[str, int], ...]  # path and size in bytes of each file, the manifest and its checksum first
-    notes: tuple[str, ...]  # what the user should know before publishing it
+    notes: tuple[str, ...]  # notes for the user before publishing, for instance that there is no validation
 
     @property
     def size_bytes(self) -> int:
-        """Total size in bytes."""
+        """Total size of the files in bytes."""
         return sum(size for _, size in self.files)
 
 
@@ -56,15 +56,17 @@ def plan_push(directory: Path, *, unvalidated: bool = False, trust: Trust | None
     """Hash an artifact, check its gates and its validation record, and list the files to upload.
 
     Args:
-        directory: the artifact.
-        unvalidated: accept an export without a verdict of ACCEPT, and add a note; a rejected one is still refused.
-        trust: the key or certificates that signatures of the artifact and its record are checked with; None checks no
+        directory: the artifact's directory.
+        unvalidated: accept an export whose validation is missing or did not end with ACCEPT, and add a note. An export
+            with the verdict REJECT is never accepted.
+        trust: the key or certificates to check the signatures of the artifact and its record with; None to check no
             signatures.
 
     Raises:
-        BadArtifactError: not an artifact, or damaged; or its validation record is invalid; or a signature does not
-            match.
-        GateFailedError: one of its gates failed; or its kind can be validated, and no record next to it says ACCEPT.
+        BadArtifactError: it is not an artifact, or a damaged one; its validation record is invalid; or a signature does
+            not match.
+        GateFailedError: one of its gates failed; or it is an export that can be validated, and it has no validation
+            record with the verdict ACCEPT.
     """
     artifact = open_artifact(directory)
     (trust or Trust()).require(artifact.root, record_path(artifact.root))
@@ -84,9 +86,14 @@ def plan_push(directory: Path, *, unvalidated: bool = False, trust: Trust | None
 
 
 def push(plan: PushPlan, target: Target, api: HfApi | None = None) -> str:
-    """Upload the files in a commit whose message names the digest (the client splits large folders into several).
+    """Upload the files in a commit whose message contains the artifact's digest.
 
-    Without `api`, the client uses the endpoint and the token from the environment or from the user's login.
+    huggingface_hub may split a large folder into several commits.
+
+    Args:
+        plan: the files to upload, from `plan_push`.
+        target: the destination.
+        api: the client; by default, one with the endpoint and the token of the environment or of the user's login.
 
     Returns:
         URL of the commit, or of the pull request.
@@ -123,7 +130,14 @@ def push(plan: PushPlan, target: Target, api: HfApi | None = None) -> str:
 
 
 def _unproved(artifact: Artifact, unvalidated: bool) -> list[str]:
-    """A note if ACCEPT is missing and `unvalidated` allows that; else raises like `require_accept`, as for a REJECT."""
+    """Require the verdict ACCEPT, or allow its absence.
+
+    Returns:
+        A note if there is no verdict ACCEPT but `unvalidated` is set; otherwise empty.
+
+    Raises:
+        BadArtifactError, GateFailedError: as `require_accept`, if `unvalidated` is not set or the verdict is REJECT.
+    """
     try:
         require_accept(artifact)
     except (BadArtifactError, GateFailedError) as error:
@@ -136,7 +150,7 @@ def _unproved(artifact: Artifact, unvalidated: bool) -> list[str]:
 
 @contextmanager
 def _translated(target: Target, endpoint: str) -> Iterator[None]:
-    """Translate errors of the hub's client and of the network into exceptions of this project."""
+    """A context in which errors of huggingface_hub and of the network become errors of fp8pipe."""
     from huggingface_hub import errors
 
     try:
@@ -153,7 +167,7 @@ def _translated(target: Target, endpoint: str) -> Iterator[None]:
     except ConfigurationError:
         raise
     except Exception as error:
-        cause = error.__cause__  # the client wraps errors of single files
+        cause = error.__cause__  # huggingface_hub wraps the errors of single files
         if isinstance(cause, errors.HfHubHTTPError):
             raise _refused(cause, target, endpoint) from error
         if not (_of_network(error) or _of_network(cause)):
@@ -165,7 +179,7 @@ def _translated(target: Target, endpoint: str) -> Iterator[None]:
 
 
 def _of_network(error: BaseException | None) -> bool:
-    """Whether the error is a network failure, in any of the HTTP libraries that versions of the client have used."""
+    """Whether an error is a network failure, for all HTTP libraries that versions of huggingface_hub have used."""
     names = {kind.__name__ for kind in type(error).__mro__}
     told = isinstance(error, RuntimeError) and "Network error" in str(error)  # the Xet client has no class for it
     return told or bool(names & {"TransportError", "ConnectionError", "TimeoutError"})

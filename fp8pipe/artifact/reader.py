@@ -1,7 +1,8 @@
-"""Opening an artifact: a directory is only used if its bytes are those that were written.
+"""Opens artifacts, after checking that their files are exactly those that were written.
 
-Every file must be listed in the manifest and be a regular file, because engines load whatever is in a directory, listed
-or not. ONNX graphs may not refer to tensors outside the artifact.
+All files of the manifest must exist with the same size and sha256. The directory must contain no other files, and no
+links, because engines load every file that they find in a directory. ONNX graphs must not refer to tensors in files
+outside the artifact.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ __all__ = ["Artifact", "check_file", "open_artifact", "read_manifest", "sha256_f
 
 PARTIAL_SUFFIX = ".partial"
 CHECKSUM_NAME = checksum_path(Path(MANIFEST_NAME)).name
-_NAMED = 6  # largest number of artifacts that an error message lists
-# What model hubs and their clients add to a downloaded directory. Engines do not load these.
+_NAMED = 6  # largest number of artifacts listed in an error message
+# Files that model hubs and their clients add to a downloaded directory, and that engines do not load.
 _HUB_FILE: Final = ".gitattributes"
 _HUB_FOLDER: Final = ".cache/huggingface"
 
@@ -45,21 +46,21 @@ class Artifact:
 
     @property
     def digest(self) -> str:
-        """The manifest's digest; it covers every file, since the manifest contains their digests."""
+        """The manifest's digest, which covers all files, because the manifest contains their digests."""
         return self.manifest.digest
 
     @property
     def content(self) -> str:
-        """The digest of the reproducible content, which a rerun produces again (`Manifest.content`)."""
+        """The content digest, which is the same for a rerun, see `Manifest.content`."""
         return self.manifest.content
 
     @property
     def size_bytes(self) -> int:
-        """Total size of the listed files."""
+        """Total size of the files listed in the manifest, in bytes."""
         return sum(entry.size for entry in self.manifest.files)
 
     def as_parent(self) -> Parent:
-        """The entry for this artifact in the manifest of an artifact made from it."""
+        """The entry for this artifact in the manifest of another artifact that is made from it."""
         return Parent(kind=self.kind, digest=self.digest, path=str(self.root), content=self.content)
 
 
@@ -69,15 +70,16 @@ def open_artifact(
     """Open a finished artifact.
 
     Args:
-        path: its directory.
-        kind: the kind, or the kinds, that the caller can use; None accepts any.
-        verify: whether to hash every file; otherwise only presence and size are checked.
-        caches: a folder of files that can be regenerated from the others; they are not checked here.
+        path: the artifact's directory.
+        kind: the accepted kind or kinds; None to accept all.
+        verify: hash every file and compare the digests; if False, only the existence and size of files are checked. The
+            checksum of the manifest is always checked.
+        caches: name of a folder in the artifact whose files can be generated again from the others, and are not
+            checked.
 
     Raises:
-        BadArtifactError: there is no such directory; or the artifact is unfinished, of a newer schema or of another
-            kind; or a file is missing, not listed, a link, or differs in size or digest (the message names the file
-            and both values). The manifest's own checksum is always checked.
+        BadArtifactError: there is no such directory; the artifact is unfinished, of a newer schema or of another kind;
+            or a file is missing, not listed in the manifest, a link, or differs from the manifest in size or digest.
     """
     root = Path(path)
     if not root.is_dir():
@@ -96,7 +98,7 @@ def open_artifact(
 
 
 def _toward(kind: str, root: Path, wanted: list[str]) -> str:
-    """Advice for the user who gave an artifact of this kind when another was expected."""
+    """Advice for the user who gave an artifact `root` of one kind where one of the kinds `wanted` is required."""
     exports = [name for name in wanted if kind in kind_named(name).made_from]
     if exports:
         target = kind_named(exports[0]).target
@@ -107,9 +109,16 @@ def _toward(kind: str, root: Path, wanted: list[str]) -> str:
 def read_artifact(
     root: Path, *, verify: bool, caches: str | None = None, hashed: frozenset[str] = frozenset()
 ) -> Artifact:
-    """Read and check the artifact in `root`, whatever the directory's name (the writer checks `NAME.partial`).
+    """Read and check an artifact like `open_artifact`, but also in a directory `NAME.partial`.
 
-    Files in `hashed` were hashed by the caller already, so only their presence and size are checked.
+    Args:
+        root: the directory.
+        verify: as in `open_artifact`.
+        caches: as in `open_artifact`.
+        hashed: files that the caller has hashed already, of which only existence and size are checked.
+
+    Raises:
+        BadArtifactError: the manifest is invalid, or the files do not match it.
     """
     manifest = read_manifest(root)
     findings = [f"{name} {why}" for name, why in strays(root, manifest)]
@@ -127,7 +136,11 @@ def read_artifact(
 
 
 def strays(root: Path, manifest: Manifest) -> Iterator[tuple[str, str]]:
-    """Unlisted files, links, and graphs with invalid external tensors: the name of each, and what is wrong."""
+    """Find files that are not listed in the manifest, links, and ONNX graphs with invalid external tensors.
+
+    Yields:
+        The path relative to `root`, and the problem as a message to be put after it.
+    """
     listed = {entry.path for entry in manifest.files} | {MANIFEST_NAME, CHECKSUM_NAME, _HUB_FILE}
     for folder, inner, names in os.walk(root):
         here = Path(folder).relative_to(root)
@@ -146,9 +159,10 @@ def strays(root: Path, manifest: Manifest) -> Iterator[tuple[str, str]]:
 
 @contextmanager
 def staged(artifact: Artifact) -> Iterator[Path]:
-    """A private directory with only the listed files of an artifact, for engines that load whatever a directory holds.
+    """A context that yields a temporary private directory with only the files listed in an artifact's manifest.
 
-    The files are symbolic links to those of the artifact, which the caller has verified.
+    It is meant for engines, which load every file that they find in a directory. Its files are symbolic links to those
+    of the artifact, which the caller has verified.
     """
     with tempfile.TemporaryDirectory(prefix="fp8pipe-staged-") as folder:  # mode 0700
         root = Path(folder) / artifact.root.absolute().name
@@ -160,10 +174,11 @@ def staged(artifact: Artifact) -> Iterator[Path]:
 
 
 def read_manifest(root: Path) -> Manifest:
-    """Read the manifest in `root` and verify its checksum, which manifests of schema version 1 need not have.
+    """Read the manifest in the directory `root`, and verify its checksum.
 
     Raises:
-        BadArtifactError: there is no manifest, its checksum is missing or does not match, or it is invalid.
+        BadArtifactError: there is no manifest, its checksum is missing (required since schema 2) or does not match, or
+            it is invalid.
     """
     path = root / MANIFEST_NAME
     if not path.is_file():
@@ -177,13 +192,22 @@ def read_manifest(root: Path) -> Manifest:
 
 
 def sha256_file(path: Path) -> str:
-    """sha256 of a file's bytes, hexadecimal, read in chunks."""
+    """sha256 (hexadecimal) of a file, which is read in chunks."""
     with path.open("rb", buffering=0) as stream:  # file_digest reuses its own buffer
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def check_file(root: Path, entry: FileEntry, verify: bool = True) -> str:
-    """What is wrong with one file of an artifact, in words; empty if nothing is."""
+    """Check one file of an artifact.
+
+    Args:
+        root: the artifact's directory.
+        entry: the manifest's entry for the file.
+        verify: also hash the file; otherwise only its existence and size are checked.
+
+    Returns:
+        A message that describes the problem; empty if there is none.
+    """
     path = root / entry.path
     if not path.is_file():
         return f"{entry.path} is missing"

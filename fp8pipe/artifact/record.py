@@ -1,9 +1,11 @@
-"""JSON records with checksums: each record has a small file next to it that contains the sha256 of its bytes.
+"""JSON files with checksums: next to `NAME.json` there is a file `NAME.sha256` with the sha256 of its bytes.
 
-A manifest covers every other file of an artifact; checksum files cover manifests and the records next to artifacts.
-A checksum file is in the format of `sha256sum -c`, so any machine can check it without fp8pipe. It protects against
-damage, not forgery: whoever can write the record can also write its checksum. The record of a validation is written
-next to the export, not into it, so that the export stays exactly as its manifest describes it.
+Manifests, and the records that are stored next to artifacts, have such checksum files; all other files of an artifact
+are covered by the manifest. Checksum files have the format of `sha256sum -c` and can thus be checked without fp8pipe.
+They detect damage, but not forgery, because whoever can change a record can also change its checksum.
+
+The record of a validation is written next to the export, not into it, so that the export stays as its manifest
+describes it.
 """
 
 from __future__ import annotations
@@ -23,24 +25,25 @@ __all__ = [
     "record_path", "remove_checked", "remove_record", "write_checked", "write_record",
 ]  # fmt: skip
 
-# The HTTP header in which every service sends the digest of the artifact that it serves.
+# The HTTP header in which all servers send the digest of the artifact that they serve.
 DIGEST_HEADER = "x-fp8pipe-artifact"
-# The HTTP header with the artifact's verdict: ACCEPT, or `unvalidated`.
+# The HTTP header in which servers send the verdict of the artifact: `ACCEPT` or `unvalidated`.
 VERDICT_HEADER = "x-fp8pipe-verdict"
 CHECKSUM_SUFFIX = ".sha256"
 R = TypeVar("R", bound=BaseModel)
 
 
 def checksum_path(path: Path) -> Path:
-    """`NAME.sha256`, next to `NAME.json`."""
+    """Path of the checksum file: `NAME.sha256` for `NAME.json`."""
     return path.with_suffix(CHECKSUM_SUFFIX)
 
 
 def write_checked(path: Path, text: str) -> Path:
-    """Write `text` (UTF-8) to `path`, and its checksum next to it.
+    """Write `text` (UTF-8) to `path`, and its checksum next to it; returns `path`.
 
-    The new checksum is kept in `NAME.sha256.partial` while the record is replaced, and a reader accepts a record that
-    matches either checksum. So a reader, even after a crash, sees the complete old or new record with a valid checksum.
+    Readers see either the complete old file or the complete new one with a valid checksum, even after a crash: while
+    the file is replaced, the new checksum is in `NAME.sha256.partial`, and readers accept a file that matches either of
+    the two checksums.
     """
     data = text.encode()
     record, checksum = _pending(path), _pending(checksum_path(path))
@@ -52,7 +55,7 @@ def write_checked(path: Path, text: str) -> Path:
 
 
 def check_checksum(path: Path) -> str:
-    """What is wrong with a checksummed file or its checksum, in words; empty if nothing is."""
+    """Check a file against its checksum file; returns a message that describes the problem, empty if there is none."""
     try:
         return _read(path)[1]
     except OSError as error:
@@ -60,11 +63,11 @@ def check_checksum(path: Path) -> str:
 
 
 def read_checked(path: Path, former: str = "") -> bytes:
-    """The bytes of a checksummed file, after verifying its checksum.
+    """Read a file, and verify its checksum.
 
     Args:
         path: the file.
-        former: another file name that its checksum may contain, for instance the name before it was copied.
+        former: another name of the file that its checksum file may contain, for instance that before it was copied.
 
     Raises:
         OSError: the file does not exist or cannot be read.
@@ -81,14 +84,17 @@ def read_checked(path: Path, former: str = "") -> bytes:
 
 
 def remove_checked(path: Path) -> None:
-    """Remove a record and its checksum, and any partial files that a crash left of them."""
+    """Remove a file and its checksum file, and also temporary files that a crash may have left."""
     for name in (path, checksum_path(path)):
         name.unlink(missing_ok=True)
         _pending(name).unlink(missing_ok=True)
 
 
 def _read(path: Path, former: str = "") -> tuple[bytes, str]:
-    """The record's bytes and what is wrong with them; reads twice, since a writer may replace the files meanwhile."""
+    """Read a file, and compare it with its checksum; returns its bytes, and a message if they do not match.
+
+    If they do not match, both files are read once more, because a writer may have replaced them in between.
+    """
     for _ in range(2):
         data = path.read_bytes()
         expected = _checksum_of(path, data)
@@ -98,7 +104,7 @@ def _read(path: Path, former: str = "") -> tuple[bytes, str]:
     name = checksum_path(path).name
     if found[0] is None:
         return data, f"{path.name} has no checksum: {name} is missing"
-    # The checksum file may be damaged, so its content is shown with repr() and truncated.
+    # The content of the checksum file may be anything if it is damaged, so it is truncated and shown with repr().
     return data, f"{path.name} has sha256 {expected[:64].decode()}, its checksum {name} holds {found[0][:64]!r}" + (
         "" if found[0][:64] != expected[:64] else ", and what follows the digest is not what was written"
     )
@@ -127,10 +133,10 @@ def _write(path: Path, data: bytes) -> None:
 
 
 class ExportRejectedError(GateFailedError, Generic[R]):
-    """A validation ended with REJECT.
+    """The error of a validation that ended with the verdict REJECT.
 
     Attributes:
-        record: the record of the validation, which is also written next to the export.
+        record: the record of the validation, which has also been written next to the export.
     """
 
     def __init__(self, what: str, *, why: str, fix: str, record: R) -> None:
@@ -139,23 +145,23 @@ class ExportRejectedError(GateFailedError, Generic[R]):
 
 
 def record_path(export: Path) -> Path:
-    """`<export>.validation.json`, next to the export."""
+    """Path of an export's validation record: `<export>.validation.json`, next to the export."""
     absolute = Path(os.path.abspath(export))
     return absolute.with_name(absolute.name + ".validation.json")
 
 
 def remove_record(export: Path) -> None:
-    """Remove an export's validation record with its checksum, so that no old verdict remains if validation fails."""
+    """Remove an export's validation record before a new validation, so that no old verdict remains if that fails."""
     remove_checked(record_path(export))
 
 
 def write_record(record: BaseModel, export: Path, *, place: Path | None = None) -> Path:
-    """Write the record with its checksum, so that a reader sees either the old file or the complete new one.
+    """Write a record with its checksum, see `write_checked`; returns its path.
 
     Args:
         record: the record.
         export: the export's directory.
-        place: where to write it; `<export>.validation.json` if None.
+        place: path of the record; `<export>.validation.json` if None.
 
     Raises:
         OutOfMemoryError: the disk is full.

@@ -1,7 +1,7 @@
-"""The record of a recipe's run: for each stage its inputs, output, duration and gate results.
+"""The record of a run of a recipe, with the inputs, output, duration and gates of each stage.
 
-The workflow writes it atomically after every stage; `verify`, `report` and later runs read it. It is stored in the
-run's directory next to the stages' outputs, whose digests it contains.
+It is written atomically after every stage, to the directory of the run that also contains the outputs of the stages.
+The record contains the digests of these outputs. It is read by `verify`, by `report` and by later runs.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from fp8pipe.core.errors import BadArtifactError
 __all__ = ["RUN_NAME", "RunRecord", "StageRecord", "read_run", "write_run"]
 
 RUN_NAME = "run.json"
-# 2: gates have a comparison.
+# Schema 2 added the comparison of gates.
 RUN_SCHEMA = 2
 
 
@@ -91,7 +91,7 @@ def read_run(directory: Path) -> RunRecord:
 
 
 def _migrated(data: dict[str, Any]) -> dict[str, Any]:
-    """Migrate a record of schema 1, whose gates had two bounds instead of a comparison, to the current schema."""
+    """Migrate a record to the current schema; in schema 1, gates had two bounds instead of comparison and threshold."""
     if data.get("schema_version", 1) >= RUN_SCHEMA:
         return data
     stages = [{**stage, "gates": [new for old in stage["gates"] for new in _two(old)]} for stage in data["stages"]]
@@ -108,5 +108,5 @@ def _two(old: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def write_run(record: RunRecord, directory: Path) -> Path:
-    """Write the record with its checksum; a reader, even after a crash, sees the complete old or new record."""
+    """Write the record of a run with its checksum, see `write_checked`; returns its path."""
     return write_checked(Path(directory) / RUN_NAME, record.model_dump_json(indent=2) + "\n")

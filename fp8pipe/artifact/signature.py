@@ -1,9 +1,9 @@
-"""Signatures of directories with the owner's key, in OpenSSF's model-signing format. Nothing leaves the machine.
+"""Signs directories with the owner's key, and checks signatures, in OpenSSF's model-signing format.
 
-Checksums and hashes detect damage, but whoever can change the files can also update those. A signature proves who wrote
-them. It is stored next to the directory, as `DIR.sig`, so that the directory contains only the files of the manifest. A
-record next to an artifact has its own signature, so that the artifact's remains valid when the artifact alone is
-copied.
+Checksums detect damage, but whoever can change files can also update their checksums. A signature proves who wrote the
+files. It is stored next to the directory, as `DIR.sig`, so that the directory contains only the files of the manifest.
+A record next to an artifact has a signature of its own, so that the signature of the artifact remains valid if the
+artifact is copied without the record. Signing and checking are done on this machine, without any network service.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from fp8pipe.core.errors import BadArtifactError, ConfigurationError, MissingCap
 
 __all__ = ["Trust", "check_signature", "sign", "signature_path"]
 
-# model-signing raises an error with the repr() of a list of sentences, in which quotes may be escaped.
+# Parts of error messages of model-signing, which contain the repr() of a list of sentences with escaped quotes.
 _PARTS = (
     ("other bytes", re.compile(r"Hash mismatch for \\?'(.*?)\\?':")),
     ("not signed", re.compile(r"Extra files found in model \\?'.*?\\?': ([^\"'\\]*)")),
@@ -31,7 +31,7 @@ _PARTS = (
 
 
 class Trust(FrozenConfig):
-    """The key or certificates to check signatures with; without either, no signature is checked."""
+    """The public key or the certificates to check signatures with. Without them, signatures are not checked."""
 
     public_key: Annotated[Path | None, Flag(default="not checked")] = Field(
         default=None, description="Check signatures with this key, PEM"
@@ -52,7 +52,11 @@ class Trust(FrozenConfig):
         return self
 
     def findings(self, directory: Path, records: Iterable[Path]) -> list[Finding]:
-        """Findings for the signatures of a directory, and of records next to it, that are missing or do not match."""
+        """Check the signatures of a directory and of records next to it.
+
+        Returns:
+            One finding for each signature that is missing or does not match; empty without a key or certificates.
+        """
         if self.public_key is None and not self.certificates:
             return []
         places = {directory: self.signature or signature_path(directory)} | {r: signature_path(r) for r in records}
@@ -67,7 +71,7 @@ class Trust(FrozenConfig):
         ]
 
     def require(self, directory: Path, record: Path) -> None:
-        """Refuse an artifact if its signature, or that of its validation record if there is one, is not valid.
+        """Raise an error unless the signatures of an artifact and of its validation record, if it exists, are valid.
 
         Raises:
             BadArtifactError: a signature is missing, was made with another key, or does not match the files.
@@ -79,7 +83,7 @@ class Trust(FrozenConfig):
 
 
 def signature_path(path: Path) -> Path:
-    """`DIR.sig` or `RECORD.json.sig`, next to what it signs."""
+    """Path of the signature of a directory or record: `DIR.sig` or `RECORD.json.sig`, next to it."""
     absolute = Path(path).absolute()
     return absolute.with_name(absolute.name + ".sig")
 
@@ -91,12 +95,13 @@ def sign(
     """Sign every file in a directory, or one file.
 
     Args:
-        path: an artifact, a run's directory or any other directory; or a record.
-        output: where to write the signature.
+        path: a directory, such as an artifact or a run, or a file, such as a record.
+        output: path of the signature.
         key: elliptic-curve private key, PEM.
-        certificate: certificate of that key, PEM; the signature is then verified with certificates, not the public key.
-        chain: intermediate certificates between `certificate` and a root.
-        password: password of the key.
+        certificate: certificate of that key, PEM. The signature is then checked with certificates instead of the public
+            key.
+        chain: intermediate certificates between `certificate` and a root certificate.
+        password: password of the private key.
 
     Raises:
         MissingCapabilityError: model-signing is not installed.
@@ -111,7 +116,7 @@ def sign(
     config = signing.Config().set_hashing_config(_hashing(hashing))
     try:
         if certificate is None:
-            # The library annotates the password as str, but passes it to a function that only takes bytes.
+            # model-signing annotates the password as str, but passes it to a function that accepts only bytes.
             locked = None if password is None else password.encode()
             config.use_elliptic_key_signer(private_key=key, password=locked)
         else:
@@ -128,9 +133,16 @@ def sign(
 def check_signature(
     path: Path, signature: Path, *, public_key: Path | None = None, certificates: Sequence[Path] = ()
 ) -> str:
-    """What is wrong with the signature of a directory or file, in words; empty if nothing is.
+    """Check the signature of a directory or file.
 
-    Pass either the signer's public key or the trusted root certificates, as PEM files.
+    Args:
+        path: the directory or file.
+        signature: its signature.
+        public_key: the signer's public key, PEM. Either this or `certificates` must be given.
+        certificates: trusted root certificates, PEM.
+
+    Returns:
+        A message that describes the problem; empty if the signature is valid.
 
     Raises:
         MissingCapabilityError: model-signing is not installed.
@@ -157,13 +169,16 @@ def check_signature(
 
 
 def _in_words(text: str, name: str) -> str:
-    """Shorten an error to the files that differ, without digests, which are raw bytes; `.` is a file signed alone."""
+    """Shorten an error message of model-signing to the names of the files that differ.
+
+    The message also contains digests as raw bytes. A single signed file is called `.` there; `name` is shown instead.
+    """
     found = {what: ", ".join(name if n == "." else n for n in pattern.findall(text)) for what, pattern in _PARTS}
     return "; ".join(f"{what}: {names}" for what, names in found.items() if names) or text[:300]
 
 
 def _hashing(hashing: Any) -> Any:
-    """A hashing configuration that covers every file and ignores none, not even those of git."""
+    """The hashing configuration, which includes all files, also those of git, which are ignored by default."""
     return hashing.Config().use_file_serialization().set_ignored_paths(paths=(), ignore_git_paths=False)
 
 

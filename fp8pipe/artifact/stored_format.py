@@ -1,7 +1,8 @@
-"""The quantized format of a source checkpoint, recorded in the manifest of what was made from it.
+"""The quantized format of a base model, as recorded in the manifests of artifacts that were made from it.
 
-An FP8 base model is dequantized when it is read, and artifacts made from it do not contain its codes. They therefore
-derive from the quantized model and not from the original one, and the manifest states that in a field.
+An FP8 base model is dequantized when it is read, and artifacts made from it do not contain its codes. Their weights
+still have its rounding errors: they derive from the quantized model, not from the original one. A field of the manifest
+states this.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ __all__ = ["StoredFormat"]
 
 
 class StoredFormat(FrozenConfig):
-    """The storage format of a low-precision parent, whose weights were read as code * scale."""
+    """The format of a base model in low precision, whose weights were dequantized as code * scale."""
 
     method: Literal["compressed-tensors", "fp8", "modelopt"] = Field(description="the format, as config.json names it")
     codes: Literal["e4m3"] = Field(default="e4m3", description="the grid of its codes")

@@ -1,7 +1,7 @@
-"""Reading the verdicts of validations and measurements; all code that needs a verdict uses this module.
+"""Reads the verdicts of validations and measurements from their records.
 
-`read_verdict` reads a record, and `require_accept` also requires the verdict ACCEPT. A record that is missing, damaged
-or unknown, or whose gates contradict its verdict, is refused.
+`read_verdict` reads a record, and `require_accept` also requires the verdict ACCEPT. Both raise an error if the record
+is missing, damaged or of an unknown schema, or if its gates contradict its verdict.
 """
 
 from __future__ import annotations
@@ -24,7 +24,11 @@ _SCHEMA: Final = 3  # the newest schema of any record
 
 
 def _gate(data: Any) -> Gate:
-    """Read a gate of any schema; a ValueError for anything else."""
+    """Read a gate of any schema.
+
+    Raises:
+        ValueError: it is not a gate, or an invalid one.
+    """
     try:
         return read_gate(data)
     except (TypeError, KeyError, AttributeError) as error:
@@ -32,7 +36,7 @@ def _gate(data: Any) -> Gate:
 
 
 class VerdictRecord(BaseModel):
-    """The fields common to all records of validations and measurements; `document` contains the whole record."""
+    """The fields that all records of validations and measurements have; `document` contains the whole record."""
 
     model_config = ConfigDict(frozen=True, strict=True)
 
@@ -47,31 +51,31 @@ class VerdictRecord(BaseModel):
 
     @property
     def said(self) -> Verdict:
-        """The verdict on the scale of gates; REJECT counts as ANOMALOUS, as things differ that must be equal."""
+        """The verdict as a `Verdict`; REJECT becomes ANOMALOUS, because things differ that must be equal."""
         return Verdict.ANOMALOUS if self.verdict == REJECT else Verdict(self.verdict)
 
     @property
     def measures(self) -> str:
-        """The command that wrote the record if it only measured (such a record may have no gates); otherwise empty."""
+        """The command that wrote the record of a measurement, which may have no gates; empty for a validation."""
         return str(self.document.get("stage") or "")
 
     @property
     def form(self) -> str:
-        """The form of serving that the record covers, in words; empty if the engine has only one form."""
+        """The engine settings for which the validation is valid, as text; empty if the record states none."""
         served = self.document.get("served")
         return str(served.get("form", "")) if isinstance(served, dict) else ""
 
 
 def read_verdict(path: Path, artifact: Artifact | None = None) -> VerdictRecord:
-    """Read a record, and refuse it unless it is complete and consistent.
+    """Read a record, and check that it is consistent and refers to an artifact.
 
     Args:
         path: the record.
-        artifact: the artifact that it must refer to; if None, the directory next to it with the same base name.
+        artifact: the artifact that it must refer to; None for the directory next to the record with the same base name.
 
     Raises:
-        BadArtifactError: the record is missing or cannot be read; its checksum is missing or does not match; it is
-            invalid; its verdict is unknown or contradicted by its gates; or it refers to another manifest.
+        BadArtifactError: the record is missing, cannot be read or is invalid; its checksum is missing or does not
+            match; its verdict is unknown, or contradicted by its gates; or it refers to another manifest.
     """
     try:
         data = json.loads(read_checked(path, _former_name(path)))
@@ -99,11 +103,11 @@ def read_verdict(path: Path, artifact: Artifact | None = None) -> VerdictRecord:
 
 
 def require_accept(artifact: Artifact, place: Path | None = None) -> VerdictRecord:
-    """The record of an artifact's validation, whose verdict must be ACCEPT.
+    """Read the validation record of an artifact, and require the verdict ACCEPT.
 
     Args:
         artifact: the export.
-        place: the record; `<export>.validation.json` if None.
+        place: path of the record; `<export>.validation.json` if None.
 
     Raises:
         BadArtifactError: the record is invalid.
@@ -123,7 +127,7 @@ def require_accept(artifact: Artifact, place: Path | None = None) -> VerdictReco
 
 
 def _former_name(path: Path) -> str:
-    """The file name that a record was originally written under; containers mount records under other names."""
+    """The file name under which a record was written, from its content; containers mount records under other names."""
     try:
         name = f"{json.loads(path.read_bytes())['export']}.validation.json"
     except (OSError, ValueError, TypeError, KeyError, RecursionError):
@@ -132,7 +136,7 @@ def _former_name(path: Path) -> str:
 
 
 def _gates_before_3(data: dict[str, Any]) -> list[dict[str, Any]]:
-    """The gates of a language model's record of schema 1 or 2, which stored measured values but no gates."""
+    """Gates for a language model's record of schema 1 or 2, in which only the measured values were stored."""
     weights, logprobs, answers = (data.get(key) for key in ("weights", "logprobs", "canary"))
     if data.get("schema_version") not in (1, 2) or not isinstance(weights, dict) or not isinstance(logprobs, dict):
         return []

@@ -1,8 +1,8 @@
-"""The checks of `verify` that apply to artifacts of any kind: file hashes, records and parents.
+"""The checks of the command `verify` that apply to artifacts of all kinds: file hashes, records and parents.
 
-They check a tree of artifacts: a run's directory, a folder of exports, or a single artifact, with the records next to
-them and files that no record covers. Nothing is taken on trust: artifacts are recognized only by the names of their
-files. No finding stops the search; all of them are collected, so that the user can decide what to copy again.
+The checked directory may be that of a run, a folder of exports or a single artifact. Artifacts and records in it are
+recognized by the names of their files; the records next to an artifact are checked too, and files that belong to no
+artifact or record are reported. All findings are collected, so that the user can decide what to copy again.
 """
 
 from __future__ import annotations
@@ -28,36 +28,36 @@ __all__ = ["Checked", "Tree", "check_bytes", "check_record", "find_parent", "fin
 # Suffixes of the records that are written next to an artifact.
 _BESIDE = (".validation.json", ".bench.json", ".serve-check.json")
 _MANY = 5
-_HASHERS = 2  # number of files hashed in parallel: a core hashes about 1.5 GB per second, and a disk may be faster
+_HASHERS = 2  # files hashed in parallel: a core hashes about 1.5 GB per second, and a disk may read faster than that
 _UNKNOWN = "no record covers it"
 
 
 @dataclass(slots=True)
 class Tree:
-    """The paths found in a tree, by type, each list sorted."""
+    """The artifacts, records and other files in a directory; each list is sorted."""
 
     root: Path  # the directory that was searched
     artifacts: list[Path] = field(default_factory=list)  # directories that contain a manifest or its checksum
     records: list[Path] = field(default_factory=list)  # JSON files with a checksum, or with the name of a record or run
-    unfinished: list[Path] = field(default_factory=list)  # directories of unfinished runs
-    others: list[Path] = field(default_factory=list)  # files outside of artifacts that have no checksum
+    unfinished: list[Path] = field(default_factory=list)  # directories `NAME.partial` of unfinished runs
+    others: list[Path] = field(default_factory=list)  # files that belong to no artifact and have no checksum
 
     @property
     def beside(self) -> list[Path]:
-        """Records outside of the searched directory, which belong to the single artifact that it is."""
+        """Records next to the searched directory, if that is a single artifact."""
         return [path for path in self.records if self.root not in path.parents]
 
     def name_of(self, path: Path) -> str:
-        """`path` relative to the tree, for display."""
+        """`path` relative to the searched directory, for display."""
         shown = os.path.relpath(path, self.root)
         return self.root.name if shown == "." else shown
 
 
 def find_tree(root: Path) -> Tree:
-    """Search a directory for artifacts and records; links are not followed.
+    """Search a directory for artifacts, records and other files; links are not followed.
 
     Raises:
-        BadArtifactError: it is not a directory, or that of an unfinished run.
+        BadArtifactError: `root` is not a directory, or it is that of an unfinished run.
     """
     root = Path(os.path.abspath(root))
     if not root.is_dir():
@@ -89,12 +89,16 @@ def find_tree(root: Path) -> Tree:
 
 
 def _sort_files(tree: Tree, folder: Path, files: set[str]) -> None:
-    """Sort files into records and others; a record is recognized by its name or its checksum, even if it is missing."""
+    """Add the files of a folder to the lists of the tree.
+
+    A file is a record if it has the name of one, or a checksum file; a record whose checksum file alone exists is
+    listed too. Checksum files and signatures are not listed.
+    """
     checksums = {name for name in files if name.endswith(CHECKSUM_SUFFIX)}
     records = {Path(name).with_suffix(".json").name for name in checksums}
     records |= {name for name in files if name == RUN_NAME or name.endswith(_BESIDE)}
     tree.records += [folder / name for name in records]
-    # Signatures are not checked here, because that needs a key, which only the caller has.
+    # Signatures are checked by the caller, who has the key.
     signed = {name: name.removesuffix(".sig") for name in files if name.endswith(".sig")}
     signatures = {name for name, of in signed.items() if of in records or (folder / of).is_dir()}
     tree.others += [folder / name for name in files - checksums - records - signatures]
@@ -102,11 +106,11 @@ def _sort_files(tree: Tree, folder: Path, files: set[str]) -> None:
 
 @dataclass(slots=True)
 class Checked:
-    """The result of checking a tree."""
+    """The result of checking a directory."""
 
     artifacts: list[Artifact] = field(default_factory=list)  # artifacts with a readable manifest, damaged or not
-    findings: list[Finding] = field(default_factory=list)  # everything that is wrong
-    notes: list[str] = field(default_factory=list)  # what could not be checked, and files that no record covers
+    findings: list[Finding] = field(default_factory=list)  # all problems that were found
+    notes: list[str] = field(default_factory=list)  # other messages: what was not checked, and unknown files
     damaged: set[Path] = field(default_factory=set)  # directories of artifacts that do not match their manifest
     files: int = 0  # number of files that were hashed
 
@@ -115,9 +119,9 @@ def check_bytes(tree: Tree, *, strict: bool = False, on_file: Callable[[FileEntr
     """Hash every file of every artifact, and check every checksum.
 
     Args:
-        tree: what to check.
-        strict: whether files that no record covers are findings instead of notes.
-        on_file: called after each file of an artifact.
+        tree: the artifacts and records to check.
+        strict: report files that belong to no artifact or record as findings instead of notes.
+        on_file: called after each file of an artifact, with its entry in the manifest.
     """
     checked = Checked()
     for root in tree.artifacts:
@@ -146,7 +150,11 @@ def check_bytes(tree: Tree, *, strict: bool = False, on_file: Callable[[FileEntr
 
 
 def _stray_notes(unknown: list[tuple[str, str]]) -> list[str]:
-    """One note per file, or a single note for a folder with many such files."""
+    """Notes about unknown files: one per file, or one for a folder with more than `_MANY` of them.
+
+    Args:
+        unknown: name of the folder and name of the file, for each file.
+    """
     groups: dict[str, list[str]] = {}
     for shown, name in unknown:
         groups.setdefault(shown, []).append(name)
@@ -162,7 +170,8 @@ def _check_artifact(root: Path, on_file: Callable[[FileEntry], None] | None) -> 
         manifest = read_manifest(root)
     except (BadArtifactError, OSError) as error:
         checksum = check_checksum(root / MANIFEST_NAME)
-        # A manifest of schema 1 needs no checksum, so a missing checksum is not what is wrong if it is unreadable.
+        # A manifest of schema 1 needs no checksum. So if the manifest is unreadable and has none, report why it is
+        # unreadable, not the missing checksum.
         unchecked = not checksum_path(root / MANIFEST_NAME).exists() and "no checksum" not in str(error)
         check = Check.CHECKSUM if checksum and not unchecked else Check.MANIFEST
         why = checksum if check is Check.CHECKSUM else getattr(error, "why", "") or str(error)
@@ -178,12 +187,12 @@ def _check_artifact(root: Path, on_file: Callable[[FileEntry], None] | None) -> 
     return findings, Artifact(root, manifest)
 
 
-# A run's own files, next to its stages' outputs.
+# Files and folders in the directory of a run, in addition to the outputs of its stages.
 _RUN_NAMES = ("recipe.yaml", "stages", "logs")
 
 
 def _unknown(tree: Tree) -> list[Path]:
-    """Files outside of artifacts, except those that the record of a run names."""
+    """The files in `tree.others` that do not belong to a run according to the run's record."""
     known = set()
     for path in tree.records:
         if path.name != RUN_NAME:
@@ -201,7 +210,15 @@ def _unknown(tree: Tree) -> list[Path]:
 
 
 def check_record(path: Path, artifacts: dict[Path, Artifact]) -> tuple[list[Finding], list[str]]:
-    """Check a record's statements against the artifacts (by directory) that it refers to; findings and notes."""
+    """Check a record against the artifacts that it refers to.
+
+    Args:
+        path: the record of a validation, a measurement or a run.
+        artifacts: the artifacts that were found, by directory.
+
+    Returns:
+        Findings and notes. Both are empty for a record with a wrong checksum, which `check_bytes` reports.
+    """
     if check_checksum(path):
         return [], []  # `check_bytes` has reported it already
     if path.name == RUN_NAME:
@@ -217,7 +234,7 @@ def check_record(path: Path, artifacts: dict[Path, Artifact]) -> tuple[list[Find
 
 
 def _check_run(path: Path, artifacts: dict[Path, Artifact]) -> tuple[list[Finding], list[str]]:
-    """Check that every stage's output exists and has the content recorded for it."""
+    """Check that the output of every stage exists and has the recorded content; returns findings and notes."""
     try:
         record = read_run(path.parent)
     except BadArtifactError as error:
@@ -241,7 +258,7 @@ def _check_run(path: Path, artifacts: dict[Path, Artifact]) -> tuple[list[Findin
 
 
 def _check_stage_record(output: Path, stage: StageRecord) -> Iterator[Finding]:
-    """For a stage whose output is a record, check that its verdict is the one that the run used."""
+    """For a stage whose output is a record, check that the record still has the verdict that the run was based on."""
     try:
         verdict = read_verdict(output).verdict
     except BadArtifactError as error:
@@ -253,16 +270,17 @@ def _check_stage_record(output: Path, stage: StageRecord) -> Iterator[Finding]:
 
 
 def find_parent(child: Artifact, parent: Parent, known: list[Artifact]) -> tuple[Artifact | None, Finding | None, str]:
-    """The artifact that a manifest names as its parent.
+    """Find the parent of an artifact.
 
     Args:
-        child: the artifact whose manifest names the parent.
-        parent: the manifest's entry.
-        known: artifacts to search.
+        child: the artifact.
+        parent: the entry for the parent in the manifest of `child`.
+        known: the artifacts to search.
 
     Returns:
-        The artifact, with a note if only its content matches, not its digest; or a finding if an artifact with the
-        parent's name has another digest; or neither if the parent is not among `known`.
+        The parent, a finding and a note, each None or empty if there is none. The parent is found by its digest, or
+        else by its content digest; there is a note in the latter case. There is a finding if an artifact with the
+        parent's kind and name has another digest. If the parent is not among `known`, all three are absent.
     """
     same = [other for other in known if other.digest == parent.digest]
     if same:

@@ -1,9 +1,9 @@
-"""Writing an artifact so that a crash at any time leaves the old artifact, none, or the complete new one.
+"""Writes artifacts such that after a crash, there is either the old artifact, none, or the complete new one.
 
-Files are written into `NAME.partial/` and flushed to disk, followed by the manifest and its checksum. Then everything
-is reopened and hashed again, and the directory is renamed. A finished artifact is only replaced by this final rename,
-and only if `force` was given. Before anything is written, the writer checks what it may replace or delete, and that no
-other process is writing there.
+Files are written into `NAME.partial/` and flushed to disk, then the manifest and its checksum. Then all files are
+reopened and hashed again, and the directory is renamed. An existing artifact is replaced only by this final renaming,
+and only if `force` is given. Before anything is written, the writer checks whether it may replace or delete what is
+there, and that no other process is writing to the same output.
 """
 
 from __future__ import annotations
@@ -32,29 +32,30 @@ __all__ = ["CHECKPOINT_PREFIX", "ArtifactWriter", "check_place", "installed_vers
 
 logger = logging.getLogger(__name__)
 
-# An unfinished directory with an entry of this prefix can be resumed, and is only deleted on request.
+# An unfinished directory that contains a name with this prefix can be resumed, and is deleted only if `force` is given.
 CHECKPOINT_PREFIX = "checkpoint"
 LOCK_NAME = ".lock"
 _RECORDED = ("torch", "transformers", "safetensors", "tokenizers", "numpy", "pydantic")
 
 
 class ArtifactWriter:
-    """Writes one artifact. Use it as a context manager: if the disk gets full inside, an OutOfMemoryError is raised.
+    """Writes one artifact; to be used as a context manager, in which a full disk raises an OutOfMemoryError.
 
-    Leaving it without `commit` keeps `NAME.partial/`, so that an interrupted run can be resumed; `discard` removes it.
+    Files are written to the directory `root`, which is `NAME.partial/` until `commit` renames it. If the context ends
+    without `commit`, the directory is kept, so that an interrupted run can be resumed; `discard` removes it.
 
     Args:
-        output: the artifact's final directory.
-        kind: its kind.
-        stage: the command or stage that writes it.
-        force: allow replacing an existing artifact at `output` (at the end) and deleting an unfinished, resumable run
-            (at once).
-        resume: keep what an unfinished run left in `NAME.partial/`.
+        output: final directory of the artifact.
+        kind: kind of the artifact.
+        stage: the command or stage that writes it, for the manifest.
+        force: allow the replacement of an existing artifact at `output` (by `commit`) and the deletion of an unfinished
+            run that could be resumed (at once).
+        resume: keep the files that an unfinished run has left in `NAME.partial/`.
 
     Raises:
-        ConfigurationError: `output` exists and `force` was not given; it exists but is not an artifact; it is inside an
-            artifact; there is an unfinished, resumable run and neither `resume` nor `force` was given; another process
-            is writing it; or the directory is not writable.
+        ConfigurationError: `output` exists and `force` is not given; it exists but is not an artifact; it is inside an
+            artifact; there is an unfinished run that can be resumed, and neither `resume` nor `force` is given; another
+            process is writing it; or the directory is not writable.
     """
 
     def __init__(self, output: Path | str, *, kind: str, stage: str, force: bool = False, resume: bool = False) -> None:
@@ -85,25 +86,20 @@ class ArtifactWriter:
         self._stack.__exit__(kind, error, traceback)
 
     def warn(self, message: str) -> None:
-        """Record a fallback or a finding in the manifest, and log it; repeated messages are ignored."""
+        """Log a warning and record it in the manifest; a message that was recorded before is ignored."""
         if message not in self.warnings:
             self.warnings.append(message)
             logger.warning("%s", message)
 
     def gate(self, gate: Gate) -> None:
-        """Record a gate. A failed gate does not prevent the commit; whether to raise is up to the caller."""
+        """Record a gate in the manifest. A failed gate raises no error here, and does not prevent `commit`."""
         self.gates.append(gate)
 
     def require_gates(self, gates: Sequence[Gate], what: str, fix: str) -> None:
-        """Record all gates of an export, and refuse it if any failed.
-
-        Args:
-            gates: the gates.
-            what: what failed, for the error message.
-            fix: what the user can do about it.
+        """Record gates, and raise an error with the message `what` and the advice `fix` if any of them failed.
 
         Raises:
-            GateFailedError: with the value, threshold and detail of every failed gate.
+            GateFailedError: a gate failed; the message contains the numbers and details of all failed gates.
         """
         for gate in gates:
             self.gate(gate)
@@ -116,7 +112,7 @@ class ArtifactWriter:
         """Remove the unfinished directory, and the parent directories that were created for it."""
         self._lock.close()
         shutil.rmtree(self.root, ignore_errors=True)
-        with suppress(OSError):  # the parent is not empty any more
+        with suppress(OSError):  # a parent directory is not empty, because something else was created in it
             for folder in self._made:
                 folder.rmdir()
 
@@ -130,27 +126,27 @@ class ArtifactWriter:
         """Hash all files, write the manifest, reopen and verify the result, and rename it to the final name.
 
         Args:
-            details: kind-specific facts, in the kind's own model.
+            details: the fields that depend on the kind, as an instance of the kind's class.
             config: the resolved configuration.
-            seed: the run's seed.
-            parents: what the artifact was made from.
-            number_format: how its codes are read; None for unquantized weights.
-            preprocessing: the input preprocessing, as plain data.
-            runtime: the runtime it was checked against.
-            layers: every layer that was considered for quantization.
-            versions: library versions in addition to those of `installed_versions`.
+            seed: the seed of the run.
+            parents: artifacts and models that the artifact was made from.
+            number_format: how quantized weights are dequantized; None if no weights are quantized.
+            preprocessing: preprocessing of the inputs, as plain data.
+            runtime: description of the runtime that the artifact was checked with.
+            layers: records of all layers that were considered for quantization.
+            versions: versions of further packages, in addition to `installed_versions`.
             exclude: files or directories in `root` that are deleted first (checkpoints).
             volatile: files or directories in `root` whose bytes may differ in a rerun, because they contain measured
-                times or results of compilers' free choices. They are hashed, but excluded from the content digest.
-            digests: sha256 by name in `root` of files that the caller has read back and hashed after writing; they
-                are not read again.
+                times or depend on free choices of a compiler. They are excluded from the content digest.
+            digests: sha256 by path relative to `root`, for files that the caller has read back and hashed after
+                writing. These files are not read again.
 
         Returns:
-            The artifact under its final name.
+            The artifact in its final directory.
 
         Raises:
-            BadArtifactError: the reopened artifact differs from what was written.
-            ConfigurationError: something was created at the output during the run.
+            BadArtifactError: a file is not a plain file, or the reopened artifact differs from what was written.
+            ConfigurationError: something was created at `output` during the run.
             OutOfMemoryError: the disk is full.
         """
         with translate_disk_full(self.output):
@@ -200,7 +196,7 @@ class ArtifactWriter:
 
 
 def installed_versions(names: Iterable[str] = _RECORDED) -> dict[str, str]:
-    """Versions of Python and of those distributions in `names` that are installed; none is imported."""
+    """Versions of Python and of the given distributions, except those not installed; the packages are not imported."""
     found = {name: distribution_version(name) for name in names}
     return {"python": platform.python_version(), **{name: version for name, version in found.items() if version}}
 
@@ -213,9 +209,10 @@ def _remove(path: Path) -> None:
 
 
 def _hash_files(root: Path, volatile: tuple[str, ...], digests: Mapping[str, str]) -> list[FileEntry]:
-    """Set permissions of all files according to the umask, flush them to disk, and hash those without a known digest.
+    """Set the permissions of all files according to the umask, flush them to disk, and hash those not in `digests`.
 
-    Links are refused, because they break when the artifact is moved.
+    Raises:
+        BadArtifactError: there is a link, which would break when the artifact is moved, or another special file.
     """
     entries = []
     mode = ordinary_mode(root)
@@ -247,27 +244,27 @@ def sync(path: Path) -> None:
 
 
 def partial_of(output: Path) -> Path:
-    """`OUTPUT.partial`, where an artifact is written until it is complete."""
+    """`OUTPUT.partial`, the directory in which an artifact is written until it is complete."""
     return output.with_name(output.name + PARTIAL_SUFFIX)
 
 
 def check_place(output: Path | str, *, force: bool, resume: bool = False) -> None:
-    """Refuse an output that `ArtifactWriter` would refuse; call this before any expensive work.
+    """Check an output like `ArtifactWriter`, without creating anything; to be called before any expensive work.
 
     Raises:
-        ConfigurationError: as `ArtifactWriter`.
+        ConfigurationError: see `ArtifactWriter`; locks and permissions are not checked here.
     """
     output = Path(output).absolute()
     _check_output(output, force)
     root = partial_of(output)
-    if root.is_symlink():  # the directory that it points to would be emptied
+    if root.is_symlink():  # the writer would delete the files of the directory that it points to
         raise ConfigurationError(f"{root} is in the way", why="it is a link", fix="remove it, or give another output")
     if root.exists() and not resume:
         _check_disposable(root, output, force)
 
 
 def _check_output(output: Path, force: bool) -> None:
-    """Refuse an output inside an artifact, or one that exists, unless `force` is given and it is an artifact."""
+    """Raise an error if an output is inside an artifact, or exists and is not an artifact that `force` may replace."""
     _check_outside(output)
     if not (output.exists() or output.is_symlink()):
         return
@@ -287,7 +284,7 @@ def _check_output(output: Path, force: bool) -> None:
 
 
 def _check_outside(output: Path) -> None:
-    """Refuse an output inside an artifact, whose manifest would not list the new files: it would count as damaged."""
+    """Raise an error if an output is inside an artifact, which new files that are not in its manifest would damage."""
     for folder in output.resolve().parents:
         if all(file.is_file() for file in (folder / MANIFEST_NAME, checksum_path(folder / MANIFEST_NAME))):
             raise ConfigurationError(
@@ -298,7 +295,7 @@ def _check_outside(output: Path) -> None:
 
 
 def _check_disposable(root: Path, output: Path, force: bool) -> None:
-    """Refuse to delete an unfinished run that could be resumed."""
+    """Raise an error if `root` is not a directory, or is a run that can be resumed and `force` is not given."""
     if not root.is_dir():
         raise ConfigurationError(
             f"{root} is in the way", why="it is not a directory", fix="remove it, or give another output"
@@ -313,7 +310,7 @@ def _check_disposable(root: Path, output: Path, force: bool) -> None:
 
 @contextmanager
 def _translate_unwritable(output: Path) -> Iterator[None]:
-    """Turn errors about an unwritable output, which the user chose, into a ConfigurationError (exit 10)."""
+    """A context in which errors about an output that cannot be written become a ConfigurationError (exit code 10)."""
     try:
         yield
     except (PermissionError, NotADirectoryError, FileExistsError) as error:
@@ -325,7 +322,14 @@ def _translate_unwritable(output: Path) -> Iterator[None]:
 
 
 def lock(root: Path) -> IO[str]:
-    """Lock `root` for this process, so that another process is refused instead of mixing its files in."""
+    """Lock a directory, so that no other process writes files into it at the same time.
+
+    Returns:
+        The open lock file; closing it releases the lock. If the file system supports no locks, a warning is logged.
+
+    Raises:
+        ConfigurationError: another process holds the lock.
+    """
     stream = (root / LOCK_NAME).open("w")
     try:
         fcntl.lockf(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)

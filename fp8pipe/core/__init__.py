@@ -1,1 +1,1 @@
-"""Foundations used by all other packages: errors, configuration, progress, devices, machine, process guard, plans."""
+"""Modules used by all other packages: errors, configuration, progress, devices, machine, process guard and plans."""

@@ -1,9 +1,9 @@
-"""Configurations: immutable models without unknown keys, whose fields are all described.
+"""Configurations as immutable pydantic models, in which every field has a description and unknown keys are errors.
 
-A stage's configuration is one `FrozenConfig`. Command-line options override fields of the same model, and the resolved
-values are stored in the artifact's manifest. Unknown keys are errors, because a misspelt `leraning_rate` must not train
-for an hour with the default. All mistakes are reported in a single error. YAML is read with a safe loader that also
-refuses duplicate keys.
+The configuration of a stage is one `FrozenConfig`. Command-line options override its fields, and the resolved values
+are stored in the artifact's manifest. Unknown keys are errors, so that a misspelt `leraning_rate` does not lead to an
+hour of training with the default. All mistakes are reported in a single error. YAML is read with a safe loader that
+also rejects duplicate keys.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ class FrozenConfig(BaseModel):
     """Base class of all configurations: immutable, without unknown keys, and with a description of every field.
 
     Attributes:
-        renamed: current names by former names of fields, so that the error for an old recipe states the new name.
+        renamed: for each former name of a field, its current name, which the error for an old recipe then states.
 
     Raises:
         TypeError: when a subclass is defined with a field that has no description.
     """
 
-    # Validators are built on first use, because `--help` only needs the fields.
+    # defer_build: validators are built on first use, because `--help` needs only the fields.
     model_config = ConfigDict(
         frozen=True, extra="forbid", validate_default=True, ser_json_inf_nan="strings", defer_build=True
     )
@@ -51,13 +51,14 @@ class FrozenConfig(BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class Flag:
-    """How a field appears on the command line: `Annotated[int, Flag("synthesis-steps")]`.
+    """Annotation for the command-line option of a field: `Annotated[int, Flag("synthesis-steps")]`.
 
-    Without it, `batch_size` becomes `--batch-size`. A field of a nested model is an option only if it has a name here.
+    Without an annotation, the field `batch_size` has the option `--batch-size`. A field of a nested model has an option
+    only if it is annotated with a name.
     """
 
     name: str = ""  # name of the option, without leading dashes
-    default: str = ""  # the default in words, if it depends on something else
+    default: str = ""  # description of the default for `--help`, if the default depends on something else
     config_only: bool = False  # the field has no command-line option
 
 
@@ -71,7 +72,7 @@ def parse_size(value: object) -> int:
     """Parse a size in bytes: `5GB` is 5 * 10^9, `5GiB` is 5 * 2^30, and a number without a unit is in bytes.
 
     Raises:
-        ValueError: the text has another form; the message shows accepted ones.
+        ValueError: it is not a size of at least one byte; the message shows examples.
     """
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]i?)?b?", str(value).strip().lower())
     size = round(float(match[1]) * _UNITS[match[2] or ""]) if match else 0
@@ -84,10 +85,14 @@ Size = Annotated[int, BeforeValidator(parse_size, json_schema_input_type=int | s
 
 
 def build_config(cls: type[T], values: Mapping[str, object]) -> T:
-    """Create a `cls` from `values`: field values by name, with nested configurations as mappings.
+    """Create a configuration.
+
+    Args:
+        cls: class of the configuration.
+        values: values of the fields by name; a nested configuration is given as a mapping.
 
     Raises:
-        ConfigurationError: any key is invalid, missing or unknown; the error lists all of them.
+        ConfigurationError: values are invalid or missing, or keys are unknown; the error lists all of them.
     """
     try:
         return cls.model_validate(dict(values))
@@ -113,7 +118,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
     class UniqueKeyLoader(yaml.SafeLoader):  # safe: plain data only, no Python objects
         def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-            """Refuse a mapping with a duplicate key, of which PyYAML would silently keep the last."""
+            """Raise an error for a duplicate key, where PyYAML would silently use the last value."""
             seen: set[object] = set()
             for key_node, _ in node.value:
                 key = self.construct_object(key_node, deep=True)
@@ -149,7 +154,11 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def assign(values: dict[str, Any], dotted: str, value: object) -> None:
-    """Set `values["a"]["b"] = value` for the dotted key `a.b`, creating missing mappings."""
+    """Set a nested value: `values["a"]["b"] = value` for the dotted key `a.b`. Missing mappings are created.
+
+    Raises:
+        ConfigurationError: a part of the key refers to a value that is not a mapping.
+    """
     *parents, last = dotted.split(".")
     here = values
     for name in parents:
@@ -186,7 +195,7 @@ def _finding(cls: type[BaseModel], item: Any) -> str:
 
 
 def _fields_at(cls: type[BaseModel], location: tuple[int | str, ...]) -> tuple[list[str], Mapping[str, str]]:
-    """Field names, and renamed fields, of the nested configuration at `location`; both empty if it is not known."""
+    """Field names and `renamed` of the nested configuration at `location`; both empty if it cannot be determined."""
     for part in location:
         field = cls.model_fields.get(str(part))
         annotation = field.annotation if field else None

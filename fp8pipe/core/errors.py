@@ -1,7 +1,7 @@
-"""All failures that a user can encounter, each with an exit code and a message of up to three parts.
+"""The errors that a user can encounter, each with an exit code and a message of up to three parts.
 
-There is one class per exit code, so that scripts can distinguish a typo (10), a missing GPU (11) and a corrupt artifact
-(12) without parsing text. Other modules raise these errors and never print or exit; the command line prints them.
+There is one class for each exit code, so that scripts can distinguish a typo (10), a missing GPU (11) and a corrupt
+artifact (12) without parsing the message. Modules raise these errors; only the command line prints them and exits.
 """
 
 from __future__ import annotations
@@ -10,7 +10,13 @@ from typing import ClassVar
 
 
 class Fp8PipeError(Exception):
-    """A failure: `what` happened to which object, `why`, with the observed values, and how to `fix` it."""
+    """Base class of the errors.
+
+    Args:
+        what: what failed, and the object concerned.
+        why: the cause, with the observed values.
+        fix: what the user can do about it.
+    """
 
     exit_code: ClassVar[int] = 1
 
@@ -30,7 +36,7 @@ class ConfigurationError(Fp8PipeError):
 
 
 class MissingCapabilityError(Fp8PipeError):
-    """A package, library or device is missing; the message names it and says how to get it."""
+    """A required package, library, device or network connection is missing; the message names it and how to get it."""
 
     exit_code = 11
 
@@ -42,13 +48,13 @@ class BadArtifactError(Fp8PipeError):
 
 
 class LintRefusedError(Fp8PipeError):
-    """An export was refused before anything was written."""
+    """A linter found problems in the input of an export, and nothing was written."""
 
     exit_code = 13
 
 
 class GateFailedError(Fp8PipeError):
-    """A measured value failed a gate, that is, its comparison with a threshold."""
+    """A gate failed: a measured value is on the wrong side of its threshold."""
 
     exit_code = 14
 

@@ -1,11 +1,12 @@
-"""A guard process that runs a command and cleans up all of its descendants: `guard.py PIPE REPORT COMMAND...`.
+"""A guard process that runs a command and finally kills all of its descendants: `guard.py PIPE REPORT COMMAND...`.
 
-A command may start engines and workers in process sessions of their own, and the signal that the kernel can send when
-a parent dies reaches only one process. So the guard is a subreaper, which adopts orphaned descendants, and watches a
-pipe whose other end the starting process holds. It kills all descendants when the command exits, or when the pipe is
-closed, which happens however the starting process ends. SIGTERM and SIGINT are forwarded to the command, and the kernel
-kills the command if the guard itself is killed. Exit status, wall time and peak memory are written to the file REPORT,
-unless that is empty. The guard runs with `-I -S` and uses the standard library only.
+A command may start engines and workers in process sessions of their own, and the signal that the kernel can send when a
+parent dies reaches only one process. The guard is therefore a subreaper: orphaned descendants become its children. It
+also watches the file descriptor PIPE, the reading end of a pipe whose other end is held by the process that started the
+guard. It kills all descendants when the command exits, or when the pipe is closed, as it is however the starting
+process ends. SIGTERM and SIGINT are forwarded to the command, and the kernel kills the command if the guard itself is
+killed. Exit status, wall time (seconds) and peak memory (bytes) are written to the file REPORT, unless that is empty.
+The guard runs with `-I -S` and uses only the standard library.
 """
 
 from __future__ import annotations
@@ -32,8 +33,11 @@ def start_guarded(
 ) -> tuple[subprocess.Popen[bytes], int]:
     """Start a command under a guard, in a new process session.
 
-    The guard writes how the command ended to `report`, and keeps `pass_fds` open while it runs; `options` are passed
-    to `subprocess.Popen`.
+    Args:
+        command: the command and its arguments.
+        report: JSON file to which the guard writes exit status, wall time and peak memory of the command.
+        pass_fds: file descriptors that the guard keeps open.
+        **options: passed to `subprocess.Popen` for the guard.
 
     Returns:
         The guard process, and a file descriptor; closing it kills the command and all processes that it started.
@@ -81,7 +85,7 @@ def _set_option(option: int, value: int) -> None:
 
 
 def _kill_descendants() -> None:
-    """Kill all descendants, including orphans that this process adopts, until none is left."""
+    """Kill all descendants of this process, including orphaned ones, repeatedly until none is left."""
     for _ in range(_KILL_ROUNDS):
         for pid in _descendants(os.getpid()):
             try:
@@ -97,7 +101,7 @@ def _kill_descendants() -> None:
 
 
 def _descendants(root: int) -> list[int]:
-    """Ids of all descendants of process `root`, from /proc."""
+    """Process ids of all descendants of the process with id `root`, from /proc."""
     parents: dict[int, int] = {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():

@@ -1,6 +1,7 @@
-"""Properties of this machine: processor features, memory, disk, GPUs and installed packages.
+"""Properties of this machine: processor features, memory, disk space, GPUs and installed packages.
 
-Disk space is checked before writing, and a full disk is reported as such (exit code 15) with needed and free bytes.
+`disk_guard` checks disk space before a command writes files, and reports a full disk with needed and free bytes (exit
+code 15).
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from pathlib import Path
 
 from fp8pipe.core.errors import OutOfMemoryError
 
-# The features that decide which low-precision kernels a CPU can run, those with the narrowest vectors first.
+# The processor features that determine which low-precision kernels a CPU can run, from narrow to wide vectors.
 CPU_FEATURES = (
     "avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_int8", "amx_bf16",
     "amx_fp16",
@@ -36,12 +37,12 @@ class Gpu:
 
     @property
     def fp8(self) -> bool:
-        """Whether it has FP8 tensor cores."""
+        """Whether the GPU has FP8 tensor cores."""
         return self.capability >= FP8_CAPABILITY
 
 
 def cpu_features(cpuinfo: Path = _CPUINFO) -> list[str]:
-    """Those of `CPU_FEATURES` that the processor reports; empty if the file does not exist."""
+    """The `CPU_FEATURES` that the processor has according to `cpuinfo`; empty if that file does not exist."""
     flags = set(_proc_field(cpuinfo, "flags").split())
     return [name for name in CPU_FEATURES if name in flags]
 
@@ -74,7 +75,7 @@ def resident_bytes() -> int:
 
 
 def describe_machine() -> dict[str, str | int | list[str]]:
-    """The description of the machine that is stored with measurements; imports no large library."""
+    """Description of this machine as plain data, to be stored with measurements; imports no large library."""
     return {
         "processor": cpu_model(), "cores": len(os.sched_getaffinity(0)), "features": cpu_features(),
         "memory_bytes": memory_bytes(), "system": platform.platform(),
@@ -82,7 +83,7 @@ def describe_machine() -> dict[str, str | int | list[str]]:
 
 
 def driver_gpus() -> int:
-    """Number of GPUs that NVIDIA's driver makes visible to this process, independent of torch; 0 without a driver."""
+    """Number of GPUs that NVIDIA's driver makes visible to this process (0 without a driver), found without torch."""
     import ctypes
 
     try:
@@ -132,7 +133,7 @@ def _field_bytes(name: str, otherwise: int) -> int:
 
 
 def _proc_field(path: Path, name: str) -> str:
-    """The value of the first line `name: value` in a file; empty if there is none."""
+    """The value in the first line of the form `name: value` of a file; empty if there is none."""
     try:
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
@@ -142,12 +143,12 @@ def _proc_field(path: Path, name: str) -> str:
 
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
-# safetensors writes files in Rust, and raises its own exception with the system's message instead of an OSError.
+# safetensors is written in Rust, and raises an exception of its own with the system's message instead of an OSError.
 _FULL_TEXTS = ("No space left on device", "Disk quota exceeded")
 
 
 def free_bytes(path: Path) -> int:
-    """Bytes available to this user on the file system of `path`, which need not exist yet."""
+    """Free disk space in bytes for this user on the file system of `path`, which need not exist yet."""
     here = Path(path).absolute()
     while not here.exists():
         here = here.parent
@@ -155,7 +156,7 @@ def free_bytes(path: Path) -> int:
 
 
 def ordinary_mode(root: Path) -> int:
-    """Permission bits of a newly created file in `root`: 0666 restricted by the umask."""
+    """Permission bits of a newly created file in the directory `root`: 0666 restricted by the umask."""
     scratch = root / ".mode"
     scratch.touch()  # reading the umask itself requires setting it, which affects all threads for a moment
     try:
@@ -165,7 +166,10 @@ def ordinary_mode(root: Path) -> int:
 
 
 def disk_guard(path: Path, need_bytes: int) -> AbstractContextManager[None]:
-    """Refuse at once if `need_bytes` do not fit at `path`; the returned context also translates errors of a full disk.
+    """Check that `need_bytes` bytes are free at `path`, and return a context for writing them.
+
+    The check takes place when the function is called. In the context, errors of a full disk are translated, see
+    `translate_disk_full`.
 
     Raises:
         OutOfMemoryError: fewer bytes are free than needed; the message states both numbers.
@@ -178,7 +182,12 @@ def disk_guard(path: Path, need_bytes: int) -> AbstractContextManager[None]:
 
 @contextmanager
 def translate_disk_full(path: Path, need_bytes: int | None = None) -> Iterator[None]:
-    """Turn "no space left on device" raised inside into an OutOfMemoryError (exit 15) that states `need_bytes`."""
+    """A context in which errors of a full disk become an OutOfMemoryError (exit code 15).
+
+    Args:
+        path: where files are written.
+        need_bytes: number of bytes needed, for the message; None if unknown.
+    """
     try:
         yield
     except Exception as error:
@@ -188,7 +197,7 @@ def translate_disk_full(path: Path, need_bytes: int | None = None) -> Iterator[N
 
 
 def is_disk_full(error: BaseException) -> bool:
-    """Whether `error` says that a disk or a quota is full."""
+    """Whether an error means that a disk or a quota is full."""
     if isinstance(error, OSError) and error.errno is not None:
         return error.errno in _FULL
     return type(error).__name__ == "SafetensorError" and any(text in str(error) for text in _FULL_TEXTS)
@@ -204,12 +213,12 @@ def _full(path: Path, need_bytes: int | None, free: int) -> OutOfMemoryError:
 
 
 def wait_briefly() -> None:
-    """Let OpenMP threads spin only briefly, unless the environment says otherwise. Call before torch loads OpenMP.
+    """Make waiting OpenMP threads spin only briefly, unless the environment sets this. Call before torch is imported.
 
-    By default, threads spin while they wait for work, for so long that two busy processes on one machine slow each
-    other down. If threads sleep at once (`OMP_WAIT_POLICY=passive`), they wake up too late for the short operations of
-    a small model, and a second core gains nothing. Spinning for some microseconds is a compromise: measured on two
-    cores, a step of image synthesis takes 0.29 s with spinning threads, 0.47 s with sleeping ones and 0.31 s with this
+    By default, threads that wait for work spin for so long that two busy processes on one machine slow each other down.
+    If threads sleep at once (`OMP_WAIT_POLICY=passive`), they wake up too late for the short operations of a small
+    model, so that a second core brings no gain. Spinning for some microseconds is a compromise. Measured on two cores,
+    a step of image synthesis takes 0.29 s with spinning threads, 0.47 s with sleeping ones and 0.31 s with this
     setting; with two such runs in parallel, it takes 1.6 s, 0.52 s and 0.78 s.
     """
     if not any(name in os.environ for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")):

@@ -1,12 +1,12 @@
-"""Plans, the output of every `--dry-run`: what a command would read and write, and what resources it would need.
+"""Plans, the output of `--dry-run`: what a command would read and write, and which resources it would need.
 
-Peak memory is what the kernel will report for the command's largest process (`ru_maxrss`); disk is the largest total
-size of its output and checkpoints. Both are estimates from the shapes of the model; `notes` says which parts of them
-were not measured.
+Peak memory is the peak resident memory of the command's largest process, as the kernel reports it (`ru_maxrss`). Disk
+space is the largest total size of its output and checkpoints. Both are estimated from the shapes of the model; `notes`
+states which parts were not measured.
 
-To estimate memory and time, a dry run executes the stage on a smaller model and measures each phase separately, because
-phases scale differently with the size of the model. A stage marks the start of a phase with `enter_phase("load")`,
-which does nothing unless a `PhaseMeter` is active.
+To estimate memory and time, a dry run executes the stage on a smaller model, and measures each of its phases
+separately, because the phases scale differently with the size of the model. A stage marks the start of a phase with
+`enter_phase("load")`, which does nothing in an ordinary run.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from fp8pipe.core.machine import (
     swap_bytes,
 )
 
-# Distributions, and the extra of fp8pipe that installs each.
+# For each distribution, the extra of fp8pipe that installs it.
 _EXTRAS: Final = {
     "gguf": "samples", "accelerate": "samples", "chatterbot-corpus": "samples", "scikit-learn": "samples",
     "peft": "train", "bitsandbytes": "train", "timm": "vit", "torchvision": "vit", "pillow": "vit", "onnx": "onnx",
@@ -41,7 +41,12 @@ _EXTRAS: Final = {
 
 @dataclass(frozen=True, slots=True)
 class Missing:
-    """Something that the command needs and this machine lacks: `what`, with figures, and how to `fix` it."""
+    """Something that the command needs and that this machine lacks.
+
+    Attributes:
+        what: what is missing, with the needed and available amounts.
+        fix: what the user can do about it.
+    """
 
     what: str
     fix: str
@@ -51,34 +56,34 @@ class Missing:
 class Plan:
     """What a command would read, write and need on this machine."""
 
-    reads: tuple[str, ...]  # files, directories and names
-    writes: tuple[str, ...]
-    peak_memory_bytes: int | None  # peak resident memory of its largest process; None if unknown
-    disk_bytes: int  # largest total size of its output and its checkpoints
+    reads: tuple[str, ...]  # files and directories, or names of models and data sets, that are read
+    writes: tuple[str, ...]  # files and directories that are written
+    peak_memory_bytes: int | None  # peak resident memory of the largest process; None if unknown
+    disk_bytes: int  # largest total size of output and checkpoints during the run
     output_bytes: int  # size of the finished output
     seconds: float | None = None  # wall time on this machine at its current load; None if not estimated
-    hardware: str = "a CPU"  # what it runs on, in words
-    packages: tuple[str, ...] = ()  # distributions that it needs
-    missing: tuple[Missing, ...] = ()
+    hardware: str = "a CPU"  # description of the required hardware
+    packages: tuple[str, ...] = ()  # required distributions
+    missing: tuple[Missing, ...] = ()  # everything that this machine lacks
     notes: tuple[str, ...] = ()  # how the figures were obtained, and what else the user should know in advance
     facts: Mapping[str, Any] = field(default_factory=dict)  # figures specific to this command
 
     def document(self) -> dict[str, Any]:
-        """The plan as plain data, with the facts at the top level."""
+        """The plan as JSON-compatible data, with `facts` merged into the top level."""
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "facts"}
         fields["missing"] = [dataclasses.asdict(item) for item in self.missing]
         return {**self.facts, **{k: list(v) if isinstance(v, tuple) else v for k, v in fields.items()}}
 
     @classmethod
     def of_document(cls, document: Mapping[str, Any]) -> Plan:
-        """Inverse of `document`."""
+        """The plan from the result of `document`."""
         names = {f.name for f in dataclasses.fields(cls)} - {"facts"}
         known: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in document.items() if k in names}
         known["missing"] = tuple(Missing(**item) for item in document.get("missing", ()))
         return cls(**known, facts={k: v for k, v in document.items() if k not in names})
 
     def text(self) -> str:
-        """The plan as readable text."""
+        """The plan as text for the user."""
         disk = f"{format_bytes(self.disk_bytes)} at most, {format_bytes(self.output_bytes)} at the end"
         peak = self.peak_memory_bytes
         rows = [
@@ -97,18 +102,18 @@ class Plan:
 
 
 def missing_packages(names: Iterable[str]) -> tuple[Missing, ...]:
-    """An entry for each distribution that is not installed; none is imported."""
+    """An entry for each of these distributions that is not installed; the packages are not imported."""
     missing = [name for name in names if distribution_version(name) is None]
     return tuple(Missing(f"the package {name} is not installed", install_command(name)) for name in missing)
 
 
 def install_command(name: str) -> str:
-    """The command that installs a distribution: the extra that includes it, or else the distribution itself."""
+    """The pip command that installs a distribution, through the extra of fp8pipe that includes it if there is one."""
     return f"pip install 'fp8pipe[{_EXTRAS[name]}]'" if name in _EXTRAS else f"pip install {name}"
 
 
 def missing_memory(peak_bytes: int | None, fix: str) -> tuple[Missing, ...]:
-    """An entry if more memory is needed than is available now; otherwise none."""
+    """One entry, with the advice `fix`, if more memory is needed than is available now; otherwise empty."""
     available = available_bytes()
     if peak_bytes is None or peak_bytes <= available:
         return ()
@@ -116,7 +121,7 @@ def missing_memory(peak_bytes: int | None, fix: str) -> tuple[Missing, ...]:
 
 
 def missing_disk(output: Path, need_bytes: int) -> tuple[Missing, ...]:
-    """An entry if more disk space is needed than is free at `output`; otherwise none."""
+    """One entry if more disk space is needed than is free at `output`; otherwise empty."""
     free = free_bytes(output)
     if need_bytes <= free:
         return ()
@@ -125,11 +130,11 @@ def missing_disk(output: Path, need_bytes: int) -> tuple[Missing, ...]:
 
 
 def refuse_impossible(least_bytes: int, what: str) -> None:
-    """Refuse work that cannot fit into this machine's memory even if nothing else runs.
+    """Raise an error if something cannot fit into this machine's memory, even if nothing else runs.
 
     Args:
-        least_bytes: memory that `what` needs at the same time, at least.
-        what: name of the object, for the error message.
+        least_bytes: lower bound for the memory that it needs, in bytes.
+        what: its description in the error message.
 
     Raises:
         OutOfMemoryError: `least_bytes` exceeds total memory plus swap.
@@ -152,7 +157,11 @@ def _duration(seconds: float) -> str:
 
 
 def by_reason(reasons: Mapping[str, str]) -> list[str]:
-    """Names grouped by reason, as text; of many names with the same reason only the first few are shown."""
+    """Group names by reason, as one text per reason: `a, b, c and 5 more (reason)`.
+
+    Args:
+        reasons: for each name, its reason.
+    """
     groups: dict[str, list[str]] = {}
     for name, reason in reasons.items():
         groups.setdefault(reason, []).append(name)
@@ -179,27 +188,30 @@ _meter: ContextVar[PhaseMeter | None] = ContextVar("phase_meter", default=None)
 
 
 def enter_phase(name: str) -> None:
-    """Mark the start of phase `name`, which may occur repeatedly. Does nothing unless a `PhaseMeter` is active."""
+    """Mark the start of a phase, which may occur repeatedly. Does nothing unless a `PhaseMeter` is active."""
     meter = _meter.get()
     if meter is not None:
         meter.enter(name)
 
 
 def can_measure() -> bool:
-    """Whether the kernel reports peak memory and can reset it, as Linux does."""
+    """Whether the kernel can report and reset the peak memory of a process, as `PhaseMeter` requires (Linux)."""
     return _STATUS.exists() and _CLEAR.exists()
 
 
 @dataclass(slots=True)
 class Phase:
-    """Memory and time of a phase."""
+    """Measured memory and time of a phase."""
 
     peak_bytes: int = 0  # peak resident memory of the process during the phase
     seconds: list[float] = field(default_factory=list)  # wall time of each occurrence
 
 
 class PhaseMeter:
-    """A context manager that measures the phases entered inside it; time before the first one counts as `start`."""
+    """A context manager that measures the phases that are entered inside it.
+
+    The time before the first phase counts as a phase named `start`.
+    """
 
     def __init__(self) -> None:
         self.phases: dict[str, Phase] = {}
@@ -216,7 +228,7 @@ class PhaseMeter:
             _meter.reset(self._token)
 
     def enter(self, name: str) -> None:
-        """End the current phase and begin `name`."""
+        """End the current phase, and begin the phase `name`."""
         phase = self.phases.setdefault(self._name, Phase())
         peak_bytes = int(_STATUS.read_text().split("VmHWM:")[1].split()[0]) * 1024
         phase.peak_bytes = max(phase.peak_bytes, peak_bytes)
@@ -225,7 +237,7 @@ class PhaseMeter:
         self._name, self._began = name, time.perf_counter()
 
     def document(self) -> dict[str, Any]:
-        """The phases, and the peak memory of the largest child process that has ended, as plain data."""
+        """The phases, and the peak memory of the largest child process that has ended, as JSON-compatible data."""
         return {
             "phases": {name: {"peak_bytes": p.peak_bytes, "seconds": p.seconds} for name, p in self.phases.items()},
             "child_peak_bytes": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024,

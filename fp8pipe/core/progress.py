@@ -1,14 +1,15 @@
 """Progress display and logging on stderr, so that stdout contains only results; and plain-text tables.
 
-Modules call `logging.getLogger(__name__)`; only commands call `setup_logging`. Rich is used on terminals only. Where
-this module shows no progress bars, those of libraries are hidden too, and records that a library's own handlers print
-are not printed a second time. On a terminal, progress is a bar with rate and time left; elsewhere it is a plain line
-every few seconds:
+Modules log with `logging.getLogger(__name__)`; only commands call `setup_logging`. Log records that a library prints
+with its own handlers are not printed a second time.
 
-with track(steps, "train") as progress:
-    for step in range(steps):
-        ...
-        progress.advance(1, loss=loss)
+On a terminal, progress is shown by Rich as a bar with rate and time left, elsewhere by a plain line every few seconds.
+If no bars are shown, the progress bars of libraries are hidden too. Usage:
+
+    with track(steps, "train") as progress:
+        for step in range(steps):
+            ...
+            progress.advance(1, loss=loss)
 """
 
 from __future__ import annotations
@@ -26,15 +27,23 @@ _settings = {"quiet": False, "plain": False}
 
 
 def configure(*, quiet: bool = False, plain: bool = False) -> None:
-    """Set how trackers created later show progress: `quiet` shows nothing, `plain` never draws a bar."""
+    """Set how progress is shown from now on.
+
+    Args:
+        quiet: show no progress.
+        plain: print plain lines instead of a bar, also on a terminal.
+    """
     _settings.update(quiet=quiet, plain=plain)
 
 
 def track(total: int, label: str, *, done: int = 0, interval_s: float = PLAIN_INTERVAL_S) -> Tracker:
-    """A context manager that shows the progress of `total` units of work.
+    """A context manager that shows the progress of some work.
 
-    `done` units were finished by an earlier run and do not count for rate and time left. Plain lines are printed at
-    least `interval_s` seconds apart.
+    Args:
+        total: number of units of work.
+        label: name of the work.
+        done: number of units that an earlier run has finished; they do not count for the rate and the time left.
+        interval_s: minimum time between plain lines, in seconds.
     """
     if not any(_settings.values()) and sys.stderr.isatty():
         return _BarTracker(total, label, done=done)
@@ -42,7 +51,7 @@ def track(total: int, label: str, *, done: int = 0, interval_s: float = PLAIN_IN
 
 
 class Tracker:
-    """Counts units of work and prints plain lines: at most one every `interval_s` seconds, and one at the end."""
+    """Shows progress as plain lines, at most one every `interval_s` seconds and one at the end; see `track`."""
 
     def __init__(
         self, total: int, label: str, *, done: int = 0, interval_s: float = PLAIN_INTERVAL_S, silent: bool = False
@@ -61,14 +70,14 @@ class Tracker:
             self._print("done" if kind is None else "stopped")
 
     def advance(self, n: int = 1, **fields: Any) -> None:
-        """Count `n` more units; `fields` (such as a loss) are shown next to the count until they are replaced."""
+        """Add `n` finished units; `fields` (such as a loss) are shown beside the progress until they are replaced."""
         self.completed += n
         self.fields.update(fields)
         if time.monotonic() - self._shown_s >= self._interval_s:
             self._print("")
 
     def line(self, ending: str = "") -> str:
-        """The current state as text."""
+        """The line to print: label, progress, rate, and time left, or `ending` and the elapsed time if it is given."""
         elapsed_s, rate = self._pace()
         parts = [f"{self.label}: {self.completed}/{self.total}", f"{rate:.3g}/s"]
         if ending:
@@ -89,14 +98,14 @@ class Tracker:
 
 
 class _BarTracker(Tracker):
-    """A tracker that draws a progress bar on a terminal."""
+    """Shows progress as a bar on a terminal."""
 
     def __init__(self, total: int, label: str, *, done: int = 0) -> None:
         super().__init__(total, label, done=done)
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-        # Training code may write to stdout itself, so the bar must not redirect it.
+        # stdout is not redirected, because training code may write to it as well.
         self._bar = Progress(
             TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"),
             TimeRemainingColumn(), TextColumn("{task.fields[shown]}"), console=Console(stderr=True),
@@ -144,9 +153,9 @@ def setup_logging(json: bool = False, quiet: bool = False, verbose: bool = False
     """Configure logging for a command; calling it again replaces the earlier configuration.
 
     Args:
-        json: print plain lines even on a terminal, because a program reads the output.
+        json: print plain lines also on a terminal, because the output is meant for a program.
         quiet: show only warnings and errors, and no progress.
-        verbose: show debug messages of this project and info messages of libraries.
+        verbose: also show debug messages of fp8pipe and info messages of libraries.
     """
     root = logging.getLogger()
     for earlier in [handler for handler in root.handlers if hasattr(handler, _MARK)]:
@@ -174,7 +183,7 @@ def setup_logging(json: bool = False, quiet: bool = False, verbose: bool = False
 
 
 def _is_not_printed_yet(record: logging.LogRecord) -> bool:
-    """False if a logger below the root has a handler of its own that prints the record already."""
+    """Logging filter: False if the record was already handled by a handler of a logger below the root logger."""
     logger: logging.Logger | None = logging.getLogger(record.name)
     while logger is not None and logger.parent is not None:
         if any(not isinstance(handler, logging.NullHandler) for handler in logger.handlers):
@@ -184,9 +193,9 @@ def _is_not_printed_yet(record: logging.LogRecord) -> bool:
 
 
 def _hide_library_bars() -> None:
-    """Hide progress bars of the libraries that load models and data, unless the environment enables them."""
+    """Hide the progress bars of libraries that load models and data, unless environment variables enable them."""
     for variable in _BARS_OFF:
-        os.environ.setdefault(variable, "1")  # libraries read it on import, in child processes too
+        os.environ.setdefault(variable, "1")  # libraries read it when they are imported, also in child processes
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # libraries warn if the environment enables the bars
         for name, function in _HIDE_BARS.items():
@@ -195,7 +204,7 @@ def _hide_library_bars() -> None:
 
 
 def table(rows: Sequence[Sequence[object]], indent: str = "  ") -> str:
-    """Format rows as aligned columns of plain text."""
+    """Format rows as plain text with aligned columns; every line begins with `indent`."""
     cells = [[str(cell) for cell in row] for row in rows]
     columns = range(max(map(len, cells), default=0))
     widths = [max(len(row[i]) for row in cells if i < len(row)) for i in columns]

@@ -1,8 +1,8 @@
-"""Imports third-party packages that need a workaround; the only module that knows how.
+"""Imports optional third-party packages, with the workaround that some of them need on a CPU build of torch.
 
-With a CPU build of torch, the torchvision on PyPI (built for CUDA) cannot load its operators; importing it
-then fails with "operator torchvision::nms does not exist", and so do transformers, timm and peft.
-Declaring the two missing operators is enough for everything except running them.
+The torchvision on PyPI is built for CUDA, and cannot load its compiled operators with a CPU build of torch. Importing
+it then fails with "operator torchvision::nms does not exist", and so does importing transformers, timm or peft.
+Declaring the two missing operators makes the imports work; only calling these operators would still fail.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from fp8pipe.core.errors import MissingCapabilityError
 
 _OPERATORS = ("nms", "qnms")
 _SCHEMA = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
-# torch drops a library's definitions when the object is deleted, so it is kept for the life of the process.
+# torch removes a library's declarations when the Library object is deleted, so it is kept until the process ends.
 _libraries: list[Any] = []
 
 
 def declare_torchvision_operators() -> None:
     """Declare torchvision's operators if its own library cannot load; call before importing transformers.
 
-    Does nothing on a CUDA build of torch, without torchvision, if torchvision's library loads (a CPU
-    build of it), if the operators exist, or on a second call.
+    Does nothing if torch is a CUDA build, if torchvision is not installed or its compiled library loads (as a CPU
+    build does), if the operators are already declared, and on a second call.
     """
     spec = None if _libraries else importlib.util.find_spec("torchvision")
     if spec is None:
@@ -37,11 +37,11 @@ def declare_torchvision_operators() -> None:
         return
     for folder in spec.submodule_search_locations or []:
         for library_path in Path(folder).glob("_C*.so"):
-            # As torchvision itself does: if the library cannot load, the declarations below take over.
+            # torchvision loads its library in the same way. If that fails, the operators are declared below.
             with contextlib.suppress(OSError):
                 torch.ops.load_library(str(library_path))
     missing = [name for name in _OPERATORS if not hasattr(torch.ops.torchvision, name)]
-    # qnms exists only with quantized operators: a library that provides nms is complete without it.
+    # qnms exists only in builds with quantized operators, so a library that has nms but no qnms is complete.
     if "nms" not in missing:
         return
     library = torch.library.Library("torchvision", "FRAGMENT")
@@ -59,8 +59,13 @@ def import_transformers() -> ModuleType:
 def import_package(name: str, what: str, fix: str) -> Any:
     """Import and return an optional package.
 
+    Args:
+        name: the module to import.
+        what: error message if it cannot be imported, for instance "onnx_ir is not installed".
+        fix: how the user can solve that, for instance a pip command.
+
     Raises:
-        MissingCapabilityError: it cannot be imported; the caller words `what` it is needed for and the `fix`.
+        MissingCapabilityError: the package cannot be imported.
     """
     try:
         return importlib.import_module(name)

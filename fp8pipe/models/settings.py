@@ -1,8 +1,8 @@
-"""Restricts a stored transformers configuration to shapes and components: no code, no files, no hub locations.
+"""Restricts a stored transformers configuration to the shapes and components of a model, for safety.
 
-transformers turns every key of a configuration into an attribute of its configuration object. Some of these keys choose
-kernels, which transformers downloads from the hub and runs; others name a backbone, or arguments of another library
-that loads files.
+transformers turns every key of config.json into an attribute of its configuration object. Some keys select kernels,
+which transformers downloads from the hub and runs; others name a backbone model, or are passed to another library that
+loads files. Settings that refer to code, files or hub repositories in such a way are rejected.
 """
 
 from __future__ import annotations
@@ -21,31 +21,34 @@ __all__ = ["check_config", "declared_fields", "foreign_arguments", "foreign_sett
 _IMPLEMENTATIONS: Final = (None, "eager", "sdpa", "flex_attention", "batched_mm", "grouped_mm")
 _CHOSEN: Final = ("attn_implementation", "experts_implementation")
 _TYPES: Final = (None, "auto", "float32", "float16", "bfloat16", "float64")
-# Permitted values of transformers' own settings, wherever they occur in a configuration.
+# Permitted values of settings that transformers itself evaluates, at any nesting depth of a configuration.
 _VALUES: Final[Mapping[str, tuple[Any, ...]]] = {
     **{form.format(name): _IMPLEMENTATIONS for name in _CHOSEN for form in ("{}", "_{}", "_{}_internal")},
     **dict.fromkeys(("dtype", "torch_dtype"), _TYPES),
     **dict.fromkeys(("use_kernels", "kernel_config"), (None, False)),
 }
-# Fields of configuration classes that name other models, or are passed on to another library.
+# Fields of configuration classes that refer to other models, or are passed on to another library; they must be empty.
 _OTHER_MODELS: Final = frozenset(
     ("architecture", "backbone", "backbone_config", "backbone_kwargs", "model_args", "use_pretrained_backbone",
      "use_timm_backbone")
 )  # fmt: skip
-# Attributes of the base class that are not dataclass fields.
+# Permitted attributes of PretrainedConfig that are not dataclass fields.
 _COMMON: Final = frozenset(("model_type", "num_labels", "output_attentions", "_name_or_path"))
 _LABELS: Final = ("id2label", "label2id")
-# Fields that hold a mapping of numbers and names.
+# Fields whose value may be a mapping; its keys and values must be numbers or names.
 _MAPPINGS: Final = ("rope_parameters", "rope_scaling")
 _NAME: Final = re.compile(r"[\w.+-]*")
 
 
 def check_config(directory: Path) -> None:
-    """Refuse a config.json that would make transformers fetch or run something, before transformers reads it.
+    """Reject a config.json that would make transformers download or run code; call before transformers reads it.
+
+    Args:
+        directory: the model's directory. A missing or malformed config.json is not an error here.
 
     Raises:
         BadArtifactError: the config.json of an artifact has such a setting.
-        ConfigurationError: the config.json of the user's model has such a setting.
+        ConfigurationError: the config.json of any other model has such a setting.
     """
     path = directory / "config.json"
     try:
@@ -62,7 +65,15 @@ def check_config(directory: Path) -> None:
 
 
 def foreign_settings(config: Any, place: str = "") -> Iterator[str]:
-    """transformers' own settings with values that are not permitted, at any depth, in words."""
+    """Find settings of transformers whose values are not permitted, at any nesting depth.
+
+    Args:
+        config: a configuration, or a part of one.
+        place: dotted key of `config` within the whole configuration; empty for the whole.
+
+    Yields:
+        One message per setting, with its dotted key, its value and the permitted values.
+    """
     if isinstance(config, list):
         config = dict(enumerate(config))
     if not isinstance(config, Mapping):
@@ -76,13 +87,24 @@ def foreign_settings(config: Any, place: str = "") -> Iterator[str]:
 
 
 def declared_fields(config_class: Any) -> frozenset[str]:
-    """Fields that a transformers configuration class declares; empty for a generic one (`AutoConfig`)."""
+    """Names of the dataclass fields of a transformers configuration class; empty for a generic one (`AutoConfig`)."""
     known = dataclasses.fields(config_class) if dataclasses.is_dataclass(config_class) else ()
     return frozenset(field.name for field in known)
 
 
 def foreign_arguments(config_class: Any, arguments: Mapping[str, Any], place: str = "") -> Iterator[str]:
-    """Entries of a stored configuration that are not shapes or components declared by its class, in words."""
+    """Find entries of a stored configuration that are not permitted, including those of nested configurations.
+
+    Permitted are the fields that the class declares, with numbers or plain names as values.
+
+    Args:
+        config_class: the transformers configuration class.
+        arguments: the stored configuration.
+        place: prefix for the keys in the messages; empty for the outermost configuration.
+
+    Yields:
+        One message per entry.
+    """
     declared = declared_fields(config_class)
     for name, value in arguments.items():
         where = place + name

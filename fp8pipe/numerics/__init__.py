@@ -1,1 +1,1 @@
-"""Number formats: grids, scales and rounding, and the device-specific operations of FP8 training."""
+"""Low-precision number formats with their scales and rounding, and the device-specific operations of FP8 training."""

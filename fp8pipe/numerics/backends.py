@@ -1,10 +1,12 @@
-"""Device-specific operations of FP8 training behind one interface: `backend(tensor)` returns those of its device.
+"""Device-specific operations of FP8 training behind one interface: `backend(tensor)` selects them by the device.
 
-All backends compute what `reference.Backend` defines. On a CPU, casts run in the C kernels of `kernels.c`, which need
-a single pass over the data. They are built once per machine and cached in the user's cache directory under a digest of
-source, flags and processor; without a compiler, torch is used instead. The results are the same bit for bit: tests
-compare the kernels with the torch operations. CUDA GPUs with FP8 tensor cores multiply the FP8 codes directly
-(`cuda.Cuda`); other GPUs run the reference, whose GEMMs are in bf16.
+All backends compute what `reference.Backend` defines:
+
+* On a CPU, casts run in the C kernels of `kernels.c`, which make a single pass over the data. The kernels are compiled
+  on first use, and stored in the user's cache directory under a digest of source, flags and processor. Without a
+  compiler, the torch operations are used. The results are the same bit for bit, which tests check.
+* CUDA GPUs with FP8 tensor cores multiply the FP8 codes directly (`cuda.Cuda`).
+* Other GPUs run the reference, whose GEMMs are in bf16.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ from fp8pipe.numerics.reference import Backend
 
 
 class _Cpu(Backend):
-    """Casting, decoding and row merging in one compiled pass each, if a C compiler was found."""
+    """Casts, decodes and merges rows with C kernels that make one pass each, or else like the reference."""
 
     def cast(self, x: Tensor, grid: FloatGrid, rule: ScaleRule, out: Tensor | None = None) -> Tensor:
         fits = rule is ScaleRule.POWER_OF_TWO and x.dtype == torch.bfloat16 and x.stride(1) == 1
@@ -50,7 +52,7 @@ class _Cpu(Backend):
     def decode(self, codes: Tensor, scale: Scale, dtype: torch.dtype) -> Tensor:
         fits = scale.rule is ScaleRule.POWER_OF_TWO and dtype == torch.bfloat16 and codes.is_contiguous()
         lib = library() if fits else None
-        # The scales that the kernel supports. The comparison also fails for NaN, which is left to torch.
+        # The kernel supports only scales in this range. For NaN the comparison is False, so that torch is used.
         if lib is None or not 2.0**-100 <= (factor := scale.value.item()) <= 2.0**100:
             return super().decode(codes, scale, dtype)
         values = torch.empty(codes.shape, dtype=torch.bfloat16)
@@ -78,7 +80,7 @@ _CPU, _CUDA, _TORCH = _Cpu(), cuda.Cuda(), Backend()
 
 
 def backend(tensor: Tensor) -> Backend:
-    """The backend for the device that holds `tensor`."""
+    """The backend for the device of `tensor`."""
     if tensor.is_cuda:
         return _CUDA if cuda.capability(tensor.get_device()) >= FP8_CAPABILITY else _TORCH
     return _CPU if tensor.device.type == "cpu" else _TORCH
@@ -86,14 +88,14 @@ def backend(tensor: Tensor) -> Backend:
 
 _LOG = logging.getLogger(__name__)
 _FLAGS = ("-O3", "-march=native", "-fno-trapping-math", "-fopenmp", "-fPIC", "-shared")
-_WIDE = "-mprefer-vector-width=512"  # by default, compilers use 256-bit vectors even with AVX-512
+_WIDE = "-mprefer-vector-width=512"  # by default, compilers use 256-bit vectors even on processors with AVX-512
 
 
 @lru_cache(maxsize=1)
 def library() -> ctypes.CDLL | None:
-    """The compiled kernels, or None if they cannot be built (logged once).
+    """The compiled C kernels; None if they cannot be built, which is logged once.
 
-    Set `FP8PIPE_NATIVE=0` to use the torch casts instead, for comparison.
+    If the environment variable `FP8PIPE_NATIVE` is 0, the kernels are not used either, for comparison with torch.
     """
     if os.environ.get("FP8PIPE_NATIVE", "1") == "0":
         return None
@@ -134,7 +136,10 @@ def _build(compiler: str) -> Path:
 
 
 def _is_ours(path: Path) -> bool:
-    """Whether `path` is a regular file owned by this user and writable by no one else; no other library is loaded."""
+    """Whether `path` is a regular file that is owned by this user and that nobody else can write to.
+
+    A library that does not meet this is not loaded.
+    """
     try:
         found = path.lstat()
     except OSError:
@@ -147,7 +152,7 @@ def _sha256(path: Path) -> str:
 
 
 def _processor() -> str:
-    """Processor model and feature flags: a library built for another processor may not run on this one."""
+    """Processor model and feature flags, because a library compiled for another processor may not run on this one."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

@@ -1,14 +1,14 @@
-"""Matrix multiplication and convolution of bf16 tensors on CPUs without bf16 instructions.
+"""Speeds up matrix multiplication and convolution of bf16 tensors on CPUs without bf16 instructions.
 
-On CPUs with bf16 instructions, torch multiplies bf16 tensors with oneDNN. On others (x86 with AVX2 only) it falls back
-to a plain loop, a hundred times slower than the same multiplication in fp32: (1040, 384) by (384, 1536) took 5,190 ms
-against 29 to 57 ms (two cores of an AMD EPYC with AVX2, torch 2.13.0). FP8 training and image synthesis spend most of
-their time in such operations.
+On CPUs with bf16 instructions, torch multiplies bf16 tensors with oneDNN. On others (x86 with AVX2 only) it uses a
+plain loop, which is about a hundred times slower than the same multiplication in fp32: (1040, 384) by (384, 1536) took
+5,190 ms in bf16 and 29 to 57 ms in fp32 (two cores of an AMD EPYC with AVX2, torch 2.13.0). FP8 training and image
+synthesis spend most of their time in such operations.
 
-By definition, a bf16 matrix multiplication sums exact products of bf16 numbers in fp32 and rounds once to bf16. This
-module computes exactly that: operands are widened to fp32, which is exact, torch multiplies them in fp32, and the
-result is rounded to bf16. The semantics are the same and only the kernel differs; the example above takes 37 ms. The
-kernels are replaced for the whole process, because the models of other libraries call them too.
+By definition, a bf16 matrix multiplication sums exact products of bf16 numbers in fp32, and rounds the sums once to
+bf16. This module does the same in three steps: operands are converted to fp32, which is exact, torch multiplies them in
+fp32, and the result is rounded to bf16. The example above then takes 37 ms. The torch kernels are replaced for the
+whole process, because models of other libraries call them too.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-# The CPU operators that multiply matrices or convolve and are not implemented by calling another one in this list.
+# The CPU operators for matrix multiplication and convolution that do not call another operator of this list.
 WIDENED: Final = (
     "mm", "addmm", "bmm", "baddbmm", "mv", "addmv", "_slow_conv2d_forward", "_slow_conv2d_backward.output_mask",
 )  # fmt: skip
@@ -29,20 +29,20 @@ _library: torch.library.Library | None = None  # kernels stay registered as long
 
 
 def has_fast_bf16() -> bool:
-    """Whether torch multiplies bf16 matrices fast on this processor."""
+    """Whether torch has fast kernels for bf16 matrix multiplication on this processor."""
     if platform.machine().lower() not in ("x86_64", "amd64"):
         return True  # no other architecture is known to be slow
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def widen_bf16_products(*, force: bool = False) -> bool:
-    """On processors without fast bf16 matrix multiplication, compute it in fp32 for the rest of the process.
+    """Replace torch's bf16 kernels by fp32 computation for the rest of the process, if they are slow on this processor.
 
     Args:
-        force: do so on any processor.
+        force: replace them on any processor.
 
     Returns:
-        Whether bf16 operands are widened to fp32 from now on.
+        Whether bf16 matrices are multiplied in fp32 from now on.
     """
     global _library
     if _library is None and (force or not has_fast_bf16()):

@@ -1,16 +1,18 @@
-"""FP8 training on CUDA: GEMMs of FP8 codes by `torch._scaled_mm`, with few elementwise passes between them.
+"""FP8 training on CUDA: FP8 codes are multiplied by `torch._scaled_mm`, with few elementwise passes in between.
 
-It computes the same as `reference.Backend`, except for the order of summation. There is one other difference: where G B
-contributes to dX, the sum over W's rows is rounded to the output's dtype first, as `torch._scaled_mm` cannot accumulate
-into an existing result.
+The names W, A, B, G, O and X are those of `reference.Backend`. The results are the same except for two differences: the
+order of summation, and, if G B contributes to dX, a rounding of G W to the output's dtype before G B A is added,
+because `torch._scaled_mm` cannot accumulate into an existing result.
 
-A pass over activations costs a good part of a GEMM, so a cast takes two passes, one for the largest magnitudes and one
-that scales and rounds, or a single Triton kernel (`fused.py`). Under torch.compile the cast is written as operators
-that fuse with the producer of their input, and the GEMMs, which accumulate in place, are custom operators; row scales
-that `torch._scaled_mm` does not apply are multiplied outside the custom operator, where they fuse with the next pass.
+A pass over activations takes a considerable part of the time of a GEMM. So a cast takes only two passes, one for the
+largest magnitudes and one that scales and rounds, or a single Triton kernel (`fused.py`). Under torch.compile, the cast
+consists of operators that are fused with the operation that produces their input. The GEMMs, which accumulate in place,
+are custom operators there. Row scales that `torch._scaled_mm` does not apply are multiplied outside the custom
+operator, where they are fused with the next operation.
 
-`torch._scaled_mm` wants the first operand row-major, the second column-major (cuBLASLt's TN layout), and dimensions in
-multiples of 16. Operands are padded for the latter; for the layout, W is transposed, a copy of one byte per weight.
+`torch._scaled_mm` requires the first operand in row-major and the second in column-major order (cuBLASLt's TN layout),
+and dimensions that are multiples of 16. Operands are padded to such multiples. For the layout, W is transposed, which
+takes a copy of one byte per weight.
 """
 
 from __future__ import annotations
@@ -32,7 +34,10 @@ _ALIGN = 16
 
 
 def capability(index: int) -> tuple[int, int]:
-    """The compute capability of a CUDA device; before compiling, pass it to `torch.compiler.assume_constant_result`."""
+    """The compute capability of the CUDA device with this index.
+
+    Before code that calls this is compiled, pass this function to `torch.compiler.assume_constant_result`.
+    """
     return _capability(index)
 
 
@@ -40,21 +45,28 @@ _capability = cache(torch.cuda.get_device_capability)
 
 
 def scales_rows(index: int, dtype: torch.dtype) -> bool:
-    """Whether `torch._scaled_mm` applies per-row scales itself; otherwise its result is multiplied by them afterwards.
+    """Whether `torch._scaled_mm` is used to apply per-row scales; if not, its result is multiplied by them afterwards.
 
-    Its row-wise kernels are correct and fast on Hopper and data-center Blackwell. On Ada the kernel is slow and, before
-    torch 2.12, stalls when other streams are active; workstation Blackwell (12.0) and Windows builds have none; and
-    none outputs fp32. Multiplying by a power of two commutes with every rounding involved, so scaling the rows of a
-    per-tensor product afterwards gives the same bits.
+    Its kernels for row scales are correct and fast on Hopper and data-center Blackwell. On Ada, the kernel is slow and,
+    before torch 2.12, stalls when other streams are active. Workstation Blackwell (12.0) and Windows builds have no
+    such kernel, and no kernel outputs fp32. Both ways give the same bits, because the scales are powers of two, and
+    multiplying by a power of two commutes with every rounding involved.
+
+    Args:
+        index: index of the CUDA device.
+        dtype: dtype of the product.
     """
     return capability(index)[0] in (9, 10) and dtype == torch.bfloat16 and sys.platform == "linux"
 
 
 def cast_rows(x: Tensor, grid: FloatGrid) -> tuple[Tensor, Tensor]:
-    """Round `x` `(rows, cols)`, bf16 or fp32, to `grid`: codes, and a power-of-two scale per row, `(rows, 1)` fp32.
+    """Round `x` `(rows, cols)`, bf16 or fp32, to `grid`, with one power-of-two scale per row.
 
-    The result is that of `grids.quantize`, in one pass over x where Triton runs, otherwise in two. With these scales no
-    value exceeds the grid's range, so nothing is clamped.
+    The result equals that of `grids.quantize`. It takes one pass over `x` if Triton can be used, otherwise two. With
+    these scales no value exceeds the grid's range, so that no clamping is needed.
+
+    Returns:
+        The codes `(rows, cols)`, and the scales `(rows, 1)` in fp32.
     """
     if not torch.compiler.is_compiling() and (found := fused.quantize_rows(x, grid)) is not None:
         return found[0], found[1].value
@@ -67,9 +79,10 @@ def cast_rows(x: Tensor, grid: FloatGrid) -> tuple[Tensor, Tensor]:
 
 
 def cast_whole(x: Tensor, grid: FloatGrid) -> tuple[Tensor, Scale]:
-    """Round `x` to `grid` with one scale of the rule `exact`: the result of `grids.quantize`, in two passes over x.
+    """Round `x` `(rows, cols)` to `grid` with one scale of the rule `exact`, in two passes over `x`.
 
-    The multiplier is rounded, so a value may exceed the grid's maximum by one fp32 ulp, which rounds to the maximum.
+    The result equals that of `grids.quantize`: because the multiplier is rounded, a scaled value may exceed the grid's
+    maximum by one fp32 ulp, but is then rounded to the maximum.
     """
     amax = torch.linalg.vector_norm(x, math.inf, dtype=torch.float32)
     scale = amax_to_scale(amax, grid, ScaleRule.EXACT)
@@ -88,18 +101,21 @@ def forward_products(
     rank: int,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """Return `[X W^T (+ O B^T) | O]`, padded to a multiple of 16 columns, and O.
+    """The products of the forward pass: `[X W^T | O]` with `O = X A^T`, and O; if `b` is given, `[X W^T + O B^T | O]`.
 
     Args:
-        x: E4M3 codes `(tokens, in)`.
-        x_scale: fp32 `(tokens, 1)`; None leaves this scale out of the result.
-        codes: [W; A], `(out + rank, in)` E4M3.
-        scale: of the codes, a scalar.
-        columns: `scale` repeated to at least `(out + rank,)`.
-        one: a scalar tensor with the value 1.
-        b: `(out, rank)` in `dtype`.
-        rank: rows of A.
-        dtype: of the result.
+        x: E4M3 codes of X, `(tokens, in)`.
+        x_scale: row scales of X, fp32 `(tokens, 1)`; None to leave them out of the result.
+        codes: E4M3 codes of [W; A], `(out + rank, in)`.
+        scale: scale of these codes, a scalar.
+        columns: `scale` repeated to at least `(out + rank,)`, see `Scale.columns`; None to create it if needed.
+        one: a scalar tensor with the value 1, see `Scale.one`; None to create it if needed.
+        b: B, `(out, rank)` in `dtype`.
+        rank: number of rows of A.
+        dtype: dtype of the results.
+
+    Returns:
+        The wide product, with columns padded to a multiple of 16, and a copy of O, `(tokens, rank)`.
     """
     width = codes.shape[0] - rank
     # codes is (m + r, n) row-major, so its transpose is a column-major second operand without a copy.
@@ -107,7 +123,7 @@ def forward_products(
     # O is copied, because a view would keep all (T, out + r) values alive until the backward pass.
     o = wide[:, width : width + rank].clone()
     if b is not None:
-        wide[:, :width].addmm_(o, b.t())  # (T, r) @ (r, m), in place: no second output
+        wide[:, :width].addmm_(o, b.t())  # (T, r) @ (r, m), in place to save memory for a second output
     return wide, o
 
 
@@ -121,20 +137,21 @@ def input_gradient(
     beside: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:
-    """`G W (+ beside A)`, with columns padded to a multiple of 16.
+    """The gradient of the input, `G W`, or `G W + G B A` if `beside` is given; columns padded to a multiple of 16.
 
     Args:
-        g: E5M2 codes `(tokens, out)`.
-        g_scale: fp32 `(tokens, 1)`; None leaves this scale out of the result, and `beside` must be divided by it.
-        codes: [W; A], `(out + rank, in)` E4M3.
-        scale: of the codes, a scalar.
-        columns: `scale` repeated to at least `(in,)`.
-        one: a scalar tensor with the value 1.
+        g: E5M2 codes of G, `(tokens, out)`.
+        g_scale: row scales of G, fp32 `(tokens, 1)`; None to leave them out of the result, and then `beside` must have
+            been divided by them.
+        codes: E4M3 codes of [W; A], `(out + rank, in)`.
+        scale: scale of these codes, a scalar.
+        columns: `scale` repeated to at least `(in,)`, see `Scale.columns`; None to create it if needed.
+        one: a scalar tensor with the value 1, see `Scale.one`; None to create it if needed.
         beside: G B times `scale`, `(tokens, rank)` in `dtype`.
-        dtype: of the result.
+        dtype: dtype of the result.
     """
     width, into = g.shape[1], codes.shape[1]
-    # The second operand must be column-major here too, which takes one transposed copy of W per layer, in bytes.
+    # The second operand must be column-major here too, which takes a transposed copy of the codes of W.
     column_major = fused.transpose_bytes(_bytes(codes[:width])).view(codes.dtype).t()
     product = _scaled_mm(g, g_scale, column_major, scale, columns, one, dtype, fast_accumulation=False)
     if beside is not None:
@@ -158,12 +175,12 @@ def _(g, g_scale, codes, scale, columns, one, beside, dtype):  # type: ignore[no
 
 
 class Cuda(Backend):
-    """GEMMs on FP8 tensor cores."""
+    """The backend for CUDA GPUs with FP8 tensor cores."""
 
     def forward(
         self, x: Tensor, codes: Tensor, scale: Scale, rank: int, b: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """As `Backend.forward`; Y may be a view of some columns of a wider matrix."""
+        """See `Backend.forward`; Y may be a view of some columns of a wider matrix."""
         width = codes.shape[0] - rank
         if scale.rule is ScaleRule.EXACT:
             found, x_scale = cast_whole(x, E4M3)
@@ -182,14 +199,14 @@ class Cuda(Backend):
     def backward(
         self, grad: Tensor, o: Tensor, codes: Tensor, scale: Scale, b: Tensor | None = None, *, wants_input: bool = True
     ) -> tuple[Tensor | None, Tensor]:
-        """As `Backend.backward`."""
+        """See `Backend.backward`."""
         if scale.rule is ScaleRule.EXACT:
             return _exact_backward(grad, o, codes, scale, wants_input)
         return super().backward(grad, o, codes, scale, b, wants_input=wants_input)
 
     def _input_gradient(self, grad: Tensor, codes: Tensor, scale: Scale, b: Tensor | None) -> Tensor:
         g, rows = cast_rows(grad, E5M2)
-        # A's scale, applied to B instead: it is a power of two, so no rounding changes.
+        # The scale of A is applied to B instead; it is a power of two, so the rounding is the same.
         beside = None if b is None else grad @ _multiply(b, scale.value, grad.dtype)
         into = codes.shape[1]
         if not torch.compiler.is_compiling():
@@ -218,10 +235,10 @@ def _exact_backward(
 
 
 def _multiply(values: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """`values * factor`, in fp32 (one of the two is fp32), rounded once to `dtype`."""
+    """`values * factor`, computed in fp32 (at least one of them must be fp32) and rounded once to `dtype`."""
     if torch.compiler.is_compiling():
         return (values * factor).to(dtype)
-    # Rounded when it is stored: one pass, without an fp32 intermediate.
+    # With `out`, the product is rounded when it is stored, in one pass and without an intermediate fp32 tensor.
     return torch.mul(values, factor, out=torch.empty(values.shape, dtype=dtype, device=values.device))
 
 
@@ -236,9 +253,17 @@ def _scaled_mm(
     *,
     fast_accumulation: bool,
 ) -> Tensor:
-    """Codes `a` (rows, inner) times column-major codes `b` (inner, cols), with columns padded to a multiple of 16.
+    """Multiply FP8 codes and their scales; the columns of the result are padded to a multiple of 16.
 
-    `scale_a` is a scalar or `(rows, 1)`; None means 1. `columns` and `one` are created if needed and not given.
+    Args:
+        a: codes `(rows, inner)`, row-major.
+        scale_a: scale of `a`, fp32, a scalar or `(rows, 1)`; None means 1.
+        b: codes `(inner, cols)`, column-major.
+        scale_b: scale of `b`, an fp32 scalar.
+        columns: `scale_b` repeated to at least `(cols,)`; None to create it if needed.
+        one: a scalar tensor with the value 1; None to create it if needed.
+        dtype: dtype of the result.
+        fast_accumulation: accumulate with reduced precision within the tensor cores (`use_fast_accum`).
     """
     if b.shape[0] % _ALIGN or b.shape[1] % _ALIGN:
         b = _pad(_pad(b.t(), 0), 1).t()

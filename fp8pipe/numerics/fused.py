@@ -1,13 +1,12 @@
-"""Fused Triton kernels for CUDA, used only after each has been checked against torch on the device at hand.
+"""Selects between fused Triton kernels and torch operations on CUDA devices; the results are the same bit for bit.
 
-In eager mode, torch casts a matrix with six kernels and 5 bytes of memory traffic per element; a fused kernel that
-makes one pass over each row needs 3. torch's transpose of a byte matrix reads rows and writes columns one
-byte at a time. Both matter only in eager mode: `torch.compile` generates its own kernels from the torch operators, so
-the operators are kept there.
+In eager mode, torch casts a matrix with six kernels and 5 bytes of memory traffic per element, whereas a fused kernel
+that makes one pass over each row needs 3 bytes; and torch transposes a matrix of bytes by reading rows and writing
+columns one byte at a time. Under `torch.compile` the torch operations are used, because the compiler fuses them itself.
 
-A kernel is used on a device only if its codes there equal those of `grids.quantize`, for every bf16 number and for
-rows of many widths. If anything is wrong (no Triton, no compiler for its launcher, a differing code), torch is used
-instead, with the same results bit for bit, and a warning is logged once.
+The Triton kernels are used on a device only if their results on this device equal those of the torch operations, for
+every bf16 number and for rows of many widths. If anything fails (Triton or the compiler for its launcher is missing, or
+a code differs), the torch operations are used, and a warning is logged once.
 """
 
 from __future__ import annotations
@@ -31,11 +30,14 @@ _CHECKED_WIDTHS: Final = (1, 37, 640, 4096, 11008, WIDEST)
 
 
 def quantize_rows(x: Tensor, grid: FloatGrid) -> tuple[Tensor, Scale] | None:
-    """`grids.quantize` with one power-of-two scale per row, in one pass; None if no kernel can do it.
+    """Do the same as `grids.quantize` with one power-of-two scale per row, in one pass.
 
     Args:
         x: `(rows, cols)`, on CUDA. The kernel supports bf16 with unit column stride and at most `WIDEST` columns.
         grid: E4M3 or E5M2.
+
+    Returns:
+        Codes and scale; None if the kernel does not support `x` or is not used on its device.
     """
     fits = x.dtype == torch.bfloat16 and x.dim() == 2 and 0 < x.shape[1] <= WIDEST and x.shape[0] > 0
     if not (_here(x) and fits and x.stride(1) == 1):
@@ -55,12 +57,12 @@ def transpose_bytes(codes: Tensor) -> Tensor:
 
 
 def _here(tensor: Tensor) -> bool:
-    # Under torch.compile the torch operators are kept, since the compiler fuses them itself.
+    # Whether the kernels are used for this tensor; torch.compile fuses the torch operations itself.
     return tensor.is_cuda and not torch.compiler.is_compiling() and ready(tensor.device)
 
 
 def ready(device: torch.device) -> bool:
-    """Whether the kernels run on a device and are correct there; checked once per process and device."""
+    """Whether the kernels run on a device and give correct results; checked once per process and device."""
     if device.type != "cuda" or torch.version.cuda is None:  # in a CPU build of torch, CUDA tensors are fake tensors
         return False
     return _checked(device.index if device.index is not None else torch.cuda.current_device())
@@ -88,14 +90,22 @@ def _checked(index: int) -> bool:
 
 
 def first_difference(kernels: ModuleType, device: torch.device) -> str | None:
-    """The first error in the results of `kernels` (a module like `triton_kernels`) on a device; None if correct."""
+    """Compare the results of kernels with those of torch.
+
+    Args:
+        kernels: a module with the functions of `triton_kernels`.
+        device: the device to run them on.
+
+    Returns:
+        Description of the first difference; None if all results are equal.
+    """
     for x in (_every_number(), *(_rows(width) for width in _CHECKED_WIDTHS)):
         here = x.to(device)
         for grid in (E4M3, E5M2):
             (codes, scale), (expected, right) = (
                 kernels.quantize_rows(here, grid), quantize(here, grid, ScaleRule.POWER_OF_TWO, per_row=True)
             )  # fmt: skip
-            # NaN has two encodings, and no cast guarantees which one it writes.
+            # NaN has several encodings, and a cast may produce any of them.
             equal = (codes.view(torch.uint8) == expected.view(torch.uint8)) | (_nan(codes) & _nan(expected))
             if not torch.equal(scale.nan_to_num(-1.0), right.value.nan_to_num(-1.0)):
                 return f"scales of rows of {x.shape[1]} differ in {grid.name}"
@@ -113,7 +123,7 @@ def _nan(codes: Tensor) -> Tensor:
 
 
 def _every_number() -> Tensor:
-    """All bf16 numbers up to 448, 128 per row, with 448 prepended to each row so that the row's scale is 1."""
+    """Test data: all bf16 numbers from -448 to 448, 128 per row, preceded by 448 so that the scale of the row is 1."""
     bits = torch.arange(1 << 16, dtype=torch.int32).to(torch.uint16).view(torch.bfloat16)
     taken = bits[bits.abs() <= E4M3.max]
     rows = torch.cat([taken, taken.new_zeros(-len(taken) % 128)]).view(-1, 128)
@@ -121,7 +131,7 @@ def _every_number() -> Tensor:
 
 
 def _rows(columns: int) -> Tensor:
-    """Gaussian rows of many magnitudes, some with an infinity, a NaN or an outlier; and constant rows, one of zeros."""
+    """Test data: Gaussian rows of different magnitudes, some with infinity, NaN or an outlier, and constant rows."""
     random = torch.Generator().manual_seed(columns)
     x = torch.randn(24, columns, generator=random) * torch.exp2(12 * torch.randn(24, 1, generator=random))
     x[:4] *= torch.exp2(8 * torch.randn(4, columns, generator=random))

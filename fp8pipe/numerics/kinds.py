@@ -1,4 +1,4 @@
-"""Names of number formats, as used in configurations, command lines and manifests; does not import torch."""
+"""Number formats by their names in configurations, command lines and manifests; this module does not import torch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from fp8pipe.core.errors import ConfigurationError
 
 
 class ScaleRule(StrEnum):
-    """How FP8 scales are derived from amax, and whether activations have one per tensor or one per token."""
+    """How FP8 scales are derived from the largest magnitude (amax), see `grids`.
+
+    With `exact`, activations have one scale per tensor, with `power-of-two` one per token.
+    """
 
     EXACT = "exact"
     POWER_OF_TWO = "power-of-two"
@@ -26,11 +29,11 @@ class Kind(StrEnum):
 
 
 def granularity(kind: Kind) -> Literal["per-channel", "per-block"]:
-    """The granularity of a weight's scales, as named in manifests."""
+    """The granularity of a weight's scales for codes of this kind, as named in manifests."""
     return "per-block" if kind is Kind.NVFP4 else "per-channel"
 
 
-# User-facing names of the floating-point kinds, and their bits.
+# For the floating-point kinds: the name of the precision on the command line, and the number of bits.
 _FLOATING: Final = {Kind.E4M3: ("wfp8afp8", 8), Kind.NVFP4: ("wnvfp4anvfp4", 4)}
 
 
@@ -44,10 +47,10 @@ class Precision:
 
     @classmethod
     def parse(cls, text: str) -> Precision:
-        """Parse `wXaY`, `wfp8afp8` or `wnvfp4anvfp4`.
+        """Parse a precision written as `wXaY` (X bits for weights, Y for activations), `wfp8afp8` or `wnvfp4anvfp4`.
 
         Raises:
-            ConfigurationError: the text has another form, or bits are outside 2 to 8.
+            ConfigurationError: the text has another form, or a number of bits is not from 2 to 8.
         """
         for kind, (name, bits) in _FLOATING.items():
             if text.lower() == name:
@@ -55,7 +58,7 @@ class Precision:
         match = re.fullmatch(r"w(\d+)a(\d+)", text.lower())
         if match is None:
             raise ConfigurationError(
-                f"{text!r} names no precision",
+                f"{text!r} is not a precision",
                 why="it is written wXaY: X bits for weights, Y bits for activations",
                 fix="use for instance w4a4, w4a8, w8a8, wfp8afp8 for FP8 (E4M3), or wnvfp4anvfp4",
             )

@@ -5,10 +5,10 @@ scale is E4M3 and shared by 16 consecutive elements along the input dimension, a
 the whole tensor. Block scales of weights are stored. Those of activations are computed at run time, as
 `E4M3(amax / (6 * tensor_scale))` of each block, like TensorRT's DynamicQuantize; only their tensor scale is calibrated.
 
-Tensor scales are powers of two here. The format allows any fp32 number, but then `block_scale * tensor_scale` is
-rounded to whatever dtype an engine uses for it, and two engines disagree. With a power of two this product is exact in
-fp32, and in FP16 down to its smallest number, and the order of the divisions does not matter either. The cost is one
-of the eighteen binades of an E4M3 block scale.
+Tensor scales are always powers of two here. The format allows any fp32 number, but then `block_scale * tensor_scale` is
+rounded to the dtype that an engine uses for it, so that the results of two engines differ. With a power of two, this
+product is exact in fp32, and also in FP16 unless it is below FP16's smallest number; and the order of divisions by the
+two scales does not matter. The cost is one of the eighteen binades of an E4M3 block scale.
 """
 
 from __future__ import annotations
@@ -27,18 +27,19 @@ BLOCK: Final = 16
 E2M1_MAX: Final = 6.0
 _GRID: Final = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 _SIGN: Final = 8
-_SMALLEST_TENSOR_SCALE: Final = 2.0**-18  # the minimum of every other scale, too: FP16 represents it exactly
+_SMALLEST_TENSOR_SCALE: Final = 2.0**-18  # same as the minimum of all other scales; exact in FP16
 _LARGEST_TENSOR_SCALE: Final = 2.0**15
-# Mapping a block's largest weight to 4 instead of 6 uses the finer part of the grid: block scales up to 1.5 times as
-# large are tried, so the tensor scale leaves headroom for them.
+# Mapping a block's largest weight to 4 instead of 6 uses the part of the grid with smaller steps, which may reduce the
+# error. Block scales that are up to 1.5 times as large are therefore tried, and the tensor scale has to allow for them.
 _HEADROOM: Final = E2M1_MAX / 4.0
-# Offsets from the E4M3 code of the scale that maps the largest weight to 6; eight codes are a factor of two.
+# Candidates for a block scale, as offsets from the E4M3 code of the scale that maps the block's largest weight to 6.
+# Eight codes are a factor of two.
 _CANDIDATES: Final = (0, *(d for step in range(1, 8) for d in (-step, step)))
 _LARGEST_SCALE_CODE: Final = 0x7E  # 448
 
 
 def e2m1_round(units: Tensor) -> Tensor:
-    """Round to the nearest E2M1 value: ties to the even code, saturating at 6; fp32, keeping the sign of zeros."""
+    """Round fp32 values to the nearest E2M1 value, ties to the even code, saturating at 6; zeros keep their sign."""
     magnitude = units.abs()
     step = torch.where(magnitude < 2.0, 0.5, torch.where(magnitude < 4.0, 1.0, 2.0))
     return torch.round(units / step).mul_(step).clamp_(-E2M1_MAX, E2M1_MAX)
@@ -63,12 +64,12 @@ def pack_nibbles(codes: Tensor) -> Tensor:
 
 
 def unpack_nibbles(packed: Tensor) -> Tensor:
-    """The inverse of `pack_nibbles`."""
+    """The inverse of `pack_nibbles`: `(..., n / 2)` to `(..., n)`."""
     return torch.stack([packed & 15, packed >> 4], -1).flatten(-2)
 
 
 def tensor_scale(amax: float) -> float:
-    """The smallest power of two from 2^-18 to 2^15 that can represent `amax`: `6 * 448 * scale >= amax`."""
+    """The smallest power of two from 2^-18 to 2^15 with which `amax` can be represented: `6 * 448 * scale >= amax`."""
     wanted = amax / (E2M1_MAX * E4M3.max)
     scale = 2.0 ** math.ceil(math.log2(wanted)) if wanted > 0 else 0.0
     return min(max(scale, _SMALLEST_TENSOR_SCALE), _LARGEST_TENSOR_SCALE)
@@ -80,13 +81,21 @@ def _blocks(x: Tensor) -> Tensor:
 
 
 def block_units(x: Tensor, scale: Tensor) -> Tensor:
-    """`x` `(..., n)` divided by its blocks' scales `(..., n / 16)`: `(..., n / 16, 16)`; zero where a scale is zero."""
+    """Divide each block of `x` by its scale, before rounding to E2M1.
+
+    Args:
+        x: `(..., n)`, where n is a multiple of 16.
+        scale: scales of the blocks, `(..., n / 16)`.
+
+    Returns:
+        The quotients by block, `(..., n / 16, 16)`; zeros where the scale is zero.
+    """
     return _blocks(x) / torch.where(scale > 0, scale, math.inf).unsqueeze(-1)
 
 
 def _nearest_block_scales(amax: Tensor, tensor_scale: float) -> Tensor:
-    # The divisor is a tensor, because some devices replace division by a Python number with multiplication by its
-    # reciprocal. It is created on the device, because a copy from the host would synchronize with the GPU.
+    # The divisor is a tensor, because on some devices torch replaces division by a Python number with multiplication
+    # by its reciprocal. It is created on the device, because a copy from the host would synchronize with the GPU.
     return E4M3.cast(amax / torch.full((), E2M1_MAX * tensor_scale, dtype=torch.float32, device=amax.device))
 
 
@@ -97,7 +106,7 @@ def _check_tensor_scale(scale: float) -> None:
 
 @dataclass(frozen=True, slots=True)
 class BlockQuantizer:
-    """Quantizes an activation to NVFP4, with block scales computed from the tensor itself.
+    """Quantizes activations to NVFP4: block scales are computed from each tensor, the tensor scale is fixed.
 
     Raises:
         ValueError: the tensor scale is not a power of two from 2^-18 to 2^15.
@@ -114,11 +123,11 @@ class BlockQuantizer:
         return Kind.NVFP4
 
     def block_scales(self, x: Tensor) -> Tensor:
-        """The scale of each block, `E4M3(amax / (6 * tensor_scale))`: `(..., n)` to `(..., n / 16)` float8_e4m3fn."""
+        """The block scales of `x` `(..., n)`, `E4M3(amax / (6 * tensor_scale))`: `(..., n / 16)` float8_e4m3fn."""
         return _nearest_block_scales(_blocks(x.float()).abs().amax(-1), self.tensor_scale)
 
     def scales(self, x: Tensor) -> Tensor:
-        """The factor by which each block's codes are multiplied: `block_scale * tensor_scale`, fp32."""
+        """The factor of each block's codes, `block_scale * tensor_scale`: `(..., n / 16)` fp32."""
         return self.block_scales(x).float() * self.tensor_scale
 
     def codes(self, x: Tensor) -> Tensor:
@@ -126,14 +135,14 @@ class BlockQuantizer:
         return e2m1_codes(e2m1_round(block_units(x.float(), self.scales(x)))).flatten(-2)
 
     def fake(self, x: Tensor) -> Tensor:
-        """Fake quantization: `code * block_scale * tensor_scale`, fp32; every multiplication is exact."""
+        """Quantize and dequantize `x`: `code * block_scale * tensor_scale` in fp32; the multiplications are exact."""
         scale = self.scales(x)
         return e2m1_round(block_units(x.float(), scale)).mul_(scale.unsqueeze(-1)).flatten(-2)
 
 
 @dataclass(frozen=True, slots=True)
 class BlockScales:
-    """The scales of a weight.
+    """The scales of a weight in NVFP4.
 
     Raises:
         ValueError: the tensor scale is not a power of two from 2^-18 to 2^15, or a block scale is not positive.
@@ -158,7 +167,7 @@ class BlockCodes:
     """The codes of one weight in NVFP4."""
 
     codes: Tensor  # `(out, in)` uint8, one E2M1 code (0 to 15) each
-    scales: BlockScales  # of blocks along the input dimension
+    scales: BlockScales  # scales of the blocks along the input dimension
 
     @property
     def kind(self) -> Kind:
@@ -172,7 +181,7 @@ class BlockCodes:
 
     @property
     def scale(self) -> Tensor:
-        """The factor by which codes are multiplied, one per block: `(out, in / 16)` fp32."""
+        """The factor of each block's codes, `block_scale * tensor_scale`: `(out, in / 16)` fp32."""
         return self.scales.product
 
     def dequantize(self) -> Tensor:
@@ -181,19 +190,20 @@ class BlockCodes:
 
     @classmethod
     def of(cls, weight: Tensor, scales: BlockScales) -> BlockCodes:
-        """Round a weight `(out, in)` to the nearest codes."""
+        """Round a weight `(out, in)` to the nearest codes for the given scales."""
         return cls(e2m1_codes(e2m1_round(block_units(weight.float(), scales.product))).flatten(-2), scales)
 
 
 def choose_block_scales(weight: Tensor, *, search: bool = True) -> BlockScales:
-    """Choose the scales of a weight, for each block the one with the least squared rounding error.
+    """Choose the scales of a weight such that each block has the smallest squared rounding error.
 
-    The candidates are the E4M3 number nearest to `amax / 6` and its seven neighbours on either side: smaller scales
-    saturate, larger ones map the largest weight to 4 or 3, where the grid is finer.
+    The candidates for a block scale are the E4M3 number that maps the block's largest weight nearest to 6, and its
+    seven neighbours on either side. With smaller scales, the largest weights saturate; with larger ones, the largest
+    weight is mapped to 4 or 3, where the steps of the grid are smaller.
 
     Args:
-        weight: `(out, in)`, any float dtype; `in` is a multiple of 16.
-        search: whether to compare candidates; False takes the scale nearest to `amax / 6`.
+        weight: `(out, in)`, any floating-point dtype; `in` is a multiple of 16.
+        search: whether to compare the candidates; False to use the scale that maps the largest weight nearest to 6.
     """
     blocks = _blocks(weight.detach().float())
     amax = blocks.abs().amax(-1)

@@ -1,8 +1,8 @@
-"""An independent numpy implementation of E4M3 and bf16, used to verify results; it shares no code with `grids`.
+"""An independent implementation of E4M3 and bf16 in numpy, used to verify results.
 
-Codes are decoded from their sign, exponent and mantissa (OCP 8-bit floating point, revision 1.0), and numbers are
-rounded to nearest, ties to even, without any inexact intermediate step. Checking a quantizer against itself would prove
-nothing.
+It shares no code with `grids`, because comparing a quantizer with itself would prove nothing. Codes are decoded from
+their sign, exponent and mantissa (OCP 8-bit floating point, revision 1.0). Numbers are rounded to nearest, ties to
+even, without inexact intermediate steps.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ __all__ = ["dequantize_plain", "grid_numbers", "quantize_plain", "round_bf16", "
 
 _LARGEST: Final = 448.0
 _FLOOR: Final = 1e-12  # lower bound for a row's amax, so that a row of zeros has a positive scale
-_ROWS: Final = 1 << 18  # elements processed at a time: few enough to stay in the processor's cache
+_ROWS: Final = 1 << 18  # number of elements processed at a time, few enough to stay in the processor's cache
 
 
 def _decode(byte: int) -> float:
@@ -32,7 +32,7 @@ _VALUES: Final[NDArray[np.float32]] = np.array([_decode(byte) for byte in range(
 
 
 def dequantize_plain(codes: Tensor, scale: Tensor, *, transposed: bool = False) -> Tensor:
-    """`code * scale`, fp32; takes the same arguments as `grids.dequantize_weight`."""
+    """The dequantized weight, `code * scale` in fp32; same arguments as `grids.dequantize_weight`."""
     factor = scale.numpy().reshape(1, -1) if transposed and scale.ndim == 2 else scale.numpy()
     values = _VALUES.take(codes.contiguous().view(torch.uint8).numpy(), mode="clip")  # skips the bounds check
     values *= factor
@@ -46,11 +46,11 @@ def quantize_plain(weight: Tensor, *, transposed: bool = False) -> Tensor:
     and the quotients are rounded exactly.
 
     Args:
-        weight: any float dtype, `(out, in)`, or `(in, out)` when `transposed`.
-        transposed: whether outputs lie along the second axis.
+        weight: any floating-point dtype, `(out, in)`, or `(in, out)` if `transposed`.
+        transposed: whether outputs are along the second axis.
 
     Returns:
-        `code * scale`, fp32, shape of `weight`.
+        `code * scale` in fp32, in the shape of `weight`.
     """
     rows = weight.t() if transposed else weight
     found = torch.empty(rows.shape, dtype=torch.float32)
@@ -63,14 +63,23 @@ def quantize_plain(weight: Tensor, *, transposed: bool = False) -> Tensor:
 
 
 def round_bf16(values: Tensor) -> Tensor:
-    """Finite fp32 values rounded to bf16 (nearest, ties to even), returned as fp32."""
+    """Round finite values to bf16 (to nearest, ties to even); the result is an fp32 tensor."""
     bits: NDArray[Any] = values.float().contiguous().numpy().view(np.uint32)
     rounded = (bits + np.uint32(0x7FFF) + (bits >> np.uint32(16) & np.uint32(1))) & np.uint32(0xFFFF0000)
     return torch.from_numpy(rounded.view(np.float32))
 
 
 def row_errors(values: Tensor, original: Tensor, *, transposed: bool = False) -> float:
-    """Largest relative error of an output row, by norm (float64); tensors that are not matrices count as one row."""
+    """Largest relative error of an output row: norm of the difference divided by the norm of the original row.
+
+    Args:
+        values: the approximation, of the same shape as `original`.
+        original: `(out, in)`, or `(in, out)` if `transposed`; a tensor of another dimension counts as one row.
+        transposed: whether outputs are along the second axis.
+
+    Returns:
+        The error, computed in float64; NaN if a value is NaN.
+    """
     if original.ndim != 2:
         values, original = values.reshape(1, -1), original.reshape(1, -1)
     elif transposed:
@@ -85,7 +94,7 @@ def row_errors(values: Tensor, original: Tensor, *, transposed: bool = False) ->
 
 
 def squares(values: Tensor, original: Tensor) -> tuple[float, float]:
-    """Sums of squares of `values - original` and of `original`, float64; any shape."""
+    """Sum of squares of `values - original`, and of `original`, both in float64; for tensors of any shape."""
     true = original.reshape(1, -1).float().numpy()
     error = values.reshape(1, -1).float().numpy() - true
     return float(np.square(error, dtype=np.float64).sum()), float(np.square(true, dtype=np.float64).sum())
@@ -97,12 +106,12 @@ def _norms(rows: NDArray[np.float32]) -> NDArray[np.float64]:
 
 
 def grid_numbers(quotients: Tensor) -> Tensor:
-    """The nearest E4M3 number to each quotient, saturating, ties to even; fp32."""
+    """Round each quotient to the nearest E4M3 number, saturating, ties to even; the result is an fp32 tensor."""
     return torch.from_numpy(_nearest(quotients.float().contiguous().numpy()))
 
 
 def _nearest(quotients: NDArray[np.float32]) -> NDArray[np.float32]:
-    """The nearest E4M3 number to each quotient, saturating, ties to even."""
+    """Like `grid_numbers`, for numpy arrays."""
     found: NDArray[np.float32] = np.clip(quotients, np.float32(-_LARGEST), np.float32(_LARGEST))
     exponent = np.maximum(found.view(np.uint32) >> np.uint32(23) & np.uint32(255), np.uint32(127 - 6))
     step = (exponent - np.uint32(3) << np.uint32(23)).view(np.float32)  # a power of two, so only rint() rounds

@@ -1,17 +1,18 @@
-"""The number formats of a quantized vision transformer: grids that an integer (or FP8) runtime reproduces exactly.
+"""The number formats of quantized vision transformers, which integer and FP8 runtimes reproduce exactly.
 
-One formula covers every bit width and every engine: `code = clamp(round(x / scale), low, high)`, with the real value 0
-at code 0. An asymmetric range is expressed by `low` and `high`: `low = -z, high = 2^k - 1 - z` has the levels of a
-k-bit grid with zero point z, in an INT8 container whose own zero point is 0, as TensorRT requires. A non-negative range
-(probabilities) has `low = 0`. At 8 bits, the container only has room for symmetric ranges and for 0..127.
+Integer codes of every bit width and for every engine are `code = clamp(round(x / scale), low, high)`; the real value 0
+has the code 0. Values are divided by the scale, never multiplied by its reciprocal, and ties are rounded to even. The
+results are bitwise those of ONNX's QuantizeLinear.
 
-Values are divided by the scale, never multiplied by a reciprocal, and ties go to even: the formula of ONNX's
-QuantizeLinear, bit for bit.
+Asymmetric ranges are expressed by `low` and `high`: `low = -z, high = 2^k - 1 - z` has the levels of a k-bit format
+with zero point z, but is stored as INT8 with zero point 0, as TensorRT requires. A non-negative range (probabilities)
+has `low = 0`. With 8 bits, INT8 can only represent symmetric ranges and 0..127.
 
-`compensated_round` rounds a weight column by column, for any grid, and distributes each column's rounding error over
-the columns that are not rounded yet. This is the solver of GPTQ (arXiv 2210.17323, algorithm 1): the update of Optimal
-Brain Surgeon with the second moments H = X^T X of the layer's inputs, applied in blocks of columns. It makes
-`|| X (Q - W)^T ||` small even though `|| Q - W ||` is not. Columns are processed in descending order of H's diagonal.
+`compensated_round` rounds a weight column by column, to any number format, and distributes the rounding error of each
+column over the columns that are not rounded yet. This is the solver of GPTQ (arXiv 2210.17323, algorithm 1): the update
+of Optimal Brain Surgeon with the second moments H = X^T X of the layer's inputs, applied in blocks of columns. It makes
+the error of the layer's output, `|| X (Q - W)^T ||`, small, although `|| Q - W ||` is not. Columns are processed in
+descending order of the diagonal of H.
 """
 
 from __future__ import annotations
@@ -28,28 +29,31 @@ from fp8pipe.numerics.kinds import Kind
 
 INT8_MIN: Final = -128
 INT8_MAX: Final = 127
-# FP16 still has 6 mantissa bits here (it is subnormal): rounding a scale to FP16 changes it by less than 1 percent.
+# This number is subnormal in FP16 and has 6 mantissa bits, so rounding to FP16 changes a scale by less than 1 percent.
 SMALLEST_SCALE: Final = 2.0**-18
 _LARGEST_SCALE: Final = 65504.0
 
 
 def nearest_codes(units: Tensor, low: int, high: int) -> Tensor:
-    """Integer codes of `units` (values divided by their scale), in the dtype of `units`: nearest, ties to even."""
+    """Round values that were divided by their scale to the nearest code from `low` to `high`, ties to even.
+
+    The codes are returned in the dtype of `units`.
+    """
     return torch.round(units).clamp_(low, high)
 
 
 def storable_scale(scale: Tensor) -> Tensor:
-    """The nearest scale that FP16 represents exactly, as fp32; at least 2^-18.
+    """The nearest scale that FP16 represents exactly, and that is at least 2^-18; fp32.
 
-    Engines that compute in half precision need FP16 scales. Rounding a scale only at export would make it differ from
-    the one used in training; FP16's eleven significant bits are precise enough if the rounding precedes the training.
+    Engines that compute in half precision need FP16 scales. They are rounded before training, because a scale that is
+    rounded only at export would differ from the one used in training.
     """
     return scale.float().clamp(SMALLEST_SCALE, _LARGEST_SCALE).half().float()
 
 
 @dataclass(frozen=True, slots=True)
 class ActivationQuantizer:
-    """Quantizes an activation tensor with one static scale.
+    """Quantizes activations with one fixed scale per tensor.
 
     Raises:
         ValueError: the scale is not a positive fp32 number, or the bounds do not fit INT8.
@@ -73,7 +77,7 @@ class ActivationQuantizer:
         return 254 if self.kind is Kind.E4M3 else self.high - self.low + 1
 
     def codes(self, x: Tensor) -> Tensor:
-        """Codes of `x` (any shape, computed in fp32): int8 or float8_e4m3fn."""
+        """Codes of `x` (any shape), computed in fp32: int8, or float8_e4m3fn for E4M3."""
         units = x.float() / self._scale_on(x)
         if self.kind is Kind.E4M3:
             return E4M3.cast(units)
@@ -84,7 +88,7 @@ class ActivationQuantizer:
         return codes.float() * self._scale_on(codes)
 
     def fake(self, x: Tensor) -> Tensor:
-        """Fake quantization: `dequantize(codes(x))` in fp32; no gradient passes through the rounding."""
+        """Quantize and dequantize `x`: `dequantize(codes(x))` in fp32; no gradient passes through the rounding."""
         scale = self._scale_on(x)
         if self.kind is Kind.E4M3:
             return E4M3.cast(x.float() / scale).float().mul_(scale)
@@ -97,7 +101,7 @@ class ActivationQuantizer:
 
 @dataclass(frozen=True, slots=True)
 class WeightCodes:
-    """The codes of one weight, with per-channel scales."""
+    """The codes of one weight, with one scale per output channel."""
 
     codes: Tensor  # int8 or float8_e4m3fn, in the weight's own shape, output channels first
     scale: Tensor  # `(out,)` fp32, positive; `weight = code * scale`
@@ -114,7 +118,14 @@ class WeightCodes:
 
     @classmethod
     def of(cls, weight: Tensor, scale: Tensor, bits: int, kind: Kind = Kind.INT) -> WeightCodes:
-        """Round a weight `(out, ...)` of any float dtype to the nearest codes for a positive scale `(out,)`, fp32."""
+        """Round a weight to the nearest codes.
+
+        Args:
+            weight: `(out, ...)`, any floating-point dtype.
+            scale: positive fp32 scales, `(out,)`.
+            bits: width of integer codes; ignored for E4M3.
+            kind: the number format, integer or E4M3.
+        """
         units = weight.float() / _per_channel(scale, weight)
         if kind is Kind.E4M3:
             return cls(E4M3.cast(units), scale.float(), 8)
@@ -122,7 +133,10 @@ class WeightCodes:
 
 
 def weight_limits(bits: int) -> tuple[int, int]:
-    """Smallest and largest weight code: two's complement, except -128, which some engines do not accept."""
+    """Smallest and largest integer code of a weight: the range of two's complement, but without -128 for 8 bits.
+
+    Some engines do not accept -128.
+    """
     half = 2 ** (bits - 1)
     return max(-half, -INT8_MAX), half - 1
 
@@ -132,7 +146,11 @@ def _per_channel(scale: Tensor, like: Tensor) -> Tensor:
 
 
 class Compensated(NamedTuple):
-    """Weights just `before` their rounding, with the errors compensated so far, and `rounded`; `(out, in)` fp32."""
+    """The result of `compensated_round`, `(out, in)` fp32.
+
+    `before` contains each weight as it was just before it was rounded, that is, with the compensation of the errors of
+    columns rounded earlier; `rounded` contains the rounded weights.
+    """
 
     before: Tensor
     rounded: Tensor
@@ -148,20 +166,20 @@ def compensated_round(
     damping_floor: float = 0.0,
     fused: bool = True,
 ) -> Compensated:
-    """Round `weight` so that the error of `X weight^T` is small for inputs with second moments `moments`.
+    """Round `weight` so that the error of `X weight^T` is small for inputs X with second moments `moments`.
 
     Args:
-        weight: `(out, in)`, any float dtype; not modified.
+        weight: `(out, in)`, any floating-point dtype; not modified.
         moments: H, `(in, in)` fp32: X^T X up to a constant factor.
-        round_column: rounds `(out,)` fp32 values to the grid, given the values and the column's index.
-        block: number of columns in a block; the remaining columns are updated once per block, with one GEMM.
-        damping: added to H's diagonal, as a fraction of its mean.
-        damping_floor: also added to H's diagonal, as an absolute value.
-        fused: multiply and subtract in one operation; False rounds the product before subtracting it.
+        round_column: rounds the values of one column, `(out,)` fp32; called with the values and the column's index.
+        block: number of columns in a block; the columns after a block are updated once per block, with one GEMM.
+        damping: number added to the diagonal of H, as a fraction of the diagonal's mean.
+        damping_floor: another number added to the diagonal of H.
+        fused: multiply and subtract in one operation; if False, the product is rounded before it is subtracted.
     """
     order = torch.argsort(moments.diagonal(), descending=True, stable=True)
     factor = _inverse_factor(moments[order][:, order], damping, damping_floor)
-    work = weight.detach().float().t()[order].contiguous()  # (in, out), so that each input's weights are contiguous
+    work = weight.detach().float().t()[order].contiguous()  # (in, out), so that the weights of an input are contiguous
     rounded = torch.empty_like(work)
     for start in range(0, work.shape[0], block):
         stop = min(start + block, work.shape[0])

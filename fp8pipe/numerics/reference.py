@@ -1,12 +1,13 @@
-"""Reference implementation of FP8 training in torch: it defines what the optimized backends must compute.
+"""Reference implementation of FP8 training in torch, which defines what the optimized backends must compute.
 
-Operands are rounded to FP8; the products of their dequantized values are summed in fp32, and the sum is rounded once.
-E4M3 and E5M2 codes are exact in bf16 and their products are exact in fp32, so with power-of-two scales a bf16 GEMM of
-dequantized operands equals the FP8 GEMM, and torch's own FP8 GEMM, which is slow on a CPU, is not needed.
+Operands are rounded to FP8, the products of their dequantized values are summed in fp32, and the sum is rounded once.
+E4M3 and E5M2 codes are exact in bf16, and their products are exact in fp32. With power-of-two scales, a bf16 GEMM of
+dequantized operands is therefore equal to the FP8 GEMM, and is used because torch's FP8 GEMM is slow on a CPU.
 
-A matrix of codes [W; A] stacks the rows of a weight W on those of an adapter A. Activations and gradients are quantized
-by the same rule as its scale. `power-of-two` uses one scale per row (token), as engines do when serving, so that one
-outlier token does not push all others into the subnormal range; `exact` uses one scale per tensor.
+The rows of a weight W and of an adapter's matrix A are stored in one matrix of codes, [W; A], with one scale; the
+adapter's other matrix is B. Activations and gradients are quantized by the rule of that scale. `power-of-two` uses one
+scale per row (token), as engines do, so that one token with large values does not push all others into the subnormal
+range; `exact` uses one scale per tensor.
 """
 
 from __future__ import annotations
@@ -19,14 +20,19 @@ from fp8pipe.numerics.kinds import ScaleRule
 
 
 class Backend:
-    """The operations in torch, correct on every device; optimized backends override some of them."""
+    """The operations of FP8 training, written in torch for any device; optimized backends override some of them."""
 
     def cast(self, x: Tensor, grid: FloatGrid, rule: ScaleRule, out: Tensor | None = None) -> Tensor:
-        """Round `x` `(rows, cols)`, bf16 or fp32, to `grid` with dynamic scales: per row for `power-of-two`, else one.
+        """Quantize and dequantize a matrix, with scales computed from its values.
+
+        Args:
+            x: `(rows, cols)`, bf16 or fp32.
+            grid: the grid to round to.
+            rule: the rule for the scales: `power-of-two` uses one per row, `exact` one for the whole matrix.
+            out: tensor to write the result to, `(rows, cols)` with unit column stride in the dtype of the result.
 
         Returns:
-            The dequantized values: in the dtype of `x` for `power-of-two` (exact), else in fp32. They are written to
-            `out` if it is given: `(rows, cols)` with unit column stride, in the result's dtype.
+            The dequantized values: for `power-of-two` in the dtype of `x`, which represents them exactly, else in fp32.
         """
         codes, scale = quantize(x, grid, rule, per_row=rule is ScaleRule.POWER_OF_TWO)
         values = scale.dequantize(codes)
@@ -34,19 +40,21 @@ class Backend:
         return values if out is None else out.copy_(values)
 
     def decode(self, codes: Tensor, scale: Scale, dtype: torch.dtype) -> Tensor:
-        """Dequantize E4M3 codes `(rows, cols)`: to `dtype` (bf16 or fp32) with a power-of-two scale, else to fp32."""
+        """Dequantize E4M3 codes `(rows, cols)`, to `dtype` (bf16 or fp32) with a power-of-two scale, else to fp32."""
         values = scale.dequantize(codes)
         return values if scale.rule is ScaleRule.EXACT else values.to(dtype)
 
     def decode_units(self, codes: Tensor) -> Tensor:
-        """The values of E4M3 codes (any shape) before scaling, fp32."""
+        """The values of E4M3 codes (any shape) without their scale, fp32."""
         return codes.float()
 
     def merge_rows(self, codes: Tensor, rows: Tensor, update: Tensor) -> None:
-        """`codes[rows] = round(codes[rows] + update)`, rounded to nearest, in place.
+        """Add an update to some rows of codes, in place: `codes[rows] = round(codes[rows] + update)`, to nearest.
 
-        `codes` are E4M3 `(out, in)`, `rows` distinct int64 indices, and `update` is fp32 `(len(rows), in)`, in units of
-        the scale.
+        Args:
+            codes: E4M3, `(out, in)`.
+            rows: distinct indices of rows, int64.
+            update: `(len(rows), in)` fp32, already divided by the scale.
         """
         stored = codes.view(torch.uint8)
         merged = E4M3.cast(stored[rows].view(E4M3.dtype).float() + update)
@@ -55,14 +63,14 @@ class Backend:
     def forward(
         self, x: Tensor, codes: Tensor, scale: Scale, rank: int, b: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """`Y = X W^T` and `O = X A^T`; if `b` is given, `Y = X W^T + O B^T`.
+        """Compute `Y = X W^T` and `O = X A^T`; if `b` is given, `Y = X W^T + O B^T`.
 
         Args:
-            x: `(tokens, in)`, bf16 or fp32; cast to E4M3.
-            codes: [W; A], `(out + rank, in)` E4M3.
-            scale: of the codes; a power of two if `b` is given.
+            x: X, `(tokens, in)`, bf16 or fp32; it is quantized to E4M3.
+            codes: E4M3 codes of [W; A], `(out + rank, in)`.
+            scale: scale of the codes; must be a power of two if `b` is given.
             rank: number of rows of A.
-            b: B, `(out, rank)` fp32, rounded to the dtype of x.
+            b: B, `(out, rank)` fp32; it is rounded to the dtype of `x`.
 
         Returns:
             Y `(tokens, out)` and O `(tokens, rank)`, in the dtype of x. O shares no memory with Y.
@@ -80,14 +88,14 @@ class Backend:
     def backward(
         self, grad: Tensor, o: Tensor, codes: Tensor, scale: Scale, b: Tensor | None = None, *, wants_input: bool = True
     ) -> tuple[Tensor | None, Tensor]:
-        """`dB = G^T O` and `dX = G W`; if `b` is given, `dX = [G | G B] [W; A]`.
+        """Compute the gradients `dB = G^T O` and `dX = G W`; if `b` is given, `dX = [G | G B] [W; A]`.
 
-        G is cast to E5M2 for the multiplication with W. G B stays in the dtype of G, as do G and O in dB, unless the
-        scale rule is `exact`: then G is cast to E5M2 and O to E4M3, with one scale each.
+        G is quantized to E5M2 for the multiplication with W; G B stays in the dtype of G. For dB, G and O are not
+        quantized, unless the scale rule is `exact`: then G is quantized to E5M2 and O to E4M3, with one scale each.
 
         Args:
-            grad: G, `(tokens, out)`, bf16 or fp32.
-            o: `(tokens, rank)`, as returned by `forward`.
+            grad: G, the gradient of Y, `(tokens, out)`, bf16 or fp32.
+            o: O as returned by `forward`, `(tokens, rank)`.
             codes: as in `forward`.
             scale: as in `forward`.
             b: as in `forward`.

@@ -1,6 +1,6 @@
-"""Triton kernels for the operations around the GEMMs of FP8 training: casting rows to FP8, and transposing codes.
+"""Triton kernels for operations around the GEMMs of FP8 training: casting rows to FP8, and transposing codes.
 
-`fused.py` decides on which devices they run, and checks them there against `grids.quantize` before they are used.
+`fused.py` calls them, on devices on which it has found their results to be equal to those of torch.
 """
 
 from __future__ import annotations
@@ -16,19 +16,20 @@ from torch import Tensor
 from fp8pipe.numerics.grids import AMAX_FLOOR, FloatGrid
 
 _FLOOR_BITS: Final = struct.unpack("<i", struct.pack("<f", AMAX_FLOOR))[0]
-_PER_THREAD: Final = 32  # elements of a row per thread, few enough to stay in registers
+_PER_THREAD: Final = 32  # number of elements of a row per thread, few enough to stay in registers
 _TILE: Final = 64
 
 
-# The parameters have no annotations, because Triton would compile those too and resolves only its own names.
+# Other parameters are not annotated, because Triton compiles the annotations too and resolves only its own names.
 @triton.jit  # type: ignore[untyped-decorator]
 def cast_rows(  # type: ignore[no-untyped-def]
     x, codes, scales, columns, stride, MAX_BITS: tl.constexpr, FLOOR_BITS: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """Cast one row of bf16 `x` to FP8 codes with a power-of-two scale: one program per row, which reads the row once.
+    """Cast a row of bf16 `x` to FP8 codes with a power-of-two scale; each program reads one row once.
 
-    The scale is that of `grids.power_of_two_scale`, computed on the bits of fp32 numbers. Magnitudes are compared as
-    integers too, so that a NaN is the maximum, which a floating-point comparison would ignore.
+    The scale is that of `grids.power_of_two_scale`, computed from the bit patterns of fp32 numbers. The maximum of the
+    magnitudes is also computed from bit patterns, where NaN is larger than any number; a floating-point maximum would
+    ignore NaN.
     """
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
@@ -48,7 +49,7 @@ def cast_rows(  # type: ignore[no-untyped-def]
 
 @triton.jit  # type: ignore[untyped-decorator]
 def transpose_tile(source, target, rows, columns, TILE: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Transpose one tile of a byte matrix `(rows, columns)`; both source and target are accessed along their rows."""
+    """Transpose one tile of a byte matrix `(rows, columns)`, so that both matrices are accessed along their rows."""
     i = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
     j = tl.program_id(1).to(tl.int64) * TILE + tl.arange(0, TILE)
     inside = (i < rows)[:, None] & (j < columns)[None, :]
@@ -57,13 +58,21 @@ def transpose_tile(source, target, rows, columns, TILE: tl.constexpr):  # type: 
 
 
 def block_of(columns: int) -> tuple[int, int]:
-    """Number of elements that a program of `cast_rows` processes, a power of two, and its number of warps."""
+    """For rows of `columns` elements, the block size of a `cast_rows` program, a power of two, and its warps."""
     block = max(128, triton.next_power_of_2(columns))
     return block, min(32, max(1, block // (32 * _PER_THREAD)))
 
 
 def quantize_rows(x: Tensor, grid: FloatGrid) -> tuple[Tensor, Tensor]:
-    """Quantize bf16 `x` with unit column stride: codes `(rows, cols)`, and one scale per row, fp32 `(rows, 1)`."""
+    """Quantize the rows of a matrix, each with a power-of-two scale.
+
+    Args:
+        x: `(rows, cols)` bf16, with unit column stride.
+        grid: the grid of the codes.
+
+    Returns:
+        Codes `(rows, cols)`, and scales `(rows, 1)` in fp32.
+    """
     rows, columns = x.shape
     codes = torch.empty(rows, columns, dtype=grid.dtype, device=x.device)
     scales = torch.empty(rows, 1, dtype=torch.float32, device=x.device)

@@ -1,7 +1,7 @@
-"""Recognizes PEFT adapters: an adapter without its base model cannot be tuned, exported or served.
+"""Detects PEFT adapters, which cannot be fine-tuned, exported or served without their base model.
 
-An adapter's weights look like those of a checkpoint, and transformers would silently load them into a model stored in
-the same directory. Every command that opens a model directory therefore checks here first and reports the same error.
+An adapter's weight file looks like that of a checkpoint, and transformers silently applies an adapter to a model stored
+in the same directory. Every command that opens a model directory therefore calls `read_adapter` first.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ class Adapter:
 
     Attributes:
         kind: PEFT's adapter type, for instance "LORA".
-        base: the base model, as named during training.
+        base: name or path of the base model, as given when the adapter was trained; empty if not stated.
         ranks: LoRA ranks; the first is the default, the others come from per-layer patterns.
-        alpha: the update is scaled by alpha / rank.
+        alpha: LoRA alpha; the low-rank update is multiplied by alpha / rank. None if not stated.
         targets: name suffixes of the adapted layers, or a single regular expression.
-        modules: modules that the adapter replaces completely (embeddings, heads).
+        modules: modules that the adapter replaces as a whole (embeddings, heads).
     """
 
     kind: str
@@ -47,9 +47,9 @@ class Adapter:
 
 
 def read_adapter(root: Path) -> Adapter | None:
-    """The adapter in a directory, or None if there is none.
+    """The adapter in a directory, or None if there is no adapter_config.json.
 
-    Unreadable fields of adapter_config.json are left empty: the file's presence alone shows that there is an adapter.
+    Missing or malformed fields are left empty: the presence of the file is enough to identify an adapter.
     """
     if not (root / ADAPTER_FILE).is_file():
         return None

@@ -1,6 +1,7 @@
-"""Decides which error class an unusable file raises, so that every command exits with the same code for it.
+"""Chooses the error class for a file that cannot be used, so that every command exits with the same code for it.
 
-A file inside an artifact was written by this tool, so the artifact is damaged. Any other file is the user's input.
+Files inside an artifact were written by fp8pipe, so a bad one means that the artifact is damaged. Any other file is the
+user's input.
 """
 
 from __future__ import annotations
@@ -12,7 +13,18 @@ from fp8pipe.core.errors import BadArtifactError, ConfigurationError
 
 
 def unusable(path: Path, what: str, *, why: str = "", fix: str = "") -> BadArtifactError | ConfigurationError:
-    """The error to raise for a file or directory: BadArtifactError inside an artifact, else ConfigurationError."""
+    """Create the error for a file or directory that cannot be used; the caller raises it.
+
+    Args:
+        path: the file or directory.
+        what: the error message.
+        why: the cause.
+        fix: what the user can do.
+
+    Returns:
+        A `BadArtifactError` if the path is an artifact's directory or a file in one (also one that is still being
+        written, `*.partial`), otherwise a `ConfigurationError`.
+    """
     root = path if path.is_dir() else path.parent
     ours = root.suffix == ".partial" or any((root / name).is_file() for name in (MANIFEST_NAME, CHECKSUM_NAME))
     return (BadArtifactError if ours else ConfigurationError)(what, why=why, fix=fix)

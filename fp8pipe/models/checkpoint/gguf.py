@@ -1,13 +1,13 @@
-"""Converts a GGUF file to an ordinary Hugging Face checkpoint, once, and keeps the result in the cache.
+"""Converts a GGUF file to an ordinary Hugging Face checkpoint, and caches the result for later calls.
 
-transformers can read GGUF weights but marks the loaded model "quantized with gguf" and refuses to save it.
-The loaded weights are plain floating point by then, so the state dict is moved into a fresh model of the
-same configuration without the ``quantization_config`` entry, and that model is saved: bfloat16 safetensors
-under the checkpoint's names (a tied lm_head is omitted), generation_config, tokenizer and chat template.
+transformers can read GGUF weights, but marks the loaded model as quantized with gguf and refuses to save it, although
+its weights are plain floating point by then. They are therefore assigned to a new model whose configuration has no
+``quantization_config``, and that model is saved: bfloat16 safetensors under the usual tensor names (without a tied
+lm_head), generation_config, tokenizer and chat template.
 
-The conversion runs in ``<target>.partial`` under a file lock and ends with a single rename. Readers see either the
-complete checkpoint or none, concurrent processes convert only once, and the next conversion removes whatever a killed
-one left behind.
+The conversion writes to ``<target>.partial`` under a file lock and ends with a single rename. Readers thus see either
+the complete checkpoint or none, concurrent processes convert only once, and the next conversion removes the remains of
+an interrupted one.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from fp8pipe.core.errors import (
 
 log = logging.getLogger(__name__)
 
-# Written into each converted directory; raise it when the conversion below changes what it writes.
+# Stored in each converted directory. Increment it when the conversion changes, so that old results are replaced.
 CONVERSION_VERSION: Final = 1
 RECORD: Final = "conversion.json"
 GGUF_MAGIC: Final = b"GGUF"
@@ -51,13 +51,13 @@ def cache_root() -> Path:
 
 
 def convert_gguf(gguf: Path, *, name: str | None = None) -> Path:
-    """Directory of the checkpoint converted from ``gguf``; converts on the first call, reuses it afterwards.
+    """Convert a GGUF file unless that was done before, and return the directory of the resulting checkpoint.
 
-    The directory is ``<cache>/<name>-<first 12 digits of the file's sha256>``.
+    The directory is ``<cache>/<name>-<first 12 hex digits of the file's sha256>``.
 
     Args:
         gguf: the GGUF file.
-        name: cache name; the file's stem by default.
+        name: first part of the directory's name; by default the file's name without its suffix.
 
     Raises:
         ConfigurationError: the file does not exist or is not GGUF, transformers cannot read its architecture, or the
@@ -108,7 +108,11 @@ def _check_gguf(gguf: Path) -> None:
 
 
 def _is_current(target: Path, digest: str) -> bool:
-    """True for a complete conversion by this version of the code; False for one by an older version.
+    """Whether a directory is a complete conversion of this file by the current `CONVERSION_VERSION`.
+
+    Args:
+        target: the converted directory.
+        digest: sha256 of the GGUF file.
 
     Raises:
         BadArtifactError: a file is missing or its size has changed since it was written.
@@ -135,7 +139,7 @@ def _damaged(target: Path, why: str) -> BadArtifactError:
 
 
 def _write_record(root: Path, gguf: Path, digest: str) -> None:
-    """Writes the provenance and the sizes, and flushes every file to the disk."""
+    """Write the source, its digest and the size of each file to `RECORD`, and flush every file to disk."""
     files = {p.name: p.stat().st_size for p in sorted(root.iterdir())}
     record = {"version": CONVERSION_VERSION, "source": gguf.name, "sha256": digest, "files": files}
     (root / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
@@ -162,7 +166,7 @@ def _convert_into(gguf: Path, root: Path) -> None:
             gguf_file=gguf.name,
             dtype=torch.bfloat16,
             trust_remote_code=False,
-            # Without this, weights stay in GGUF blocks if a kernel for them is installed.
+            # Otherwise transformers keeps the weights in GGUF blocks if a kernel for them is installed.
             quantization_config=transformers.GgufConfig(dequantize=True),
         )
         tokenizer = transformers.AutoTokenizer.from_pretrained(
@@ -186,14 +190,14 @@ def _convert_into(gguf: Path, root: Path) -> None:
 
 
 def _unmarked(loaded: Any) -> Any:
-    """A model of the same class and weights (shared, not copied) that no longer claims to be quantized."""
+    """A model of the same class that shares the weights of `loaded`, but is not marked as quantized."""
     import torch
 
     config = copy.deepcopy(loaded.config)
     for mark in ("quantization_config", "_model_name_or_path"):
         if hasattr(config, mark):
             delattr(config, mark)
-    with torch.device("meta"):  # no memory and no random initialisation: every weight is assigned below
+    with torch.device("meta"):  # allocates and initializes nothing: every weight is assigned below
         fresh = type(loaded)(config)
     fresh.load_state_dict(loaded.state_dict(), strict=True, assign=True)
     fresh.tie_weights()
@@ -202,10 +206,10 @@ def _unmarked(loaded: Any) -> Any:
 
 
 def _fix_pre_tokenizer(tokenizer: Any, gguf: Path) -> None:
-    """Restores SmolLM's digit splitting, which transformers omits when it reads a GGUF file.
+    """Restore SmolLM's splitting of numbers into digits, which transformers omits when it reads a GGUF file.
 
-    The vocabulary has no multi-digit tokens, so only white space before a number is affected. Training text should
-    still be tokenized exactly as the model's original training text was.
+    The vocabulary has no tokens of several digits, so only white space before a number is tokenized differently. It is
+    restored nevertheless, so that text is tokenized exactly as in the model's original training.
     """
     from gguf import GGUFReader
     from tokenizers import pre_tokenizers

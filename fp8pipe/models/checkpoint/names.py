@@ -1,9 +1,10 @@
-"""Maps the tensor names in a checkpoint to the names in the loaded transformers model, by transformers' own rules.
+"""Maps tensor names in a checkpoint to those in the loaded transformers model, using transformers' own rules.
 
-transformers renames and merges tensors on loading (GPT-NeoX's `embed_out`, the towers of Gemma 3 and Qwen2.5-VL,
-experts stacked into one tensor). Checkpoints keep their own names through every stage, because engines read those. Code
-that needs both names gets them here, from transformers' rules rather than a copy of them. The rules are applied to the
-names that a checkpoint actually has, and the resulting table can be read in both directions: no pattern is inverted.
+transformers renames and merges tensors on loading (GPT-NeoX's `embed_out`, the vision towers of Gemma 3 and Qwen2.5-VL,
+experts that are stacked into one tensor). All stages of fp8pipe keep the checkpoint's names, because inference engines
+read those; this module provides the mapping where both names are needed. It applies transformers' rules to the names
+that the checkpoint contains, which gives a table that can be searched in both directions. The rules themselves are
+regular expressions, and are never inverted.
 """
 
 from __future__ import annotations
@@ -26,12 +27,12 @@ from fp8pipe.models.language.experts import UnstackedExperts, expert_of
 
 @dataclass(frozen=True, slots=True)
 class ModelName:
-    """The model tensor that a stored tensor belongs to.
+    """The tensor of the loaded model to which a tensor of the checkpoint belongs.
 
     Attributes:
-        name: the model's tensor name; for a scale, the name of its weight plus the suffix.
-        whole: the stored tensor is used unchanged; False if transformers computes the model tensor from several.
-        renamed: transformers' rules changed the name (other than adding or removing the base model's prefix).
+        name: its name in the model; for a scale, the model's name of the scaled weight plus `SCALE_SUFFIX`.
+        whole: the stored tensor is loaded unchanged; False if transformers merges several stored tensors into one.
+        renamed: transformers' rules changed the name; adding or removing the base model's prefix does not count.
     """
 
     name: str
@@ -44,11 +45,12 @@ class Naming:
     """transformers' naming rules for one architecture.
 
     Attributes:
-        prefix: of the base model; checkpoints of the bare model omit it.
+        prefix: name prefix of the base model, such as "model"; checkpoints of the base model alone omit it.
         tensors: names of the model's tensors.
-        modules: names of its modules.
-        experts: names of those modules that hold unstacked experts.
-        rules: transformers' transforms in loading order; stored without any matching state.
+        modules: names of the model's modules.
+        experts: names of the modules that hold unstacked experts (`UnstackedExperts`).
+        rules: transformers' renaming and merging rules, in the order in which loading applies them; never applied
+            directly but copied first, because some rules keep state after a match.
     """
 
     prefix: str = ""
@@ -58,12 +60,16 @@ class Naming:
     rules: tuple[Any, ...] = field(default=(), repr=False, compare=False)
 
     def table(self, stored: Iterable[str]) -> dict[str, ModelName]:
-        """Model names by stored name, in the given order; a scale follows its weight."""
-        rules = copy.deepcopy(self.rules)  # some rules keep state after their first match: start afresh for every table
+        """Map each name in a checkpoint to its `ModelName`; a scale is mapped like its weight.
+
+        Args:
+            stored: all tensor names of a checkpoint; the result has the same order.
+        """
+        rules = copy.deepcopy(self.rules)  # some rules keep state after their first match
         joins = [rule for rule in rules if hasattr(rule, "operations")]
         renames = [rule for rule in rules if not hasattr(rule, "operations")]
         given = list(stored)
-        # transformers processes the names in sorted order, with numbers compared by value.
+        # Same order as in transformers, because of rules with state: sorted, with numbers compared by value.
         found = {name: self._one(name, renames, joins) for name in sorted(given, key=_natural)}
         return {name: found[name] for name in given}
 
@@ -81,14 +87,19 @@ class Naming:
         return ModelName(self._spelt(name) + suffix, renamed=name != before)
 
     def _spelt(self, name: str) -> str:
-        """The name as the model knows it, with or without the base model's prefix; unchanged if it knows neither."""
+        """The name with or without the base model's prefix, whichever the model has; unchanged if it has neither."""
         ways = (name, name.removeprefix(f"{self.prefix}."), f"{self.prefix}.{name}")
         known = (way for way in ways if way in self.tensors or way.rpartition(".")[0] in self.modules)
         return next((way for way in ways if way in self.tensors), next(known, name))
 
 
 def naming_of(model: nn.Module, tensors: Iterable[str]) -> Naming:
-    """The rules by which transformers loads a model (real or on the meta device) that has these tensors."""
+    """The naming rules of a model; empty rules if it is not a transformers model.
+
+    Args:
+        model: the model, loaded or on the meta device.
+        tensors: names of its tensors.
+    """
     rules: list[Any] = []
     if isinstance(model, import_transformers().PreTrainedModel):
         from transformers.conversion_mapping import get_model_conversion_mapping
@@ -101,7 +112,15 @@ def naming_of(model: nn.Module, tensors: Iterable[str]) -> Naming:
 
 
 def checkpoint_names(root: Path, naming: Naming, modules: Iterable[str]) -> dict[str, str]:
-    """For each module that owns a weight, its name in the checkpoint (without `.weight`).
+    """Map the names of modules in the model to their names in the checkpoint.
+
+    Args:
+        root: the checkpoint's directory.
+        naming: the naming rules of its architecture.
+        modules: names of modules that own a `weight`.
+
+    Returns:
+        For each module, the name of its weight in the checkpoint without `.weight`.
 
     Raises:
         ConfigurationError: the checkpoint does not store a module's weight unchanged.
@@ -127,4 +146,5 @@ def checkpoint_names(root: Path, naming: Naming, modules: Iterable[str]) -> dict
 
 
 def _natural(name: str) -> list[tuple[int, int, str]]:
+    # Sort key by which `layers.10` follows `layers.9`.
     return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"(\d+)", name)]

@@ -1,8 +1,8 @@
 """Processes a checkpoint's tensors in blocks of rows that fit into a CPU cache, several blocks in parallel.
 
-Processing whole matrices in fp32, one operation at a time, spends more time on allocating memory pages than on
-arithmetic, and its memory use grows with the largest matrix. Blocks are read rather than memory-mapped, so that
-resident memory holds only the blocks being processed, whatever the size of the model.
+Processing whole matrices in fp32, one operation after another, spends more time on allocating memory pages than on
+arithmetic, and needs memory in proportion to the largest matrix. Blocks are read from the file, not memory-mapped, so
+that only the blocks in progress are resident in memory, whatever the size of the model.
 """
 
 from __future__ import annotations
@@ -29,28 +29,32 @@ R = TypeVar("R")
 
 
 def row_blocks(entry: TensorEntry) -> list[range]:
-    """Row ranges of about 2^18 values each (first axis; a scalar is one row); one empty range for an empty tensor."""
+    """Divide a tensor into ranges of rows (indices along the first axis) of about 2^18 values each.
+
+    A scalar counts as one row. For an empty tensor, the result is a single empty range.
+    """
     rows = entry.shape[0] if entry.shape else 1
     size = max(1, _BLOCK_VALUES // max(1, math.prod(entry.shape[1:])))
     return [range(start, min(start + size, rows)) for start in range(0, rows, size)] or [range(0)]
 
 
 def read_rows(entry: TensorEntry, rows: range) -> Tensor:
-    """Consecutive rows, on the CPU: `(len(rows), *shape[1:])`, or `()` for a scalar; see the entry's method."""
+    """Consecutive rows of a tensor, on the CPU: `(len(rows), *shape[1:])`, or `()` for a scalar."""
     return entry.read_rows(rows)
 
 
 def same_values(a: TensorEntry, b: TensorEntry) -> bool:
-    """Whether two tensors have the same dtype, shape and bits; holds one block of each in memory."""
+    """Whether two tensors have the same dtype, shape and bits; only a few blocks of each are in memory at a time."""
     if (a.dtype, a.shape) != (b.dtype, b.shape):
         return False
     return all(each(lambda rows: same_bits(read_rows(a, rows), read_rows(b, rows)), row_blocks(a)))
 
 
 def each(work: Callable[[T], R], items: Iterable[T]) -> Generator[R, None, None]:
-    """Apply `work` to each item on as many threads as torch would use; results come in order, with few in flight.
+    """Apply `work` to each item, on as many threads as torch is set to use, and yield the results in order.
 
-    An exception in `work` is raised here, and the remaining items are not processed.
+    Only about four items per thread are submitted ahead of the consumer. An exception in `work` is raised here, and the
+    items not yet started are skipped.
     """
     threads = torch.get_num_threads()
     if threads == 1:

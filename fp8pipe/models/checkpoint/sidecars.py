@@ -1,7 +1,7 @@
-"""The list of files that accompany a model's weights, shared by downloads, fine-tuning and exports.
+"""Lists and copies the files that accompany a model's weights, for downloads, fine-tuning and exports alike.
 
-Omitting a licence file violates the licence; omitting a tokenizer file or chat template changes the model's answers.
-All three places that copy such files therefore use this list.
+All three use the same lists, because an omitted file is a mistake that is easily overlooked: without its licence file,
+a copy violates the licence; without a tokenizer file or chat template, the model answers differently.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from fp8pipe.models.checkpoint.blame import unusable
 
 TEMPLATE_DIRECTORY: Final = "additional_chat_templates"
 
-# What Hugging Face repositories keep beside their weights for serving. Training logs, plots, adapters and weights in
-# other formats match none of these.
+# Files for serving that Hugging Face repositories store beside the weights. None of these patterns matches training
+# logs, plots, adapters or weights in other formats.
 SERVED_FILES: Final = (
     "generation_config.json",
     "tokenizer*",
@@ -35,16 +35,21 @@ SERVED_FILES: Final = (
     "NOTICE*",
     "USE_POLICY*",
 )
-# A base model's directory holds nothing but the model, so everything that may matter is copied.
+# A base model's directory contains only the model, so every file that may affect it is copied.
 BASE_MODEL_FILES: Final = (*SERVED_FILES, "*.json", "*.jinja", "*.model", "*.txt")
 HUB_FILES: Final = ("*.safetensors", *BASE_MODEL_FILES, f"{TEMPLATE_DIRECTORY}/*")
 _WEIGHTS: Final = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf", "*.index.json", "manifest.*")
 
 
 def sidecar_files(root: Path, patterns: Sequence[str]) -> Iterator[Path]:
-    """Files at the top level of a model's directory that match `patterns`, and its named chat templates; never weights.
+    """Find the files beside a model's weights; never the weights themselves.
 
-    Yields paths relative to `root`, sorted.
+    Args:
+        root: the model's directory.
+        patterns: shell patterns for file names at the top level. The files in `TEMPLATE_DIRECTORY` are always included.
+
+    Yields:
+        Paths relative to `root`, sorted.
     """
     top = [p for p in root.iterdir() if p.is_file() and not any(fnmatch(p.name, weights) for weights in _WEIGHTS)]
     found = [p for p in top if any(fnmatch(p.name, pattern) for pattern in patterns)]
@@ -55,7 +60,7 @@ def sidecar_files(root: Path, patterns: Sequence[str]) -> Iterator[Path]:
 
 
 def copy_sidecars(source: Path, target: Path, patterns: Sequence[str]) -> None:
-    """Copy `sidecar_files` byte for byte: changing one character of a chat template changes a model's answers."""
+    """Copy `sidecar_files` from `source` to `target`, byte for byte."""
     for relative in sidecar_files(source, patterns):
         (target / relative).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source / relative, target / relative)
@@ -70,7 +75,7 @@ def read_config(path: Path) -> dict[str, Any]:
     """Read a JSON object stored beside the weights, such as config.json.
 
     Raises:
-        BadArtifactError, ConfigurationError: missing, unreadable, or not an object; see `unusable`.
+        BadArtifactError, ConfigurationError: the file is missing, unreadable, or not a JSON object; see `unusable`.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))

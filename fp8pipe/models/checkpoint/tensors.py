@@ -1,8 +1,8 @@
-"""A checkpoint's weights as a table of entries: the index and headers are read first, then one tensor at a time.
+"""Reads the safetensors files of a checkpoint: first the index and the headers, then tensors one at a time.
 
 Planning needs only names, dtypes and shapes; writing and comparing need one tensor in memory at a time. Each read
-reopens the file, so that no memory mapping outlives its tensor and memory use stays near the size of one tensor. Names
-come from the checkpoint, never from the module tree, because transformers renames weights when it loads them.
+reopens the file, so that no memory mapping outlives its tensor and memory use stays near the size of one tensor. Tensor
+names are those of the checkpoint, not those of the model's modules, because transformers renames weights on loading.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 SCALE_SUFFIX = "_scale"  # a weight's scale is stored under the weight's name plus this suffix
 
-# safetensors' spelling of each dtype that the exporters support.
+# The dtypes that the exporters support, by their names in safetensors.
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -52,12 +52,12 @@ PLAIN_FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
 
 @dataclass(frozen=True, slots=True)
 class TensorHeader:
-    """What a file's header says about one tensor.
+    """Description of one tensor in the header of a safetensors file.
 
     Attributes:
         name: full tensor name.
         dtype: safetensors' dtype name, a key of `DTYPES`.
-        shape: as stored.
+        shape: shape of the stored tensor.
     """
 
     name: str
@@ -66,7 +66,7 @@ class TensorHeader:
 
     @property
     def size_bytes(self) -> int:
-        """Bytes of the tensor's data."""
+        """Size of the tensor's data in bytes."""
         return math.prod(self.shape) * DTYPES[self.dtype].itemsize
 
 
@@ -75,15 +75,15 @@ class TensorEntry(TensorHeader):
     """One tensor of a checkpoint and its location.
 
     Attributes:
-        file: the file that holds it.
-        start: byte offset of its data in that file.
+        file: the safetensors file that contains the tensor.
+        start: offset of the tensor's data in that file, in bytes.
     """
 
     file: Path
     start: int
 
     def read(self) -> Tensor:
-        """The tensor as stored, on the CPU (memory-mapped: do not write to it)."""
+        """The tensor as stored, on the CPU. It is memory-mapped and must not be written to."""
         with safe_open(str(self.file), framework="pt") as handle:
             tensor: Tensor = handle.get_tensor(self.name)
         return tensor
@@ -94,7 +94,15 @@ class TensorEntry(TensorHeader):
 
 
 def stored_rows(entry: TensorEntry, dtype: str, rows: range) -> Tensor:
-    """Consecutive rows of a tensor, on the CPU, in the stored dtype: `(len(rows), *shape[1:])`, or `()` for a scalar.
+    """Read consecutive rows of a tensor into memory, without memory mapping.
+
+    Args:
+        entry: the tensor.
+        dtype: dtype of the stored data, a key of `DTYPES`.
+        rows: indices along the first axis; `range(1)` for a scalar.
+
+    Returns:
+        A tensor `(len(rows), *shape[1:])`, or `()` for a scalar, on the CPU in the stored dtype.
 
     Raises:
         BadArtifactError, ConfigurationError: the file is shorter than its header says; see `unusable`.
@@ -113,13 +121,13 @@ def stored_rows(entry: TensorEntry, dtype: str, rows: range) -> Tensor:
 
 
 def header_entries(file: Path) -> dict[str, TensorEntry]:
-    """The entries of one file by name, sorted, read from its header alone.
+    """The tensors in one safetensors file, by name and sorted by name; only the header is read.
 
     Raises:
         BadArtifactError, ConfigurationError: not a safetensors file, or truncated; see `unusable`.
     """
     try:
-        with safe_open(str(file), framework="pt") as handle:  # checks dtypes and sizes, and that no byte is left over
+        with safe_open(str(file), framework="pt") as handle:  # also checks the dtypes and that the sizes add up
             names = sorted(handle.keys())
         data, header = _read_header(file)
     except (OSError, ValueError, SafetensorError) as error:
@@ -135,7 +143,7 @@ def header_entries(file: Path) -> dict[str, TensorEntry]:
 
 
 def _read_header(file: Path) -> tuple[int, dict[str, Any]]:
-    """Offset of a safetensors file's data, and its header; raises ValueError if the header names a tensor twice."""
+    """Offset of the data in a safetensors file, and the parsed header; ValueError if it contains a name twice."""
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
         if length > file.stat().st_size:
@@ -144,10 +152,12 @@ def _read_header(file: Path) -> tuple[int, dict[str, Any]]:
 
 
 def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object whose keys are all distinct; parsers would silently keep the last of two equal keys.
+    """Build a JSON object from its (key, value) pairs, rejecting duplicate keys; an `object_pairs_hook` for `json`.
+
+    Without this hook, the parser silently keeps the last of several equal keys.
 
     Raises:
-        ValueError: lists the duplicate keys.
+        ValueError: a key occurs more than once; the message gives the first one.
     """
     found = dict(pairs)
     if len(found) < len(pairs):
@@ -158,7 +168,7 @@ def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _missing_bytes(file: Path) -> str:
-    """How much of a truncated file is present, in words; empty if the file is not truncated."""
+    """Message with the actual and the expected size of a truncated file; empty if the file is not truncated."""
     try:
         data, header = _read_header(file)
         end = data + max((of["data_offsets"][1] for name, of in header.items() if name != "__metadata__"), default=0)
@@ -172,7 +182,7 @@ def weight_files(root: Path) -> list[Path]:
     """The weight files of a Hugging Face directory: `model.safetensors`, or the shards listed in its index, sorted.
 
     Raises:
-        BadArtifactError, ConfigurationError: no weights, or an unreadable index; see `unusable`.
+        BadArtifactError, ConfigurationError: no weights, an unreadable index, or a missing shard; see `unusable`.
     """
     single, index = root / SINGLE_NAME, root / INDEX_NAME
     if single.is_file():
@@ -192,11 +202,11 @@ def weight_files(root: Path) -> list[Path]:
 
 
 def weight_entries(root: Path) -> dict[str, TensorEntry]:
-    """All tensors of a Hugging Face directory, by name.
+    """All tensors of a Hugging Face directory, by name; only headers are read.
 
     Raises:
-        BadArtifactError, ConfigurationError: no weights, an unreadable index, a missing shard, an index that disagrees
-            with the shards, or a dtype that the exporters do not support; see `unusable`.
+        BadArtifactError, ConfigurationError: no weights, an unreadable index, a missing shard, a tensor in two shards,
+            an index that disagrees with the shards, or a dtype that the exporters do not support; see `unusable`.
     """
     entries: dict[str, TensorEntry] = {}
     for file in weight_files(root):
@@ -249,12 +259,12 @@ def _weight_map(index: Path) -> dict[str, str]:
 
 
 def read_tensor(entry: TensorEntry) -> Tensor:
-    """The tensor, on the CPU; see the entry's `read`."""
+    """The tensor, on the CPU; same as `entry.read()`."""
     return entry.read()
 
 
 def is_scale(name: str, entries: Mapping[str, object]) -> bool:
-    """Whether a tensor is the scale of another tensor in `entries`."""
+    """Whether a name is that of another tensor in `entries` plus `SCALE_SUFFIX`."""
     return name.endswith(SCALE_SUFFIX) and name.removesuffix(SCALE_SUFFIX) in entries
 
 
@@ -266,7 +276,13 @@ def shard_names(count: int) -> tuple[str, ...]:
 
 
 def write_index(root: Path, weight_map: Mapping[str, str], total_size: int) -> None:
-    """Write the index of a sharded checkpoint: file name by tensor name, and the total size of all tensors in bytes."""
+    """Write the index of a sharded checkpoint.
+
+    Args:
+        root: the checkpoint's directory.
+        weight_map: name of the weight file for each tensor name.
+        total_size: size of all tensors together, in bytes.
+    """
     index = {"metadata": {"total_size": total_size}, "weight_map": dict(sorted(weight_map.items()))}
     (root / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
@@ -274,10 +290,16 @@ def write_index(root: Path, weight_map: Mapping[str, str], total_size: int) -> N
 def model_parent(
     root: Path, origin: str, stored: StoredFormat | None = None, known: Mapping[Path, str] | None = None
 ) -> Parent:
-    """Identifies a plain model directory in a manifest: names and sha256 of every file that affects its answers.
+    """Manifest entry for a model directory that is not an artifact of fp8pipe.
 
-    `stored` describes the storage of a low-precision base model; the files that declare its format are then included.
-    `known` holds digests of files that were hashed earlier.
+    Its digest is the sha256 of the names and sha256 digests of all files that affect the model's answers: weights,
+    index, config.json and the files for serving.
+
+    Args:
+        root: the model's directory.
+        origin: the model's name as the user gave it.
+        stored: format of a base model in low precision; the files that declare it are then included in the digest.
+        known: sha256 digests of files that were hashed earlier, by path.
     """
     decisive = ("config.json", *SERVED_FILES, *(("hf_quant_config.json",) if stored is not None else ()))
     named = [root / name for name in sidecar_files(root, decisive)]

@@ -1,4 +1,4 @@
-"""Finds non-finite weights, which no stage can use, and reports them by name before any work is done."""
+"""Rejects models with NaN or infinite weights, which no stage can use, before any work is done."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fp8pipe.core.errors import ConfigurationError
 
 __all__ = ["count_not_finite", "refuse_not_finite"]
 
-_CHUNK = 1 << 24  # elements checked at a time, so that masks of a large embedding stay small
+_CHUNK = 1 << 24  # elements checked at a time, which limits the memory for the masks of a large embedding
 _SHOWN = 3
 
 
@@ -26,10 +26,14 @@ def count_not_finite(tensor: Tensor) -> int:
 
 
 def refuse_not_finite(tensors: Iterable[tuple[str, Tensor]], origin: str) -> None:
-    """Refuse weights with NaN or infinite values; tensors are checked one at a time.
+    """Reject weights with NaN or infinite values.
+
+    Args:
+        tensors: (name, tensor) pairs, consumed and checked one at a time.
+        origin: the model's name in the error message.
 
     Raises:
-        ConfigurationError: names the tensors.
+        ConfigurationError: some weights are not finite; the message names the tensors.
     """
     found = [(name, count) for name, tensor in tensors if (count := count_not_finite(tensor.detach()))]
     if found:

@@ -1,5 +1,5 @@
-"""Inspects any checkpoint: formats by layer, scales, saturated codes. Needs no engine and no model library.
+"""Inspects checkpoints: the format of each layer, its scales and its share of saturated codes.
 
-Files are read as headers and raw bytes, a chunk at a time, so that a checkpoint larger than memory can be inspected, as
-can one in a format that nothing here can load.
+Neither an inference engine nor a model library is needed. Only headers and raw bytes are read, a chunk at a time, so
+that checkpoints larger than memory can be inspected, as well as checkpoints in formats that fp8pipe cannot load.
 """

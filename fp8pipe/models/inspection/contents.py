@@ -1,4 +1,4 @@
-"""The result of an inspection: layers, histograms of scales, and the files beside the weights."""
+"""Data classes for the result of an inspection: layers, histograms of scales, and facts from the other files."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class ScaleBins:
     """Histogram of scales, with one bin per power of two.
 
     Attributes:
-        bins: counts by floor(log2(scale)).
+        bins: number of scales for each value of floor(log2(scale)).
         bad: number of scales that are zero, negative, infinite or NaN.
     """
 
@@ -24,17 +24,17 @@ class ScaleBins:
     bad: int = 0
 
     def add(self, scales: np.ndarray) -> None:
-        """Count scales of any shape and float type."""
+        """Add scales to the histogram; an array of any shape and floating-point type."""
         values = scales.astype(np.float64).reshape(-1)
         good = np.isfinite(values) & (values > 0)
         self.bad += int((~good).sum())
-        # frexp is exact, whereas log2 rounds: 1 = 0.5 * 2^1 belongs to bin 0.
+        # frexp is exact, whereas log2 rounds. Its mantissa is in [0.5, 1), hence the -1: 1 = 0.5 * 2^1 is in bin 0.
         exponents, counts = np.unique(np.frexp(values[good])[1] - 1, return_counts=True)
         self.bins.update(dict(zip(exponents.tolist(), counts.tolist(), strict=True)))
 
     @property
     def count(self) -> int:
-        """Total number of scales."""
+        """Total number of scales, including bad ones."""
         return sum(self.bins.values()) + self.bad
 
     def to_json(self) -> dict[str, Any]:
@@ -42,7 +42,11 @@ class ScaleBins:
         return {"log2_bins": dict(sorted(self.bins.items())), "bad": self.bad}
 
     def bars(self, width: int = 40) -> list[str]:
-        """The histogram as text, one line per bin from the smallest; bar lengths are relative to the largest bin."""
+        """The histogram as text, one line per bin in ascending order.
+
+        Args:
+            width: length of the bar of the largest bin, in characters; other bars are proportional to it.
+        """
         if not self.bins:
             return []
         most = max(self.bins.values())
@@ -54,18 +58,18 @@ class ScaleBins:
 
 @dataclass(slots=True)
 class LayerView:
-    """One weight.
+    """Inspection result for one weight.
 
     Attributes:
-        name: of the layer, without `.weight`.
-        format: for instance "fp8-e4m3", "int8", "int4-packed", "bf16".
-        shape: logical (unpacked) shape of the weight; None if the packing does not reveal it.
-        size_bytes: of codes, scales and zero points together.
-        granularity: of the scales; empty for floating-point weights.
-        codes: number of codes inspected; 0 if none were.
-        saturated: how many of them are at either end of their range.
-        nan: how many of them are NaN.
-        scales: histogram of the scales.
+        name: name of the layer, without `.weight`.
+        format: storage format, for instance "fp8-e4m3", "int8", "int4-packed", "bf16".
+        shape: logical (unpacked) shape of the weight; None if unknown.
+        size_bytes: size of codes, scales and zero points together.
+        granularity: granularity of the scales; empty for floating-point weights.
+        codes: number of codes inspected; 0 if only headers were read.
+        saturated: number of codes that are the smallest or largest of their format.
+        nan: number of codes that are NaN.
+        scales: histogram of the weight's scales.
     """
 
     name: str
@@ -79,7 +83,7 @@ class LayerView:
     scales: ScaleBins = field(default_factory=ScaleBins)
 
     def add_codes(self, codes: int, saturated: int, nan: int) -> None:
-        """Add the counts of inspected codes."""
+        """Add counts for a further part of the weight: all codes, saturated codes and NaN codes."""
         self.codes, self.saturated, self.nan = self.codes + codes, self.saturated + saturated, self.nan + nan
 
     def to_json(self) -> dict[str, Any]:
@@ -94,13 +98,13 @@ class LayerView:
 
 @dataclass(slots=True)
 class Contents:
-    """A whole checkpoint.
+    """Inspection result for a whole checkpoint.
 
     Attributes:
-        form: the checkpoint's format in words, for instance "compressed-tensors (float-quantized)".
-        layers: weights, in file order.
-        facts: other contents: tokenizer, chat template, preprocessing, inputs and outputs.
-        notes: what could not be read, and why.
+        form: description of the checkpoint's format, for instance "compressed-tensors (float-quantized)".
+        layers: the weights, in file order.
+        facts: other properties by name, for instance tokenizer, chat template, preprocessing, inputs and outputs.
+        notes: messages for the user, such as inconsistencies and parts that could not be read.
     """
 
     form: str
@@ -109,7 +113,11 @@ class Contents:
     notes: list[str] = field(default_factory=list)
 
     def by_format(self) -> list[tuple[str, str, int, int, int, int]]:
-        """Format, granularity, layers, bytes, codes, saturated codes; the largest group first."""
+        """The layers grouped by format and granularity, largest group (in bytes) first.
+
+        Returns:
+            Tuples of format, granularity, number of layers, bytes, number of codes, number of saturated codes.
+        """
         groups: dict[tuple[str, str], list[LayerView]] = {}
         for layer in self.layers:
             groups.setdefault((layer.format, layer.granularity), []).append(layer)

@@ -1,4 +1,4 @@
-"""Inspects a path: a Hugging Face or artifact directory, or a single file; reads ONNX and GGUF files as layers."""
+"""Inspects a path: a Hugging Face directory, an artifact, or a single safetensors, ONNX or GGUF file."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _INDEX: Final = "model.safetensors.index.json"
 _TOKENIZERS: Final = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 _PREPROCESSING: Final = ("preprocessing.json", "preprocessor_config.json", "processor_config.json")
 _FIX: Final = "fetch or write it again"
-_PACKED_BITS: Final = 4  # width of packed codes if none is declared
+_PACKED_BITS: Final = 4  # assumed width of packed codes if config.json declares none
 _ADAPTER: Final = "adapter.safetensors"  # not weights of the model itself
 
 
@@ -32,12 +32,12 @@ def inspect_contents(path: Path, *, look: bool = True) -> Contents:
 
     Args:
         path: a directory, or a .safetensors, .onnx or .gguf file.
-        look: also read codes and scales; otherwise only headers.
+        look: also read codes and scales, for counts and histograms; otherwise only headers are read.
 
     Raises:
-        ConfigurationError: the path does not exist, or holds nothing that is recognized.
+        ConfigurationError: the path does not exist, or contains no weights in a known file format.
         BadArtifactError, ConfigurationError: a file cannot be read; see `unusable`.
-        MissingCapabilityError: a package is missing.
+        MissingCapabilityError: the package for ONNX or GGUF files is not installed.
     """
     if path.is_dir():
         return _directory(path, look)
@@ -85,7 +85,13 @@ def _directory(root: Path, look: bool) -> Contents:
 
 
 def _describe(contents: Contents, adapter: Adapter, *, alone: bool) -> None:
-    """Describe what a PEFT adapter changes, and how to use it."""
+    """Add to `contents` what a PEFT adapter changes, and how to use it.
+
+    Args:
+        contents: the inspection result so far; changed in place.
+        adapter: the adapter in the inspected directory.
+        alone: the directory contains only the adapter, not its base model.
+    """
     contents.facts |= {
         "adapter": adapter.kind or "of an unknown kind", "base_model": adapter.base or "not named",
         "rank": list(adapter.ranks), "alpha": adapter.alpha, "targets": list(adapter.targets),
@@ -102,7 +108,10 @@ def _describe(contents: Contents, adapter: Adapter, *, alone: bool) -> None:
 
 
 def _method(config: Mapping[str, Any]) -> tuple[str, int]:
-    """The quantization method named in config.json, and the width of packed codes; tolerates malformed entries."""
+    """Description of the quantization method in config.json, and the width of packed codes in bits.
+
+    Malformed entries are described or ignored, not reported as errors.
+    """
     declared = config.get("quantization_config") or {}
     if not isinstance(declared, dict):
         return "of an unknown form (quantization_config is no mapping)", _PACKED_BITS
@@ -123,7 +132,10 @@ def _mapping(value: object) -> Mapping[str, Any]:
 
 
 def _as_base(root: Path, config: Mapping[str, Any]) -> str | None:
-    """How `finetune` and `export` treat a quantized checkpoint; None for an artifact or a plain checkpoint."""
+    """Whether `finetune` and `export` accept a quantized checkpoint as base model, as a message for the user.
+
+    None for an artifact or for a checkpoint that is not quantized.
+    """
     declared = any(config.get(key) for key in ("quantization_config", "compression_config"))
     if (root / "manifest.json").is_file() or not (declared or (root / QUANT_FILE).is_file()):
         return None
@@ -170,7 +182,7 @@ _ONNX_FORMATS: Final = {
     "INT8": "int8", "UINT8": "uint8", "INT4": "int4", "UINT4": "uint4", "FLOAT8E4M3FN": "fp8-e4m3",
     "FLOAT8E5M2": "fp8-e5m2", "FLOAT4E2M1": "nvfp4", "FLOAT": "fp32", "FLOAT16": "fp16", "BFLOAT16": "bf16",
 }  # fmt: skip
-# Size of a block in bytes, and the position of its fp16 scale within it.
+# For each GGUF block format: size of a block in bytes, and offset of the fp16 scale within the block.
 _GGUF_SCALES: Final = {
     "Q8_0": (34, 0), "Q4_0": (18, 0), "Q4_1": (20, 0), "Q5_0": (22, 0), "Q5_1": (24, 0), "Q2_K": (84, 80),
     "Q3_K": (110, 108), "Q4_K": (144, 0), "Q5_K": (176, 0), "Q6_K": (210, 208),
@@ -178,10 +190,14 @@ _GGUF_SCALES: Final = {
 
 
 def read_onnx(path: Path, *, look: bool = True) -> Contents:
-    """An ONNX graph: stored weights with the scales that dequantize them, activation quantizers, inputs and outputs.
+    """Inspect an ONNX graph: stored weights with their DequantizeLinear scales, inputs, outputs and operator counts.
+
+    Args:
+        path: the ONNX file.
+        look: also read codes and scales.
 
     Raises:
-        BadArtifactError, ConfigurationError: it cannot be read as ONNX; see `unusable`.
+        BadArtifactError, ConfigurationError: the file cannot be read as ONNX; see `unusable`.
         MissingCapabilityError: onnx-ir is not installed.
     """
     ir = import_package("onnx_ir", "onnx_ir is not installed", "pip install 'fp8pipe[onnx]'")
@@ -244,10 +260,14 @@ def _onnx_codes(array: np.ndarray, format: str) -> tuple[int, int, int]:
 
 
 def read_gguf(path: Path, *, look: bool = True) -> Contents:
-    """A GGUF file; tensors are memory-mapped and read one at a time.
+    """Inspect a GGUF file; tensors are memory-mapped and read one at a time.
+
+    Args:
+        path: the GGUF file.
+        look: also read the scales of the block formats; codes are never counted.
 
     Raises:
-        BadArtifactError, ConfigurationError: it cannot be read; see `unusable`.
+        BadArtifactError, ConfigurationError: the file cannot be read as GGUF; see `unusable`.
         MissingCapabilityError: gguf is not installed.
     """
     gguf = import_package("gguf", "gguf is not installed", "pip install 'fp8pipe[samples]'")

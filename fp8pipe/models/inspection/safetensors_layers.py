@@ -1,12 +1,12 @@
-"""Reads safetensors files as layers, from headers and raw bytes in chunks, in the common quantization layouts.
+"""Inspects the layers in safetensors files in the common quantization layouts, from headers and chunks of raw bytes.
 
-Values of every dtype are decoded here: torch and numpy lack some of these dtypes, and a library that maps whole files
-needs enough address space for them. Layouts are told apart by the names and dtypes of their tensors.
+All dtypes are decoded by this module, because torch and numpy lack some of them, and because a library that maps whole
+files needs enough address space. A layout is recognized by the names and dtypes of its tensors:
 
 | layout | codes | scales |
 |---|---|---|
-| compressed-tensors, ModelOpt, this project's | `weight` | `weight_scale` (and `weight_scale_2`, `input_scale`) |
-| DeepSeek's FP8 blocks | `weight` | `weight_scale_inv`, which is multiplied despite its name |
+| compressed-tensors, ModelOpt, fp8pipe | `weight` | `weight_scale` (and `weight_scale_2`, `input_scale`) |
+| DeepSeek's FP8 blocks | `weight` | `weight_scale_inv`; despite its name, codes are multiplied by it |
 | compressed-tensors, packed | `weight_packed` | `weight_scale`, `weight_global_scale` |
 | GPTQ, AWQ | `qweight` | `scales`, with `qzeros` |
 """
@@ -30,11 +30,12 @@ _CHUNK_BYTES: Final = 8 << 20
 _LARGEST_HEADER: Final = 100 << 20
 _NUMPY_TYPES: Final = {"F64": "<f8", "F32": "<f4", "F16": "<f2"}
 _FIX: Final = "fetch or write it again"
-# Magnitudes of the largest finite code and of the last code that is not NaN (in E5M2, infinity lies between them).
+# Bit patterns without sign of the largest finite code, and of the last code that is not NaN (infinity in E5M2).
 _FP8_ENDS: Final = {"fp8-e4m3": (0x7E, 0x7E), "fp8-e5m2": (0x7B, 0x7C)}
 _FLOATS: Final = {"F64": "fp64", "F32": "fp32", "F16": "fp16", "BF16": "bf16"}
 _CODES: Final = {"F8_E4M3": "fp8-e4m3", "F8_E5M2": "fp8-e5m2", "I8": "int8", "U8": "nvfp4", "F4": "mxfp4"}
-# Suffix of the codes, then suffixes of the accompanying tensors; the first of these that exists holds the scales.
+# For each layout: name suffix of the codes, and of the tensors that belong to them. The first of these that exists
+# contains the scales.
 _LAYOUTS: Final = (
     (".weight", (".weight_scale", ".weight_scale_inv", ".weight_scale_2", ".weight_tensor_scale", ".input_scale")),
     (".weight_packed", (".weight_scale", ".weight_global_scale", ".weight_shape", ".weight_zero_point")),
@@ -44,7 +45,7 @@ _LAYOUTS: Final = (
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """One tensor of a file, from its header."""
+    """One tensor as described in a file's header; `start` is the offset of its data in the file, in bytes."""
 
     name: str
     dtype: str
@@ -84,7 +85,7 @@ def read_headers(file: Path) -> dict[str, StoredTensor]:
 
 
 def chunks(tensor: StoredTensor) -> Iterator[np.ndarray]:
-    """The tensor's bytes, a few megabytes at a time: uint8, one-dimensional."""
+    """Yield the tensor's raw bytes in chunks of at most 8 MiB, as one-dimensional uint8 arrays."""
     with tensor.file.open("rb") as stream:
         stream.seek(tensor.start)
         left = tensor.size_bytes
@@ -94,7 +95,14 @@ def chunks(tensor: StoredTensor) -> Iterator[np.ndarray]:
 
 
 def decode(data: np.ndarray, dtype: str) -> np.ndarray:
-    """Decode raw bytes to float64, one-dimensional; `dtype` in safetensors' spelling.
+    """Decode the raw bytes of scales.
+
+    Args:
+        data: the bytes, uint8, one-dimensional.
+        dtype: dtype of the scales, in safetensors' spelling.
+
+    Returns:
+        The values as a one-dimensional float64 array.
 
     Raises:
         ValueError: a dtype that is not used for scales.
@@ -115,7 +123,15 @@ def decode(data: np.ndarray, dtype: str) -> np.ndarray:
 
 
 def count_ends(data: np.ndarray, format: str) -> tuple[int, int, int]:
-    """Number of codes, of saturated codes and of NaN in raw bytes (uint8, 1-D); 4-bit codes are two per byte."""
+    """Count the codes in raw bytes.
+
+    Args:
+        data: the bytes, uint8, one-dimensional. 4-bit codes are packed two per byte.
+        format: format of the codes, such as "fp8-e4m3" or "int4".
+
+    Returns:
+        Number of codes, of saturated codes and of NaN codes; zeros for an unknown format.
+    """
     if format in _FP8_ENDS:
         magnitude, (largest, last) = data & 0x7F, _FP8_ENDS[format]
         return data.size, int((magnitude == largest).sum()), int((magnitude > last).sum())
@@ -131,9 +147,15 @@ def count_ends(data: np.ndarray, format: str) -> tuple[int, int, int]:
 
 
 def read_layers(tensors: Mapping[str, StoredTensor], bits: int = 4, *, look: bool = True) -> list[LayerView]:
-    """One view per weight, with packed codes of `bits` bits; tensors that are not matrices are summarized as "other".
+    """Inspect all weights in the given tensors.
 
-    Headers are always read, codes and scales only if `look` is set.
+    Args:
+        tensors: the tensors of a checkpoint by name.
+        bits: width of packed integer codes.
+        look: also read codes and scales; otherwise only the headers are used.
+
+    Returns:
+        One view per weight. Tensors that belong to no weight matrix are summarized in a last view.
     """
     found: list[LayerView] = []
     used: set[str] = set()
@@ -183,7 +205,7 @@ def _format(suffix: str, codes: StoredTensor, bits: int) -> str:
 def _shape(
     suffix: str, codes: StoredTensor, scales: StoredTensor | None, format: str, bits: int
 ) -> tuple[int, ...] | None:
-    """The unpacked shape, (out, in)."""
+    """Shape of the unpacked weight, (out, in)."""
     if suffix == ".qweight":  # stored (in, out); GPTQ packs along the inputs, AWQ along the outputs
         outputs = scales.shape[-1] if scales is not None else codes.shape[1]
         packed = codes.shape[1] != outputs

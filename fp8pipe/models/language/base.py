@@ -1,6 +1,6 @@
-"""Checks a base model before training: first config.json and headers, then every value once.
+"""Checks a base model before training: first config.json and the headers of the weight files, then every value once.
 
-Anything that would stop the run, or any later export, is reported here by name rather than after hours of training.
+Problems that would stop the training run or a later export are thus reported before hours of training, not after.
 """
 
 from __future__ import annotations
@@ -21,16 +21,21 @@ from fp8pipe.numerics.grids import same_bits
 
 _VOCABULARIES: Final = ("tokenizer.json", "*.model", "vocab.*", "*.tiktoken", "tekken.json")
 _SHOWN: Final = 3
-_OFFSET: Final = 2  # OPT's position table starts with this many extra rows
-_SCALED: Final = ("linear", "dynamic", "yarn")  # configurations with these may give the length before scaling
+_OFFSET: Final = 2  # OPT's position table has this many extra rows at the start
+# RoPE types for which max_position_embeddings may be the length before scaling.
+_SCALED: Final = ("linear", "dynamic", "yarn")
 
 
 def check_base(directory: Path, origin: str) -> ModelStructure:
-    """The structure of a model that can be fine-tuned; reads config.json and headers only.
+    """Check that a model can be fine-tuned, and return its structure; reads only config.json and headers.
+
+    Args:
+        directory: the model's directory.
+        origin: the model's name in error messages.
 
     Raises:
-        ConfigurationError: quantized in a format that cannot be decoded, an unknown architecture, not a causal language
-            model, or a checkpoint without the tensors that its own config.json calls for.
+        ConfigurationError: the model is quantized in a format that cannot be decoded, has an unknown architecture, is
+            not a causal language model, or lacks tensors of the architecture in its config.json.
     """
     entries = base_entries(directory)
     structure = read_structure(directory)
@@ -65,10 +70,15 @@ def _is_missing(name: str, structure: ModelStructure, stored: dict[str, TensorEn
 
 
 def check_values(directory: Path, origin: str, structure: ModelStructure) -> None:
-    """Refuse non-finite weights, and tied weights whose stored copies differ; reads every tensor once.
+    """Reject non-finite weights, and tied weights that are stored twice with different values; reads every tensor.
+
+    Args:
+        directory: the model's directory.
+        origin: the model's name in error messages.
+        structure: the model's structure.
 
     Raises:
-        ConfigurationError: names the tensors.
+        ConfigurationError: there are such weights; the message names the tensors.
     """
     entries = base_entries(directory)
     refuse_not_finite(((name, read_tensor(entry)) for name, entry in entries.items()), origin)
@@ -78,17 +88,17 @@ def check_values(directory: Path, origin: str, structure: ModelStructure) -> Non
         copies = [stored[name] for name in (tied, original) if name in stored]
         if len(copies) > 1 and not same_bits(*map(read_tensor, copies)):
             raise ConfigurationError(
-                f"{origin} ties two weights that differ",
-                why=f"config.json makes {copies[0].name} and {copies[1].name} one weight, and the checkpoint holds two",
+                f"{origin} contains two different copies of a tied weight",
+                why=f"config.json ties {copies[0].name} and {copies[1].name}, whose values in the checkpoint differ",
                 fix="set tie_word_embeddings to false in config.json, or remove the wrong copy",
             )
 
 
 def load_tokenizer(directory: Path) -> Any:
-    """Load the tokenizer stored beside a model's weights; never runs code from the model directory.
+    """Load the tokenizer in a model's directory, without running any code from there.
 
     Raises:
-        ConfigurationError: there is none, or it cannot be read.
+        ConfigurationError: the directory contains no tokenizer, or it cannot be read.
     """
     fix = "copy tokenizer.json and tokenizer_config.json of the model there (tokenizer.save_pretrained writes them)"
     names = [path.name for path in directory.iterdir()]
@@ -112,15 +122,18 @@ def embedding_rows(directory: Path) -> int:
 
 
 def check_tokens(tokenizer: Any, rows: int, texts: Sequence[Sequence[int]]) -> list[str]:
-    """Refuse token ids beyond the embedding; warn if the tokenizer knows such ids but the text does not use them.
+    """Reject text with token ids beyond the embedding; warn if the tokenizer has such ids but the text has none.
 
     Args:
         tokenizer: the model's tokenizer.
         rows: number of rows of the input embedding.
-        texts: token ids; empty if the text is not known yet.
+        texts: token ids of each example; empty if the text is not known yet.
+
+    Returns:
+        Warnings for the user.
 
     Raises:
-        ConfigurationError: names the tokens.
+        ConfigurationError: the text uses such tokens; the message names them.
     """
     beyond = {int(number): str(token) for token, number in tokenizer.get_vocab().items() if number >= rows}
     if not beyond:
@@ -138,15 +151,17 @@ def check_tokens(tokenizer: Any, rows: int, texts: Sequence[Sequence[int]]) -> l
 
 
 def check_positions(directory: Path, origin: str, texts: Sequence[Sequence[int]]) -> None:
-    """Refuse text longer than the model's positions: learned ones end there, rotary ones are untrained beyond.
+    """Reject examples that are longer than the model's maximum sequence length.
+
+    Beyond it, learned position embeddings do not exist, and rotary ones were never trained.
 
     Args:
         directory: the model's directory.
         origin: the model's name in messages.
-        texts: token ids, cut to the length used in training.
+        texts: token ids of each example, cut to the length used in training.
 
     Raises:
-        ConfigurationError: names both lengths.
+        ConfigurationError: an example is too long; the message gives both lengths.
     """
     limit, longest = positions(load_config(directory)), max(map(len, texts), default=0)
     if limit is not None and longest > limit:
@@ -159,7 +174,7 @@ def check_positions(directory: Path, origin: str, texts: Sequence[Sequence[int]]
 
 
 def learned_positions(directory: Path) -> int | None:
-    """Maximum tokens per sequence if the model has learned positions, limited by their table; otherwise None."""
+    """Maximum tokens per sequence of a model with a table of learned position embeddings; None for other models."""
     limit, structure = positions(load_config(directory)), read_structure(directory)
     tables = (structure.tensors[f"{name}.weight"][0] for name, role in structure.roles.items()
               if role is Role.EMBEDDING and name != structure.embedding)  # fmt: skip
@@ -167,10 +182,12 @@ def learned_positions(directory: Path) -> int | None:
 
 
 def positions(settings: Any) -> int | None:
-    """The model's maximum sequence length; None if its configuration states no limit.
+    """The model's maximum sequence length in tokens; None if its configuration states no limit.
+
+    With scaled rotary position embeddings, it is at least `factor` times the original length.
 
     Args:
-        settings: a transformers configuration. Scaled rotary positions cover `factor` times the original length.
+        settings: the model's transformers configuration.
     """
     text = settings.get_text_config(decoder=True)
     limit = getattr(text, "max_position_embeddings", None)

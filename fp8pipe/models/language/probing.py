@@ -1,11 +1,12 @@
-"""Runs a few tokens through a decoder to see which linears it calls, which share an input, and whose weight it reads.
+"""Observes the linear layers of a language model during a forward pass of a few tokens.
 
-A linear layer can be replaced by another module only if the model calls it. Some models read `.weight` and do the
-matrix multiplication themselves (Mamba's `dt_proj`); some contain linears that text never reaches. Names do not show
-this, but a forward pass does.
+The pass shows which linears are called, which of them read the same input tensor, and for which ones the model reads
+`.weight` itself. A linear can be replaced by another module only if the model calls it: some models multiply by its
+weight in their own code (Mamba's `dt_proj`), and some contain linears that a pass of text never calls. Module names do
+not reveal this.
 
-A model on the meta device, as used for planning, runs on zeros: its linears and embeddings return zeros of the right
-shape without reading a weight, and its other tensors become zeros that take up no memory.
+Planning uses a model on the meta device, which has no values. Its linears and embeddings then return zeros of the right
+shape without reading a weight, and its other tensors are replaced by zeros on the CPU.
 """
 
 from __future__ import annotations
@@ -26,13 +27,13 @@ _TOKENS = 2
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """What one forward pass revealed about the given linears.
+    """Observations about the given linears during a forward pass.
 
     Attributes:
-        groups: linears grouped by the input tensor object, in call order. Linears that were not called, were called
-            more than once, or whose output the model changes in place form groups of their own at the end, because a
-            slice of a stacked output must not be modified.
-        unusable: linears that cannot be replaced by another module -> why.
+        groups: linears grouped by the input tensor that they read, in call order. A linear is in a group of its own, at
+            the end, if it was not called, was called more than once, or if the model changes its output in place: the
+            outputs of a group may be computed together as slices of one tensor, which must not be modified.
+        unusable: linears that cannot be replaced by another module, and for each the reason.
     """
 
     groups: tuple[tuple[str, ...], ...]
@@ -43,9 +44,10 @@ def watch_pass(model: nn.Module, names: Sequence[str], leaves: Sequence[str]) ->
     """Run the model on a few tokens and observe the named linears.
 
     Args:
-        model: a transformers model, real or on the meta device; in the latter case, non-leaf tensors become CPU zeros.
+        model: a transformers model, loaded or on the meta device. On the meta device, all tensors outside `leaves` are
+            replaced by zeros on the CPU, in place.
         names: the linears to observe.
-        leaves: modules that own a matrix of a known kind: linears and embeddings.
+        leaves: names of all linears and embeddings.
 
     Raises:
         ConfigurationError: the model does not run on token ids alone.
@@ -74,7 +76,7 @@ def watch_pass(model: nn.Module, names: Sequence[str], leaves: Sequence[str]) ->
 
 def _run(model: nn.Module, tokens: Tensor) -> None:
     try:
-        # The pass must not change the random state of the training that follows.
+        # The pass must not affect the random numbers of the training that follows.
         with (
             torch.no_grad(),
             torch.random.fork_rng(devices=[tokens.device] if tokens.is_cuda and torch.cuda.is_available() else []),
@@ -90,7 +92,7 @@ def _run(model: nn.Module, tokens: Tensor) -> None:
 
 @contextmanager
 def _mode(model: nn.Module, training: bool) -> Iterator[None]:
-    """Put the model into training or evaluation mode without a cache, as training runs it; restore it afterwards."""
+    """While active, the model is in training or evaluation mode, without a key/value cache (as in training)."""
     whole = getattr(model, "config", None)
     configs = [] if whole is None else [whole, whole.get_text_config(decoder=True)]
     caches = [(config, config.use_cache) for config in configs if hasattr(config, "use_cache")]
@@ -113,12 +115,19 @@ def _why(read: bool) -> str:
 
 @dataclass(frozen=True, slots=True)
 class _Watched:
-    """Observations of a pass: calls by input tensor and its version, and the modules whose weight is read directly."""
+    """Observations during a forward pass.
+
+    Attributes:
+        readers: names of the linears that read an input tensor, by the tensor's id and version.
+        read: names of the modules whose weight is read outside their own forward.
+        alive: the input tensors, kept because ids are unique only while the tensors exist.
+        outputs: name, output tensor and its version directly after the forward, for each call.
+    """
 
     readers: dict[tuple[int, int], list[str]] = field(default_factory=dict)
     read: set[str] = field(default_factory=set)
-    alive: list[Tensor] = field(default_factory=list)  # ids are unique only while the tensors are alive
-    outputs: list[tuple[str, Tensor, int]] = field(default_factory=list)  # with the version of each when it was created
+    alive: list[Tensor] = field(default_factory=list)
+    outputs: list[tuple[str, Tensor, int]] = field(default_factory=list)
 
     @property
     def changed(self) -> set[str]:
@@ -128,7 +137,7 @@ class _Watched:
 
 @contextmanager
 def _watched(model: nn.Module, names: Sequence[str], calls: dict[str, int]) -> Iterator[_Watched]:
-    """While active, count `calls` and collect modules whose `weight` is read outside their own forward."""
+    """While active, observe the modules `names` and count the calls of those that are keys of `calls`, in place."""
     seen = _Watched()
     running: set[str] = set()
     modules = {name: model.get_submodule(name) for name in names}
@@ -162,7 +171,10 @@ def _watched(model: nn.Module, names: Sequence[str], calls: dict[str, int]) -> I
 
 
 def _watching(name: str, kind: type[nn.Module], running: set[str], read: set[str]) -> type[nn.Module]:
-    """A subclass of a linear or embedding class that records reads of its weight, and runs without values."""
+    """A subclass of a linear or embedding class that adds `name` to `read` if its weight is read from outside.
+
+    If its weight is on the meta device, its forward returns zeros of the right shape.
+    """
 
     def attribute(self: Any, key: str) -> Any:
         value = kind.__getattr__(self, key)
@@ -184,7 +196,7 @@ def _watching(name: str, kind: type[nn.Module], running: set[str], read: set[str
 
 
 def _zeros_for_the_rest(model: nn.Module, leaves: frozenset[str]) -> None:
-    """Replace, in place, every meta tensor that belongs to no leaf module by zeros on the CPU."""
+    """Replace every meta tensor outside the modules `leaves` by zeros on the CPU, in place."""
     for name, module in model.named_modules():
         if name in leaves:
             continue

@@ -1,9 +1,9 @@
-"""Resolves a base model to a local directory, whatever form the user named it in.
+"""Resolves the base model that the user named to a local directory, downloading or converting it if necessary.
 
-Every stage reads a Hugging Face directory (config.json and safetensors). The user may name such a directory, a hub id
-(``org/name`` or ``org/name@revision``), a GGUF file, or ``sample:smollm2``; this module turns each into a directory and
-records where it came from. It also refuses base models in quantized formats that cannot be decoded: treating their
-codes as weights would succeed and give a wrong model.
+Every stage reads a Hugging Face directory (config.json and safetensors). The user may give such a directory, a hub id
+(``org/name`` or ``org/name@revision``), a GGUF file, or ``sample:smollm2``. The origin of the model is recorded.
+Directories that cannot serve as a base model are rejected: PEFT adapters, pickled weights, and configurations that
+would run code.
 """
 
 from __future__ import annotations
@@ -22,19 +22,18 @@ from fp8pipe.models.samples import sample_name, smollm2_gguf
 from fp8pipe.models.settings import check_config
 
 MODEL_SAMPLES: Final = ("smollm2",)
-# A hub id: at most one slash, no path syntax; an optional revision after "@".
+# A hub id: one or two names separated by a slash, and optionally "@" with a revision.
 _HUB_ID: Final = re.compile(r"^(?P<id>[A-Za-z0-9][\w.-]*(?:/[A-Za-z0-9][\w.-]*)?)(?:@(?P<revision>[\w./-]+))?$")
 
 
 @dataclass(frozen=True, slots=True)
 class ModelSource:
-    """A base model on this machine.
+    """A base model on the local disk.
 
     Attributes:
         path: directory with config.json and safetensors.
-        origin: what the user named, for records.
-        revision: the hub commit, the first 12 digits of the GGUF file's sha256, or None for a plain
-            directory.
+        origin: the model as the user named it; recorded in manifests.
+        revision: the hub commit, or the first 12 hex digits of the GGUF file's sha256; None for a local directory.
     """
 
     path: Path
@@ -43,11 +42,14 @@ class ModelSource:
 
 
 def resolve_model(src: str) -> ModelSource:
-    """The local directory of the model named by ``src``; downloads or converts it when needed.
+    """The local directory of the model ``src``; downloads or converts it if necessary.
+
+    Args:
+        src: a directory, a hub id, a path ending in .gguf, or ``sample:smollm2``.
 
     Raises:
-        ConfigurationError: nothing of that name exists, or the directory is not a checkpoint.
-        MissingCapabilityError: a package or the network is missing.
+        ConfigurationError: nothing of that name exists, or it is not a usable checkpoint.
+        MissingCapabilityError: a required package is not installed, or the download failed.
         BadArtifactError: a file is damaged.
     """
     if not src.strip():
@@ -86,7 +88,7 @@ def _from_gguf(gguf: Path, origin: str, name: str | None = None) -> ModelSource:
 
 
 def _from_hub(src: str, repo_id: str, revision: str | None) -> ModelSource:
-    """Downloads a snapshot; with ``HF_HUB_OFFLINE=1``, huggingface_hub uses its cache only."""
+    """Download a snapshot from the hub; with ``HF_HUB_OFFLINE=1``, huggingface_hub uses only its cache."""
     import huggingface_hub
     from huggingface_hub import errors as hub
 
@@ -125,10 +127,10 @@ def _check_config(path: Path) -> None:
 
 
 def check_no_adapter(path: Path) -> None:
-    """Refuse a directory that holds a PEFT adapter, which transformers would load into the model under other names.
+    """Reject a directory that contains a PEFT adapter, which transformers would silently apply to the model.
 
     Raises:
-        ConfigurationError: names the base model if the adapter does.
+        ConfigurationError: there is an adapter; the message names its base model, if known.
     """
     if (adapter := read_adapter(path)) is None:
         return
@@ -147,7 +149,7 @@ def _check_checkpoint(path: Path) -> None:
     _check_config(path)
     if not any(path.glob("*.safetensors")):
         _refuse_weightless(path)
-    weight_files(path)  # the index names only files of this directory
+    weight_files(path)  # raises if a shard is missing, or if the index refers to files outside this directory
 
 
 def _refuse_weightless(path: Path) -> None:

@@ -1,11 +1,11 @@
 """The structure of a causal language model: linears, shared inputs, decoder, output head and tied weights.
 
-Names are unreliable: `score`, `gate` or `c_proj` may be anything. So the model itself is examined, either loaded or
-built by transformers on the meta device from config.json, which allocates no memory. The module that owns a weight
-tells whether it is a linear layer, a Conv1D (stored transposed) or an embedding. The output head is the model's output
-embeddings, ties show as shared storage, and a forward pass shows which linears share an input. Linears outside the text
-decoder (output head, vision tower, classification head) are never served in FP8: the engine builds those without a
-quantization scheme, or gives them other names.
+It is derived from the model itself, because names such as `score`, `gate` or `c_proj` are used for different things.
+The model is either loaded, or built by transformers on the meta device from config.json, which allocates no memory. The
+class of the module that owns a weight shows whether it is a linear layer, a Conv1D (stored transposed) or an embedding.
+The output head is what the model declares as its output embeddings, tied weights share their storage, and a forward
+pass shows which linears share an input. Linears outside the text decoder (output head, vision tower, classification
+head) are never quantized to FP8: inference engines build them without quantization, or under other names.
 """
 
 from __future__ import annotations
@@ -32,7 +32,9 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 
-LEAST_SIDE: Final = 16  # multiple that FP8 kernels require; a gate with one output would limit the rank of all layers
+# Smallest dimension of a linear that is trained and quantized: FP8 kernels require multiples of 16, and a smaller layer
+# (a gate with one output) would limit the adapter rank of all layers.
+LEAST_SIDE: Final = 16
 
 
 class Role(StrEnum):
@@ -46,27 +48,27 @@ class Role(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class ModelStructure:
-    """Modules and tensors of a model, under the architecture's own names.
+    """Modules and tensors of a model, with the names that they have in the loaded transformers model.
 
     Attributes:
-        architecture: class name.
+        architecture: class name of the model.
         model_type: transformers' model type.
-        roles: module name -> role, for every module that owns a 2-D weight of a known kind, in module order.
-        tensors: name -> shape of every tensor in the state dict, as stored ((in, out) for a Conv1D's weight).
-        modules: every module name.
-        decoder: name of the text decoder; all quantizable layers are inside it.
-        base_prefix: prefix that checkpoints of the headless model leave out.
-        output_head: module name of the output projection, if any.
-        tied: tensor names that share storage with another (absent from a checkpoint) -> name of that other tensor.
+        roles: role of each module that owns a 2-D weight of a known kind, by name in module order.
+        tensors: shape of each tensor in the state dict by name, as stored ((in, out) for the weight of a Conv1D).
+        modules: names of all modules.
+        decoder: name of the text decoder, which contains all quantizable layers; empty if it is the model itself.
+        base_prefix: name prefix of the base model; checkpoints of the model without its head omit it.
+        output_head: name of the output projection; None if there is none.
+        tied: for each tensor that shares the storage of another one and is absent from checkpoints, the other's name.
         shared: linears whose weight is also owned by another module.
         loose: parameters with two or more axes that belong to no module of a known kind.
-        embedding: module name of the input embedding, if any.
+        embedding: name of the input embedding; None if there is none.
         buffers: tensors of the state dict that are not parameters.
-        discarded: patterns of tensors in old checkpoints that the architecture declares obsolete.
-        naming: how transformers names a checkpoint's tensors.
-        unusable: linears that a pass of text does not call, or whose weight it reads directly -> why; empty before
-            `probed`.
-        input_groups: the trainable linears, grouped by the tensor they read; empty before `probed`.
+        discarded: regular expressions for tensors of old checkpoints that the architecture ignores.
+        naming: transformers' rules that map checkpoint names to these names.
+        unusable: linears that a forward pass of text does not call or whose weight it reads directly, and for each the
+            reason; empty until `probed`.
+        input_groups: the trainable linears, grouped by the tensor that they read; empty until `probed`.
     """
 
     architecture: str
@@ -89,12 +91,12 @@ class ModelStructure:
 
     @property
     def projections(self) -> dict[str, Role]:
-        """Linear, Conv1D and router modules: everything that the engine builds as a linear layer."""
+        """Roles of the linear, Conv1D and router modules, that is, of all layers that engines build as linears."""
         return {m: r for m, r in self.roles.items() if r is not Role.EMBEDDING}
 
     @property
     def left_out(self) -> dict[str, str]:
-        """Linears that are not trained -> why."""
+        """Linears that are neither trained nor quantized, and for each the reason."""
         return {m: why for m in self.projections if (why := self._reason(m)) is not None}
 
     def _reason(self, module: str) -> str | None:
@@ -112,7 +114,7 @@ class ModelStructure:
 
     @property
     def trainable(self) -> tuple[str, ...]:
-        """Linears that can be trained and stored as codes, in module order."""
+        """Names of the linears that can be trained and quantized, in module order."""
         left_out = self.left_out
         return tuple(m for m in self.projections if m not in left_out)
 
@@ -125,7 +127,7 @@ class ModelStructure:
         return self.tensors[f"{module}.weight"]
 
     def shape(self, module: str) -> tuple[int, int]:
-        """`(out, in)` of a linear."""
+        """Shape of a linear's weight as `(out, in)`, however it is stored."""
         rows, columns = self.stored_shape(module)
         return (columns, rows) if self.transposed(module) else (rows, columns)
 
@@ -135,12 +137,12 @@ class ModelStructure:
         return parameter.t().contiguous() if self.transposed(module) else parameter
 
     def owner(self, tensor: str) -> str | None:
-        """The module that owns a tensor, by the model's name for it; None if the model has no such tensor."""
+        """Name of the module that owns a tensor (given by its name in the model); None if there is no such module."""
         stem = tensor.rpartition(".")[0]
         return stem if stem in self.modules else None
 
     def is_discarded(self, tensor_name: str) -> bool:
-        """Whether the architecture ignores this tensor, as with GPT-2's stored causal mask."""
+        """Whether the architecture ignores a tensor of a checkpoint, such as the causal mask stored by old GPT-2s."""
         return any(re.search(pattern, tensor_name) for pattern in self.discarded)
 
     def in_decoder(self, module: str) -> bool:
@@ -149,11 +151,14 @@ class ModelStructure:
         return inside and module != self.output_head
 
     def is_expert(self, module: str | None) -> bool:
-        """Whether a module belongs to an unstacked expert."""
+        """Whether a module belongs to an expert that was unstacked by `unstack_experts`."""
         return module is not None and any(module.startswith(f"{layer}.") for layer in self.naming.experts)
 
     def probed(self, model: nn.Module) -> ModelStructure:
-        """The structure completed by a forward pass of a few tokens: `unusable` linears and `input_groups`.
+        """A copy with `unusable` and `input_groups`, which are observed in a forward pass of a few tokens.
+
+        Args:
+            model: the model that this structure describes, loaded or on the meta device.
 
         Raises:
             ConfigurationError: the model does not run on token ids alone.
@@ -167,7 +172,7 @@ class ModelStructure:
 
 
 def structure_of(model: nn.Module) -> ModelStructure:
-    """The structure of a transformers model, loaded or on the meta device."""
+    """The structure of a transformers model, loaded or on the meta device; not yet `probed`."""
     import_transformers()
     from transformers.pytorch_utils import Conv1D
 
@@ -224,11 +229,11 @@ def read_structure(directory: Path) -> ModelStructure:
 
 
 def load_config(directory: Path) -> PretrainedConfig:
-    """The model's configuration, without any quantization block.
+    """The transformers configuration of the model in a directory, without its quantization block.
 
     Raises:
-        BadArtifactError, ConfigurationError: no config.json, or an architecture unknown to transformers; also the
-            errors of `check_config` and `unusable`.
+        BadArtifactError, ConfigurationError: there is no config.json, its architecture is unknown to transformers, or
+            it has settings that `check_config` rejects; see `unusable`.
     """
     check_config(directory)
     from huggingface_hub.errors import StrictDataclassError
@@ -249,10 +254,11 @@ def load_config(directory: Path) -> PretrainedConfig:
 
 
 def model_class(config: PretrainedConfig) -> Any:
-    """The transformers class named in config.json's `architectures`, which must compute next-token logits.
+    """The transformers class named by `architectures` in config.json, which must compute next-token logits.
 
     Raises:
-        ConfigurationError: no architecture is named, transformers has no such class, or it is not a causal model.
+        ConfigurationError: not exactly one class is named, transformers has no such class, or it is not a causal
+            language model.
     """
     transformers = import_transformers()
     from transformers.models.auto import modeling_auto as auto
@@ -280,10 +286,13 @@ def _classes(named: str | tuple[str, ...] | None) -> tuple[str, ...]:
 
 
 def build_model(directory: Path, state: dict[str, Tensor], dtype: torch.dtype, **options: str) -> PreTrainedModel:
-    """The model of config.json with the weights `state`, on the CPU in evaluation mode.
+    """Build a directory's model with given weights, on the CPU in evaluation mode.
 
-    `options` are passed to `from_pretrained`. The state uses the checkpoint's names; transformers renames them as the
-    architecture requires.
+    Args:
+        directory: contains config.json.
+        state: the weights under their names in a checkpoint; transformers renames them as the architecture requires.
+        dtype: dtype of the model's parameters.
+        **options: passed to `from_pretrained`.
 
     Raises:
         ConfigurationError: see `load_config` and `model_class`.
@@ -295,5 +304,5 @@ def build_model(directory: Path, state: dict[str, Tensor], dtype: torch.dtype, *
 
 
 def _identity(parameter: Tensor) -> int:
-    """Equal for tied weights; the object's own id if the storage has no address (meta device, fake tensors)."""
+    """A number that is equal for tied weights: the storage's address, or the object's id if there is no address."""
     return id(parameter) if parameter.is_meta else parameter.data_ptr() or id(parameter)

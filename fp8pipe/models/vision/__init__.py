@@ -1,1 +1,1 @@
-"""Vision transformers: loading them, reading their structure, and intercepting their attention."""
+"""Vision transformers: loading them, analysing their structure, intercepting their attention, quantized models."""

@@ -1,9 +1,10 @@
-"""How to interpret a model's outputs: class probabilities, one probability per label, or plain numbers.
+"""How to interpret a vision model's outputs: class probabilities, one probability per label, or plain numbers.
 
-This follows from the model's training loss and is stored with the model. It is used by servers, which turn logits into
-probabilities, and by every gate that checks whether two models give the same answer.
+The interpretation follows from the loss that the model was trained with, and is stored with the model. Servers use it
+to turn logits into probabilities, and gates use it to check whether two models give the same answer.
 
-Option models import this module, so numpy and torch are imported only when used; a server needs no torch.
+This module is imported for the command-line options, and servers have no torch, so it imports numpy and torch only when
+they are used.
 """
 
 from __future__ import annotations
@@ -21,23 +22,23 @@ if TYPE_CHECKING:
 Activation = Literal["softmax", "sigmoid", "none"]
 ACTIVATIONS: Final[tuple[Activation, ...]] = get_args(Activation)
 
-# transformers' `problem_type`, which names the loss that the head was trained with.
+# The activation for each value of transformers' `problem_type`, which states the loss that the head was trained with.
 _OF_PROBLEM: Final[Mapping[str, Activation]] = {
     "single_label_classification": "softmax", "multi_label_classification": "sigmoid", "regression": "none",
 }  # fmt: skip
-# Outputs without classes agree if they differ by less than this share of the spread between images.
+# Outputs that are not ranked classes agree if their distance is at most this fraction of the spread between images.
 _LARGEST_SHARE: Final = 0.5
 
 
 def activation_of(outputs: int, problem: str | None = None) -> Activation:
     """The activation that turns the outputs of a classification head into probabilities.
 
-    A single output has no other class to compare with, so unless a problem type is given it is taken as a plain number:
-    transformers trains such a head as a regression, and timm does not say.
+    Without a problem type, a single output is treated as a plain number, because there is no second class to compare it
+    with: transformers trains such a head as a regression, and timm's files do not state the loss.
 
     Args:
         outputs: number of outputs of the head.
-        problem: transformers' `problem_type`; None if it is not given.
+        problem: transformers' `problem_type`; None if the model has none.
 
     Raises:
         ConfigurationError: the problem type is unknown.
@@ -52,15 +53,15 @@ def activation_of(outputs: int, problem: str | None = None) -> Activation:
 
 
 def ranks(activation: Activation, outputs: int) -> bool:
-    """Whether the largest output is the answer: true for two or more mutually exclusive classes."""
+    """Whether the class with the largest output is the prediction, as with two or more mutually exclusive classes."""
     return activation == "softmax" and outputs > 1
 
 
 def probabilities(logits: np.ndarray, activation: Activation) -> np.ndarray:
-    """(n, C) float32 logits -> (n, C) float32 probabilities.
+    """Turn logits (n, C) float32 into probabilities (n, C) float32.
 
     Raises:
-        ValueError: the outputs are plain numbers.
+        ValueError: the activation is "none", so the outputs are not logits.
     """
     import numpy as np
 
@@ -76,11 +77,19 @@ def probabilities(logits: np.ndarray, activation: Activation) -> np.ndarray:
 
 
 def agreeing(expected: Tensor, found: Tensor, activation: Activation) -> Tensor:
-    """Which images have the same answer, boolean `(N,)`, from outputs `(N, C)`.
+    """For each image, whether two models give the same answer.
 
-    With ranked classes: the same largest output. Otherwise: outputs that differ by less than half of the spread between
-    images (root mean square distance of `expected` from its mean, or from zero for a single image). Non-finite outputs
-    agree with nothing.
+    Ranked classes (see `ranks`) agree if the same output is the largest. Other outputs agree if their distance is at
+    most half of the spread between images (root mean square distance of `expected` from its mean over the images, or
+    from zero for a single image). Images with non-finite outputs do not agree.
+
+    Args:
+        expected: outputs of the reference model, `(N, C)`.
+        found: outputs of the other model, `(N, C)`.
+        activation: how the outputs are interpreted.
+
+    Returns:
+        Boolean tensor `(N,)`.
     """
     finite: Tensor = expected.isfinite().all(1) & found.isfinite().all(1)
     if ranks(activation, expected.shape[1]):

@@ -1,12 +1,12 @@
-"""Intercepts attention: a handler computes every attention of a model, without changes to the model's code.
+"""Intercepts attention: a handler function computes every attention of a model, without changes to the model's code.
 
-All supported attention modules end in a call of `torch.nn.functional.scaled_dot_product_attention` (`prepare_model`
-ensures this). Patching that function within a context manager therefore covers every model family: attention maps for
-a loss, quantizers for a student, the explicit formula for an export. Outside the context nothing is changed, and the
-fused kernels remain in use.
+All supported attention modules call `torch.nn.functional.scaled_dot_product_attention` (`prepare_model` ensures this).
+A context manager replaces this function, which works for all model families. Uses are reading attention maps for a
+loss, inserting quantizers, and writing out the explicit formula for an export. Outside the context nothing is changed,
+and torch's fused kernels remain in use.
 
-The patch replaces a name in a torch module, so it affects the whole process: only one context can be active at a time,
-and forward passes in other threads are intercepted too.
+The replacement affects the whole process: only one context can be active at a time, and forward passes in other threads
+are intercepted too.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ Hook = Callable[[Tensor], Tensor]
 
 
 class AttentionHandler(Protocol):
-    """Computes an attention in place of the model."""
+    """A function that computes an attention instead of the model."""
 
     def __call__(self, name: str, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-        """The attention's output.
+        """Compute the output of an attention.
 
         Args:
-            name: the calling module, as in `model.named_modules()`.
+            name: name of the calling module, as in `model.named_modules()`.
             q: queries (B, H, Nq, d), not yet multiplied by `scale`. B also counts windows.
             k: keys (B, H, N, d).
             v: values (B, H, N, d).
@@ -60,9 +60,9 @@ def explicit_attention(
         k: (B, H, N, d).
         v: (B, H, N, d).
         mask: additive or None, broadcastable to (B, H, Nq, N).
-        scale: pass 1.0 if q is already scaled.
-        on_logits: called with (q·scale) kᵀ (B, H, Nq, N), before the mask; its result is used instead.
-        on_probs: the same for the probabilities (B, H, Nq, N).
+        scale: factor for q; 1.0 if q is already scaled.
+        on_logits: called with the logits (q·scale) kᵀ (B, H, Nq, N) before the mask; its result replaces them.
+        on_probs: called with the probabilities (B, H, Nq, N); its result replaces them.
 
     Returns:
         (B, H, Nq, d).
@@ -82,7 +82,10 @@ def explicit_attention(
 
 @contextmanager
 def module_stack(modules: Collection[tuple[str, nn.Module]]) -> Iterator[list[str]]:
-    """While the context is active, the names of those `modules` that are running, outermost first."""
+    """A context that yields a list of the names of those `modules` that are running at the moment, outermost first.
+
+    The list is updated by hooks while the model runs.
+    """
     stack: list[str] = []
 
     def entering(name: str) -> Callable[..., None]:
@@ -94,7 +97,7 @@ def module_stack(modules: Collection[tuple[str, nn.Module]]) -> Iterator[list[st
     with ExitStack() as hooks:
         for name, module in modules:
             hooks.enter_context(module.register_forward_pre_hook(entering(name)))
-            # always_call: restore the stack even if a forward raises.
+            # always_call removes the name even if the forward raises.
             hooks.enter_context(module.register_forward_hook(leaving, always_call=True))
         yield stack
 
@@ -103,8 +106,8 @@ def module_stack(modules: Collection[tuple[str, nn.Module]]) -> Iterator[list[st
 def intercept_attention(model: nn.Module, names: Collection[str], handler: AttentionHandler) -> Iterator[None]:
     """Pass every attention of `names` to `handler` while the context is active.
 
-    Attention in other modules, and in other models, runs as usual. Works under autograd, autocast and
-    non-strict `torch.export`; the patch is removed however the context is left.
+    Attention in other modules, and in other models, runs as usual. The interception works under autograd, autocast and
+    non-strict `torch.export`, and ends with the context, also after an exception.
 
     Args:
         model: the model that will run.
@@ -112,7 +115,7 @@ def intercept_attention(model: nn.Module, names: Collection[str], handler: Atten
         handler: called instead of the fused attention.
 
     Raises:
-        ConfigurationError: a name is not a module of the model; or, while running, an attention is causal, uses
+        ConfigurationError: a name is not a module of the model; or, when the model runs, an attention is causal, uses
             dropout, or shares keys among heads.
         RuntimeError: another context is already active.
     """
@@ -136,7 +139,7 @@ def intercept_attention(model: nn.Module, names: Collection[str], handler: Atten
             name = stack[-1]
             _refuse(name, dropout_p, is_causal, enable_gqa)
             scale = 1.0 / math.sqrt(query.shape[-1]) if scale is None else scale
-            if attn_mask is not None and attn_mask.dtype == torch.bool:  # True: attended to
+            if attn_mask is not None and attn_mask.dtype == torch.bool:  # True means that the key takes part
                 attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill(~attn_mask, -math.inf)
             return handler(name, query, key, value, attn_mask, scale)
 

@@ -1,16 +1,18 @@
-"""The quantized model in arithmetic with a single possible result, equal for every engine, thread count and processor.
+"""Runs a quantized model in exact arithmetic, whose result does not depend on engine, thread count or processor.
 
-A quantized transformer amplifies rounding errors. If sums are rounded at every addition, the order of additions affects
-the last bits, a last bit changes a code, and a few layers later the logits differ by several percent, whether between
-two correct engines or in one engine with two thread counts. Bitwise comparison is then impossible. It becomes possible
-if the arithmetic leaves no freedom, as here:
+A quantized transformer amplifies rounding errors. If sums are rounded at every addition, the order of the additions
+affects their last bits. A different last bit can change a code, and a few layers later the logits differ by several
+percent. This happens between two correct engines, and within one engine between two thread counts, so that results
+cannot be compared bit for bit. Here, the arithmetic is defined such that they can:
 
-* matrix multiplications of codes are exact in integers, and one fp32 multiplication by `scale_x * scale_w` scales them;
-* everything between a matrix multiplication and the next quantizer is float64, rounded to fp32 once, when quantized.
+* matrix multiplications of codes are exact in integers, followed by one fp32 multiplication by `scale_x * scale_w`;
+* everything between a matrix multiplication and the next quantizer is float64, and rounded to fp32 only once, by the
+  quantizer.
 
-Two implementations then differ by a relative error of at most 1e-15. That changes a code only if a value lies this
-close to the boundary of two fp32 numbers that is also the boundary of two codes, which happened for none of millions of
-codes. Codes and logits of a whole model are therefore bitwise equal, and a comparison needs no tolerance.
+The remaining difference between two implementations is a relative error of at most 1e-15. It changes a code only if a
+value is that close to a rounding boundary of fp32 that is also a boundary between two codes, which happened for none of
+millions of codes. The codes and logits of a whole model are therefore bitwise equal and can be compared without a
+tolerance.
 """
 
 from __future__ import annotations
@@ -31,13 +33,16 @@ from fp8pipe.models.vision.structure import LinearSite
 from fp8pipe.numerics.kinds import Kind
 from fp8pipe.numerics.quantizers import ActivationQuantizer, WeightCodes
 
-# Up to 2^24 fp32 represents every integer, so sums of integers below it are exact in any order.
+# fp32 represents every integer up to 2^24, so sums of integers that stay below it are exact in any order.
 _FP32_INTEGERS: Final = 2**24
 Codes = Callable[[str, Tensor], None]
 
 
 def inexact_sites(quantized: QuantizedVit) -> list[str]:
-    """Matrix multiplications whose result depends on summation order: those without integer codes on both sides."""
+    """Names of the matrix multiplications that do not have integer codes on both sides.
+
+    Their results depend on the order of summation, so that the model cannot be run in exact arithmetic.
+    """
     integers = {site for site, q in quantized.activations.items() if q.kind is Kind.INT}
     whole = {name for name, weight in quantized.weights.items() if weight.kind is Kind.INT}
     structure = quantized.structure
@@ -47,9 +52,9 @@ def inexact_sites(quantized: QuantizedVit) -> list[str]:
 
 
 def double_model(quantized: QuantizedVit) -> nn.Module:
-    """The prepared model in float64 with dequantized weights, without hooks.
+    """A new copy of the prepared model in float64, with dequantized weights and without quantization hooks.
 
-    Epsilons of normalizations are rounded to fp32, the precision in which ONNX stores them.
+    Epsilons of normalization layers are rounded to fp32, the precision in which ONNX stores them.
     """
     model = build(quantized.architecture)
     model.load_state_dict(quantized.model.state_dict())
@@ -60,13 +65,13 @@ def double_model(quantized: QuantizedVit) -> nn.Module:
 
 
 class ExactVit:
-    """An artifact's model in exact arithmetic; somewhat slower than `QuantizedVit`.
+    """A quantized model that runs in exact arithmetic; somewhat slower than `QuantizedVit`.
 
     Args:
-        quantized: the model; not changed.
+        quantized: the quantized model, which is not changed.
 
     Raises:
-        ConfigurationError: a matrix multiplication has no integer codes (FP8 artifacts).
+        ConfigurationError: a matrix multiplication does not have integer codes on both sides, as in FP8 artifacts.
     """
 
     def __init__(self, quantized: QuantizedVit) -> None:
@@ -88,11 +93,14 @@ class ExactVit:
 
     @torch.no_grad()
     def __call__(self, pixels: Tensor, on_codes: Codes | None = None) -> Tensor:
-        """Logits (or features) `(N, C)` fp32 of normalized pixels `(N, 3, H, W)` fp32.
+        """Compute the logits (or the features of a backbone).
 
         Args:
-            pixels: the images.
-            on_codes: called with the codes (int8) of every activation site, in execution order.
+            pixels: normalized images, `(N, 3, H, W)` fp32.
+            on_codes: called with the name and the int8 codes of every activation site, in execution order.
+
+        Returns:
+            `(N, C)` fp32.
         """
         self._on_codes = on_codes
         try:
@@ -103,7 +111,7 @@ class ExactVit:
 
     def _codes(self, site: str, x: Tensor) -> tuple[Tensor, ActivationQuantizer]:
         quantizer = self._activations[site]
-        codes = quantizer.codes(x.float())  # the only rounding to fp32
+        codes = quantizer.codes(x.float())  # the only place where activations are rounded to fp32
         if self._on_codes is not None:
             self._on_codes(site, codes)
         return codes, quantizer
@@ -132,9 +140,16 @@ class ExactVit:
 
 
 def _product(codes: Tensor, weight: WeightCodes, reads: ActivationQuantizer, layer: nn.Module) -> Tensor:
-    """The matrix multiplication of a linear or a patch embedding, float64, without bias."""
+    """Result of a linear layer or a patch embedding without its bias, in float64.
+
+    Args:
+        codes: int8 codes of the input.
+        weight: codes and scales of the weight.
+        reads: the quantizer of the input.
+        layer: the module, for the kernel size and stride of a patch embedding.
+    """
     flat = weight.codes.flatten(1)
-    scale = torch.tensor(reads.scale) * weight.scale  # fp32, as engines multiply scales
+    scale = torch.tensor(reads.scale) * weight.scale  # in fp32, like the product of scales in engines
     if weight.codes.dim() == 2:
         return _scaled(_sum(codes, flat.T), scale)
     assert isinstance(layer, nn.Conv2d)
@@ -145,14 +160,14 @@ def _product(codes: Tensor, weight: WeightCodes, reads: ActivationQuantizer, lay
 
 
 def _sum(left: Tensor, right: Tensor) -> Tensor:
-    """The exact matrix product of two code tensors: fp32 if it represents all partial sums exactly, else float64."""
+    """The exact matrix product of two int8 tensors; in fp32 if all partial sums are exact there, else in float64."""
     bound = int(left.int().abs().max()) * int(right.int().abs().max()) * left.shape[-1]
     dtype = torch.float32 if bound <= _FP32_INTEGERS else torch.float64
     return left.to(dtype) @ right.to(dtype)
 
 
 def _scaled(sums: Tensor, scale: Tensor) -> Tensor:
-    """Integers times an fp32 scale: rounded to fp32 before and after, then converted to float64."""
+    """Integer sums, converted to fp32, times an fp32 scale; the fp32 result is returned as float64."""
     return (sums.float() * scale).double()
 
 

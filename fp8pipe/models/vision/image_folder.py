@@ -1,4 +1,4 @@
-"""Labelled images on disk: one folder per class, the layout that most tools write."""
+"""Reads labelled images from a folder with one subfolder per class, the layout that most tools use."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 SUFFIXES: Final = frozenset((".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm"))
-UNLABELLED: Final = ("",)  # the classes if all images are in one folder
+UNLABELLED: Final = ("",)  # value of `ImageFolder.classes` if the images are not sorted into class folders
 _SMALL: Final = (64, 64)
 
 
@@ -29,8 +29,8 @@ class ImageFolder:
     Attributes:
         path: the folder.
         classes: names of the class folders, sorted.
-        files: the images.
-        labels: the class index of each image.
+        files: paths of the images.
+        labels: for each image, the index of its class in `classes`.
     """
 
     path: Path
@@ -40,7 +40,9 @@ class ImageFolder:
 
 
 def read_image_folder(path: Path) -> ImageFolder:
-    """List the images `path/CLASS/NAME.jpg` (at any depth below the class; hidden files and other types are skipped).
+    """List the images of a folder with one subfolder per class, `path/CLASS/NAME.jpg`.
+
+    Images may be at any depth below their class folder. Hidden files and files of other types are skipped.
 
     Raises:
         ConfigurationError: the folder does not exist, has no class folders, or a class has no images.
@@ -67,7 +69,9 @@ def read_image_folder(path: Path) -> ImageFolder:
 
 
 def list_pictures(path: Path) -> ImageFolder:
-    """List a folder's images if no labels are needed: one folder per class, or all in one folder (then `UNLABELLED`).
+    """List the images of a folder when no labels are needed.
+
+    They are either directly in the folder, and then have the class `UNLABELLED`, or in one subfolder per class.
 
     Raises:
         ConfigurationError: the folder does not exist, or has neither layout.
@@ -78,7 +82,7 @@ def list_pictures(path: Path) -> ImageFolder:
 
 
 def check_pictures(folder: ImageFolder) -> None:
-    """Decode every image once, JPEGs at reduced size, so that broken files are found before hours of work.
+    """Decode every image once (JPEGs at reduced size), so that broken files are detected before hours of work.
 
     Raises:
         ConfigurationError: an image cannot be read; the error names the file.
@@ -90,7 +94,7 @@ def check_pictures(folder: ImageFolder) -> None:
 
 
 def read_pixels(file: Path, preprocessing: Preprocessing) -> Tensor:
-    """One image as (3, H, W) uint8, resized and cropped.
+    """Read one image, resized and cropped by `preprocessing` but not normalized: (3, H, W) uint8.
 
     Raises:
         ConfigurationError: the image cannot be read; the error names the file.
@@ -115,7 +119,7 @@ def _opened(file: Path) -> Iterator[Image.Image]:
 
 
 def batches(folder: ImageFolder, rows: list[int], preprocessing: Preprocessing, size: int) -> Iterator[Tensor]:
-    """The images at indices `rows`, in batches of at most `size`: (n, 3, H, W) uint8."""
+    """Yield the images at the indices `rows` in batches of at most `size`: (n, 3, H, W) uint8; see `read_pixels`."""
     for start in range(0, len(rows), size):
         chunk = rows[start : start + size]
         yield torch.stack([read_pixels(folder.files[row], preprocessing) for row in chunk])

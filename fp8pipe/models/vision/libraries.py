@@ -1,6 +1,7 @@
 """Loads pretrained vision models of timm (from the hub or a directory) and of transformers (from a directory).
 
-Either yields the same three things: weights under the prepared model's names, an architecture, and the preprocessing.
+For both libraries the result is the same: weights under the names of the prepared model (see `prepare_model`), the
+architecture, and the preprocessing.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from fp8pipe.models.vision.towers import check_all_read, vision_config, vision_p
 
 
 class Pretrained(NamedTuple):
-    """The contents of a checkpoint, and notes for the user on how it was read."""
+    """A pretrained model as read from its files, with notes for the user on how the files were interpreted."""
 
     weights: dict[str, Tensor]
     architecture: Architecture
@@ -38,7 +39,7 @@ class Pretrained(NamedTuple):
     notes: tuple[str, ...] = ()
 
 
-# Entries that record where and by what a configuration was written, and do not affect the model.
+# Configuration entries about how the file was written, which do not affect the model.
 _RECORDS: Final = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures")
 _OWN_SHAPES: Final = "use a checkpoint whose model_args give shapes and parts of a vision transformer alone"
 _ONE_OUTPUT: Final = (
@@ -48,14 +49,17 @@ _ONE_OUTPUT: Final = (
 
 
 def load_from_folder(folder: Path, image_size: tuple[int, int] | None) -> Pretrained:
-    """Load a model directory of timm (its config.json names an architecture) or of transformers.
+    """Load a vision model from a directory.
+
+    The directory is one of timm if `architecture` in its config.json is a string, otherwise one of transformers.
 
     Args:
-        folder: contains config.json and safetensors; for transformers also preprocessor_config.json.
-        image_size: (height, width) in pixels; None for the size of the weights or the configuration.
+        folder: contains config.json and safetensors; for transformers also the settings of the image processor.
+        image_size: (height, width) in pixels; None for the size that the model's files give.
 
     Raises:
-        ConfigurationError: not a vision model, missing weights or preprocessing, or an unsupported image size.
+        ConfigurationError: it is not a vision model, weights or preprocessing are missing, or the image size is not
+            supported.
         BadArtifactError: a file cannot be read.
     """
     config = read_config(folder / "config.json")
@@ -77,9 +81,9 @@ def load_from_timm(
     """Load a pretrained timm model.
 
     Args:
-        source: a model name with or without a tag, or `local-dir:` followed by a directory.
-        image_size: (height, width) in pixels; None for the size of the weights.
-        written: model arguments stored beside its weights.
+        source: a timm model name, with or without a tag, or `local-dir:` followed by a directory.
+        image_size: (height, width) in pixels; None for the size that the weights were trained for.
+        written: model arguments from the config.json beside the weights.
 
     Raises:
         ConfigurationError: timm has no such model, no weights for it, or the model does not support the image size.
@@ -118,20 +122,20 @@ def _create(timm: Any, source: str, image_size: tuple[int, int] | None) -> Any:
         if isinstance(error, TypeError) and options:  # the model takes no image size: report the real cause
             check_plain(timm.create_model(source, pretrained=False), source)
         raise ConfigurationError(
-            f"timm {timm.__version__} cannot give the model {source}",
+            f"timm {timm.__version__} cannot create the model {source}",
             why=_first_line(error) or type(error).__name__,
             fix="check the name (timm.list_models(pretrained=True) lists them) and the image size",
         ) from error
 
 
 def _built_size(model: Any) -> tuple[int, int] | None:
-    """The image size that the module was built for; the size noted in its data config may differ."""
+    """The (height, width) that the module was built for, which may differ from its data configuration."""
     size = getattr(getattr(model, "patch_embed", None), "img_size", None)
     return pair_of_integers(size) if isinstance(size, tuple | list) else None
 
 
 def _class_names(model: nn.Module) -> tuple[str, ...]:
-    """The class names stored with the weights, ImageNet synsets for 1000 classes, else numbers; () for a backbone."""
+    """Class names of a timm model: stored names, else ImageNet-1k synsets, else numbers; () for a backbone."""
     count = class_count(model)
     if count is None:
         return ()
@@ -150,9 +154,12 @@ def _class_names(model: nn.Module) -> tuple[str, ...]:
 def _choose_size(
     model: nn.Module, stated: tuple[int, int], prepared: tuple[int, int]
 ) -> tuple[tuple[int, int], tuple[str, ...]]:
-    """The (height, width) to use if the user gave none, and notes for the user.
+    """Choose the image size if the user gave none: the image processor's, unless the model does not run at that size.
 
-    The image processor's size, `prepared`, is used, unless the model only runs at its configuration's size, `stated`.
+    Args:
+        model: the model.
+        stated: (height, width) in the model's configuration.
+        prepared: (height, width) that the image processor produces.
     """
     if stated == prepared:
         return stated, ()
@@ -190,7 +197,19 @@ def _architecture(
     classes: tuple[str, ...],
     problem: str | None = None,
 ) -> tuple[Architecture, tuple[str, ...]]:
-    """The architecture, and notes on what was inferred; a model without classes is treated as a backbone."""
+    """Create the architecture of a loaded model.
+
+    Args:
+        library: the library that builds the model.
+        name: name of the timm model or of the transformers class.
+        arguments: arguments or configuration of the model.
+        size: (height, width) of the images, pixels.
+        classes: class names; empty for a backbone.
+        problem: transformers' `problem_type`, if the model has one.
+
+    Returns:
+        The architecture, and notes for the user on what was inferred.
+    """
     activation = activation_of(len(classes), problem) if classes else "none"
     try:
         architecture = Architecture(
@@ -240,14 +259,14 @@ def _from_transformers(folder: Path, config: Mapping[str, Any], image_size: tupl
 
 
 def _declared(config_class: Any, found: Mapping[str, Any]) -> dict[str, Any]:
-    """The entries that the configuration class knows; checkpoints may contain others, which no such model reads."""
+    """The entries of a configuration that its class declares; others, which the model ignores, are dropped."""
     kept = declared_fields(config_class) - set(_RECORDS) | {"model_type"}
     inner = config_class.sub_configs
     return {k: _declared(inner[k], v) if k in inner and v else v for k, v in found.items() if k in kept}
 
 
 def _load(folder: Path, name: str, config: Mapping[str, Any]) -> Any:
-    """The model with every weight of the folder; transformers alone would invent missing ones and drop extras."""
+    """Load a transformers model. Missing or unused weights are an error here; transformers itself only warns."""
     cls: Any = transformers_class(name)
     _check_weights(folder, "*.safetensors")
     try:
@@ -307,7 +326,10 @@ def _image_size(config: Any) -> tuple[int, int]:
 
 
 def _processor(folder: Path, size: tuple[int, int]) -> tuple[Preprocessing, tuple[str, ...]]:
-    """The image processor's recipe, with notes; `size` is the one in the model's configuration."""
+    """The preprocessing of a transformers directory, from its image processor, with notes for the user.
+
+    `size` is the (height, width) in the model's configuration.
+    """
     path, whole = folder / "preprocessor_config.json", folder / "processor_config.json"
     if path.is_file():
         read_config(path)

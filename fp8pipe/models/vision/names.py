@@ -1,4 +1,4 @@
-"""Converts a checkpoint's class names to the form that artifacts use: exactly one name per output, all distinct."""
+"""Converts the class names of a checkpoint to the form that artifacts require: one distinct name for each output."""
 
 from __future__ import annotations
 
@@ -13,12 +13,15 @@ _SHOWN = 3
 
 
 def named_outputs(labels: Mapping[int, str], outputs: int) -> tuple[tuple[str, ...], list[str]]:
-    """Distinct names of a head's outputs, in order, and notes on what was changed.
+    """Assign class names to the outputs of a classification head.
 
     Args:
         labels: transformers' `id2label`. If its numbers do not start at 0 or have gaps, the names are assigned to the
-            outputs in numerical order, which is the only possible assignment.
-        outputs: number of outputs.
+            outputs in numerical order.
+        outputs: number of outputs of the head.
+
+    Returns:
+        A distinct name for each output, in order, and notes for the user on what was changed.
 
     Raises:
         ConfigurationError: the number of names differs from the number of outputs.
@@ -37,7 +40,11 @@ def named_outputs(labels: Mapping[int, str], outputs: int) -> tuple[tuple[str, .
 
 
 def unique_names(names: Sequence[str]) -> tuple[tuple[str, ...], list[str]]:
-    """The names, with the output's index appended to duplicates (`crane (134)`), and a note about them."""
+    """Make class names distinct by appending the output's index to those that occur more than once: `crane (134)`.
+
+    Returns:
+        The names in the same order, and a note for the user if any were changed.
+    """
     counts = Counter(names)
     doubled = [name for name, count in counts.items() if count > 1]
     taken, found = {name for name, count in counts.items() if count == 1}, []

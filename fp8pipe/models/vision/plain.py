@@ -1,4 +1,4 @@
-"""Checks from its modules, before running it, that a model is a plain vision transformer; errors say why not."""
+"""Checks that a model is a plain vision transformer, by looking at its convolutions; the model is not run."""
 
 from __future__ import annotations
 
@@ -16,10 +16,15 @@ _FIX: Final = "use a plain vision transformer, such as ViT, DeiT, BEiT, EVA, DIN
 
 
 def check_plain(model: nn.Module, name: str) -> None:
-    """Refuse a model unless its only convolution is one patch embedding of RGB images; `name` is used in messages.
+    """Reject a model unless its only convolution is a patch embedding of RGB images.
+
+    Args:
+        model: the model.
+        name: the model's name in error messages.
 
     Raises:
-        ConfigurationError: there is no patch embedding; or a convolution is extra, overlaps, or reads other channels.
+        ConfigurationError: there is no convolution or more than one, or its patches overlap, or it does not have three
+            input channels.
     """
     found = [(place, module) for place, module in model.named_modules() if isinstance(module, _CONVOLUTIONS)]
     beside = [(place, module) for place, module in found if not cuts_without_overlap(module)] or found[1:]
@@ -40,8 +45,8 @@ def check_plain(model: nn.Module, name: str) -> None:
             raise ConfigurationError(
                 f"{name} reads images of {module.in_channels} channel(s), and only three are supported",
                 why=f"its patch embedding {place} has {module.in_channels}, and pictures are prepared as RGB",
-                fix="use a model for RGB images; one for grey images becomes one by dividing its patch embedding among "
-                "three channels",
+                fix="use a model for RGB images; to convert a model for grey images, repeat the weights of its patch "
+                "embedding for three channels and divide them by three",
             )
 
 

@@ -1,15 +1,16 @@
-"""Converts a freshly loaded model to the uniform form that the rest of the project expects, and runs it uniformly.
+"""Converts ("prepares") a loaded timm or transformers model to the uniform form that all other modules expect.
 
-The function computed is the same, but every matrix multiplication becomes an `nn.Linear`, an `nn.Conv2d` or a call of
+A prepared model computes the same function, but all its matrix multiplications are `nn.Linear`, `nn.Conv2d` or calls of
 `scaled_dot_product_attention`:
 
 * timm modules with a `fused_attn` switch have it turned on; transformers models use their "sdpa" implementation;
-* BEiT and EVA keep the biases of q and v separate from a bias-free linear and add them in their own code:
-  they become that linear's bias (k's is zero);
-* `nn.MultiheadAttention` (pooling heads) hides its projections in one parameter: it becomes three linears.
+* BEiT and EVA add the biases of q and v in their own code, to the result of a linear without bias; they become the bias
+  of that linear, with zeros for k;
+* `nn.MultiheadAttention` (in pooling heads) stores its three projections in one parameter; it is replaced by a module
+  with separate linears.
 
-Parameter names are therefore those of the prepared model, in artifacts too. `vision_outputs` maps pixels to (N, C),
-whatever output type the library returns.
+Artifacts use the parameter names of the prepared model. `vision_outputs` runs a model and returns its outputs as a
+tensor (N, C), whatever type the library returns.
 """
 
 from __future__ import annotations
@@ -24,10 +25,10 @@ from fp8pipe.core.errors import ConfigurationError
 
 
 class ProjectedAttention(nn.Module):
-    """`nn.MultiheadAttention` over (N, L, E) inputs with separate linear projections; returns (output, None).
+    """Replacement for an `nn.MultiheadAttention` over (N, L, E) inputs, with separate linear projections.
 
     Args:
-        attention: the module whose weights are taken; without masks, dropout, extra keys or batch-second inputs.
+        attention: the module to replace, whose weights are copied; batch first, without dropout or extra keys.
     """
 
     def __init__(self, attention: nn.MultiheadAttention) -> None:
@@ -45,7 +46,14 @@ class ProjectedAttention(nn.Module):
         self.out_proj.load_state_dict(attention.out_proj.state_dict())
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> tuple[Tensor, None]:
-        """Attention of (N, Lq, E) over (N, L, E); refuses `options` that would change the result."""
+        """Attention of queries (N, Lq, E) over keys and values (N, L, E).
+
+        Returns:
+            The output (N, Lq, E), and None in place of the attention weights.
+
+        Raises:
+            ConfigurationError: the options contain a mask.
+        """
         masks = sorted(name for name in ("key_padding_mask", "attn_mask") if options.get(name) is not None)
         if masks:
             raise ConfigurationError(
@@ -61,9 +69,15 @@ class ProjectedAttention(nn.Module):
 
 
 def prepare_model(model: nn.Module) -> nn.Module:
-    """Rewrite `model` in place: eval mode, float32, parameters without gradients, matrix multiplications as above.
+    """Convert a model in place, as described for this module; also to eval mode and float32, without gradients.
 
-    `model` is a timm or transformers model with its weights loaded; it is returned. Idempotent.
+    Preparing a prepared model changes nothing.
+
+    Args:
+        model: a timm or transformers model with its weights loaded.
+
+    Returns:
+        The same model.
 
     Raises:
         ConfigurationError: an attention cannot be rewritten; the error names the module.
@@ -129,14 +143,17 @@ def _check_plain(name: str, attention: nn.MultiheadAttention) -> None:
 
 
 def vision_outputs(model: nn.Module, pixels: Tensor) -> Tensor:
-    """Logits of a classifier, or pooled features of a backbone: (N, C), the model's own tensor (not a copy).
+    """Run a model, and return the logits of a classifier or the pooled features of a backbone.
 
     Args:
         model: a timm or transformers vision model, in eval mode.
-        pixels: (N, 3, H, W), normalized.
+        pixels: normalized images (N, 3, H, W).
+
+    Returns:
+        (N, C), the tensor that the model returned, not a copy.
 
     Raises:
-        ConfigurationError: the model returns something else.
+        ConfigurationError: the model returns neither logits nor pooled features.
     """
     outputs = model(pixels)
     found = outputs if isinstance(outputs, Tensor) else _of_transformers(outputs)

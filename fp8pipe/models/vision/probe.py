@@ -1,16 +1,16 @@
-"""Runs a model once, records every attention and linear, and refuses matrix multiplications anywhere else.
+"""Runs a model on blank images, records every attention and linear, and rejects matrix multiplications elsewhere.
 
-Below the module level, every matrix multiplication is one of a few ATen operations. The probe watches them: each must
-happen inside an `nn.Linear`, an `nn.Conv2d` or an intercepted attention. This guarantees that the recorded structure
-is complete, even for unknown models.
+Whatever modules a model has, its matrix multiplications are a few ATen operations. The probe observes these operations:
+each must occur inside an `nn.Linear`, an `nn.Conv2d` or an intercepted attention. The recorded structure is therefore
+complete, even for an unknown model.
 
-To every recorded output the probe adds a zero that requires a gradient. If the zero receives none, the model's output
-does not depend on that layer (in SigLIP, a pooling head beside the classifier): an export drops such layers, so they
-are left out.
+Layers on which the model's output does not depend are left out, because exports drop them (for instance the pooling
+head beside SigLIP's classifier). To detect them, the probe adds a zero that requires a gradient to the output of every
+layer. If that zero receives no gradient from the model's output, the output does not depend on the layer.
 
-The pixels require a gradient too. If the input of a linear does not, and its shape is the same for any number of
-images, then the result is constant (some models compute position biases this way). There is nothing to quantize, so it
-is recorded separately.
+Linears whose result does not depend on the pixels are recorded separately, because they need no quantization (some
+models compute position biases this way). To detect them, the pixels require a gradient as well: if the input of a
+linear does not require one, and has the same shape for any number of images, the result is constant.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from fp8pipe.core.errors import ConfigurationError
 from fp8pipe.models.vision.attention import explicit_attention, intercept_attention, module_stack
 from fp8pipe.models.vision.prepare import vision_outputs
 
-# Two images, so that the batch (and windows, which multiply it) can be told from dimensions of size one.
+# Two images, so that the batch dimension (which may include windows) is distinguished from dimensions of size one.
 IMAGES = 2
 _WEIGHTED = (nn.Linear, nn.Conv2d)
 _PRODUCTS = {
@@ -41,7 +41,7 @@ _PRODUCTS = {
 
 @dataclass(frozen=True, slots=True)
 class AttentionCall:
-    """One recorded attention call; sizes as in `AttentionSite`, `batch` counts images times windows."""
+    """One recorded attention call, with sizes as in `AttentionSite`; `batch` is the number of images times windows."""
 
     name: str
     batch: int
@@ -57,8 +57,11 @@ class LinearCall:
     """One recorded call of a linear or convolution.
 
     Attributes:
-        input: the tensor it read; kept alive because the id of a freed tensor may be reused.
-        attentions: number of attention calls before it.
+        name: name of the module.
+        module: the module.
+        input: the input tensor; kept alive, because the id of a freed tensor may be reused.
+        output_shape: shape of the output.
+        attentions: number of attention calls before this call.
     """
 
     name: str
@@ -69,18 +72,18 @@ class LinearCall:
 
     @property
     def grid(self) -> tuple[int, int]:
-        """Rows and columns of a patch embedding's output."""
+        """(rows, columns) of the output of a patch embedding."""
         return self.output_shape[-2], self.output_shape[-1]
 
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """The result of one pass over `IMAGES` images, in call order.
+    """The structure observed in a pass over `IMAGES` images, in call order.
 
     Attributes:
-        attentions: those that affect the output.
-        linears: those that affect the output.
-        after: those of the linears that ran after the last of these attentions.
+        attentions: attention calls that affect the output.
+        linears: calls of linears and convolutions that affect the output.
+        after: those of `linears` that ran after the last of `attentions`.
         constants: names of linears whose results do not depend on the pixels.
     """
 
@@ -96,10 +99,11 @@ class _Notes:
     attention_marks: list[Tensor] = field(default_factory=list)
     linears: list[LinearCall] = field(default_factory=list)
     linear_marks: list[Tensor] = field(default_factory=list)
-    # Input shapes of linears that do not depend on the pixels, by name; no zero is added to their outputs.
+    # Input shapes, by name, of linears whose input does not depend on the pixels; no zero is added to their outputs.
     fixed: dict[str, torch.Size] = field(default_factory=dict)
-    varying: frozenset[str] = frozenset()  # of these, the ones that depend on the number of images
-    inside: bool = False
+    # Linears whose input does not depend on the pixels, but has a shape that depends on the number of images.
+    varying: frozenset[str] = frozenset()
+    inside: bool = False  # whether an intercepted attention is being computed
 
     def attend(self, name: str, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
         batch, heads, queries, head_dim = q.shape
@@ -124,7 +128,7 @@ def _mark(like: Tensor, marks: list[Tensor]) -> Tensor:
 
 
 class _Watch(TorchDispatchMode):
-    """Refuses matrix multiplications outside of linears, convolutions and intercepted attentions."""
+    """Raises an error for matrix multiplications outside of linears, convolutions and intercepted attentions."""
 
     def __init__(self, model: nn.Module, stack: list[str], notes: _Notes) -> None:
         start: Any = super().__init__  # untyped in torch
@@ -151,11 +155,15 @@ class _Watch(TorchDispatchMode):
 
 @torch.enable_grad()
 def probe(model: nn.Module, image_size: tuple[int, int]) -> Probe:
-    """Run a model prepared by `prepare_model` once on two blank images of (height, width), and record its structure.
+    """Run a model on blank images, and record its structure.
+
+    Args:
+        model: a model prepared by `prepare_model`.
+        image_size: (height, width) in pixels.
 
     Raises:
-        ConfigurationError: the model does not run at that size, has no attention that can be intercepted or calls one
-            twice, or multiplies matrices elsewhere; the error names the module.
+        ConfigurationError: the model does not run at that size, has no attention that can be intercepted, has a module
+            that computes several attentions, or multiplies matrices elsewhere; the error names the module.
     """
     notes, output = _pass(model, image_size, frozenset())
     if notes.fixed:
@@ -178,7 +186,10 @@ def probe(model: nn.Module, image_size: tuple[int, int]) -> Probe:
 def _pass(
     model: nn.Module, image_size: tuple[int, int], varying: frozenset[str], images: int = IMAGES
 ) -> tuple[_Notes, Tensor]:
-    """What one pass over this many images recorded, and the model's output."""
+    """Run the model once on `images` blank images; returns what was recorded, and the model's output.
+
+    `varying` are linears to record although their input does not depend on the pixels, see `_Notes.varying`.
+    """
     modules = {name: module for name, module in model.named_modules() if name}
     notes = _Notes(varying=varying)
     with ExitStack() as hooks:
@@ -206,7 +217,7 @@ def _run(model: nn.Module, image_size: tuple[int, int], watch: _Watch, images: i
 
 
 def size_fix(model: nn.Module, image_size: tuple[int, int]) -> str:
-    """Advice to the user if a model cannot take images of (height, width)."""
+    """Advice to the user, for the case that a model does not support images of this (height, width)."""
     whole = (m for m in model.modules() if isinstance(m, nn.Conv2d) and m.kernel_size == m.stride)
     steps: Any = getattr(next(whole, None), "kernel_size", (1, 1))
     near = [max(step, round(side / step) * step) for side, step in zip(image_size, steps, strict=True)]

@@ -1,8 +1,8 @@
 """Translates a checkpoint's own image preprocessing to a `Preprocessing` recipe, and verifies it pixel by pixel.
 
-The image processor's settings become a recipe; then both prepare the same images, and a recipe that gives different
-pixels is refused. Any peculiarity of a processor class (another order, another crop) is thus detected without
-knowledge of the class.
+The recipe is derived from the settings of the image processor. Then the processor and the recipe are applied to the
+same test images, and it is an error if their pixels differ. Processor classes that work in another way (in another
+order, with another crop) are thus detected without knowing them.
 """
 
 from __future__ import annotations
@@ -29,21 +29,22 @@ Own = Callable[["Image"], np.ndarray]
 _FILTERS: Final = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}
 # Sizes (height, width) of the test images: wide, tall, and larger than most models' input.
 _PICTURES: Final = ((90, 161), (161, 90), (431, 560))
-# In 8-bit codes: torchvision's bilinear filter on CPUs without SIMD rounds only once, after both passes.
+# Largest accepted difference, in 8-bit steps. Results of torchvision's bilinear filter can differ by one step between
+# CPUs: without SIMD, it rounds only once, after both passes.
 _TOLERANCE: Final = 1.02
 _CHANNELS: Final = 3
 
 
 def processor_recipe(folder: Path, size: tuple[int, int]) -> tuple[Preprocessing, tuple[str, ...]]:
-    """The recipe of the image processor that transformers loads from a directory, with notes for the user.
+    """The recipe of the image processor in a transformers directory, with notes for the user.
 
     Args:
         folder: contains the processor's settings and the model's config.json.
         size: (height, width) from the model's configuration, for processors that do not set a size.
 
     Raises:
-        ConfigurationError: there is no processor, or no recipe reproduces its pixels.
-        MissingCapabilityError: a package that the processor needs is missing.
+        ConfigurationError: the processor cannot be loaded, or no recipe reproduces its pixels.
+        MissingCapabilityError: a package that the processor needs is not installed.
     """
     processor, notes = _load(folder)
     pictures: tuple[tuple[int, int], ...] = _PICTURES
@@ -60,9 +61,13 @@ def processor_recipe(folder: Path, size: tuple[int, int]) -> tuple[Preprocessing
 
 
 def timm_recipe(config: dict[str, Any], size: tuple[int, int]) -> Preprocessing:
-    """The recipe of timm's evaluation transform for a data config and images of `size` (height, width).
+    """The recipe of timm's evaluation transform.
 
-    The crop is the fraction `crop_pct` of the resized image, rounded down for each side separately.
+    The image is resized to the final size divided by `crop_pct`, rounded down for each side separately, and cropped.
+
+    Args:
+        config: timm's data configuration of the model.
+        size: (height, width) of the final images, in pixels.
 
     Raises:
         ConfigurationError: no recipe reproduces the transform's pixels.
@@ -88,9 +93,13 @@ def timm_recipe(config: dict[str, Any], size: tuple[int, int]) -> Preprocessing:
 
 
 def check_pixels(own: Own, recipe: Preprocessing, name: str, pictures: tuple[tuple[int, int], ...] = _PICTURES) -> None:
-    """Prepare test images of the given (height, width) with a checkpoint's own function and the recipe, and compare.
+    """Compare a recipe with a checkpoint's own preprocessing on test images.
 
-    `own` returns (3, H, W) float32, normalized.
+    Args:
+        own: the checkpoint's preprocessing; returns a normalized image (3, H, W) float32.
+        recipe: the recipe to check.
+        name: name of the checkpoint's preprocessing in error messages.
+        pictures: (height, width) of each test image.
 
     Raises:
         ConfigurationError: `own` fails, or pixels differ by more than one 8-bit code.
@@ -114,14 +123,14 @@ def check_pixels(own: Own, recipe: Preprocessing, name: str, pictures: tuple[tup
 
 
 def _apart(recipe: Preprocessing, ours: np.ndarray, theirs: np.ndarray) -> float:
-    """The largest difference in 8-bit codes; NaN if a value is NaN."""
+    """The largest difference between two normalized images, in 8-bit steps; NaN if a value is NaN."""
     return float(np.max(np.abs(theirs - ours) * np.array(recipe.std).reshape(-1, 1, 1) * recipe.divisor))
 
 
 def _with_transparency(own: Own, recipe: Preprocessing, size: tuple[int, int]) -> Preprocessing:
-    """The recipe that treats transparent images as the processor does, if the processor accepts them.
+    """The recipe, changed to make transparent areas white if the processor does so for a test image of `size`.
 
-    Whether transparent areas turn white depends on the processor and on the version of transformers.
+    Whether it does depends on the processor and on the version of transformers.
     """
     from PIL import Image
 
@@ -129,7 +138,7 @@ def _with_transparency(own: Own, recipe: Preprocessing, size: tuple[int, int]) -
     image.putalpha(Image.linear_gradient("L").resize(image.size))
     try:
         theirs = own(image)
-    except Exception:  # the processor accepts RGB only, so it never sees transparent images
+    except Exception:  # the processor accepts only RGB images, so transparency does not matter
         return recipe
     white = recipe.model_copy(update={"transparency": "white"})
     ours = white.image_to_array(image)
@@ -137,7 +146,10 @@ def _with_transparency(own: Own, recipe: Preprocessing, size: tuple[int, int]) -
 
 
 def probe_picture(size: tuple[int, int]) -> Image:
-    """Waves and noise covering all codes, so that filters overshoot at both ends; identical in every run."""
+    """A test image of (height, width), identical in every run.
+
+    Its waves and noise cover all 8-bit values, so that resampling filters overshoot at both ends of the range.
+    """
     from PIL import Image
 
     rows, columns = np.mgrid[: size[0], : size[1]]
@@ -147,7 +159,7 @@ def probe_picture(size: tuple[int, int]) -> Image:
 
 
 def _load(folder: Path) -> tuple[Any, tuple[str, ...]]:
-    """The processor, and notes for the user."""
+    """Load the image processor of a directory; returns it with notes for the user."""
     transformers = import_transformers()
     local = {"local_files_only": True, "trust_remote_code": False}
     try:
@@ -156,7 +168,7 @@ def _load(folder: Path) -> tuple[Any, tuple[str, ...]]:
         except ValueError:
             if _names_a_class(folder):
                 raise
-            # transformers has a processor for most model types, but not for the vision towers of larger models.
+            # transformers has no default processor class for the vision towers of some larger models.
             note = "no class of image processors is named: its settings are read as ViTImageProcessor's"
             return transformers.ViTImageProcessor.from_pretrained(folder, **local), (note,)
     except ImportError as error:
@@ -188,7 +200,7 @@ def _recipe(processor: Any, size: tuple[int, int]) -> Preprocessing:
 
 
 def _places(processor: Any, size: tuple[int, int]) -> dict[str, Any]:
-    """Geometry: resize, crop and padding."""
+    """The fields of the recipe for the geometry: resizing, cropping and padding."""
     resize: int | tuple[int, int] | None = _size(processor.size) if processor.do_resize else None
     found: dict[str, Any] = {}
     if processor.do_center_crop:
@@ -207,7 +219,7 @@ def _places(processor: Any, size: tuple[int, int]) -> dict[str, Any]:
     if getattr(processor, "do_pad", None) and padded and (whole := _size(padded)) != crop:
         if found:
             raise _unsupported("it pads after a crop")
-        # This padding happens after normalization, with zeros: the padding colour is the mean.
+        # The processor pads with zeros after normalization, which equals padding with the mean colour before it.
         mean = _triple(processor.image_mean if processor.do_normalize else 0.0)
         found = {"anchor": "corner", "padding": tuple(round(255 * value) for value in mean)}
         crop = whole
@@ -215,7 +227,7 @@ def _places(processor: Any, size: tuple[int, int]) -> dict[str, Any]:
 
 
 def _size(size: Any) -> int | tuple[int, int]:
-    """An int for the shorter side, or (height, width)."""
+    """A size in a processor's settings, as an int for the shorter side or as (height, width)."""
     given = dict(size or {})
     if set(given) == {"height", "width"}:
         return int(given["height"]), int(given["width"])
@@ -225,7 +237,7 @@ def _size(size: Any) -> int | tuple[int, int]:
 
 
 def _moments(processor: Any) -> dict[str, Any]:
-    """Mean and standard deviation for pixels in 0 to 1; a rescale factor other than 1/255 is folded in."""
+    """Mean and standard deviation for pixels from 0 to 1, adjusted for a rescale factor other than 1/255."""
     given = (processor.image_mean or 0.0, processor.image_std or 1.0)
     mean, std = given if processor.do_normalize else (0.0, 1.0)
     _check_channels(mean, std)

@@ -1,8 +1,8 @@
-"""The quantized vision transformer as deployed: integer codes and scales, and floats for what is not quantized.
+"""The quantized vision transformer: saving it, loading it, and running it in fp32 with quantized values.
 
-It is rebuilt from files alone and computes the same as the exported graph: each linear reads a quantized input, and
-each attention uses quantized queries (after scaling by 1/sqrt(d)), keys, probabilities and values. The matrix
-multiplications run in fp32 on dequantized values; for integer codes the sums are exact up to fp32 rounding.
+The model is rebuilt from its files alone, and computes the same function as the exported graph: the input of each
+linear is quantized, and each attention uses quantized queries (after scaling by 1/sqrt(d)), keys, probabilities and
+values. Matrix multiplications run in fp32 on dequantized values; sums of integer codes are exact up to fp32 rounding.
 """
 
 from __future__ import annotations
@@ -49,20 +49,20 @@ Tap = Callable[[str, str, Tensor], None]
 class QuantizedVit(nn.Module):
     """A prepared model with quantized weights and activations.
 
-    Activation sites are named `GROUP.input` for the input of linears (`GROUP` is the first linear that reads the
-    tensor) and `ATTENTION.q`, `.k`, `.probs`, `.v` for the operands of an attention's matrix multiplications. A site
-    without a quantizer stays float.
+    A place where an activation can be quantized is called a site. Sites are named `GROUP.input` for the input of
+    linears (`GROUP` is the first linear that reads the tensor) and `ATTENTION.q`, `.k`, `.probs`, `.v` for the operands
+    of an attention's matrix multiplications. A site without a quantizer stays in floating point.
 
     Args:
-        model: prepared, eval mode, float32; copied.
-        architecture: builds the model.
-        preprocessing: prepares its input.
+        model: the prepared model, in eval mode and float32; it is copied.
+        architecture: the model's architecture, stored with it.
+        preprocessing: preprocessing of the images, stored with it.
         structure: the model's structure.
-        weights: codes by linear; linears without codes stay float.
-        activations: quantizers by site.
+        weights: codes by name of the linear; linears without codes stay in floating point.
+        activations: quantizers by name of the site.
 
     Raises:
-        ValueError: a name is not in the structure.
+        ValueError: a linear or site is not part of the structure.
     """
 
     def __init__(
@@ -95,20 +95,21 @@ class QuantizedVit(nn.Module):
             return vision_outputs(self.model, pixels)
 
     def attention(self) -> AbstractContextManager[None]:
-        """A context in which `self.model` computes quantized attention, for callers that run parts of the model."""
+        """A context in which `self.model` computes quantized attention, for callers that run only parts of it."""
         return intercept_attention(self.model, self.structure.attention_names, self._attend)
 
     def quantize(self, site: str, x: Tensor) -> Tensor:
-        """`x` rounded to the grid of `site`; unchanged if the site has no quantizer."""
+        """`x` quantized and dequantized by the quantizer of `site`; unchanged if the site has none."""
         quantizer = self.activations.get(site)
         return x if quantizer is None else quantizer.fake(x)
 
     def taps(self, pixels: Tensor) -> dict[str, dict[str, Tensor]]:
-        """Activation taps: inputs and outputs of every quantized part, in float, for comparison with a runtime.
+        """Run the model, and collect the inputs and outputs of all linears and attentions, to compare with a runtime.
 
         Returns:
-            For a linear `input` (before its quantizer) and `output`; for an attention `q` (scaled), `k`, `probs_in`,
-            `v` (all before their quantizers), `logits` (before the mask) and `output`.
+            Floating-point tensors by layer and by name. For a linear: `input` (before its quantizer) and `output`. For
+            an attention: `q` (scaled), `k`, `probs_in`, `v` (all before their quantizers), `logits` (before the mask)
+            and `output`.
         """
         found: dict[str, dict[str, Tensor]] = {}
         self.watch(pixels, lambda name, what, tensor: found.setdefault(name, {}).__setitem__(what, tensor.clone()))
@@ -116,7 +117,7 @@ class QuantizedVit(nn.Module):
 
     @torch.no_grad()
     def watch(self, pixels: Tensor, tap: Tap) -> None:
-        """Call `tap` with everything that `taps` collects, in execution order, without storing any of it."""
+        """Like `taps`, but call `tap(layer, name, tensor)` in execution order instead of storing the tensors."""
         self._tap = tap
         try:
             self(pixels)
@@ -148,12 +149,12 @@ class QuantizedVit(nn.Module):
 
 
 def of_type(parts: Mapping[str, Any], kind: type[T]) -> dict[str, T]:
-    """Those of a model's weights or activations that are instances of one class."""
+    """The entries of `parts` whose values are instances of `kind`."""
     return {name: part for name, part in parts.items() if isinstance(part, kind)}
 
 
 def activation_sites(structure: VitStructure) -> tuple[str, ...]:
-    """Names of all activation sites: inputs of linears (once for those that share one), then attentions."""
+    """Names of all activation sites: inputs of linears (one for linears that share an input), then attentions."""
     inputs = dict.fromkeys(f"{site.input_group}.input" for site in structure.linears)
     products = [f"{site.name}.{what}" for site in structure.attentions for what in ("q", "k", "probs", "v")]
     return (*inputs, *products)
@@ -176,7 +177,7 @@ class _WeightEntry(FrozenConfig):
 
 
 class _Quantizers(FrozenConfig):
-    """quantizers.json: `value = code * scale` throughout."""
+    """Contents of quantizers.json."""
 
     scale_direction: Literal["dequantized = code * scale"] = Field(
         default="dequantized = code * scale", description="the only direction that is read"
@@ -187,11 +188,11 @@ class _Quantizers(FrozenConfig):
 
 
 def save_quantized(folder: Path, quantized: QuantizedVit) -> None:
-    """Write the model: architecture.json, preprocessing.json, quantizers.json and model.safetensors.
+    """Write the model to a folder: architecture.json, preprocessing.json, quantizers.json and model.safetensors.
 
-    Quantized weights are stored as codes under their own name, with fp32 scales `(out,)` under `_scale`. NVFP4 codes
-    are packed two per byte, the first in the low half (`(out, in / 2)` uint8); `_scale` is then `(out, in / 16)`
-    float8_e4m3fn, one per block, and `_tensor_scale` a single fp32 number.
+    In model.safetensors, a quantized weight is stored as codes under its own name, and its fp32 scales `(out,)` under
+    that name plus `_scale`. NVFP4 codes are packed two per byte, the first in the low half (`(out, in / 2)` uint8);
+    `_scale` then has one float8_e4m3fn number per block, `(out, in / 16)`, and `_tensor_scale` is one fp32 number.
     """
     entries = {
         site: _ActivationEntry(scale=q.scale, low=q.low, high=q.high, kind=q.kind)
@@ -209,7 +210,7 @@ def save_quantized(folder: Path, quantized: QuantizedVit) -> None:
 
 
 def load_quantized(folder: Path) -> QuantizedVit:
-    """Read what `save_quantized` wrote; the loaded model computes bitwise the same as the saved one.
+    """Read a model written by `save_quantized`; its outputs are bitwise equal to those of the saved model.
 
     Raises:
         BadArtifactError: a file is missing, damaged, or inconsistent with the others.
@@ -237,7 +238,7 @@ def load_quantized(folder: Path) -> QuantizedVit:
 
 
 def _stored(weight: Codes) -> dict[str, Tensor]:
-    """A weight's tensors by name suffix."""
+    """The tensors to store for a weight, by the suffix to its name."""
     if isinstance(weight, BlockCodes):
         tensor = torch.tensor(weight.scales.tensor)
         return {"": pack_nibbles(weight.codes), _SCALE: weight.scales.block, _TENSOR_SCALE: tensor}
@@ -245,7 +246,12 @@ def _stored(weight: Codes) -> dict[str, Tensor]:
 
 
 def _take_codes(name: str, entry: _WeightEntry, tensors: dict[str, Tensor]) -> Codes:
-    """Remove a weight's codes and scales from `tensors`, and insert the dequantized weight."""
+    """Replace a weight's codes and scales in `tensors` by the dequantized weight, and return the codes and scales.
+
+    Raises:
+        KeyError: a tensor is missing.
+        ValueError: the tensors do not fit the description `entry`.
+    """
     codes, scale = tensors[f"{name}.weight"], tensors.pop(f"{name}.weight{_SCALE}")
     weight: Codes
     if entry.kind is Kind.NVFP4:
@@ -276,13 +282,13 @@ def layer_records(
     *,
     activations: bool = True,
 ) -> list[LayerRecord]:
-    """One record per linear layer.
+    """Create the manifest's records of all linear layers.
 
     Args:
         quantized: the model.
-        source: records of the artifact that the model was read from; scale rules are taken from there.
+        source: records of the artifact that the model was read from, if any; the scale rules are copied from them.
         rule: the scale rule for layers that are not in `source`.
-        activations: whether inputs are quantized.
+        activations: whether the records describe quantized inputs; False if inputs are not quantized.
     """
     known = {record.name: record for record in source}
     records = []
@@ -305,7 +311,12 @@ def _weight(weight: Codes, rule: ScaleRule | None) -> Encoding:
 
 
 def activation_encoding(quantizer: Quantizer | None, rule: ScaleRule | None) -> Encoding | None:
-    """How a quantizer's scale was chosen, and its format, for the manifest; None if there is no quantizer."""
+    """The manifest's description of an activation quantizer; None if there is no quantizer.
+
+    Args:
+        quantizer: the quantizer.
+        rule: how its scale was chosen.
+    """
     if quantizer is None:
         return None
     if isinstance(quantizer, BlockQuantizer):  # block scales are computed at run time; only the tensor scale is stored

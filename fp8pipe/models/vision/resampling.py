@@ -1,9 +1,9 @@
-"""Resizes images exactly as torchvision resizes 8-bit images, without torch: a server has numpy and Pillow only.
+"""Resizes images exactly as torchvision resizes 8-bit images, but with numpy, because servers have no torch.
 
-transformers' image processors resize with torchvision, whose filter weights are integers of at most 15 bits; Pillow's
-have 22. The two therefore round values near a half to different codes, and a second bicubic pass, whose weights can
-exceed one, turns that into a difference of two codes. This module reproduces torchvision's arithmetic code for code:
-rows first, then columns, each pass rounded to 8 bits.
+transformers' image processors resize with torchvision. Pillow's results differ: its filter weights are integers of 22
+bits, torchvision's of at most 15 bits, so that values near a half are rounded to different 8-bit numbers. After the
+second pass of a bicubic filter, whose weights can exceed one, the difference may be two. This module reproduces
+torchvision's arithmetic exactly: rows first, then columns, each pass rounded to 8 bits.
 """
 
 from __future__ import annotations
@@ -13,20 +13,20 @@ from typing import Final
 
 import numpy as np
 
-# Weights are below this in absolute value (int16) and have at most this many fractional bits.
+# Limit for the integer weights, which torchvision stores as int16, and the largest number of their fractional bits.
 _WEIGHT_LIMIT: Final = 1 << 15
 _MOST_PLACES: Final = 22
-# Output columns per matrix multiplication: larger tiles multiply more zeros, smaller ones need more calls.
+# Number of output columns per matrix multiplication: larger tiles multiply more zeros, smaller ones need more calls.
 _TILE: Final = 16
-# Pixels held in float64 at a time, so that they fit into the cache.
+# Number of pixels converted to float64 at a time, so that they fit into the cache.
 _BLOCK: Final = 1 << 17
 
 
 def resample(rgb: np.ndarray, size: tuple[int, int], kernel: str) -> np.ndarray:
-    """The image resized with antialiasing.
+    """Resize an image with antialiasing.
 
     Args:
-        rgb: (H, W, 3) uint8.
+        rgb: the image, (H, W, 3) uint8.
         size: (height, width) in pixels.
         kernel: one of `KERNELS`; bicubic uses a = -0.5, lanczos has a support of three pixels.
 
@@ -53,14 +53,17 @@ def _resample_last(planes: np.ndarray, size: int, kernel: str) -> np.ndarray:
         sums = np.empty((len(pixels), size))
         for at, first, band in bands:
             window = pixels[:, first : first + len(band)]
-            # Integers far below 2**53: exact in float64, whatever the summation order.
+            # All sums are integers far below 2**53, and therefore exact in float64 in any order.
             sums[:, at : at + _TILE] = window @ band[: window.shape[1]]
         found[top : top + step] = np.floor(sums / 2**places + 0.5).clip(0, 255)
     return found.reshape(*planes.shape[:2], size)
 
 
 def _band(starts: np.ndarray, weights: np.ndarray, at: int) -> np.ndarray:
-    """Banded weights of some output columns, from the first input pixel that they use: (pixels, columns)."""
+    """Weights of the output columns from index `at` on, at most `_TILE`, as a banded matrix (pixels, columns).
+
+    Its first row belongs to the first input pixel that these columns use.
+    """
     rows, offsets = weights[at : at + _TILE], starts[at : at + _TILE] - starts[at]
     band = np.zeros((offsets[-1] + rows.shape[1], len(rows)))
     band[offsets[:, None] + np.arange(rows.shape[1]), np.arange(len(rows))[:, None]] = rows
@@ -68,7 +71,12 @@ def _band(starts: np.ndarray, weights: np.ndarray, at: int) -> np.ndarray:
 
 
 def _integer_weights(given: int, wanted: int, kernel: str) -> tuple[np.ndarray, np.ndarray, int]:
-    """(first pixel of each window (wanted,), integer weights (wanted, taps) as float64, number of fractional bits)."""
+    """The filter for resizing an axis from `given` to `wanted` pixels.
+
+    Returns:
+        Index of the first input pixel of each output pixel (wanted,); integer weights (wanted, taps) as float64; and
+        the number of their fractional bits.
+    """
     radius, function = KERNELS[kernel]
     scale = given / wanted
     stretch = max(scale, 1.0)

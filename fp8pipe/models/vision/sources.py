@@ -1,8 +1,8 @@
-"""Loads a vision model, whatever form the user named it in.
+"""Loads the vision model that the user named: from timm, from a directory, or a sample.
 
-``timm:NAME`` (pretrained weights from the hub), a directory (ours, a transformers one, or one that timm pushed
-to the hub), ``sample:vit-digits`` or ``sample:vit-s``. The loaded model can be rebuilt anywhere: its architecture
-is data, and loading has already built the model from it once.
+Accepted are ``timm:NAME`` (pretrained weights from the hub), a directory (written by fp8pipe, by transformers, or by
+timm's `push_to_hf_hub`), ``sample:vit-digits`` and ``sample:vit-s``. The architecture of a loaded model is plain data,
+from which the model can be built again on any machine. Loading already builds it in this way.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ class VisionModel:
     """A vision model with everything needed to use and rebuild it.
 
     Attributes:
-        model: prepared (see `prepare_model`): eval mode, float32, parameters without gradients; loaded on the CPU.
-        architecture: builds the module without weights.
-        preprocessing: prepares its input.
-        origin: what the user named, for records.
+        model: the prepared model (see `prepare_model`) on the CPU: eval mode, float32, parameters without gradients.
+        architecture: the data from which `build` creates the module without its weights.
+        preprocessing: preprocessing of the images.
+        origin: the model as the user named it; recorded in manifests.
         digest: "sha256:" and 64 hex digits, computed over architecture, preprocessing and weights.
-        notes: sentences for the user on how the model was read.
+        notes: notes for the user on how the model's files were interpreted.
     """
 
     model: nn.Module
@@ -61,7 +61,14 @@ class VisionModel:
         origin: str,
         notes: tuple[str, ...] = (),
     ) -> VisionModel:
-        """Build the architecture and load the weights, which are under the prepared model's names.
+        """Build the module and load its weights.
+
+        Args:
+            weights: tensors by their names in the prepared model.
+            architecture: the model's architecture.
+            preprocessing: preprocessing of the images.
+            origin: the model as the user named it.
+            notes: notes for the user.
 
         Raises:
             BadArtifactError: the weights do not match the architecture.
@@ -83,16 +90,17 @@ class VisionModel:
 def load_vision_model(
     src: str, image_size: tuple[int, int] | None = None, *, activation: Activation | None = None
 ) -> VisionModel:
-    """The vision model named by `src`.
+    """Load a vision model.
 
     Args:
         src: ``timm:NAME``, a directory, ``sample:vit-digits`` or ``sample:vit-s``.
-        image_size: (height, width) in pixels; None for the model's own (``sample:vit-s``: 112).
-        activation: how to interpret the outputs, if the model's files do not say or are wrong; None to use the files.
+        image_size: (height, width) in pixels; None for the model's own size (112 x 112 for ``sample:vit-s``).
+        activation: how to interpret the outputs; None if the model's files state it correctly.
 
     Raises:
-        ConfigurationError: nothing of that name, not a vision model, or an unsuitable image size or activation.
-        MissingCapabilityError: a package or the network is missing.
+        ConfigurationError: there is no such model, it is not a vision model, or it does not support the image size or
+            the activation.
+        MissingCapabilityError: a package is not installed, or the weights could not be downloaded.
         BadArtifactError: a file is damaged.
     """
     found = _named(src, image_size)
@@ -137,14 +145,14 @@ def _given(src: str, found: Pretrained) -> VisionModel:
 
 
 def save_vision_model(vision: VisionModel, folder: Path) -> None:
-    """Write a model in the form that `load_vision_model` reads."""
+    """Write a model to a directory, which `load_vision_model` can read again."""
     write_model_folder(folder, vision.architecture, vision.preprocessing, vision.model.state_dict())
 
 
 def write_model_folder(
     folder: Path, architecture: Architecture, preprocessing: Preprocessing, tensors: Mapping[str, Tensor]
 ) -> None:
-    """Write architecture.json, preprocessing.json and model.safetensors."""
+    """Write architecture.json, preprocessing.json and model.safetensors to `folder`, which is created if necessary."""
     folder.mkdir(parents=True, exist_ok=True)
     write_model_file(architecture, folder / ARCHITECTURE_FILE)
     write_model_file(preprocessing, folder / PREPROCESSING_FILE)
@@ -178,7 +186,11 @@ def _directory(path: Path, src: str, image_size: tuple[int, int] | None) -> Visi
 
 
 def _check_finite(weights: Mapping[str, Tensor], origin: str) -> None:
-    """Refuse NaN and infinite weights: all results would be useless, and NaN would even look equal in comparisons."""
+    """Reject NaN and infinite weights, which make all results useless.
+
+    Raises:
+        ConfigurationError: there are such weights; the message names the tensors.
+    """
     wrong = {name: int((~tensor.isfinite()).sum()) for name, tensor in weights.items() if tensor.is_floating_point()}
     wrong = {name: count for name, count in wrong.items() if count}
     if wrong:
@@ -196,8 +208,8 @@ def _own_directory(path: Path, src: str, image_size: tuple[int, int] | None) -> 
     if image_size is not None and image_size != architecture.image_size:
         raise ConfigurationError(
             f"{src} reads images of {architecture.image_size[0]}x{architecture.image_size[1]} pixels",
-            why=f"{image_size[0]}x{image_size[1]} was asked for, and its position table is saved for its own size",
-            fix="leave the image size out, or start from the model it was made of",
+            why=f"{image_size[0]}x{image_size[1]} was requested, but its position embeddings fit only its own size",
+            fix="omit the image size, or start from the model that this one was made from",
         )
     try:
         weights = load_file(path / WEIGHTS_FILE)
@@ -211,8 +223,8 @@ def _own_directory(path: Path, src: str, image_size: tuple[int, int] | None) -> 
 
 
 def _digest(model: nn.Module, architecture: Architecture, preprocessing: Preprocessing) -> str:
-    """Digest of the content, so that the same model loaded in two ways is recognized as the same."""
-    # The default activation is left out: the field did not exist when most models were digested.
+    """Digest of architecture, preprocessing and weights, which is the same wherever the model was loaded from."""
+    # The default activation is omitted, so that digests are the same as before this field existed.
     usual = architecture.activation == usual_activation(architecture.head)
     built = architecture.model_dump_json(exclude={"activation"} if usual else None)
     total = hashlib.sha256(f"{built}\n{preprocessing.model_dump_json()}\n".encode())

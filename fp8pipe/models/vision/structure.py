@@ -1,10 +1,9 @@
-"""The structure of a vision transformer, read from one probing pass rather than from module names.
+"""The structure of a vision transformer, observed in a forward pass instead of derived from module names.
 
-Quantization and synthesis must know every matrix multiplication of the forward pass: the attentions with their heads,
-tokens, prefix tokens and windows, and the linears with their inputs. The pass runs the model on two images, takes the
-attentions from the interception and the linears from hooks, and watches every operation below. A matrix
-multiplication, softmax or convolution anywhere else would silently stay in float, so it is an error that names the
-module.
+Quantization and image synthesis need to know every matrix multiplication of the forward pass: the attentions with their
+heads, tokens, prefix tokens and windows, and the linears with their inputs. They are recorded by `probe` while the
+model runs on blank images. A matrix multiplication, softmax or convolution anywhere else would silently stay in
+floating point, so it is an error that names the module.
 """
 
 from __future__ import annotations
@@ -23,18 +22,18 @@ from fp8pipe.models.vision.probe import IMAGES, AttentionCall, LinearCall, probe
 
 @dataclass(frozen=True, slots=True)
 class AttentionSite:
-    """One attention in the model.
+    """One attention of the model.
 
     Attributes:
-        name: the module that computes it.
+        name: name of the module that computes it.
         heads: number of heads H.
-        head_dim: width d of queries and keys of one head.
-        tokens: number of keys N in this attention (per window, if there are windows).
-        prefix_tokens: how many of them precede the patches (class, distillation, registers).
-        grid: (rows, columns) of the remaining tokens, in row-major order.
+        head_dim: width d of the queries and keys of one head.
+        tokens: number of keys N (in each window, if there are windows).
+        prefix_tokens: number of tokens before the patch tokens (class token, distillation token, registers).
+        grid: (rows, columns) of the patch tokens, which are in row-major order.
         windows: number of windows per image; 1 for global attention.
-        mask: whether something is added to the logits (position bias, shift mask).
-        queries: number of query tokens; `tokens` in self-attention, fewer if a learned query pools.
+        mask: whether a mask or bias is added to the logits (position bias, mask of shifted windows).
+        queries: number of query tokens; equal to `tokens` in self-attention, smaller for pooling with learned queries.
     """
 
     name: str
@@ -49,7 +48,7 @@ class AttentionSite:
 
     @property
     def pools(self) -> bool:
-        """Whether learned queries pool the tokens, so that there is no token-to-token attention map."""
+        """Whether learned queries pool the tokens; such an attention has no map from tokens to tokens."""
         return self.queries != self.tokens
 
 
@@ -58,12 +57,12 @@ class LinearSite:
     """One linear layer, or the patch embedding.
 
     Attributes:
-        name: the module.
-        kind: "linear" (nn.Linear), or "patch" (the nn.Conv2d whose stride equals its kernel size).
-        shape: (out, in); for a patch embedding, in is channels x height x width of a patch.
+        name: name of the module.
+        kind: "linear" for an nn.Linear, or "patch" for the patch embedding, an nn.Conv2d.
+        shape: (out, in) of the weight; for a patch embedding, `in` is channels x height x width of a patch.
         input_group: name of the first linear that reads the same tensor object (q, k and v share one).
-        bias: whether it has a bias.
-        rows: number of input vectors per image.
+        bias: whether the layer has a bias.
+        rows: number of input vectors for each image.
     """
 
     name: str
@@ -76,17 +75,19 @@ class LinearSite:
 
 @dataclass(frozen=True, slots=True)
 class VitStructure:
-    """All parts of a model that quantization and synthesis handle.
+    """All layers of a model that quantization and image synthesis work with.
 
     Attributes:
-        attentions: in call order.
-        linears: in call order; the patch embedding is the first.
+        attentions: the attentions in call order.
+        linears: the linears in call order; the patch embedding is the first.
         patch_embed: name of the patch embedding.
-        heads: the classification linears (two with a distillation head, averaged); empty for a backbone.
-        image_size: (height, width), pixels.
-        patch_grid: (rows, columns) of the patch embedding's output.
+        heads: names of the classification linears; empty for a backbone. A model with a distillation head has two,
+            whose outputs are averaged.
+        image_size: (height, width) of the images, pixels.
+        patch_grid: (rows, columns) of patches in an image.
         classes: number of classes; None for a backbone.
-        constants: linears whose results do not depend on the pixels; they stay float, and exports store their results.
+        constants: names of linears whose results do not depend on the pixels; they are not quantized, and exports store
+            their results.
     """
 
     attentions: tuple[AttentionSite, ...]
@@ -100,7 +101,7 @@ class VitStructure:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """Sentences for the user about this model."""
+        """Notes for the user about linears that are not quantized."""
         if not self.constants:
             return ()
         some = ", ".join(self.constants[:4]) + (", ..." if len(self.constants) > 4 else "")
@@ -108,12 +109,12 @@ class VitStructure:
 
     @property
     def attention_names(self) -> tuple[str, ...]:
-        """The names to pass to `intercept_attention`."""
+        """Names of the modules that compute attention, to be passed to `intercept_attention`."""
         return tuple(site.name for site in self.attentions)
 
     @property
     def linear_names(self) -> tuple[str, ...]:
-        """Linears and the patch embedding, in call order."""
+        """Names of the linears, including the patch embedding, in call order."""
         return tuple(site.name for site in self.linears)
 
     @property
@@ -123,11 +124,15 @@ class VitStructure:
 
 
 def read_structure(model: nn.Module, image_size: tuple[int, int]) -> VitStructure:
-    """The structure of a model prepared by `prepare_model`, from a pass over two blank images of (height, width).
+    """Run a model on blank images, and determine its structure.
+
+    Args:
+        model: a model prepared by `prepare_model`.
+        image_size: (height, width) of the images, pixels.
 
     Raises:
-        ConfigurationError: the model does not run at that size, or has a part that cannot be analysed; the error
-            names the module.
+        ConfigurationError: the model does not run at that size, or has a part that cannot be analysed; the error names
+            the module.
     """
     found = probe(model, image_size)
     patch = _patch_embedding(found.linears, model)
@@ -165,7 +170,7 @@ def _patch_embedding(linears: tuple[LinearCall, ...], model: nn.Module) -> Linea
 
 
 def _check_coverage(patch: LinearCall, image_size: tuple[int, int], model: nn.Module) -> None:
-    """Refuse an image size whose last rows or columns belong to no patch: a convolution drops them silently."""
+    """Reject an image size at which the patches do not cover the last rows or columns; a convolution ignores these."""
     kernel = patch.module.kernel_size
     covered = (patch.grid[0] * int(kernel[0]), patch.grid[1] * int(kernel[1]))  # type: ignore[index]
     if covered[0] < image_size[0] or covered[1] < image_size[1]:
@@ -224,11 +229,12 @@ def _linear_sites(calls: tuple[LinearCall, ...], model: nn.Module) -> tuple[Line
 def _token_layout(
     name: str, module: nn.Module, tokens: int, windows: int, patch_grid: tuple[int, int]
 ) -> tuple[int, tuple[int, int]]:
-    """Prefix tokens of an attention over `tokens` keys, and (rows, columns) of the others.
+    """Number of prefix tokens of an attention over `tokens` keys, and (rows, columns) of its patch tokens.
 
-    A global attention over at least as many tokens as there are patches has its extra tokens at the front. One over
-    fewer tokens, or in windows, has only patches (merged ones in later stages). The sides of a window come from the
-    module's `window_size`; without it, the window must be square.
+    A global attention over at least as many tokens as there are patches is assumed to have its additional tokens at the
+    front. An attention over fewer tokens, or in windows, is assumed to have only patch tokens (which later stages may
+    have merged). The sides of a window are taken from the module's `window_size`; without it, the window must be
+    square.
     """
     area = patch_grid[0] * patch_grid[1]
     if windows == 1 and tokens >= area:

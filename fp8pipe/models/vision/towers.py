@@ -1,4 +1,7 @@
-"""Selects the vision part of a transformers checkpoint that holds more, and refuses to drop any other weights."""
+"""Selects the vision model in transformers checkpoints that also contain a text encoder.
+
+Weights of the text encoder are ignored; if any other weights would be ignored, that is an error.
+"""
 
 from __future__ import annotations
 
@@ -14,15 +17,23 @@ from fp8pipe.models.compat import import_transformers
 __all__ = ["check_all_read", "vision_config", "vision_part"]
 
 _TOWERS: Final = frozenset(("vision_config", "text_config"))
-# Weights of a text encoder, and the scale and bias of the text-image similarity.
+# Names of the weights of a text encoder, and of the scale and bias of the text-image similarity.
 _TEXT_SIDE: Final = re.compile(r"text_\w+\.|logit_(scale|bias)$")
 _SHOWN: Final = 5
 
 
 def vision_part(name: str, config: Mapping[str, Any]) -> str:
-    """The class that computes image features, for a model with a text encoder; other class names are unchanged.
+    """The name of the transformers class to load for a checkpoint.
 
-    The class with the projection is preferred: transformers' image features are the projected ones.
+    If the checkpoint has a text encoder, this is the class of its vision model, preferably with the projection, because
+    transformers' image features are the projected ones.
+
+    Args:
+        name: the class named in config.json.
+        config: contents of config.json.
+
+    Returns:
+        The name of the vision model's class; `name` itself if there is no text encoder.
     """
     if not name.endswith("Model") or not set(config) >= _TOWERS:
         return name
@@ -32,10 +43,16 @@ def vision_part(name: str, config: Mapping[str, Any]) -> str:
 
 
 def vision_config(folder: Path, config: Mapping[str, Any], name: str) -> Any:
-    """The configuration of the vision model `name` in a checkpoint with a text encoder.
+    """The configuration to load the class `name` with, for a checkpoint with a text encoder.
 
-    None if there is no text encoder, or if the class takes the whole configuration (a classifier). The width of the
-    projection is stored outside the vision model's configuration, for both encoders.
+    Args:
+        folder: the checkpoint's directory.
+        config: contents of its config.json.
+        name: the class to load, from `vision_part`.
+
+    Returns:
+        The vision model's part of the configuration, with the width of the projection, which is stored outside that
+        part. None if there is no text encoder, or if the class takes the whole configuration (a classifier).
     """
     if not set(config) >= _TOWERS or name == str((config.get("architectures") or [""])[0]):
         return None
@@ -46,15 +63,15 @@ def vision_config(folder: Path, config: Mapping[str, Any], name: str) -> Any:
 
 
 def check_all_read(folder: Path, name: str, unread: Iterable[str]) -> None:
-    """Refuse weights that the class did not load, except those of a text encoder.
+    """Raise an error if weights of a checkpoint were not loaded, except those of a text encoder.
 
     Args:
-        folder: the checkpoint.
-        name: the class.
+        folder: the checkpoint's directory.
+        name: the class that was loaded.
         unread: names of stored tensors that were assigned to no parameter.
 
     Raises:
-        ConfigurationError: the loaded model would compute something other than the checkpoint's model.
+        ConfigurationError: there are such weights, so the loaded model differs from the checkpoint's model.
     """
     lost = sorted(key for key in unread if not _TEXT_SIDE.match(key))
     if lost:

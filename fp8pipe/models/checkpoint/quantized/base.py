@@ -1,8 +1,8 @@
-"""Reads a base model's checkpoint in any supported precision; every stage goes through this module.
+"""Opens the checkpoint of a base model, in floating point or in FP8, as floating-point tensors.
 
-A plain checkpoint is used unchanged. In an FP8 checkpoint, each weight is dequantized only when it is read, so no
-second copy of the model is kept in memory or on disk. The quantization block is removed from its config.json, and what
-was done is recorded for the manifest.
+A checkpoint without quantization is used unchanged. In an FP8 checkpoint, each weight is dequantized only when it is
+read, so that no second copy of the model is kept in memory or on disk. The configuration is returned without its
+quantization block, and the original format of the weights is recorded for the manifest.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from fp8pipe.models.checkpoint.tensors import PLAIN_FLOATS, TensorEntry, weight_
 __all__ = ["BaseCheckpoint", "base_entries", "copy_base_files", "read_base"]
 
 _SPELLINGS: Final = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
-# These store linear weights as (in, out), for which no format defines what a row is.
+# Model types that store linear weights as (in, out); for these, no format defines to which axis the scales belong.
 _TRANSPOSED: Final = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer"})
 
 
@@ -39,10 +39,10 @@ class BaseCheckpoint:
     """A base model's weights and configuration.
 
     Attributes:
-        config: config.json, without a quantization block.
-        entries: plain tensors by name.
-        stored: how the weights were stored in low precision; None for plain weights.
-        runtime: names of tensors that quantize activations or the key/value cache; every stage ignores them.
+        config: contents of config.json, without a quantization block.
+        entries: tensors by name; reading one gives floating-point values.
+        stored: the low-precision format of the stored weights; None if they are stored in floating point.
+        runtime: names of stored tensors that quantize activations or the key/value cache; they are not in `entries`.
     """
 
     config: dict[str, Any]
@@ -51,7 +51,7 @@ class BaseCheckpoint:
     runtime: tuple[str, ...] = ()
 
     def warnings(self) -> list[str]:
-        """What a manifest must state about a low-precision base model."""
+        """Warnings for the manifest about a base model in low precision; empty for one in floating point."""
         if self.stored is None:
             return []
         said = [f"the base model was already quantized, as {self.stored}; the precision lost then is not recovered"]
@@ -63,13 +63,13 @@ class BaseCheckpoint:
         return said
 
     def state(self) -> dict[str, Any]:
-        """A lazy state dict for transformers: values are read only when indexed."""
+        """A state dict for transformers by tensor name, whose values are read from the file only when indexed."""
         return {name: _Unread(entry) for name, entry in self.entries.items()}
 
 
 @dataclass(frozen=True, slots=True)
 class _Unread:
-    """A tensor that is read when it is indexed, like a slice of safetensors."""
+    """A tensor that is read from the file when it is indexed, like the result of safetensors' `get_slice`."""
 
     entry: TensorEntry
 
@@ -78,10 +78,10 @@ class _Unread:
 
 
 def read_base(root: Path) -> BaseCheckpoint:
-    """Open the checkpoint of a base model; reads config.json and headers, but no weights.
+    """Open the checkpoint of a base model; reads config.json and the headers of the weight files, but no weights.
 
     Raises:
-        ConfigurationError: quantized in a format that cannot be decoded; the message says what was found.
+        ConfigurationError: it is quantized in a format that cannot be decoded; the message names the format.
         BadArtifactError, ConfigurationError: a file is missing or damaged; see `unusable`.
     """
     config = read_config(root / "config.json")
@@ -101,12 +101,15 @@ def read_base(root: Path) -> BaseCheckpoint:
 
 
 def base_entries(root: Path) -> dict[str, TensorEntry]:
-    """A base model's plain tensors by name; raises as `read_base`."""
+    """The tensors of a base model by name, see `BaseCheckpoint.entries`; raises like `read_base`."""
     return read_base(root).entries
 
 
 def copy_base_files(root: Path, target: Path) -> None:
-    """Copy the files beside a base model's weights, omitting any description of low-precision storage."""
+    """Copy the files beside a base model's weights to `target`, without the description of a quantized format.
+
+    For a quantized base model, hf_quant_config.json is left out, and config.json loses its quantization block.
+    """
     copy_sidecars(root, target, BASE_MODEL_FILES)
     base = read_base(root)
     if base.stored is not None:
@@ -116,7 +119,7 @@ def copy_base_files(root: Path, target: Path) -> None:
 
 
 def _dtype(config: dict[str, Any], entries: dict[str, TensorEntry]) -> str:
-    """The model's dtype from config.json; otherwise the most common dtype of its unquantized matrices."""
+    """The model's dtype in safetensors' spelling: the one in config.json, or the most frequent one of its matrices."""
     for part in (config, *(value for value in config.values() if isinstance(value, dict))):
         if (said := str(part.get("dtype") or part.get("torch_dtype")).removeprefix("torch.")) in _SPELLINGS:
             return _SPELLINGS[said]

@@ -1,7 +1,8 @@
-"""Presents an FP8 checkpoint as floating-point tensors: codes and scales form one entry, decoded when it is read.
+"""Reads an FP8 checkpoint as floating-point tensors: a weight's codes and scales become one entry, decoded on reading.
 
-Every shape is checked in advance: a scale for a different block size may still broadcast, but gives a different model.
-Tensors that quantize activations or the key/value cache are not weights; they are skipped, and their names are kept.
+All shapes are checked when the checkpoint is opened: scales for another block size might still broadcast, and would
+give a wrong model. Tensors that quantize activations or the key/value cache are not weights; they are skipped, and
+their names are kept.
 """
 
 from __future__ import annotations
@@ -34,11 +35,11 @@ _SHOWN: Final = 3
 
 @dataclass(frozen=True, slots=True)
 class DequantizedEntry(TensorEntry):
-    """An FP8 weight; `dtype` and `shape` are those of the floating-point tensor that `read` returns.
+    """An FP8 weight. `dtype` and `shape` describe the floating-point tensor that `read` returns.
 
     Attributes:
-        scale: the entry of its scales.
-        block: rows and columns that share a scale; None for per-tensor or per-row scales.
+        scale: the entry of the weight's scales.
+        block: (rows, columns) of the blocks that share a scale; None for per-tensor or per-row scales.
     """
 
     scale: TensorEntry
@@ -49,7 +50,7 @@ class DequantizedEntry(TensorEntry):
         return dequantize_codes(TensorEntry.read(self), self.scale.read(), self.block, DTYPES[self.dtype])
 
     def read_rows(self, rows: range) -> Tensor:
-        """Consecutive rows of the dequantized weight; for a matrix, only the codes of the affected blocks are read."""
+        """Consecutive rows of the dequantized weight; of a matrix, only the codes of the blocks concerned are read."""
         if len(self.shape) != 2:
             return self.read()[rows.start : rows.stop]
         height = 1 if self.block is None else self.block[0]
@@ -68,8 +69,8 @@ class Plain:
 
     Attributes:
         entries: floating-point tensors by name.
-        granularities: the scale granularity (per tensor, per row, per block) by weight.
-        runtime: names of the skipped run-time tensors.
+        granularities: granularity of the scales, by the name of each FP8 weight.
+        runtime: names of the skipped tensors, which quantize activations or the key/value cache.
     """
 
     entries: dict[str, TensorEntry]
@@ -78,7 +79,7 @@ class Plain:
 
 
 def refuse_codes(root: Path, entries: Mapping[str, TensorEntry]) -> None:
-    """Refuse a checkpoint that contains quantized tensors but declares no format.
+    """Reject a checkpoint that contains quantized tensors although it declares no quantization format.
 
     Raises:
         ConfigurationError: names the first such tensor.
@@ -88,17 +89,17 @@ def refuse_codes(root: Path, entries: Mapping[str, TensorEntry]) -> None:
 
 
 def dequantized(root: Path, entries: Mapping[str, TensorEntry], scheme: Scheme, dtype: str) -> Plain:
-    """The contents of a checkpoint in a declared format, as floating-point tensors.
+    """Combine the codes and scales of an FP8 checkpoint into floating-point entries; no codes are read.
 
     Args:
-        root: the checkpoint's directory, for messages.
-        entries: all its tensors.
+        root: the checkpoint's directory, for error messages.
+        entries: all tensors of the checkpoint, as stored.
         scheme: the declared format.
-        dtype: target dtype of the weights, in safetensors' spelling.
+        dtype: dtype of the dequantized weights, in safetensors' spelling.
 
     Raises:
-        ConfigurationError: codes of another type, without a scale or with one of the wrong shape; scales without codes;
-            zero points; no FP8 tensor at all.
+        ConfigurationError: a weight has codes that are not E4M3, no scale, a scale of the wrong shape, or a zero point
+            other than 0; a scale belongs to no FP8 weight; or the checkpoint has no FP8 tensor at all.
     """
     codes = {name: entry for name, entry in entries.items() if entry.dtype == "F8_E4M3"}
     if not codes:
@@ -132,7 +133,7 @@ def _scale(name: str, entries: Mapping[str, TensorEntry], scheme: Scheme) -> Ten
 def _layout(
     root: Path, codes: TensorEntry, scale: TensorEntry, scheme: Scheme
 ) -> tuple[Granularity, tuple[int, int] | None]:
-    """Scale granularity and block, from the shape of the scales; an undeclared granularity is refused."""
+    """Granularity and block of a weight's scales, derived from their shape and checked against the declared format."""
     if scale.dtype not in _SCALES or len(codes.shape) < 2:
         raise refusal(
             root, f"{scale.name} is {scale.dtype} for a weight {codes.shape}; only float scales of matrices are read"
@@ -170,7 +171,7 @@ def _refuse_leftovers(root: Path, table: Mapping[str, TensorEntry], scheme: Sche
 
 
 def _is_quantized(entry: TensorEntry) -> bool:
-    """Whether a tensor holds codes: FP8 and FP4 always, integers only if shaped and named like weights."""
+    """Whether a tensor holds codes: every FP8, FP6 or FP4 tensor, and integer matrices not named like buffers."""
     if entry.dtype.startswith(("F8", "F4", "F6")):
         return True
     return entry.dtype in _INTEGERS and len(entry.shape) >= 2 and entry.name.rpartition(".")[2] not in _BUFFERS

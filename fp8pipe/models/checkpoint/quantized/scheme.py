@@ -1,7 +1,7 @@
-"""Reads which low-precision format a checkpoint declares in config.json or hf_quant_config.json, and nothing else.
+"""Reads the quantization format that a checkpoint declares in config.json or hf_quant_config.json.
 
-Formats that cannot be decoded exactly are refused here by name, before any weight is read: number formats other than
-E4M3, weights that were rotated or pruned before quantization, and methods with zero points.
+No weights are read. Formats that cannot be decoded exactly are rejected with an error that names them: number formats
+other than E4M3, weights that were rotated or pruned before quantization, and asymmetric quantization.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from fp8pipe.models.checkpoint.sidecars import read_config
 
 __all__ = ["QUANT_FILE", "Scheme", "read_scheme", "refusal", "without_quantization"]
 
-QUANT_FILE: Final = "hf_quant_config.json"  # ModelOpt's own
+QUANT_FILE: Final = "hf_quant_config.json"  # written by ModelOpt
 _KEYS: Final = ("quantization_config", "compression_config")  # the second is an early name used by compressed-tensors
 _READ: Final = "FP8 of compressed-tensors, fp8 (per tensor, or blocks with weight_scale_inv), and FP8 of ModelOpt"
-_BLOCK: Final = (128, 128)  # for ModelOpt's algorithms, which do not state it
+_BLOCK: Final = (128, 128)  # block size of ModelOpt's FP8_PB_WO, which its files do not state
 
 Granularity = Literal["per-tensor", "per-channel", "per-block"]
 _STRATEGIES: Final[Mapping[str, Granularity]] = {
@@ -36,9 +36,9 @@ class Scheme:
     """A declared quantization format.
 
     Attributes:
-        method: the value of `quant_method`.
-        granularities: the permitted scale granularities.
-        block: rows and columns of a block; None if nothing is quantized in blocks.
+        method: value of `quant_method` in config.json.
+        granularities: granularities of the scales that the checkpoint may contain.
+        block: (rows, columns) of a block; None if no weight is quantized in blocks.
     """
 
     method: Literal["compressed-tensors", "fp8", "modelopt"]
@@ -47,14 +47,14 @@ class Scheme:
 
     @property
     def suffixes(self) -> tuple[str, ...]:
-        """Suffixes that turn a weight's name into the name of its scale."""
+        """Suffixes to append to a weight's name for the name of its scale; the first one that exists is used."""
         return ("_scale_inv", "_scale") if self.method == "fp8" else ("_scale",)
 
 
 def refusal(root: Path, why: str) -> ConfigurationError:
-    """The error for a base model in an unsupported format."""
+    """The error for a base model in an unsupported format, with the reason `why`; the caller raises it."""
     return ConfigurationError(
-        f"the model in {root} is quantized already, in a way that cannot be read as a base",
+        f"the model in {root} is quantized already, in a format that is not supported for base models",
         why=why,
         fix=f"start from the original bf16, fp16 or fp32 checkpoint; quantized ones may be {_READ}",
     )
@@ -64,7 +64,7 @@ def read_scheme(root: Path) -> Scheme | None:
     """The format that a checkpoint declares; None if it declares none.
 
     Raises:
-        ConfigurationError: the format cannot be used as a base model; the message says what was found.
+        ConfigurationError: a base model in this format is not supported; the message names what was found.
         BadArtifactError, ConfigurationError: a file cannot be read; see `unusable`.
     """
     config = read_config(root / "config.json")
@@ -89,7 +89,7 @@ def read_scheme(root: Path) -> Scheme | None:
 
 
 def without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
-    """config.json without its quantization blocks, as for the same model with plain weights."""
+    """A copy of the contents of config.json without quantization blocks, also without those of nested parts."""
     kept = {key: value for key, value in config.items() if key not in _KEYS}
     return {key: without_quantization(value) if isinstance(value, dict) and any(k in value for k in _KEYS) else value
             for key, value in kept.items()}  # fmt: skip
@@ -100,6 +100,7 @@ def _nested(config: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _algorithm(block: Mapping[str, Any]) -> str | None:
+    # ModelOpt's `quant_algo` in upper case; None if it is not stated.
     inner = block.get("quantization")
     found = (inner if isinstance(inner, dict) else block).get("quant_algo")
     return None if found is None else str(found).upper()

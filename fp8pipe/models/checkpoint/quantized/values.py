@@ -1,9 +1,9 @@
 """Dequantizes FP8 weights: `code * scale`.
 
-Formats name the scale differently: compressed-tensors and ModelOpt store `weight_scale`, DeepSeek's blocks store
-`weight_scale_inv`. All of them multiply by it ("inv" because it is the inverse of the factor used when quantizing).
-The multiplication is done in fp32, where it is exact for bf16 and fp16 scales, and rounded once to the model's dtype,
-as the formats' own libraries do.
+The scale is called `weight_scale` in compressed-tensors and ModelOpt, and `weight_scale_inv` in DeepSeek's block format
+("inv" because it is the inverse of the factor used when quantizing); in all of them the codes are multiplied by it. The
+product is computed in fp32, where it is exact for bf16 and fp16 scales, and rounded once to the model's dtype, as in
+the libraries that define these formats.
 """
 
 from __future__ import annotations
@@ -13,11 +13,16 @@ from torch import Tensor
 
 __all__ = ["block_grid", "dequantize_codes"]
 
-_CHUNK = 1 << 24  # elements in fp32 at a time
+_CHUNK = 1 << 24  # elements converted to fp32 at a time, to limit memory use
 
 
 def block_grid(shape: tuple[int, ...], block: tuple[int, int]) -> tuple[int, ...]:
-    """Shape of the scales of a block-quantized weight; the last block along each axis may be partial."""
+    """Shape of the scales of a block-quantized weight: `(..., rows of blocks, columns of blocks)`.
+
+    Args:
+        shape: of the weight, `(..., rows, columns)`; the last block along each axis may be incomplete.
+        block: (rows, columns) of a block.
+    """
     rows, columns = shape[-2:]
     return (*shape[:-2], -(-rows // block[0]), -(-columns // block[1]))
 
@@ -29,8 +34,8 @@ def dequantize_codes(codes: Tensor, scale: Tensor, block: tuple[int, int] | None
         codes: E4M3, `(..., rows, columns)`.
         scale: floating point. Without `block`: one value, or one per row, `(..., rows)` or `(..., rows, 1)`. With
             `block`: the shape that `block_grid` gives, or ModelOpt's `(rows of blocks, 1, columns of blocks, 1)`.
-        block: rows and columns that share a scale.
-        dtype: of the result.
+        block: (rows, columns) of the blocks that share a scale; None for scales per tensor or per row.
+        dtype: dtype of the result.
 
     Returns:
         `codes * scale` computed in fp32 and rounded once, in the shape of `codes`; a new tensor.

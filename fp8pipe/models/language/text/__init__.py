@@ -1,6 +1,6 @@
-"""Conversations: reading them from the user's files, and tokenizing them with labels on the answers only.
+"""Reads conversations from the user's data, and tokenizes them with labels on the answers only.
 
-Both training and exports use this package: exports calibrate on text and evaluate models on it.
+Training uses this package, and so do exports, which calibrate and evaluate models on text.
 """
 
 from fp8pipe.models.language.text.conversation import Message, Record

@@ -1,4 +1,4 @@
-"""Types shared by this package: messages, and conversations whose assistant messages are trained on."""
+"""Data classes shared by this package: conversations and their messages."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ ROLES: Final = ("system", "user", "assistant", "tool")
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One turn.
+    """One message of a conversation.
 
     Attributes:
         role: one of ``ROLES``.
-        content: its text; empty if an assistant message only calls tools.
-        learned: for an assistant message, whether it is trained on (OpenAI's ``weight`` 0 excludes it).
-        fields: everything else that a chat template may read: ``tool_calls``, ``tool_call_id``, ``name``,
-            ``reasoning_content``, ... Arguments of tool calls are objects, as templates expect.
+        content: text of the message; empty if an assistant message only calls tools.
+        learned: whether an assistant message is trained on; False if its ``weight`` (OpenAI's format) is 0.
+        fields: all other fields that a chat template may read: ``tool_calls``, ``tool_call_id``, ``name``,
+            ``reasoning_content`` and so on. The arguments of tool calls are objects, not JSON text.
     """
 
     role: str
@@ -29,12 +29,12 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One conversation with at least one assistant turn.
+    """One conversation with at least one assistant message.
 
     Attributes:
-        messages: its turns.
+        messages: the messages in order.
         tools: the tools that the assistant may call, as JSON schemas.
-        place: where it was read ("line 3"), for messages; ignored when records are compared.
+        place: position in the data ("line 3"), for error messages; ignored when records are compared.
     """
 
     messages: tuple[Message, ...]

@@ -1,12 +1,11 @@
 """Tokenizes conversations and labels them so that the loss covers only the answers.
 
-The text is rendered by the model's own chat template (``render``) and tokenized as a whole, because that is what the
-model sees when it is served. A served prompt, however, ends where the answer begins, and is tokenized by itself. If
-a token of the whole text spans that boundary or the end of the answer, the conversation is split into one example per
-answer, with prompt and answer tokenized separately.
+The tokens should be those that the model sees when it is served. So the text is rendered by the model's own chat
+template (see ``render``) and tokenized as a whole. A served prompt, however, ends where the answer begins, and is
+tokenized without the answer. If a token of the whole text extends across that boundary, or across the end of the
+answer, the conversation is split into one example per answer, with prompt and answer tokenized separately.
 
-A base model without a chat template gets ``PLAIN_TEMPLATE``, which the caller must save with the model,
-because the model was then trained on it.
+For a base model without a chat template, ``PLAIN_TEMPLATE`` is used. The caller must save it with the trained model.
 """
 
 from __future__ import annotations
@@ -25,17 +24,17 @@ from fp8pipe.models.language.text.template import TemplateInfo, template_info
 
 log = logging.getLogger(__name__)
 
-IGNORED: Final = -100  # the label that cross entropy ignores
-_BATCH: Final = 1000  # conversations tokenized at a time; limits the memory used for offsets
-_WINDOW: Final = 32  # tokens before a boundary that are tokenized again; pre-tokenizers look back no further
+IGNORED: Final = -100  # label of tokens that torch's cross entropy ignores
+_BATCH: Final = 1000  # conversations tokenized at a time, to limit the memory used for offsets
+_WINDOW: Final = 32  # tokens before a boundary that are tokenized again; no pre-tokenizer looks back further
 
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """One example: ``input_ids`` and ``labels`` of equal length; labels are -100 outside the answers.
+    """One training example: ``input_ids`` and ``labels`` of equal length.
 
-    Each label belongs to the token at its own position (the loss shifts them). The first is always -100, because
-    no earlier token could predict it.
+    A label is the token id at the same position within an answer (the loss shifts the labels), and -100 elsewhere. The
+    first label is always -100, because no earlier token can predict the first token.
     """
 
     input_ids: list[int]
@@ -43,7 +42,7 @@ class Encoded:
 
     @property
     def answer_tokens(self) -> int:
-        """Number of tokens with a label."""
+        """Number of labelled tokens, on which the loss is computed."""
         return sum(label != IGNORED for label in self.labels)
 
 
@@ -52,12 +51,12 @@ class Encoding:
     """The result of ``encode``.
 
     Attributes:
-        examples: in the order of the records.
-        template: the chat template that rendered them.
-        truncated: number of examples cut at the length limit.
-        dropped: number of examples without a labelled token; not in ``examples``, and ``warnings`` says why.
-        expanded: number of conversations split into one example per answer.
-        warnings: sentences for the manifest.
+        examples: the training examples, in the order of the records.
+        template: the chat template that was used.
+        truncated: number of examples that were cut to the maximum length.
+        dropped: number of examples left out because no labelled token remained; ``warnings`` gives the reasons.
+        expanded: number of conversations that were split into one example per answer.
+        warnings: warnings for the user and the manifest.
     """
 
     examples: list[Encoded]
@@ -76,18 +75,18 @@ def encode(
     last_only: bool = False,
     warn: Callable[[str], None] = log.warning,
 ) -> Encoding:
-    """Tokenizes conversations and labels their answers.
+    """Tokenize conversations and label their answers.
 
     Args:
         records: the conversations.
-        tokenizer: a transformers tokenizer, with or without offsets.
+        tokenizer: a transformers tokenizer, fast (with character offsets) or slow.
         max_length: maximum tokens per example, at least 2; longer examples are cut at the end.
-        last_only: train on the last answer of each conversation only.
+        last_only: train only on the last answer of each conversation.
         warn: called with each of the result's warnings.
 
     Raises:
-        ConfigurationError: the template is not valid, cannot render a record or loses its answer, or no example has an
-            answer token left.
+        ConfigurationError: the chat template is not valid, cannot render a record, or omits an answer; or no example
+            has a labelled token within ``max_length`` tokens.
     """
     if max_length < 2:
         raise ConfigurationError(
@@ -138,7 +137,7 @@ def _nothing_left(records: int, reasons: Sequence[tuple[str, int]], counts: Coun
 
 
 def _cut(whole: Encoded, max_length: int, counts: Counter[str]) -> Encoded | None:
-    """Truncate to ``max_length`` tokens; returns None, and counts the reason, if no labelled token remains."""
+    """Truncate an example to ``max_length`` tokens; if no labelled token remains, count the reason and return None."""
     first = [IGNORED] if whole.labels else []
     cut = Encoded(whole.input_ids[:max_length], first + whole.labels[1:max_length])
     counts["truncated"] += len(whole.input_ids) > max_length
@@ -185,7 +184,11 @@ def _warnings(total: int, counts: Counter[str], max_length: int, template: Templ
 
 
 def _tokenize(rendered: Sequence[Rendered], tokenizer: Any) -> list[list[Encoded]]:
-    """The examples of each text, first tokens still labelled; only the template adds special tokens."""
+    """Tokenize rendered texts, without adding special tokens beyond those of the template.
+
+    Returns:
+        For each text, its examples: usually one, or one per answer. The first token may still have a label.
+    """
     texts = [r.text for r in rendered]
     if getattr(tokenizer, "is_fast", False) and texts:
         batch = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)
@@ -210,13 +213,21 @@ def _tokenize(rendered: Sequence[Rendered], tokenizer: Any) -> list[list[Encoded
 def _places_by_offset(
     rendered: Sequence[Rendered], whole: Sequence[Sequence[int]], starts: Sequence[Sequence[int]], tokenizer: Any
 ) -> list[list[int | None]]:
-    """Token indices of answer boundaries; None where the text before one is tokenized differently by itself.
+    """Token indices of the starts and ends of answers, from character offsets.
 
-    Offsets alone are not enough: some tokenizers exclude a token's leading white space from them. So the last tokens
-    before a boundary are tokenized again, without the text that follows.
+    An index is None if the text before that boundary, tokenized without what follows, gives other tokens. Offsets alone
+    do not show this, because some tokenizers exclude a token's leading white space from them. So the last tokens before
+    each boundary are tokenized again.
+
+    Args:
+        rendered: the texts with the character ranges of their answers.
+        whole: token ids of each text.
+        starts: for each text, the character offset at which each token starts.
+        tokenizer: a fast tokenizer.
     """
     places: list[list[int | None]] = []
-    windows: list[tuple[int, int, str, Sequence[int]]] = []  # text index, boundary, the text before it and its tokens
+    # For each boundary: index of the text, index of the boundary, the text before it and the tokens of that text.
+    windows: list[tuple[int, int, str, Sequence[int]]] = []
     for number, (piece, ids, begins) in enumerate(zip(rendered, whole, starts, strict=True)):
         borders = [border for span in piece.spans for border in span]
         position, found = 0, []
@@ -231,7 +242,7 @@ def _places_by_offset(
         places.append([*found])
     alone = tokenizer([window[2] for window in windows], add_special_tokens=False)["input_ids"] if windows else []
     for (number, at, _, expected), ids in zip(windows, alone, strict=True):
-        # A window that starts mid-text may tokenize differently at its start: only its second half is compared.
+        # A full window begins in the middle of the text, where tokens may differ: only its second half is compared.
         compared = len(expected) // 2 if len(expected) == _WINDOW else max(len(expected), len(ids))
         if list(ids[-compared:] if compared else ids) != list(expected[-compared:] if compared else expected):
             places[number][at] = None
@@ -239,7 +250,7 @@ def _places_by_offset(
 
 
 def _places_by_prefix(piece: Rendered, ids: Sequence[int], tokenizer: Any) -> list[int | None]:
-    """The same for tokenizers without offsets: the text before each boundary is tokenized separately."""
+    """Like `_places_by_offset`, for tokenizers without offsets: the text before each boundary is tokenized again."""
     places: list[int | None] = []
     for border in (border for span in piece.spans for border in span):
         prefix = _ids(piece.text[:border], tokenizer)
@@ -248,13 +259,13 @@ def _places_by_prefix(piece: Rendered, ids: Sequence[int], tokenizer: Any) -> li
 
 
 def _apart(text: str, start: int, end: int, tokenizer: Any) -> Encoded:
-    """One answer with its prompt, each tokenized separately, as in serving."""
+    """The example of one answer, with prompt and answer tokenized separately, as when the model is served."""
     prompt, answer = _ids(text[:start], tokenizer), _continued(text[start:end], tokenizer)
     return Encoded(prompt + answer, [IGNORED] * len(prompt) + answer)
 
 
 def _continued(text: str, tokenizer: Any) -> list[int]:
-    """Tokens of a text that continues another; some tokenizers add a space at the start of every text."""
+    """Tokens of a text as the continuation of another text, without the space that some tokenizers put at the start."""
     for before in ("\n", "a", "."):
         head, both = _ids(before, tokenizer), _ids(before + text, tokenizer)
         if both[: len(head)] == head and _decoded(both, tokenizer) == _decoded(head, tokenizer) + text:

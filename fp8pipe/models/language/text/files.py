@@ -1,8 +1,9 @@
-"""Reads rows of data files; the format is detected from the first bytes, or else from the file name's suffix.
+"""Reads the rows of data files, whose format is detected from their first bytes and, for CSV, also from their name.
 
-JSON and CSV, in UTF-8, UTF-16 or UTF-32, plain or compressed with gzip, bzip2 or xz, need no extra package. Parquet,
-Arrow and Zstandard need pyarrow, which the extra ``data`` installs. pyarrow is not used for JSON and CSV: its tables
-give every object all keys of its column and guess types, so that ``{"city": "Rome"}`` gains nulls and "007" becomes 7.
+JSON and CSV files in UTF-8, UTF-16 or UTF-32, uncompressed or compressed with gzip, bzip2 or xz, need no extra package.
+Parquet, Arrow and Zstandard files need pyarrow, which the extra ``data`` installs. pyarrow is not used for JSON and CSV
+because its tables add missing keys and guess types: ``{"city": "Rome"}`` gains nulls for all other keys of the column,
+and "007" becomes 7.
 """
 
 from __future__ import annotations
@@ -38,13 +39,18 @@ _DAMAGED: Final = (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError)
 
 
 def data_files(src: str, warn: Callable[[str], None] = lambda _: None) -> list[Path] | None:
-    """The data files named by ``src``: a file, a folder or a glob pattern; None if it is none of these.
+    """Find the data files that ``src`` refers to.
 
-    In a folder, files whose names mark them as evaluation data and files of other formats are skipped; ``warn`` is
-    called with a message about them.
+    Args:
+        src: a file, a folder (searched recursively) or a glob pattern. In a folder, files of other formats and files
+            whose names mark them as evaluation data are skipped.
+        warn: called with a message about skipped files.
+
+    Returns:
+        The files; None if ``src`` is neither an existing path nor a pattern.
 
     Raises:
-        ConfigurationError: a folder or pattern without data files.
+        ConfigurationError: the folder or pattern contains no data files.
     """
     path = Path(src).expanduser()
     if path.is_file():
@@ -95,7 +101,10 @@ def _bare(path: Path) -> str:
 
 
 def rows_of(path: Path) -> Iterator[tuple[str, Any]]:
-    """(place, row) of each row; a ``BadRow`` replaces an unreadable row, or the rest of a damaged file.
+    """Yield the rows of a file as pairs of their position ("line 3") and their content.
+
+    For an unreadable row, the content is a ``BadRow`` exception that is not raised; for the rest of a damaged file, it
+    is a ``DamagedFile``.
 
     Raises:
         MissingCapabilityError: pyarrow is needed but not installed.
@@ -134,7 +143,7 @@ def _rows(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _unpacked(path: Path, magic: bytes) -> Any:
-    """The file's contents as a decompressed byte stream."""
+    """Open a file as a byte stream, decompressed according to its first bytes ``magic``."""
     if magic.startswith(_ZSTANDARD):
         return io.BytesIO(_pyarrow(path).input_stream(str(path), compression="zstd").read())
     opener: Any = next((opener for start, opener in _PACKED.items() if magic.startswith(start)), Path.open)
@@ -142,7 +151,7 @@ def _unpacked(path: Path, magic: bytes) -> Any:
 
 
 def _json_lines(lines: Iterable[bytes]) -> Iterator[tuple[str, Any]]:
-    """(place, parsed object or BadRow) of each non-blank line. Only a newline byte ends a line."""
+    """Yield the position and the parsed object (or a ``BadRow``) of each non-blank line; lines end only at newlines."""
     for number, raw in enumerate(lines, start=1):
         place = f"line {number}"
         try:
@@ -159,7 +168,7 @@ def _json_lines(lines: Iterable[bytes]) -> Iterator[tuple[str, Any]]:
 
 
 def _json_document(raw: bytes, encoding: str) -> Iterator[tuple[str, Any]]:
-    """Rows of a single JSON array, or of objects that span several lines each."""
+    """Rows of a JSON document: the items of one array, or a sequence of objects that may span several lines."""
     try:
         text = raw.decode(encoding)
     except UnicodeDecodeError as error:
@@ -262,7 +271,7 @@ def _pyarrow(path: Path) -> Any:
 
 
 def without_nested_nulls(row: Any) -> Any:
-    """A table's row without nulls inside its columns: tables give every object all keys of its column."""
+    """A row of a table without null values in nested objects, which tables add for keys that the original lacked."""
     return {key: _pruned(value) for key, value in row.items()} if isinstance(row, dict) else row
 
 

@@ -1,6 +1,6 @@
-"""Collects observations about the chat template while records are rendered, and words them as warnings.
+"""Collects observations about the chat template while records are rendered, and turns them into warnings.
 
-Text that is trained on, dropped or read differently from what the user wrote always produces one of these warnings.
+There is a warning whenever the text that the model is trained on differs from what the user wrote or may expect.
 """
 
 from __future__ import annotations
@@ -16,7 +16,10 @@ from fp8pipe.models.language.text.conversation import Message
 
 
 class Kind(StrEnum):
-    """What is counted per answer; the value is the warning, filled with the count and the texts of the first case."""
+    """Observations that are counted per answer.
+
+    The value is the format string of the warning, for the count and the texts of the first answer concerned.
+    """
 
     UNLIKE = (
         "the generation prompt ends in {0!r}, which the text of a finished turn does not have (there {1!r} follows): "
@@ -42,10 +45,10 @@ class Notes:
     """Counts of observations that become warnings.
 
     Attributes:
-        counts: number of answers of each kind.
-        firsts: the texts of the first answer of each kind.
-        passed_over: what the template ignores -> how often.
-        special: special token -> number of records whose own text contains it.
+        counts: number of answers for each kind of observation.
+        firsts: texts of the first answer for each kind, to be shown in the warning.
+        passed_over: for each part of records that the template ignores, how often it did so.
+        special: for each special token, the number of records whose own text contains it.
     """
 
     counts: Counter[Kind] = field(default_factory=Counter)
@@ -54,12 +57,12 @@ class Notes:
     special: Counter[str] = field(default_factory=Counter)
 
     def count(self, kind: Kind, *texts: str) -> None:
-        """Count an answer of a kind; `texts` are kept for the first one and shown in the warning."""
+        """Count an observation; the `texts` of the first one of each kind are shown in the warning."""
         self.counts[kind] += 1
         self.firsts.setdefault(kind, texts)
 
     def add(self, other: Notes) -> None:
-        """Add the counts of other notes."""
+        """Add the counts of `other` to these."""
         self.counts += other.counts
         self.firsts = other.firsts | self.firsts
         self.passed_over += other.passed_over
@@ -80,10 +83,14 @@ class Notes:
 
 
 def of_heldout(warnings: Iterable[str], trained: Iterable[str]) -> list[str]:
-    """The warnings of held-out text that add to those of the training text.
+    """Select the warnings about held-out text that were not already given for the training text.
 
-    A property of the template is reported once, however many answers of either text show it. Losses, whose warnings
-    begin or end with their count, are always reported.
+    Warnings that begin or end with a count (of lost data) are always kept. Others describe a property of the template,
+    and are dropped if the training text has the same warning, apart from its numbers.
+
+    Args:
+        warnings: the warnings about the held-out text.
+        trained: the warnings about the training text.
     """
     said = {re.sub(r"\d+", "", warning) for warning in trained}
     return [f"held-out text: {warning}" for warning in warnings
@@ -91,7 +98,10 @@ def of_heldout(warnings: Iterable[str], trained: Iterable[str]) -> list[str]:
 
 
 def special_pattern(tokenizer: Any) -> re.Pattern[str] | None:
-    """A pattern that finds a tokenizer's special tokens in text; None if it has none, or reads them as plain text."""
+    """A pattern that matches a tokenizer's special tokens in text.
+
+    None if the tokenizer has no special tokens, or treats them in text like any other text.
+    """
     added = getattr(tokenizer, "added_tokens_decoder", {}).values()
     tokens = {str(token) for token in added if getattr(token, "special", False)}
     tokens |= {str(token) for token in getattr(tokenizer, "all_special_tokens", ())}
@@ -102,7 +112,7 @@ def special_pattern(tokenizer: Any) -> re.Pattern[str] | None:
 
 
 def special_tokens(pattern: re.Pattern[str], messages: Iterable[Message], tools: Any) -> set[str]:
-    """Special tokens that occur in the texts of a record."""
+    """The special tokens, as matched by `pattern`, that occur in the messages or tools of a record."""
     return {token for text in _texts([[m.content, m.fields] for m in messages] + [tools])
             for token in pattern.findall(text)}  # fmt: skip
 

@@ -1,6 +1,7 @@
-"""Reads conversations from the user's training data and checks them before anything expensive starts.
+"""Reads conversations from the user's training data, and checks all of them before any expensive work starts.
 
-Bad records are reported with file and line, several at a time; data that is read but not used is counted and reported.
+Several bad records are reported at once, each with its file and line. Fields that are not used are counted and reported
+in a warning.
 """
 
 from __future__ import annotations
@@ -24,20 +25,20 @@ _SHOWN_ERRORS: Final = 10
 
 
 def load_records(src: str, warn: Callable[[str], None] = log.warning) -> list[Record]:
-    """Reads every record of ``src``.
+    """Read and check all records of ``src``.
 
     Args:
-        src: a file, folder or glob pattern of JSONL, JSON, CSV, Parquet or Arrow, compressed or not; a dataset saved by
-            the package ``datasets``, or a hub id; or ``sample:chatterbot``.
-        warn: called with a sentence about any data that is read but not used.
+        src: a file, a folder or a glob pattern of JSONL, JSON, CSV, Parquet or Arrow files, which may be compressed; a
+            dataset saved by the package ``datasets``; the id of a dataset on the hub; or ``sample:chatterbot``.
+        warn: called with a message about files and fields that are not used.
 
     Raises:
-        ConfigurationError: nothing found, no records, or bad records (up to ten are listed).
+        ConfigurationError: there is no such data, it has no records, or it has bad records (up to ten are listed).
         MissingCapabilityError: the package that reads this kind of file is not installed.
     """
     if sample_name(src, DATA_SAMPLES, "data") is not None:
-        # Only the first two turns: the longer entries are partly dialogues and partly one question followed
-        # by alternative answers, and the files do not say which.
+        # Only the first two turns are used: longer entries are either dialogues or one question with alternative
+        # answers, and the files do not distinguish the two.
         return [pair(turns[0], turns[1]) for turns in chatterbot_conversations()]
     path = Path(src).expanduser()
     files = None if _is_saved_dataset(path) else data_files(src, warn)
@@ -58,7 +59,7 @@ def _is_saved_dataset(path: Path) -> bool:
 
 
 def _file_rows(files: list[Path], root: Path) -> Iterator[tuple[str, Any]]:
-    """Rows of all files; if there are several, each place begins with the file's name."""
+    """Rows of all files, as in `rows_of`; if there are several files, each position begins with the file's name."""
     for file in files:
         name = f"{file.relative_to(root) if file.is_relative_to(root) else file} " if len(files) > 1 else ""
         for place, row in rows_of(file):
@@ -98,7 +99,7 @@ def _parse_all(src: str, rows: Iterable[tuple[str, Any]], warn: Callable[[str], 
 
 
 def _dataset_rows(src: str, path: Path | None) -> Iterator[tuple[str, Any]]:
-    """Rows of the ``train`` split of a dataset written by ``save_to_disk``, or of a hub id."""
+    """Rows of the ``train`` split of a dataset saved at ``path`` by ``save_to_disk``, or else of the hub id ``src``."""
     try:
         import datasets
     except ImportError as error:

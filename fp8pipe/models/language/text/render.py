@@ -1,17 +1,17 @@
 """Renders conversations with the model's chat template, and finds the character ranges of the answers to train on.
 
-To locate an answer, the conversation is rendered up to the answer, with the generation prompt, and again up to and
-including it. What the second rendering adds is the answer with its end of turn. (White space after the end-of-turn
-token belongs to the next turn, because the model is never asked to generate it.) This works for any template that only
-appends. Some do not (they drop earlier reasoning, or mark the last turn); their conversations are split into one
-example per answer, each rendered as when that answer is requested.
+To locate an answer, the conversation is rendered twice: up to the answer with the generation prompt, and up to and
+including the answer. The text that the second rendering adds is the answer with its end-of-turn token. (White space
+after that token belongs to the next turn, because the model never has to generate it.) This works if rendering a longer
+conversation only appends text. Some templates change earlier text (they drop earlier reasoning, or mark the last turn);
+their conversations are split into one example per answer, each rendered as when that answer is requested.
 
-If the finished turn does not begin with the generation prompt (a prompt that opens a reasoning block), the answer
-begins at the first character that depends on the answer's content. If a template renders only part of an answer, none
-of it is trained on, because it would be a different answer.
+If the text of the finished turn does not begin with the generation prompt (for instance because the prompt opens a
+reasoning block), the answer begins at the first character that depends on the answer's content. If a template renders
+only a part of an answer, the answer is not trained on at all.
 
-A template may also ignore its input: tools, roles, fields. The only way to tell is to omit each and compare the
-results.
+A template may also ignore some of its input, such as tools, roles or fields. To detect this, each of them is removed
+or changed, and the renderings are compared.
 """
 
 from __future__ import annotations
@@ -25,29 +25,29 @@ from fp8pipe.models.language.text.conversation import Message, Record
 from fp8pipe.models.language.text.notes import Kind, Notes, special_pattern, special_tokens
 from fp8pipe.models.language.text.template import TemplateInfo, failing_line, in_parts, template_name
 
-_OTHERS: Final = ("\ue000", "0")  # substitute answers: no answer begins like both, even if escaped
-_SHOWN: Final = 20  # characters shown of an example
-_NO_TEXT: Final = ("tool_calls", "tool_call_id", "id")  # checked elsewhere, or irrelevant to the model
+_OTHERS: Final = ("\ue000", "0")  # substitute answers; no answer begins with the same character as both of them
+_SHOWN: Final = 20  # number of characters of a text shown in a warning
+_NO_TEXT: Final = ("tool_calls", "tool_call_id", "id")  # fields that are checked elsewhere, or irrelevant to the model
 
 
 class Rendered(NamedTuple):
-    """One text to train on."""
+    """One rendered text to train on."""
 
     text: str
-    spans: list[tuple[int, int]]  # character ranges of the answers to train on, ascending
+    spans: list[tuple[int, int]]  # character ranges (start, end) of the answers to train on, in ascending order
 
 
 class Renderer:
-    """Renders records with a tokenizer's template, and counts what the user must know about the template.
+    """Renders records with a chat template, and collects observations about the template for warnings.
 
     Args:
         tokenizer: a transformers tokenizer.
-        template: the result of ``template_info``.
-        last_only: train on the last answer of a conversation only.
+        template: the chat template, from ``template_info``.
+        last_only: train only on the last answer of a conversation.
 
     Attributes:
-        notes: the counts over all records.
-        silent: by role of the last message, whether the template adds no generation prompt.
+        notes: observations over all records rendered so far.
+        silent: for each role of the last message, whether the template adds no generation prompt after it.
     """
 
     def __init__(self, tokenizer: Any, template: TemplateInfo, *, last_only: bool = False) -> None:
@@ -58,14 +58,18 @@ class Renderer:
         self.notes = Notes()
 
     def render(self, record: Record, name: str) -> list[Rendered]:
-        """The record's text and answer ranges; several texts if the template does not only append.
+        """Render a record and locate its answers.
 
         Args:
-            record: a conversation; there is no text if none of its answers is trained on.
-            name: the record's name in errors.
+            record: a conversation.
+            name: the record's name in error messages.
+
+        Returns:
+            One text with the ranges of all answers to train on; or one text per answer, if the template does not only
+            append; or nothing, if no answer is trained on.
 
         Raises:
-            ConfigurationError: the template cannot render the record, or loses an answer.
+            ConfigurationError: the template cannot render the record, or omits an answer.
         """
         learned = [i for i, m in enumerate(record.messages) if m.role == "assistant"]
         learned = [i for i in (learned[-1:] if self._last_only else learned) if record.messages[i].learned]
@@ -90,7 +94,13 @@ class Renderer:
         raise failure
 
     def apply(self, messages: list[dict[str, Any]], tools: Any, name: str, *, prompt: bool = False) -> str:
-        """Render these messages.
+        """Render messages with the chat template.
+
+        Args:
+            messages: the messages, in a form that the template accepts.
+            tools: JSON schemas of the tools, or None.
+            name: the record's name in error messages.
+            prompt: add the generation prompt.
 
         Raises:
             ConfigurationError: the template fails.
@@ -111,7 +121,14 @@ class Renderer:
             ) from error
 
     def _look_for_losses(self, record: Record, view: _View, learned: Sequence[int], pieces: Sequence[Rendered]) -> None:
-        """Count contents, fields and tools that the template ignores: without them the text is the same."""
+        """Count contents, fields and tools of a record that the template ignores, that is, that do not change the text.
+
+        Args:
+            record: the conversation.
+            view: the form of the record that was rendered.
+            learned: indices of the messages that are trained on.
+            pieces: the rendered texts.
+        """
         last, final = learned[-1] + 1, pieces[-1].text
         alone = dict(zip(learned, pieces, strict=True)) if len(pieces) > 1 else {}
         for index, message in enumerate(record.messages[:last]):
@@ -137,17 +154,17 @@ class Renderer:
 
 
 class _View(NamedTuple):
-    """One record in a form that a template may accept."""
+    """One record in one of the forms that templates may accept, see `_forms`."""
 
     renderer: Renderer
     messages: list[dict[str, Any]]
     tools: Any
     name: str
     notes: Notes
-    parts: bool  # whether contents are lists of parts
+    parts: bool  # whether contents are passed as lists of parts, see `in_parts`
 
     def answers(self, learned: Sequence[int]) -> dict[int, Rendered]:
-        """By message index, the text up to each answer to train on, and its range; omits partly rendered answers."""
+        """The text up to the end of each answer in `learned`, with its range; partly rendered answers are omitted."""
         found = {}
         for index in learned:
             text = self.apply(self.messages[: index + 1])
@@ -163,16 +180,19 @@ class _View(NamedTuple):
         return found
 
     def unchanged(self, index: int, text: str, end: int, **change: Any) -> bool:
-        """Whether the template renders the same text with a changed message (None removes a field)."""
+        """Whether the first `end` messages are still rendered as `text` if fields of message `index` are changed.
+
+        A change to None removes the field.
+        """
         messages = self.messages[:end]
         messages[index] = {k: v for k, v in (messages[index] | change).items() if v is not None}
         try:
             return self.apply(messages) == text
-        except ConfigurationError:  # the template does read it
+        except ConfigurationError:  # the template fails, so it reads the field
             return False
 
     def apply(self, messages: list[dict[str, Any]], *, prompt: bool = False, tools: bool = True) -> str:
-        """Render these messages.
+        """Render messages like `Renderer.apply`, in the form of this view, with or without the record's tools.
 
         Raises:
             ConfigurationError: the template fails.
@@ -181,14 +201,24 @@ class _View(NamedTuple):
         return self.renderer.apply(given, self.tools if tools else None, self.name, prompt=prompt)
 
     def _takes_no_prompt(self, index: int, prompt: str) -> bool:
-        """Whether the template ignores the request for a generation prompt at this point."""
+        """Whether the template adds no generation prompt before message `index`, although it is requested."""
         silent, role = self.renderer.silent, self.messages[index - 1]["role"]
         if role not in silent:
             silent[role] = self.apply(self.messages[:index]) == prompt
         return silent[role]
 
     def _answer_start(self, index: int, text: str, prompt: str) -> tuple[int, tuple[str, ...]]:
-        """Where the answer begins in ``text``; and how prompt and text continue after they diverge, if they do."""
+        """Find where an answer begins in the rendered text.
+
+        Args:
+            index: index of the answer's message.
+            text: the conversation rendered up to and including the answer.
+            prompt: the conversation before the answer, rendered with the generation prompt.
+
+        Returns:
+            Position of the answer in `text`; and, if `text` does not begin with `prompt`, excerpts of `prompt` and
+            `text` from the point where they diverge.
+        """
         if not index:  # templates do not render an empty conversation
             return self._fork(index, text), ()
         if text.startswith(prompt):
@@ -196,18 +226,18 @@ class _View(NamedTuple):
         # The generation prompt opens something (such as a reasoning block) that a finished answer lacks.
         fork = self._fork(index, text)
         alike = min(fork, shared(prompt, text))
-        alike -= prompt[:alike].endswith("<")  # the prompt and the text diverge inside a tag: step back to its "<"
-        # Text that precedes every answer does not belong to the answer, except for white space.
+        alike -= prompt[:alike].endswith("<")  # if they diverge inside a tag, step back to its "<"
+        # Text that precedes every answer does not belong to the answer, unless it is only white space.
         start = fork if text[alike:fork].strip() else alike
         return start, (prompt[alike:][-_SHOWN:], text[alike : alike + _SHOWN])
 
     def _fork(self, index: int, text: str) -> int:
-        """Where the rendering starts to depend on the answer; never later than the answer's own beginning."""
+        """Position in `text` from which the rendering depends on the content of answer `index`."""
         others = ([*self.messages[:index], {"role": "assistant", "content": other}] for other in _OTHERS)
         return min(shared(self.apply(other), text) for other in others)
 
     def _note_headers(self, index: int, text: str, prompt: str) -> None:
-        """Count headers that become part of the answer because the template ignores the generation prompt."""
+        """Count headers and trailers that become part of an answer because there is no separate generation prompt."""
         if (header := text[len(prompt) : self._fork(index, text)]).strip():
             self.notes.count(Kind.HEADER, header)
         try:
@@ -219,12 +249,21 @@ class _View(NamedTuple):
             self.notes.count(Kind.TRAILER, tail)
 
     def _is_whole(self, index: int, text: str, start: int) -> bool:
-        """Whether the answer is rendered completely, ignoring white space at its ends."""
+        """Whether the template renders an answer completely, except for white space at its ends.
+
+        Args:
+            index: index of the answer's message.
+            text: the conversation rendered up to and including the answer.
+            start: position in `text` at which the answer begins.
+
+        Raises:
+            ConfigurationError: the template omits the answer or one of its tool calls altogether.
+        """
         self._check_calls(self.messages[index], text[start:])
         content = str(self.messages[index].get("content") or "").strip()
         if content in text[start:]:
             return True
-        # Its beginning may be in the prompt, such as the tag that opens a reasoning block.
+        # The answer's first characters may be part of the prompt, such as the tag that opens a reasoning block.
         before = self.apply(self.messages[:index]) if index else ""
         if _squeezed(content) in _squeezed(text[shared(before, text) :]):
             return True
@@ -251,10 +290,10 @@ class _View(NamedTuple):
 
 
 def _forms(messages: Sequence[Message]) -> list[list[dict[str, Any]]]:
-    """The messages in the forms that templates may expect, the most common first.
+    """Convert messages to the different forms that templates may expect, the most common form first.
 
-    Most templates take the arguments of tool calls as objects, some as JSON text. Most render an empty content as
-    nothing, some test whether it is absent.
+    Most templates expect the arguments of tool calls as objects, some as JSON text. If a message only calls tools, most
+    accept an empty content, but some require that the field is absent.
     """
     plain = [{"role": m.role, "content": m.content, **m.fields} for m in messages]
     if not any(m.fields.get("tool_calls") for m in messages):
@@ -277,7 +316,10 @@ def _as_text(message: dict[str, Any]) -> dict[str, Any]:
 
 
 def _answer_end(message: Mapping[str, Any], text: str, start: int) -> int:
-    """The end of the answer; excludes white space after the end-of-turn token unless the answer itself ends in it."""
+    """Position in `text` at which the answer ends.
+
+    White space at the end of `text` is excluded, unless it belongs to the answer's own content.
+    """
     end = len(text.rstrip())
     content = str(message.get("content") or "")
     at = text.rfind(content, start) if content and content[-1].isspace() else -1
@@ -285,7 +327,7 @@ def _answer_end(message: Mapping[str, Any], text: str, start: int) -> int:
 
 
 def _joined(answers: Mapping[int, Rendered]) -> list[Rendered]:
-    """A single text with all answers if each text continues the previous one; otherwise the separate texts."""
+    """Combine the texts of all answers into one if each text is a continuation of the previous ones; else keep them."""
     pieces = [*answers.values()]
     # Turns after the last answer are never trained on, so they are left out.
     if all(pieces[-1].text.startswith(piece.text[: piece.spans[0][1]]) for piece in pieces):

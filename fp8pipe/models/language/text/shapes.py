@@ -1,8 +1,8 @@
-"""Converts one row of the user's data to a conversation, or refuses it with the reason.
+"""Converts one row of the user's data to a conversation, or rejects it with the reason.
 
-Supported formats: OpenAI and ShareGPT conversations; prompt and completion (text, or lists of messages); and Alpaca's
-instruction, input and output. Each may be accompanied by ``tools``, ``system`` and ``history``. Tables without nested
-columns may hold the same data as JSON text.
+Supported formats are conversations of OpenAI and ShareGPT, prompt and completion (as text or as lists of messages), and
+Alpaca's instruction, input and output. Each row may also have ``tools``, ``system`` and ``history``. Lists and objects
+may be given as JSON text, as in tables without nested columns.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any, Final
 from fp8pipe.models.language.text.conversation import ROLES, Message, Record
 
 SHAPES: Final = "messages, conversations, prompt + completion, or instruction (+ input) + output"
-# Other names for the roles: ShareGPT's, OpenAI's older and newer ones, and Llama's for a tool's answer.
+# Other role names in use: ShareGPT's, OpenAI's older and newer ones, and Llama's for the result of a tool.
 _ALIASES: Final = {
     "human": "user", "gpt": "assistant", "function_call": "assistant", "observation": "tool", "function": "tool",
     "ipython": "tool", "developer": "system",
@@ -25,22 +25,27 @@ _BESIDE: Final = ("tools", "functions", "system", "history")
 
 
 class BadRow(Exception):
-    """Says what is wrong with one row."""
+    """A row that cannot be used; the message gives the reason."""
 
 
 class DamagedFile(BadRow):
-    """The file ends, or cannot be read, although more data must follow."""
+    """The rest of a file is missing (it is truncated) or cannot be read."""
 
 
 def parse_row(row: Any, place: str, unused: Counter[str]) -> Record:
-    """A checked conversation; fields of the row that are not used are counted in ``unused``.
+    """Convert a row to a checked conversation.
+
+    Args:
+        row: the parsed row; must be a dict in one of the supported formats.
+        place: position of the row in the data, stored in the record.
+        unused: the names of fields that are not used are counted here.
 
     Raises:
-        BadRow: names the field and what is wrong with it.
+        BadRow: the row is not valid; the message names the field and the problem.
     """
     if not isinstance(row, dict):
         raise BadRow(f"a record must be an object, not {_json_type(row)}")
-    # A dataset's table may have a column for another format, empty in this row.
+    # In a table with columns for several formats, the columns of the other formats are null.
     keys = {k for k, v in row.items() if v is not None}
     if "messages" in keys or "conversations" in keys:
         used: tuple[str, ...] = ("messages",) if "messages" in keys else ("conversations",)
@@ -71,12 +76,12 @@ def parse_row(row: Any, place: str, unused: Counter[str]) -> Record:
 
 
 def pair(prompt: str, answer: str) -> Record:
-    """A conversation of one question and its answer."""
+    """A conversation of one user message and one assistant message."""
     return Record((Message("user", prompt), Message("assistant", answer)))
 
 
 def _before(row: dict[str, Any]) -> list[Message]:
-    """The system message and earlier turns that are given in separate fields."""
+    """The messages in the fields ``system`` and ``history``, which precede those of the row's main fields."""
     messages = []
     if system := _text(row, "system", needed=False):
         messages.append(Message("system", system))
@@ -88,7 +93,7 @@ def _before(row: dict[str, Any]) -> list[Message]:
 
 
 def _tools(row: Mapping[str, Any]) -> tuple[dict[str, Any], ...]:
-    """The tools' schemas, each as ``{"type": "function", "function": ...}``, the form that serving engines use."""
+    """JSON schemas of a row's tools, in the form that serving engines use: ``{"type": "function", "function": ...}``"""
     tools = []
     for index, tool in enumerate(_structure(row, "tools", list) or _structure(row, "functions", list) or []):
         if not isinstance(tool, dict):
@@ -98,7 +103,10 @@ def _tools(row: Mapping[str, Any]) -> tuple[dict[str, Any], ...]:
 
 
 def _prompt_and_completion(row: dict[str, Any]) -> list[Message]:
-    """Two texts, or two lists of messages; in the latter case, assistant turns in the prompt are not trained on."""
+    """Messages of a row with prompt and completion, each of which is a text or a list of messages.
+
+    Assistant messages within the prompt are not trained on.
+    """
     lists = [key for key in ("prompt", "completion") if isinstance(row.get(key), list)]
     if not lists:
         return [*pair(_text(row, "prompt"), _text(row, "completion")).messages]
@@ -143,7 +151,7 @@ def _message(item: dict[str, Any]) -> Message:
 
 
 def _content(item: dict[str, Any], key: str, *, needed: bool) -> str:
-    """The text, or the texts of a list of parts, concatenated."""
+    """A message's content, which is a text or a list of text parts to concatenate."""
     parts = item.get(key)
     if not isinstance(parts, list):
         return _text(item, key, needed=needed)
@@ -158,7 +166,7 @@ def _content(item: dict[str, Any], key: str, *, needed: bool) -> str:
 
 
 def _calls(fields: dict[str, Any]) -> list[dict[str, Any]]:
-    """Tool calls, each as ``{"type": "function", "function": {"name", "arguments"}}`` with arguments as an object."""
+    """Tool calls of a message, as ``{"type": "function", "function": {"name", "arguments"}}`` with parsed arguments."""
     given = _structure(fields, "tool_calls", list, dict) or _structure(fields, "function_call", dict) or []
     calls = []
     for index, call in enumerate(given if isinstance(given, list) else [given]):
@@ -180,7 +188,7 @@ def _calls(fields: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _weight(fields: Mapping[str, Any], role: str) -> bool:
-    """Whether a message is trained on; only assistant messages can be."""
+    """Whether a message's ``weight`` is absent or 1; a weight of 1 is an error unless the role is assistant."""
     weight = fields.get("weight")
     if weight is not None and weight not in (0, 1):
         raise BadRow(f"'weight' must be 0 or 1, not {weight!r}")
@@ -190,7 +198,7 @@ def _weight(fields: Mapping[str, Any], role: str) -> bool:
 
 
 def _structure(row: Mapping[str, Any], key: str, *types: type) -> Any:
-    """A field's list or object, or None; CSV files and some datasets store it as JSON text."""
+    """Value of a field that must have one of `types` (list or dict), parsed if it is JSON text; None if absent."""
     value = row.get(key)
     if isinstance(value, str) and value.lstrip().startswith(("[", "{")):
         try:
@@ -223,7 +231,7 @@ def _text(row: Mapping[str, Any], key: str, *, needed: bool = True) -> str:
 
 
 def _check_encodable(record: Record) -> None:
-    """Refuse unpaired surrogates in everything else that a template writes out."""
+    """Reject unpaired surrogates in tools and in the other fields of messages, which templates also write out."""
     for key, value in (("tools", record.tools), *((k, v) for m in record.messages for k, v in m.fields.items())):
         try:
             json.dumps(value, ensure_ascii=False, default=str).encode("utf-8")

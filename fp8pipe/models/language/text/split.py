@@ -1,6 +1,7 @@
-"""Splits records into training and held-out sets, so that no held-out prompt occurs in the training set.
+"""Splits records into a training set and a held-out set that have no prompts in common.
 
-Most corpora repeat their questions, so a split record by record would test the model on prompts it was trained on.
+Most corpora repeat their questions, so that a random split of the records would evaluate the model on prompts that it
+was trained on.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from fp8pipe.models.language.text.conversation import Record
 
 log = logging.getLogger(__name__)
 
-_PROMPTS: Final = ("user", "tool")  # roles that an answer replies to; a system message alone is no prompt
+_PROMPTS: Final = ("user", "tool")  # roles whose messages are prompts; a system message alone is none
 
 
 def split(
@@ -30,22 +31,24 @@ def split(
     seed: int,
     warn: Callable[[str], None] = log.warning,
 ) -> tuple[list[Record], list[Record]]:
-    """Remove duplicate records, then hold some out: returns ``(train, heldout)``.
+    """Remove duplicate records, and divide the others into a training set and a held-out set.
 
-    ``train`` keeps the given order; ``heldout`` is in random order, so that any prefix of it is a fair sample.
-
-    Records are duplicates only if they are entirely equal; the same prompt with another answer is kept. Conversations
-    with the same opening go to the same set, so that no prompt within a conversation of one set occurs in the other.
-    The opening is everything before the first answer to a user (the whole conversation if there is none), ignoring
-    case, white space and closing punctuation. If many conversations share an opening, ``heldout`` may contain fewer
-    records than requested, or the smallest such group.
+    Records are duplicates only if they are entirely equal; records with the same prompt and different answers are kept.
+    Conversations with the same opening are always put into the same set. The opening is everything before the first
+    answer to a user (the whole conversation if there is none), ignoring case, white space and closing punctuation. If
+    many conversations share an opening, the held-out set may have fewer records than requested; if every group of
+    conversations with the same opening is larger than requested, the smallest group is held out.
 
     Args:
         records: the records.
         heldout_fraction: fraction of the distinct records to hold out, 0 <= f < 1 (rounded up).
-        heldout_count: number of distinct records to hold out; exactly one of the two must be given.
-        seed: any integer >= 0; the choice depends only on it and on the records.
-        warn: called with a sentence about what was dropped.
+        heldout_count: number of distinct records to hold out. Exactly one of the two must be given.
+        seed: an integer >= 0; the choice depends only on the seed and the records.
+        warn: called with a message about removed duplicates, or about a different number of held-out records.
+
+    Returns:
+        ``(train, heldout)``. ``train`` keeps the given order; ``heldout`` is in random order, so that any prefix of it
+        is a random sample.
 
     Raises:
         ConfigurationError: a value is out of range, or there are too few distinct records.
@@ -72,7 +75,7 @@ def split(
 
 
 def _shortest_run(members: list[list[int]], wanted: int, warn: Callable[[str], None]) -> list[int]:
-    """The smallest group, held out if every opening is shared by more conversations than requested."""
+    """The smallest group of conversations with the same opening, for the case that all are larger than requested."""
     if len(members) == 1:
         raise ConfigurationError(
             f"{wanted} records cannot be held out",
@@ -110,13 +113,13 @@ def _wanted(distinct: int, fraction: float | None, count: int | None) -> int:
 
 
 def _whole(record: Record) -> str:
-    """The complete contents of a record, as text."""
+    """The complete contents of a record as JSON text, to detect duplicates."""
     turns = [(m.role, m.content, m.learned, dict(m.fields)) for m in record.messages]
     return json.dumps([turns, list(record.tools)], sort_keys=True, default=str)
 
 
 def _opening(record: Record) -> str:
-    """Normalised text before the first answer to a user; the whole conversation if there is none."""
+    """Normalised text of a record before the first answer to a user, or of all of it if there is none."""
     asked, end = False, len(record.messages)
     for index, message in enumerate(record.messages):
         if message.role == "assistant" and asked:

@@ -1,4 +1,4 @@
-"""The chat template: the model's own or the plain one, and where it fails."""
+"""Determines the chat template to use: the model's own, or a plain one for models without; and locates its errors."""
 
 from __future__ import annotations
 
@@ -25,8 +25,9 @@ class TemplateInfo:
     """The chat template that was used.
 
     Attributes:
-        origin: "tokenizer" (the model's own) or "plain" (``PLAIN_TEMPLATE``; save it beside the model).
-        template: the Jinja text.
+        origin: "tokenizer" for the model's own template, or "plain" for ``PLAIN_TEMPLATE``, which must then be saved
+            with the model.
+        template: source text of the Jinja template.
     """
 
     origin: str
@@ -45,14 +46,14 @@ def template_info(tokenizer: Any) -> TemplateInfo:
     if own:
         _check_syntax(tokenizer)
         return TemplateInfo("tokenizer", own)
-    # The plain template starts as the tokenizer starts any text: with the start token, if the tokenizer adds one.
+    # The plain template begins with the start token if the tokenizer puts that token before any text.
     bos = getattr(tokenizer, "bos_token_id", None)
     starts = bos is not None and list(tokenizer("a")["input_ids"])[:1] == [bos]
     return TemplateInfo("plain", ("{{ bos_token }}" if starts else "") + PLAIN_TEMPLATE)
 
 
 def in_parts(messages: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The messages with their text as a list of parts, the form that templates of multimodal models may expect."""
+    """Copies of messages whose text content is a list of parts, as templates of multimodal models may expect it."""
     return [
         {**message, "content": [{"type": "text", "text": message["content"]}]}
         if isinstance(message.get("content"), str)
@@ -74,19 +75,19 @@ def _check_syntax(tokenizer: Any) -> None:
                 why=f"line {error.lineno}: {error.message}{f': {line[0].strip()[:120]}' if line else ''}",
                 fix="correct the template, or take it from the model's publisher again",
             ) from error
-        except Exception:  # it may reject this sample conversation; the user's own are checked when they are rendered
+        except Exception:  # a template may reject this test conversation; the user's own are checked when rendered
             continue
 
 
 def template_name(tokenizer: Any) -> str:
-    """What messages call the template: the name of its file, if it has one."""
+    """Description of a tokenizer's template for error messages, with the path of its file if there is one."""
     folder = getattr(tokenizer, "name_or_path", "") or ""
     file = Path(folder) / "chat_template.jinja"
     return f"the chat template {file}" if folder and file.is_file() else f"the chat template of {folder or 'the model'}"
 
 
 def failing_line(error: BaseException) -> str:
-    """The template line that raised, from the line number that Jinja puts in the traceback."""
+    """The line of the template that raised `error`, as the start of a message; empty if unknown."""
     line, frame = 0, error.__traceback__
     while frame is not None:
         if frame.tb_frame.f_code.co_filename == "<template>":
