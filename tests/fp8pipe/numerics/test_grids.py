@@ -16,6 +16,8 @@ from fp8pipe.numerics.grids import (
     amax_scale,
     power_of_two_scale,
     quantize,
+    quantize_stacked,
+    row_blocks,
     same_bits,
 )
 from fp8pipe.numerics.kinds import ScaleRule
@@ -230,3 +232,16 @@ def test_bits_are_the_same_or_not_whatever_the_width(dtype):
     assert not same_bits(zero, torch.ones(3).to(dtype))
     if dtype.is_floating_point:
         assert not same_bits(zero, torch.full((3,), -0.0).to(dtype))
+
+
+@pytest.mark.parametrize("rule", ScaleRule)
+def test_stacked_matrices_share_the_scale_of_their_largest_value(rule, monkeypatch):
+    """In blocks of rows, too: the same as of one matrix that holds them all."""
+    monkeypatch.setattr("fp8pipe.numerics.grids._BLOCK_VALUES", 16)
+    generator = torch.Generator().manual_seed(0)
+    matrices = [torch.randn(rows, 8, generator=generator) * size for rows, size in ((3, 1.0), (5, 20.0), (2, 0.1))]
+    assert len(row_blocks(matrices[1])) > 1
+    codes, scale = quantize_stacked(matrices, E4M3, rule)
+    whole, one = quantize(torch.cat(matrices), E4M3, rule)
+    assert (codes.view(torch.uint8) == whole.view(torch.uint8)).all()
+    assert scale == one

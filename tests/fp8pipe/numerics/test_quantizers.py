@@ -140,3 +140,14 @@ def test_integer_rounding_is_to_even_and_saturates():
     for low, high in (weight_limits(4), (-128, 127), (0, 15)):
         expected = [min(max(round(value) if math.isfinite(value) else value, low), high) for value in values]
         assert nearest_codes(torch.tensor(values), low, high).tolist() == expected
+
+
+def test_codes_of_e4m3_are_those_of_ml_dtypes_and_are_254():
+    quantizer = ActivationQuantizer(0.5, kind=Kind.E4M3)
+    every = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
+    assert quantizer.levels == np.isfinite(every).sum()
+    weight, scale = _values().view(64, 64), torch.linspace(0.01, 2.0, 64)
+    held = WeightCodes.of(weight, scale, 8, Kind.E4M3)
+    expected = (weight.numpy() / scale.numpy()[:, None]).clip(-448, 448).astype(ml_dtypes.float8_e4m3fn)
+    assert (held.codes.view(torch.uint8).numpy() == expected.view(np.uint8)).all()
+    assert (held.scale, held.bits, held.kind) == (pytest.approx(scale), 8, Kind.E4M3)

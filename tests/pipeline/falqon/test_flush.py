@@ -9,7 +9,16 @@ import torch
 
 from fp8pipe.numerics.grids import E4M3
 from fp8pipe.numerics.kinds import ScaleRule
-from pipeline.falqon.flush import flush_report, flush_rows, preview, select_rows, stochastic_round, target_rows
+from pipeline.falqon.flush import (
+    FlushReport,
+    flush_report,
+    flush_rows,
+    held_moments,
+    preview,
+    select_rows,
+    stochastic_round,
+    target_rows,
+)
 from pipeline.falqon.rules import RULES, update_rule
 
 
@@ -165,3 +174,14 @@ def test_the_report_compares_what_was_meant_with_what_was_done():
     assert (report.rows, report.codes, report.changed, report.saturated) == (2, 4, 2, 1)
     assert (report.intended_square, report.applied_square) == (0.25 + 1 + 1, 1 + 52.0**2)
     assert report.inner == 0.5 - 52
+
+
+def test_health_is_in_fractions_and_ratios():
+    report = FlushReport(rows=2, codes=8, changed=2, saturated=1, intended_square=4.0, applied_square=9.0, inner=3.0)
+    assert report.health() == {"changed": 0.25, "saturated": 0.125, "norm_ratio": 1.5, "cosine": 0.5}
+    assert set(FlushReport().health().values()) == {0.0}
+
+
+def test_second_moments_take_the_bytes_of_the_widest_group():
+    assert held_moments([]) == 0
+    assert held_moments([3, 5]) == 4 * (3**2 + 5**2)
