@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
@@ -9,7 +10,7 @@ from pydantic import ValidationError
 from vit_families import FAMILIES
 
 from fp8pipe.core.errors import BadArtifactError, ConfigurationError
-from fp8pipe.models.settings import check_config
+from fp8pipe.models.settings import check_config, foreign_arguments
 from fp8pipe.models.vision.architecture import Architecture
 
 SETTINGS = [
@@ -94,3 +95,11 @@ def test_what_checkpoints_of_every_family_hold_is_right():
             whole = _declared(cls, cls.from_dict(dict(stored.arguments)).to_dict())
             again = Architecture.model_validate(stored.model_dump() | {"arguments": json.loads(json.dumps(whole))})
             assert cls.from_dict(dict(again.arguments)).to_dict() == cls.from_dict(dict(stored.arguments)).to_dict()
+
+
+def test_a_class_may_declare_another_model_and_no_stored_configuration_may_name_one():
+    config = dataclasses.make_dataclass("Config", [("backbone", str, None), ("use_timm_backbone", bool, False)])
+    config.sub_configs = {}
+    assert list(foreign_arguments(config, {"backbone": "someone/model", "use_timm_backbone": False})) == [
+        "backbone is given"
+    ]

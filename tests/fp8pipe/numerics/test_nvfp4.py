@@ -192,3 +192,7 @@ def test_damage_is_refused(tmp_path):
         save_file(tensors | {key: bad}, path)
         with pytest.raises(BadArtifactError):
             load_quantized(tmp_path / "model")
+
+
+def test_a_block_quantizer_is_of_its_kind():
+    assert BlockQuantizer(1.0).kind is Kind.NVFP4
