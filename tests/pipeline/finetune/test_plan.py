@@ -76,7 +76,7 @@ def test_a_plan_refuses_what_the_command_refuses(make_base, tmp_path):
 
 @pytest.fixture
 def gpu_here(monkeypatch):
-    """Puts a GPU into this machine; no dry run is made for one."""
+    """Puts a GPU into this machine."""
 
     def put(name: str = "a GPU of no table", capability: tuple[int, int] = (8, 9)) -> None:
         monkeypatch.setattr(machine, "gpus", lambda: [Gpu(name, capability, 24 << 30)])
@@ -98,31 +98,31 @@ def test_only_falqon_gains_from_fp8_hardware(make_base, pairs, gpu_here):
         assert plan.facts["device"].startswith("cuda")
 
 
-def test_a_plan_reckons_all_gpus_of_the_table_where_there_is_none(make_base, pairs, gpu_here):
+def test_a_plan_has_estimates_for_all_gpus_of_the_table_where_there_is_none(make_base, pairs, gpu_here):
     plan = plan_finetune(config(make_base(), pairs, device="cuda"))
-    assert set(plan.facts["reckoned_seconds"]) == {device.name for device in DEVICES}
-    for name, seconds in plan.facts["reckoned_compiled"].items():
-        assert 0 < seconds <= plan.facts["reckoned_seconds"][name]
-    assert plan.facts["reckoned_memory"] > 0
+    assert set(plan.facts["estimated_step_seconds"]) == {device.name for device in DEVICES}
+    for name, seconds in plan.facts["estimated_step_seconds_compiled"].items():
+        assert 0 < seconds <= plan.facts["estimated_step_seconds"][name]
+    assert plan.facts["estimated_memory_bytes"] > 0
     assert "no GPU has confirmed them" in plan.text()
 
 
-def test_a_plan_reckons_the_gpu_that_is_here(make_base, pairs, gpu_here):
+def test_a_plan_has_estimates_for_the_gpu_that_is_here(make_base, pairs, gpu_here):
     def here(name):
         gpu_here(name)
         return plan_finetune(config(make_base(), pairs, device="cuda", method="qlora"))
 
     known, unknown = here("NVIDIA L40S"), here("NVIDIA GeForce RTX 4090 Laptop GPU")
-    assert list(known.facts["reckoned_seconds"]) == ["L40S"]
-    assert "reckoned_compiled" not in known.facts
-    assert len(unknown.facts["reckoned_seconds"]) == len(DEVICES)
+    assert list(known.facts["estimated_step_seconds"]) == ["L40S"]
+    assert "estimated_step_seconds_compiled" not in known.facts
+    assert len(unknown.facts["estimated_step_seconds"]) == len(DEVICES)
     assert any("Laptop GPU is not in the table" in note for note in unknown.notes)
 
 
-def test_what_was_not_counted_is_not_reckoned(mixture, make_base, pairs, gpu_here):
+def test_what_was_not_counted_has_no_estimate(mixture, make_base, pairs, gpu_here):
     for unlike in (
         config(mixture, pairs, device="cuda"), config(make_base(seed=1), pairs, device="cuda", update_rule="released"),
     ):  # fmt: skip
         plan = plan_finetune(unlike)
-        assert "reckoned_seconds" not in plan.facts
-        assert any(note.startswith("no GPU is reckoned") for note in plan.notes)
+        assert "estimated_step_seconds" not in plan.facts
+        assert any(note.startswith("no GPU estimate") for note in plan.notes)
