@@ -37,7 +37,7 @@ def phase_bytes(work: Workload) -> Mapping[str, int]:
     moments = held_moments([group.width for group in work.groups]) if work.compensated else 0
     return {
         "prepare": _prepare(work, largest, head),
-        "step": base + _STATES * work.trained + max(activation_bytes(work) + head, activation_bytes(work) + _layer(work)),
+        "step": base + _STATES * work.trained + activation_bytes(work) + max(head, _layer(work)),
         "final merge": optimizer + moments + _merge(work, base),
         "write": optimizer + (base if work.method == "falqon" else work.itemsize * work.weights) + work.shard,
     }

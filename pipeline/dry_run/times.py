@@ -15,15 +15,21 @@ from pipeline.dry_run.costs import Product
 from pipeline.dry_run.rates import Rates
 from pipeline.dry_run.workload import Workload
 
-_BACKWARD: Final = 2.5  # attention: relative to forward (FlashAttention, arXiv 2205.14135)
-# Elementwise traffic relative to the activations that a layer saves: each is written and read several times.
-_PASSES: Final = 4
+_ATTENTION_BACKWARD: Final = 2.5  # attention: relative to forward (FlashAttention, arXiv 2205.14135)
+# Traffic of a layer's elementwise operators, forward and backward, relative to the activations that it saves: as
+# counted on a FALQON layer of Llama (`costs.FALQON_LAYERS`).
+_FORWARD, _BACKWARD = 5, 10
+_LOSS: Final = 50  # bytes per logit: fp32 log-softmax, its gradient, and their casts
 _DECODED: Final = 5  # bytes per weight: a code is read, a bf16 value written and read
 _OPTIMIZER: Final = 40  # bytes per trained value and step
 _CONVERTED: Final = 60  # bytes per weight: error, scale, codes
 _COLUMN: Final = 150e-6  # seconds: a dozen operators on a column
 _FP64: Final = 4  # times slower than bf16 products, at least
 _START: Final = 8.0  # seconds: imports, loading, manifest
+_WRITE: Final = 2.0  # seconds, beside the bytes: plot, manifest
+# In a model, products and operators take longer than one that is repeated for a measurement, whose matrices stay in the
+# caches: 1.6 to 1.9 times in the runs that docs/planning.md compares.
+_COLD: Final = 1.7
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,31 +49,32 @@ class Schedule:
 
 def phase_seconds(work: Workload, often: Schedule, rates: Rates) -> Mapping[str, float]:
     """Seconds of all occurrences of each phase."""
-    step = often.accumulation * often.train_share * _micro_batch(work, rates)
-    step += _OPTIMIZER * work.trained / rates.memory
-    held = often.heldout_share * _forward(work, rates, work.rank)
+    cold = Rates(rates.products / _COLD, rates.memory / _COLD)
+    step = often.accumulation * often.train_share * _micro_batch(work, cold)
+    step += _OPTIMIZER * work.trained / cold.memory
+    held = often.heldout_share * _forward(work, cold, work.rank)
     written = work.shard + work.codes + 2 * sum(work.stored)
     return {
         "start": _START,
-        "prepare": _prepare(work, often, rates),
+        "prepare": _prepare(work, often, cold),
         "step": often.steps * step,
         "evaluate": often.evaluations * often.heldout_batches * held,
         "save": often.saves * 6 * 12 * work.trained / rates.memory,
         "final merge": _final_merge(work, often, rates),
-        "write": 10 * written / rates.memory,
+        "write": _WRITE + 10 * written / rates.memory,
     }
 
 
 def _micro_batch(work: Workload, rates: Rates) -> float:
     forwards = 2 if work.checkpointing else 1
-    backward = _products(work.products(work.rank, gradient=True), work, rates) + 2 * _head(work, rates)
-    backward += _BACKWARD * _attention(work, rates) + _PASSES * work.layers * work.saved / rates.memory
+    backward = _products(work.products(work.rank, gradient=True), work, rates) + _head(work, rates)
+    backward += _ATTENTION_BACKWARD * _attention(work, rates) + _BACKWARD * work.layers * work.saved / rates.memory
     return forwards * _forward(work, rates, work.rank) + backward
 
 
 def _forward(work: Workload, rates: Rates, rank: int) -> float:
     products = _products(work.products(rank, gradient=False), work, rates)
-    elementwise = _PASSES * work.layers * work.saved / rates.memory
+    elementwise = _FORWARD * work.layers * work.saved / rates.memory
     return products + elementwise + _attention(work, rates) + _head(work, rates)
 
 
@@ -77,7 +84,9 @@ def _products(products: Sequence[Product], work: Workload, rates: Rates) -> floa
 
 
 def _head(work: Workload, rates: Rates) -> float:
-    return rates.seconds(Product(max(1, work.answers), work.hidden, work.vocabulary, 1), work.itemsize)
+    """The output head and half of the loss, once."""
+    product = Product(max(1, work.answers), work.hidden, work.vocabulary, 1)
+    return rates.seconds(product, work.itemsize) + _LOSS / 2 * work.answers * work.vocabulary / rates.memory
 
 
 def _attention(work: Workload, rates: Rates) -> float:

@@ -54,9 +54,7 @@ def config_of(text: Path) -> Callable[..., FinetuneConfig]:
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=only_long if one.rare else ()) for name, one in ARCHITECTURES.items()]
 )
-def test_every_cell_is_as_the_table_says(
-    name: str, config_of: Callable[..., FinetuneConfig], tmp_path: Path
-) -> None:
+def test_every_cell_is_as_the_table_says(name: str, config_of: Callable[..., FinetuneConfig], tmp_path: Path) -> None:
     one = ARCHITECTURES[name]
     base = write(one, tmp_path / "base")
     config = config_of(base)
