@@ -25,7 +25,7 @@ from fp8pipe.models.checkpoint.tensors import header_entries, is_scale
 
 RECORD_BYTES: Final = 16_384  # approximate size of a record next to an export
 _GRAPH_COPIES: Final = 6.0  # fp32 copies of the weights: the file, the model it is compared with, the sessions
-_VLLM_BYTES: Final = 900_000_000  # vLLM for CPUs without a model and its cache
+_VLLM_BYTES: Final = 1_200_000_000  # vLLM for CPUs without a model and its cache
 # Parity is checked in fp32 on an engine that keeps its weights: as loaded, and as packed for its GEMMs. An engine that
 # serves keeps only the packed ones, in its own dtype.
 _PARITY_COPIES: Final = 2

@@ -136,7 +136,7 @@ def test_on_paper_no_two_experts_are_taken_for_one() -> None:
     [
         ({"num_experts_per_tok": 5}, "num_experts_per_tok is 5, of 4 experts"),
         ({"num_experts_per_tok": 0}, "num_experts_per_tok is 0, of 4 experts"),
-        ({"num_local_experts": 8}, "num_local_experts is 8 and num_experts is 4"),
+        ({"num_local_experts": 8, "num_experts": 4}, "num_local_experts is 8 and num_experts is 4"),
         ({"text_config": {"num_experts": 2, "num_experts_per_tok": 3}}, "text_config.num_experts_per_tok is 3, of 2"),
     ],
 )
