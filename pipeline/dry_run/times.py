@@ -23,6 +23,7 @@ _LOSS: Final = 50  # bytes per logit: fp32 log-softmax, its gradient, and their 
 _DECODED: Final = 5  # bytes per weight: a code is read, a bf16 value written and read
 _OPTIMIZER: Final = 40  # bytes per trained value and step
 _CONVERTED: Final = 60  # bytes per weight: error, scale, codes
+_ROUNDED: Final = 300  # bytes per weight: the update, its target and the cast in fp32, several times
 _COLUMN: Final = 150e-6  # seconds: a dozen operators on a column
 _FP64: Final = 4  # times slower than bf16 products, at least
 _START: Final = 8.0  # seconds: imports, loading, manifest
@@ -103,7 +104,7 @@ def _prepare(work: Workload, often: Schedule, rates: Rates) -> float:
 
 def _final_merge(work: Workload, often: Schedule, rates: Rates) -> float:
     if not work.compensated:
-        return 10 * work.weights / rates.memory
+        return _ROUNDED * work.weights / rates.memory
     tokens = often.merge_batches * work.tokens * often.train_share
     found = often.merge_batches * often.train_share * _forward(work, rates, work.rank)
     for group in work.groups:

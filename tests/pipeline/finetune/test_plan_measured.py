@@ -94,7 +94,7 @@ def compare(output: Path, *arguments: object) -> None:
 
 
 def test_finetuning_a_small_model(make_base, tmp_path):
-    """Its activations are two thirds of what it allocates, and that is half of its peak: neither can be left out."""
+    """Its activations are most of what it allocates, which is two fifths of its peak: they cannot be left out."""
     base = make_base(
         vocab_size=2048, hidden_size=256, intermediate_size=1024, num_hidden_layers=8, num_attention_heads=4
     )
