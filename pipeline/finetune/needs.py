@@ -36,6 +36,7 @@ _PACKING: Final = {
     "mask": "several examples a row, kept apart by a mask per example",
     "off": "off: this model does not keep the examples of a row apart",
 }
+_MAPPED: Final = "mapped: weights in memory that the system drops and reads again from their files when it is short"
 _NOT_PROBED: Final = "only if the model keeps the examples of a row apart, which is found out once it is loaded"
 
 
@@ -105,6 +106,7 @@ def estimate_needs(
         *((warning,) if warning else ()),
         f"memory{'' if on_cpu else ' (of the GPU)'} and disk are estimated from shapes, within about 20 %; memory is "
         f"largest in the phase {largest!r}{uncounted}",
+        *((_MAPPED,) if work.mapped else ()),
         *((rates,) if rates else ()),
     )
     return Needs(peak, mapped_bytes(work), disk, sums_bytes(work), seconds, packing, notes)
