@@ -1,7 +1,8 @@
-"""Estimates what `validate`, `bench` and `serve-check` would need, for dry runs, which do not start an engine.
+"""Estimates what `validate`, `bench`, `serve-check` and `serve` would need, for dry runs, which start no engine.
 
 For our own processes, the memory of the packages is measured by importing them, and that of the weights is computed
 from the manifest. The memory of vLLM is estimated from its weights and cache, and the plan says that it is an estimate.
+Files are not hashed and weights are not read, so a plan takes seconds for an export of any size.
 """
 
 from __future__ import annotations
@@ -18,47 +19,62 @@ from exporters.vllm.form import ServingForm
 from fp8pipe.artifact import Artifact, open_artifact
 from fp8pipe.artifact.kinds import VIT_KIND
 from fp8pipe.core.errors import MissingCapabilityError
+from fp8pipe.core.machine import format_bytes
 from fp8pipe.core.plan import Missing, PhaseMeter, Plan, can_measure, missing_memory, missing_packages
+from fp8pipe.models.checkpoint.tensors import header_entries, is_scale
 
 RECORD_BYTES: Final = 16_384  # approximate size of a record next to an export
 _GRAPH_COPIES: Final = 6.0  # fp32 copies of the weights: the file, the model it is compared with, the sessions
-# vLLM for CPUs without a model, and the key/value cache with which our commands start it.
-_VLLM_BYTES, _CACHE_BYTES = 900_000_000, 1 << 30
-_VLLM_COPIES: Final = 2.0  # fp32 copies of the weights: as loaded, and as packed by the engine
+_VLLM_BYTES: Final = 1_200_000_000  # vLLM for CPUs without a model and its cache
+# Parity is checked in fp32 on an engine that keeps its weights: as loaded, and as packed for its GEMMs. An engine that
+# serves keeps only the packed ones, in its own dtype.
+_PARITY_COPIES: Final = 2
+_ITEMSIZES: Final = {"float32": 4}
 _PACKAGES: Final = ("onnx", "onnx-ir", "onnxruntime")
 _ONNX_MODULES: Final[Mapping[str, tuple[str, ...]]] = {
     "validate": ("validation.onnx.validate", "onnxruntime", "onnx_ir"),
     "bench": ("validation.bench.speed", "onnxruntime"),
     # Includes the packages of the service, which runs as a separate process.
     "serve-check": ("validation.bench.check", "fastapi", "uvicorn", "onnxruntime"),
+    "serve": ("fastapi", "uvicorn", "onnxruntime"),
 }
 
 
 def plan_vllm(
-    artifact: Artifact, stage: str, record: Path, *, vllm_python: str | None = None, against: Path | None = None,
+    artifact: Artifact, stage: str, record: Path | None, *, vllm_python: str | None = None, against: Path | None = None,
     form: ServingForm | None = None,
 ) -> Plan:  # fmt: skip
     """Plan a command that runs an export in vLLM and writes a record next to it.
 
     Args:
         artifact: the export.
-        stage: validate, bench or serve-check.
-        record: where the record would be written.
+        stage: validate, bench, serve-check or serve.
+        record: where the record would be written; None if none is.
         vllm_python: Python interpreter of vLLM's environment; found automatically when None.
         against: the parent, if it is read too.
-        form: the serving options; they do not affect the plan.
+        form: the serving options; dtype and cache affect the plan.
     """
-    peak = int(_VLLM_BYTES + _CACHE_BYTES + _VLLM_COPIES * _float_bytes(artifact))
+    copies, itemsize = 1, _ITEMSIZES.get("" if form is None else form.dtype, 2)
+    if stage == "validate":
+        copies, itemsize = _PARITY_COPIES, 4
     hardware, missing = _vllm_here(vllm_python)
+    peak, note = None, "vLLM takes the share of the GPU's memory that it is given; weights take what they take in files"
+    if hardware == "a CPU":
+        cache = (form.kv_cache_gib if form is not None and form.kv_cache_gib else 1) << 30
+        peak = int(_VLLM_BYTES + cache + copies * itemsize * _weights(artifact))
+        note = (
+            f"memory of vLLM on a CPU is estimated to within about 20 %: itself, a cache of {format_bytes(cache)}, "
+            f"and all weights {'twice' if copies > 1 else 'once'} in {8 * itemsize} bits"
+        )
     return _plan(
         artifact, record, peak, missing, (against,), hardware=hardware,
-        packages=("vllm, in its own environment",),
-        note="vLLM's memory is estimated: the process, a cache of 1 GiB, and two copies of the weights in fp32",
+        packages=("vllm, in an environment of its own",),
+        note=note,
     )  # fmt: skip
 
 
 def plan_onnx(
-    artifact: Artifact, stage: str, record: Path, *, against: Path | None = None, images: Path | None = None
+    artifact: Artifact, stage: str, record: Path | None, *, against: Path | None = None, images: Path | None = None
 ) -> Plan:
     """The same for ONNX Runtime; the model of `against` is run on images of zeros, to measure its memory.
 
@@ -71,7 +87,7 @@ def plan_onnx(
 
 
 def plan_tensorrt(
-    artifact: Artifact, stage: str, record: Path, *, against: Path | None = None, device: str = "auto"
+    artifact: Artifact, stage: str, record: Path | None, *, against: Path | None = None, device: str = "auto"
 ) -> Plan:
     """The same for TensorRT, whose engines run only on a GPU; `device` does not affect the estimate."""
     missing = missing_packages(_PACKAGES)
@@ -81,16 +97,16 @@ def plan_tensorrt(
 
 
 def _plan(
-    artifact: Artifact, record: Path, peak: int | None, missing: tuple[Missing, ...], reads: Sequence[Path | None], *,
-    packages: tuple[str, ...], hardware: str = "a CPU",
-    note: str = "peak memory: packages were measured on this machine; copies of the weights were added up",
+    artifact: Artifact, record: Path | None, peak: int | None, missing: tuple[Missing, ...],
+    reads: Sequence[Path | None], *, packages: tuple[str, ...], hardware: str = "a CPU",
+    note: str = "memory: packages measured here, copies of the weights counted",
 ) -> Plan:  # fmt: skip
     return Plan(
         reads=(f"{artifact.root} ({artifact.kind})", *(str(path) for path in reads if path is not None)),
-        writes=(str(record),),
+        writes=() if record is None else (str(record),),
         peak_memory_bytes=peak,
-        disk_bytes=RECORD_BYTES,
-        output_bytes=RECORD_BYTES,
+        disk_bytes=0 if record is None else RECORD_BYTES,
+        output_bytes=0 if record is None else RECORD_BYTES,
         hardware=hardware,
         packages=packages,
         missing=(*missing, *missing_memory(peak, "free memory")),
@@ -123,6 +139,13 @@ def _float_bytes(artifact: Artifact) -> int:
     """Bytes of all linear weights in fp32, from the shapes in the manifest; at least the size of the files."""
     linears = sum(4 * math.prod(layer.shape) for layer in artifact.manifest.layers if layer.shape)
     return max(linears, artifact.size_bytes)
+
+
+def _weights(artifact: Artifact) -> int:
+    """The number of weights in the export's files, without scales, from their headers."""
+    files = [artifact.root / entry.path for entry in artifact.manifest.files if entry.path.endswith(".safetensors")]
+    entries = {name: entry for file in files for name, entry in header_entries(file).items()}
+    return sum(math.prod(entry.shape) for name, entry in entries.items() if not is_scale(name, entries))
 
 
 def _vllm_here(vllm_python: str | None) -> tuple[str, tuple[Missing, ...]]:

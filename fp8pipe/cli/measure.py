@@ -59,11 +59,13 @@ def validate_command(
     if config is not None or any(value is not None for value in form.values()):
         options["form"] = resolve(ServingForm, config, form)
     chosen, given = choose_engine(artifact, target, engine, options)
-    engine_device(target, device, "validate", **given)
+    found = engine_device(target, device, "validate", **given)
     if device is not None and "device" in chosen.takes:
         given["device"] = device
     if dry_run:
         plan = call(target.service.plan or "", artifact, "validate", record_path(artifact.root), **given)
+        if found is not None:
+            plan = dataclasses.replace(plan, facts={**plan.facts, "device": str(found)})
         show_plan(console, plan, export=str(artifact.root), engine=chosen.name)
         return
     rejection = None

@@ -123,7 +123,7 @@ def _reasons(record: RunRecord) -> list[str]:
 
 
 def _show_plan(state: RunState, runner: WorkflowRunner, console: Console) -> None:
-    """Check every stage that would run, and show the plan; writes nothing."""
+    """Check every stage that would run, and show the plan; writes nothing. Exits as the first refused stage does."""
     statuses = state.statuses()
     runner.check([status.spec for status in statuses if status.run])
     anew = {status.spec.name for status in statuses if status.run}
@@ -143,27 +143,30 @@ def _show_plan(state: RunState, runner: WorkflowRunner, console: Console) -> Non
             lines += [f"{stage['name']}:", *(f"  {line}" for line in stage["plan_text"].splitlines())]
     lines += ["in all:", *(f"  {line}" for line in _total_lines(total))]
     console.emit(document, "\n".join(lines), quiet_text=" ".join(stage["name"] for stage in stages if stage["run"]))
+    if refused := next((stage["exit_code"] for stage in stages if stage["exit_code"]), 0):
+        raise click.exceptions.Exit(refused)
 
 
 def _planned(state: RunState, status: StageStatus, old: set[str]) -> dict[str, Any]:
     """A stage's plan. Inputs from stages in `old` will be regenerated; the plan is made from the current ones."""
     spec = status.spec
-    plan, text = _own_plan(state, status) if status.run else ({}, "")
+    plan, text, code = _own_plan(state, status) if status.run else ({}, "", 0)
     if text and old:
         text = f"by what {' and '.join(sorted(old))} holds now\n{text}"
     return {
         "name": spec.name, "command": spec.command, "run": status.run, "why": status.why,
         "reads": dict(spec.reads), "output": str(state.outputs[spec.name]), "plan": plan, "plan_text": text,
+        "exit_code": code,
     }  # fmt: skip
 
 
-def _own_plan(state: RunState, status: StageStatus) -> tuple[dict[str, Any], str]:
-    """The command's own dry run, if all its inputs exist."""
+def _own_plan(state: RunState, status: StageStatus) -> tuple[dict[str, Any], str, int]:
+    """The command's own dry run, if all its inputs exist: its document, its text and its exit code."""
     import yaml
 
     spec = status.spec
     if any(not state.outputs[name].exists() for name in spec.reads.values()):
-        return {}, ""
+        return {}, "", 0
     with tempfile.TemporaryDirectory(prefix="fp8pipe-plan-") as folder:
         file = Path(folder) / f"{spec.name}.yaml"
         command = state.commands[spec.command]
@@ -178,7 +181,7 @@ def _own_plan(state: RunState, status: StageStatus) -> tuple[dict[str, Any], str
         document = json.loads(ended.stdout)
     except ValueError:
         document = {"error": {"what": ended.stderr.strip()[-300:]}}
-    return document, _text(document)
+    return document, _text(document), ended.returncode
 
 
 def _text(document: Mapping[str, Any]) -> str:

@@ -15,6 +15,7 @@ from serving.config import LanguageConfig, ServeConfig, VisionConfig
 
 if TYPE_CHECKING:
     from fp8pipe.artifact import Artifact
+    from fp8pipe.core.plan import Plan
 
 
 @click.command("serve")
@@ -44,7 +45,8 @@ def serve_command(export: Path, extra: tuple[str, ...], console: Console, dry_ru
     engine_device(target, asked, "serve", vllm_python=None if of_vllm is None else of_vllm.vllm_python)
     if dry_run:
         _refuse_now(export, config)
-        _show(console, artifact, config, of_vllm)
+        given = {} if of_vllm is None else {"vllm_python": of_vllm.vllm_python, "form": of_vllm.form}
+        _show(console, artifact, config, of_vllm, call(service.plan or "", artifact, "serve", None, **given))
         return
     code = call(service.serve or "", export, config, of_vllm)
     if code:
@@ -64,13 +66,16 @@ def _refuse_foreign(options: dict[str, Any], extra: tuple[str, ...], language: b
 
 
 def _refuse_now(export: Path, config: ServeConfig) -> None:
-    """Fail early on what serving would refuse: changed files, no ACCEPT verdict, an unreadable API key file."""
+    """Fail early on what serving would refuse: missing files, no ACCEPT verdict, an unreadable API key file.
+
+    Files are not hashed, which would take as long as for the service itself.
+    """
     from fp8pipe.artifact import open_artifact
     from fp8pipe.artifact.record import record_path
     from fp8pipe.artifact.verdict import require_accept
     from serving.http.admission import KeyFile
 
-    artifact = open_artifact(export, caches="engines")
+    artifact = open_artifact(export, verify=False, caches="engines")
     config.require(artifact.root, config.record or record_path(artifact.root))
     if not config.unvalidated:
         require_accept(artifact, config.record)
@@ -89,19 +94,23 @@ def _require_packages(language: bool) -> None:
         )
 
 
-def _show(console: Console, artifact: Artifact, config: ServeConfig, of_vllm: LanguageConfig | None) -> None:
+def _show(
+    console: Console, artifact: Artifact, config: ServeConfig, of_vllm: LanguageConfig | None, plan: Plan
+) -> None:
     kind = "vision" if of_vllm is None else "language"
     settings = config.model_dump(mode="json")
     document: dict[str, Any] = {
         "export": str(artifact.root), "kind": artifact.kind, "server": kind, "digest": artifact.digest,
-        "size_bytes": artifact.size_bytes, "config": settings,
+        "size_bytes": artifact.size_bytes, "config": settings, "plan": plan.document(),
     }  # fmt: skip
     rows = list(settings.items())
     if of_vllm is not None:
         document["vllm"] = of_vllm.model_dump(mode="json")
         rows += [(f"vllm: {name}", value) for name, value in document["vllm"].items()]
     size = format_bytes(artifact.size_bytes)
-    text = f"{artifact.root} ({artifact.kind}, {size}) would be served by the {kind} server\n{table(rows)}"
+    text = (
+        f"{artifact.root} ({artifact.kind}, {size}) would be served by the {kind} server\n{table(rows)}\n{plan.text()}"
+    )
     console.emit(document, text)
 
 

@@ -71,6 +71,9 @@ def resident_bytes() -> int:
     """Peak resident memory of this process so far, in bytes."""
     import resource
 
+    # Elsewhere than on Linux ru_maxrss, which in a process that was forked may be what its parent held.
+    if peak := _proc_field(Path("/proc/self/status"), "VmHWM"):
+        return int(peak.split()[0]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 

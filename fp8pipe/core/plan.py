@@ -4,9 +4,9 @@ Peak memory is the peak resident memory of the command's largest process, as the
 space is the largest total size of its output and checkpoints. Both are estimated from the shapes of the model; `notes`
 states which parts were not measured.
 
-To estimate memory and time, a dry run executes the stage on a smaller model, and measures each of its phases
-separately, because the phases scale differently with the size of the model. A stage marks the start of a phase with
-`enter_phase("load")`, which does nothing in an ordinary run.
+Where memory and time are measured, a dry run executes a small part of the stage and measures each phase separately,
+because phases scale differently with the size of the model. A stage marks the start of a phase with
+`enter_phase("load")`, which does nothing unless a `PhaseMeter` is active.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ class Plan:
         rows = [
             *(("reads", item) for item in self.reads),
             *(("writes", item) for item in self.writes),
-            *((name.replace("_", " "), shown) for name, value in self.facts.items() if (shown := _shown(value))),
+            *(_row(name, shown) for name, value in self.facts.items() if (shown := _shown(value, name))),
             ("memory", "not known" if peak is None else f"{format_bytes(peak)} at its peak"),
             ("disk", disk),
             ("time", "not estimated" if self.seconds is None else f"about {_duration(self.seconds)}"),
@@ -172,7 +172,13 @@ def by_reason(reasons: Mapping[str, str]) -> list[str]:
     return found
 
 
-def _shown(value: Any) -> str:
+def _row(name: str, shown: str) -> tuple[str, str]:
+    return name.removesuffix(_BYTES).replace("_", " "), shown
+
+
+def _shown(value: Any, name: str = "") -> str:
+    if name.endswith(_BYTES) and isinstance(value, int):
+        return format_bytes(value)
     if isinstance(value, Mapping):
         words = all(isinstance(item, str) for item in value.values())
         return ", ".join(by_reason(value) if words else (f"{key} ({item})" for key, item in value.items()))
@@ -182,6 +188,7 @@ def _shown(value: Any) -> str:
 
 
 _MOST_NAMES: Final = 3
+_BYTES: Final = "_bytes"  # ends the names of facts in bytes
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 _FIRST: Final = "start"
 _meter: ContextVar[PhaseMeter | None] = ContextVar("phase_meter", default=None)

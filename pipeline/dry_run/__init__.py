@@ -1,1 +1,1 @@
-"""Dry runs: a real stage with real layer widths, but with few layers, images or steps, in a separate process."""
+"""Dry runs: estimates of a fine-tuning run from its shapes, and quantization with few images in a separate process."""

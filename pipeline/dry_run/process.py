@@ -1,7 +1,7 @@
 """Run a dry run in a separate process, as peak memory is measured per process, and extrapolate from two of them.
 
-A dry run has fewer layers (language models) or images (vision models) than the real run. Memory, size and time of each
-phase are affine functions of that number, so two dry runs give them for any number, without hand-tuned constants.
+A dry run has fewer images than the real run. Memory, size and time of each phase are affine functions of that number,
+so two dry runs give them for any number, without hand-tuned constants.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Measured:
 
 @dataclass(frozen=True, slots=True)
 class Scaled:
-    """Extrapolates from dry runs with one or two numbers of layers (or images) to the real number.
+    """Extrapolates from dry runs with one or two numbers of images to the real number.
 
     Attributes:
         runs: (number, measurements) of each dry run.
@@ -62,17 +62,9 @@ class Scaled:
     runs: tuple[tuple[int, Measured], ...]
     n: int
 
-    def peak(self, phase: str, known: Sequence[int] = (), real: int = 0) -> int:
-        """Peak memory of a phase, bytes.
-
-        Args:
-            phase: its name.
-            known: for each run, the bytes of it that are not an affine function of the number.
-            real: these bytes at the real number.
-        """
-        known = known or [0] * len(self.runs)
-        points = [(n, m.peaks.get(phase, 0) - extra) for (n, m), extra in zip(self.runs, known, strict=True)]
-        return int(self._at_n(points)) + real
+    def peak(self, phase: str) -> int:
+        """Peak memory of a phase, bytes."""
+        return int(self._at_n([(n, m.peaks.get(phase, 0)) for n, m in self.runs]))
 
     def phases(self) -> list[str]:
         """Names of the phases."""

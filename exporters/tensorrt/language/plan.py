@@ -29,13 +29,13 @@ _LOGITS_COPIES: Final = 4.7
 def plan_for_people(
     source: Path, output: Path, options: LanguageExportOptions | CalibrationOptions
 ) -> tuple[dict[str, Any], Plan]:
-    """The dry run: reads headers and manifests; nothing is linted, calibrated or traced.
+    """The dry run: reads headers and manifests; nothing is hashed, linted, calibrated or traced.
 
     Raises:
         ConfigurationError: an unusable source.
         BadArtifactError: an unfinished or corrupt artifact.
     """
-    plan, free = plan_export(source, VllmExportOptions()), free_bytes(output)
+    plan, free = plan_export(source, VllmExportOptions(), verify=False), free_bytes(output)
     config, shape = open_artifact(source, kind=FALQON_KIND, verify=False).manifest.config, plan.source.config
     graph = isinstance(options, LanguageExportOptions)
     engines: tuple[str, ...] = ()

@@ -25,11 +25,14 @@ from fp8pipe.models.compat import import_transformers
 
 __all__ = [
     "UnstackedExperts", "call_every_expert", "check_expert_counts", "expert_of", "find_routers", "in_experts",
-    "unstack_experts",
+    "unstack_experts", "wrong_expert_settings",
 ]  # fmt: skip
 
 _PROJECTIONS: Final = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
-_MERGE: Final = "MergeModulelist"  # the operation of transformers that stacks separately stored tensors
+# Settings of config.json: the number of experts of a layer, and how many of them a token goes to.
+_COUNTS: Final = ("num_local_experts", "num_experts", "n_routed_experts")
+_CHOSEN: Final = "num_experts_per_tok"
+_MERGE: Final = "MergeModulelist"  # transformers' operation that stacks separately stored tensors
 _CONCATENATE: Final = "Concatenate"
 
 
@@ -235,6 +238,20 @@ def check_expert_counts(origin: str, declared: Iterable[str], stored: Iterable[s
                 why="the router has one row per declared expert, so the numbers must be equal",
                 fix="complete the download, or use the config.json that belongs to these weights",
             )
+
+
+def wrong_expert_settings(config: Any, place: str = "") -> Iterator[str]:
+    """Contradictions about experts in a config.json, at any depth, in words with both numbers."""
+    if not isinstance(config, Mapping):
+        return
+    counts = {name: config[name] for name in _COUNTS if isinstance(config.get(name), int)}
+    if len(set(counts.values())) > 1:
+        yield " and ".join(f"{place}{name} is {count}" for name, count in counts.items())
+    chosen, count = config.get(_CHOSEN), min(counts.values(), default=0)
+    if isinstance(chosen, int) and counts and not 1 <= chosen <= count:
+        yield f"{place}{_CHOSEN} is {chosen}, of {count} experts"
+    for key, value in config.items():
+        yield from wrong_expert_settings(value, f"{place}{key}.")
 
 
 def _counts(names: Iterable[str]) -> dict[str, int]:

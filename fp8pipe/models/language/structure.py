@@ -23,8 +23,9 @@ from torch import Tensor, nn
 from fp8pipe.core.errors import ConfigurationError
 from fp8pipe.models.checkpoint.blame import unusable
 from fp8pipe.models.checkpoint.names import Naming, naming_of
+from fp8pipe.models.checkpoint.sidecars import read_config
 from fp8pipe.models.compat import import_transformers
-from fp8pipe.models.language.experts import call_every_expert, find_routers, unstack_experts
+from fp8pipe.models.language.experts import call_every_expert, find_routers, unstack_experts, wrong_expert_settings
 from fp8pipe.models.language.probing import watch_pass
 from fp8pipe.models.settings import check_config
 
@@ -248,6 +249,13 @@ def load_config(directory: Path) -> PretrainedConfig:
             why=str(error).splitlines()[0] if str(error) else repr(error),
             fix="complete its config.json, or give a model whose architecture the installed transformers implements",
         ) from error
+    if wrong := list(wrong_expert_settings(read_config(directory / "config.json"))):
+        raise unusable(
+            directory,
+            f"the config.json of {directory} contradicts itself about experts",
+            why="; ".join(wrong),
+            fix="use the config.json that belongs to these weights",
+        )
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     return config

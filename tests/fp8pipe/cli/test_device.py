@@ -79,6 +79,7 @@ def test_auto_is_said_in_one_line(kind, said, vllm, tmp_path):
     lines = [line for line in ended.stderr.splitlines() if "device: " in line]
     assert len(lines) == 1
     assert said in lines[0]
+    assert lines[0].partition("device: ")[2] in next(row for row in ended.stdout.splitlines() if "  device " in row)
 
 
 def test_a_build_of_vllm_decides_and_the_other_device_is_refused(vllm, monkeypatch, tmp_path):

@@ -95,6 +95,14 @@ def test_a_plan_writes_nothing(quick, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_plan_with_a_refused_stage_ends_as_that_stage_does(quick, tmp_path):
+    result = invoke(
+        "run", quick, "--output", tmp_path / "run", "--dry-run", "--set", f"model.model={tmp_path / 'none'}"
+    )
+    assert result.exit_code == 10
+    assert "refused: " in result.output
+
+
 @pytest.mark.slow
 def test_a_real_run_needs_no_network_and_the_second_does_nothing_and_needs_no_torch(quick, tmp_path):
     directory = tmp_path / "run"

@@ -28,7 +28,7 @@ def a_plan() -> Plan:
     return Plan(
         reads=("model",), writes=("out",), peak_memory_bytes=1_500_000_000, disk_bytes=300, output_bytes=200,
         seconds=120.0, packages=("timm",), missing=(Missing("no GPU", "use --device cpu"),), notes=("measured",),
-        facts={"layers": 210, "left_out": {"lm_head": "output head"}},
+        facts={"layers": 210, "left_out": {"lm_head": "output head"}, "mapped_bytes": 2_000_000},
     )  # fmt: skip
 
 
@@ -42,6 +42,7 @@ def test_text_says_what_is_missing_and_how_to_get_it():
     for words in ("1.5 GB at its peak", "300 B at most, 200 B at the end", "about 2 min", "no GPU; use --device cpu"):
         assert words in text
     assert "lm_head (output head)" in text
+    assert [line.split() for line in text.splitlines() if "mapped" in line] == [["mapped", "2", "MB"]]
 
 
 def test_of_many_names_with_one_reason_the_first_are_shown():

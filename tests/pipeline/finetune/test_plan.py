@@ -76,7 +76,7 @@ def test_a_plan_refuses_what_the_command_refuses(make_base, tmp_path):
 
 @pytest.fixture
 def gpu_here(monkeypatch):
-    """Puts a GPU into this machine; no dry run is made for one."""
+    """Puts a GPU into this machine."""
 
     def put(name: str = "a GPU of no table", capability: tuple[int, int] = (8, 9)) -> None:
         monkeypatch.setattr(machine, "gpus", lambda: [Gpu(name, capability, 24 << 30)])

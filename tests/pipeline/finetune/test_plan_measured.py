@@ -87,17 +87,24 @@ def compare(output: Path, *arguments: object) -> None:
         "output": (plan["output_bytes"], written),
     }
     print({name: [f"{value / 1e6:.1f} MB" for value in pair] for name, pair in figures.items()})
+    mapped = plan.get("mapped_bytes", 0)  # weights that may be in memory, too
     for name, (predicted, found) in figures.items():
-        assert predicted == pytest.approx(found, rel=0.2), name
+        least, most = 0.8 * predicted, 1.2 * (predicted + (mapped if name == "memory" else 0))
+        assert least <= found <= most, name
 
 
-def test_finetuning_a_tiny_model(make_base, pairs, tmp_path):
-    # Wide enough that weights and checkpoints, not the small print, fill the disk.
+def test_finetuning_a_small_model(make_base, tmp_path):
+    """Its activations are most of what it allocates, which is two fifths of its peak: they cannot be left out."""
     base = make_base(
-        vocab_size=2048, hidden_size=256, intermediate_size=512, num_hidden_layers=8, num_attention_heads=4
+        vocab_size=2048, hidden_size=256, intermediate_size=1024, num_hidden_layers=8, num_attention_heads=4
     )
-    options = ("--rank", 8, "--steps", 4, "--batch-size", 2, "--sequence-length", 64, "--save-every", 2)
-    compare(tmp_path / "out", "finetune", "--model", base, "--data", pairs, *options)
+    text = tmp_path / "text.jsonl"
+    rows = [{"prompt": f"say {n}", "completion": f"{n} and so on " * 16} for n in range(120)]
+    text.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = tmp_path / "config.yaml"
+    config.write_text("{heldout_limit: 4, final_merge_batches: 16}")
+    options = ("--rank", 8, "--steps", 2, "--batch-size", 16, "--sequence-length", 256, "--save-every", 1)
+    compare(tmp_path / "out", "finetune", "--model", base, "--data", text, "--config", config, *options)
 
 
 @only_long

@@ -21,6 +21,8 @@ def test_a_plan_has_no_settings_of_the_other_kind(export: Path) -> None:
     assert plan["server"] == "language"
     assert plan["vllm"]["max_model_len"] == 128
     assert "port" in plan["config"]
+    assert plan["plan"]["peak_memory_bytes"] > 1 << 30  # vLLM and its cache
+    assert plan["plan"]["writes"] == []
     assert not {"max_batch", "streams", "queue", "max_pixels"} & set(plan["config"])
 
 

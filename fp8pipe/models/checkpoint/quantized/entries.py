@@ -46,8 +46,12 @@ class DequantizedEntry(TensorEntry):
     block: tuple[int, int] | None
 
     def read(self) -> Tensor:
-        """The dequantized weight, a new tensor on the CPU; see `dequantize_codes`."""
-        return dequantize_codes(TensorEntry.read(self), self.scale.read(), self.block, DTYPES[self.dtype])
+        """The dequantized weight, a new tensor on the CPU; see `dequantize_codes`.
+
+        Raises:
+            ConfigurationError: a scale is zero or negative.
+        """
+        return dequantize_codes(TensorEntry.read(self), self._scale(), self.block, DTYPES[self.dtype])
 
     def read_rows(self, rows: range) -> Tensor:
         """Consecutive rows of the dequantized weight; of a matrix, only the codes of the blocks concerned are read."""
@@ -56,11 +60,21 @@ class DequantizedEntry(TensorEntry):
         height = 1 if self.block is None else self.block[0]
         first = rows.start // height
         codes = stored_rows(self, "F8_E4M3", range(first * height, rows.stop))
-        scale = self.scale.read()
+        scale = self._scale()
         if scale.numel() > 1:
             blocks = -(-self.shape[0] // height)
             scale = scale.reshape(blocks, -1)[first : -(-rows.stop // height)]
         return dequantize_codes(codes, scale, self.block, DTYPES[self.dtype])[rows.start - first * height :]
+
+    def _scale(self) -> Tensor:
+        scale = self.scale.read()
+        wrong = scale.float() <= 0  # NaN and infinity show in the weight, and are refused there
+        if bool(wrong.any()):
+            why = f"{int(wrong.sum())} of {scale.numel()} scales of {self.scale.name} are zero or negative"
+            raise refusal(
+                self.file.parent, f"{self.file.name}: {why}; a weight is code * scale, and scales are positive"
+            )
+        return scale
 
 
 @dataclass(frozen=True, slots=True)

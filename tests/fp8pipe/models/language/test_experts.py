@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from fp8pipe.models.checkpoint.names import naming_of
 from fp8pipe.models.compat import import_transformers
 from fp8pipe.models.language.base import check_base
 from fp8pipe.models.language.experts import UnstackedExperts, call_every_expert, find_routers, unstack_experts
-from fp8pipe.models.language.structure import structure_of
+from fp8pipe.models.language.structure import load_config, structure_of
 
 FAMILIES = ("mixtral", "qwen3_moe", "deepseek_v3")
 
@@ -128,3 +129,23 @@ def test_on_paper_no_two_experts_are_taken_for_one() -> None:
     structure = structure_of(paper)
     assert structure.shared == frozenset()
     assert len(structure.trainable) == one.trained
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"num_experts_per_tok": 5}, "num_experts_per_tok is 5, of 4 experts"),
+        ({"num_experts_per_tok": 0}, "num_experts_per_tok is 0, of 4 experts"),
+        ({"num_local_experts": 8, "num_experts": 4}, "num_local_experts is 8 and num_experts is 4"),
+        ({"text_config": {"num_experts": 2, "num_experts_per_tok": 3}}, "text_config.num_experts_per_tok is 3, of 2"),
+    ],
+)
+def test_settings_of_experts_that_contradict_each_other_are_refused_with_both(
+    changes: dict[str, object], words: str, tmp_path: Path
+) -> None:
+    base = write(ARCHITECTURES["qwen3_moe"], tmp_path)
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | changes))
+    with pytest.raises(ConfigurationError, match="contradicts itself about experts") as refused:
+        load_config(base)
+    assert words in str(refused.value.why)

@@ -118,3 +118,15 @@ def test_rows_of_a_transposed_layer_are_not_defined(tmp_path: Path) -> None:
         read_base(write(tmp_path, ct(), square, model_type="gpt2"))
     assert "(in, out)" in caught.value.why
     assert read_base(write(tmp_path, ct(), square, model_type="llama")).stored is not None
+
+
+@pytest.mark.parametrize("scale", [0.0, -0.5])
+def test_a_scale_that_is_not_positive_is_refused_by_name_when_it_is_used(tmp_path: Path, scale: float) -> None:
+    wrong = torch.ones(2, 2)
+    wrong[1, 0] = scale
+    base = write(tmp_path, FP8, held() | {"a.weight_scale_inv": wrong})
+    entry = read_base(base).entries["a.weight"]
+    for read in (entry.read, lambda: entry.read_rows(range(130, 140))):
+        with pytest.raises(ConfigurationError) as refused:
+            read()
+        assert "1 of 4 scales of a.weight_scale_inv are zero or negative" in refused.value.why

@@ -1,0 +1,116 @@
+"""Estimates the memory of each phase of a fine-tuning run from its shapes.
+
+Counted is what must be in memory: what the run allocates. Weights that are mapped from files are not part of it,
+because the system drops them when memory is short; `mapped_bytes` states them separately.
+
+Each term is what the code of that phase holds at the same time, for the largest layer where layers come one after the
+other. `docs/planning.md` compares the sums with real runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Final
+
+from pipeline.dry_run.workload import Group, Workload
+from pipeline.falqon.flush import held_moments
+
+_FP32: Final = 4  # bytes
+_STATES: Final = 4 * _FP32  # per trained value: itself, its gradient, AdamW's two moments
+_NF4: Final = 4.127 / 8  # bytes per weight, with double quantization (arXiv 2305.14314)
+_LOSS_CHUNKS: Final = 3 * (1 << 25)  # copies of a chunk of fp32 logits in the loss
+_SKETCH: Final = 3  # columns of the gradient's sketch, in units of the rank
+# Bytes per weight of the largest layer while it is converted: stacked in bf16 (2), its error in fp32 (4), the codes and
+# a block in fp32 (2); a full SVD also holds a copy and both factors.
+_CONVERSION, _SVD = 8, 12
+# Compensated rounding: H in fp32, reordered, then in fp64 with its factor and its inverse, per input squared; and
+# target, work, result and their transposed copies in fp32, per weight.
+_SOLVER, _ROUNDED = 4 + 3 * 8, 6 * _FP32
+_MERGE: Final = 3 * _FP32  # LoRA: a layer's weight, its change and their sum
+
+
+def phase_bytes(work: Workload) -> Mapping[str, int]:
+    """Peak bytes that each phase allocates, in addition to the packages and the text that are in memory before it."""
+    largest = max(work.groups, key=lambda group: group.weights)
+    base, head = _base(work), _head(work)
+    optimizer = (_STATES - _FP32) * work.trained  # without gradients
+    moments = held_moments([group.width for group in work.groups]) if work.compensated else 0
+    return {
+        "prepare": _prepare(work, largest, head),
+        "step": base + _STATES * work.trained + activation_bytes(work) + max(head, _layer(work)),
+        "final merge": optimizer + moments + _merge(work, base),
+        "write": optimizer + (base if work.method == "falqon" else work.itemsize * work.weights) + work.shard,
+    }
+
+
+def mapped_bytes(work: Workload) -> int:
+    """Bytes of files that stay mapped: in memory as long as nothing else needs it."""
+    return sum(work.stored) if work.mapped else 0
+
+
+def _base(work: Workload) -> int:
+    """The weights while the adapter is trained."""
+    others = 0 if work.mapped else work.others
+    if work.method == "falqon":
+        return work.codes + others
+    if work.method == "qlora":
+        return int(_NF4 * work.weights) + others
+    return others + (0 if work.mapped else work.itemsize * work.weights)
+
+
+def activation_bytes(work: Workload) -> int:
+    """What the forward pass keeps for the backward pass, without the output head."""
+    rank = work.rank * work.itemsize * work.tokens * sum(group.share for group in work.groups)
+    inputs = 0.0
+    if work.method != "falqon":  # peft casts and keeps each layer's input
+        inputs = work.itemsize * work.tokens * sum(g.share * len(g.outs) * g.width for g in work.groups)
+    whole = work.layers * work.saved + int(rank + inputs)
+    if not work.checkpointing:
+        return whole
+    return work.layers * work.tokens * work.hidden * work.itemsize + whole // work.layers
+
+
+def _head(work: Workload) -> int:
+    """Logits and their gradient, and the fp32 chunks of the loss."""
+    logits = work.answers * work.vocabulary
+    return 2 * work.itemsize * logits + min(_LOSS_CHUNKS, 3 * _FP32 * logits)
+
+
+def _layer(work: Workload) -> int:
+    """The largest layer's product in the backward pass: decoded weights, gradients, casts."""
+    return max(
+        work.itemsize * (g.weights + work.rank * g.width + int(work.tokens * g.share) * (2 * g.rows + g.width))
+        for g in work.groups
+    )
+
+
+def _prepare(work: Workload, largest: Group, head: int) -> int:
+    """Gradients of the unconverted model, layer by layer; then its conversion, layer by layer."""
+    loaded = 0 if work.mapped else work.others + work.itemsize * work.weights
+    if work.method != "falqon":
+        return loaded + (_base(work) if work.method == "qlora" else 0) + _FP32 * work.trained
+    inputs = work.layers * work.tokens * work.hidden * work.itemsize
+    observed = 2 * work.saved + head + inputs if work.gradients else 0
+    directions = _FP32 * work.rank * sum(group.width for group in work.groups) if work.gradients else 0
+    per_weight = _CONVERSION if work.gradients else _CONVERSION + _SVD
+    converted = _base(work) + _FP32 * work.trained + directions + per_weight * largest.weights
+    return max(loaded + observed + directions, converted if work.mapped else loaded + converted // 2)
+
+
+def _merge(work: Workload, base: int) -> int:
+    if work.method != "falqon":
+        largest = max(max(group.outs) * group.width for group in work.groups)
+        return base + work.itemsize * work.weights + _MERGE * largest
+    if not work.compensated:
+        return base + _ROUNDED * max(group.weights for group in work.groups)
+    solver = max(max(_SOLVER * g.width**2, 8 * g.width**2 + _ROUNDED * g.weights) for g in work.groups)
+    return base + solver
+
+
+def sums_bytes(work: Workload) -> int:
+    """Bytes of the temporary file of the gradient initialisation (`pipeline.falqon.sums`)."""
+    if not work.gradients:
+        return 0
+    columns = _SKETCH * work.rank
+    inputs = sum((len(g.outs) + 1) * g.width * min(columns, g.width) for g in work.groups)
+    return _FP32 * (inputs + sum(g.rows * min(columns, g.width) for g in work.groups))

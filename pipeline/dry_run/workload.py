@@ -1,0 +1,113 @@
+"""What a fine-tuning run works on, as numbers: the input of the estimates of its memory, disk space and time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from pipeline.dry_run.costs import Product
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Linear layers that read the same input.
+
+    Attributes:
+        outs: `out_features` of each.
+        width: their common `in_features`.
+        share: fraction of the tokens that reach them; below 1 for experts.
+    """
+
+    outs: tuple[int, ...]
+    width: int
+    share: float = 1.0
+
+    @property
+    def rows(self) -> int:
+        """Rows of the stacked weights."""
+        return sum(self.outs)
+
+    @property
+    def weights(self) -> int:
+        """Number of weights."""
+        return self.rows * self.width
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """A run's shapes and choices.
+
+    Attributes:
+        method: falqon, lora or qlora.
+        groups: the trained linear layers; with LoRA and QLoRA, too, by shared input.
+        rank: of the adapter.
+        gradients: FALQON initialises A from gradients.
+        compensated: FALQON's final merge compensates rounding errors.
+        flushes: FALQON's codes change in every step, so checkpoints hold them.
+        layers: decoder layers.
+        hidden: width of the residual stream.
+        query: total width of the queries of a layer.
+        vocabulary: rows of the output head.
+        itemsize: bytes per activation.
+        stored: bytes of the base checkpoint as plain tensors: trained weights, and all others.
+        mapped: the base's weights stay mapped from its files until they are converted.
+        shard: bytes of the largest weight file of the output.
+        tokens, length, answers: of the largest micro-batch: tokens with padding, the row's length, answer tokens.
+        saved: bytes that one decoder layer saves for the backward pass in that micro-batch.
+        checkpointing: decoder layers are recomputed in the backward pass.
+    """
+
+    method: Literal["falqon", "lora", "qlora"]
+    groups: tuple[Group, ...]
+    rank: int
+    gradients: bool
+    compensated: bool
+    flushes: bool
+    layers: int
+    hidden: int
+    query: int
+    vocabulary: int
+    itemsize: int
+    stored: tuple[int, int]
+    mapped: bool
+    shard: int
+    tokens: int
+    length: int
+    answers: int
+    saved: int
+    checkpointing: bool
+
+    @property
+    def weights(self) -> int:
+        """Number of trained layers' weights."""
+        return sum(group.weights for group in self.groups)
+
+    @property
+    def codes(self) -> int:
+        """Number of FALQON codes: those of the weights and of A."""
+        return self.weights + self.rank * sum(group.width for group in self.groups)
+
+    @property
+    def trained(self) -> int:
+        """Number of values that the optimizer updates: B, and for LoRA and QLoRA also A."""
+        a = 0 if self.method == "falqon" else sum(len(group.outs) * group.width for group in self.groups)
+        return self.rank * (a + sum(group.rows for group in self.groups))
+
+    @property
+    def others(self) -> int:
+        """Bytes of what is not trained, as stored: embedding, output head, norms."""
+        return self.stored[1]
+
+    def products(self, rank: int, gradient: bool) -> Sequence[Product]:
+        """The matrix products of one pass of a micro-batch through all trained layers: forward, or the gradient's.
+
+        `rank` columns of the adapter take part: 0 before the model is converted.
+        """
+        found = []
+        for group in self.groups:
+            tokens, rows = max(1, int(self.tokens * group.share)), group.rows + rank
+            found.append(Product(tokens, rows, group.width, 1) if gradient else Product(tokens, group.width, rows, 1))
+            if rank:
+                found.append(Product(tokens, rank, group.rows, 2 if gradient else 1))
+        return found

@@ -1,0 +1,197 @@
+"""Estimates what a fine-tuning run needs on this machine: memory, disk space and time, without running any of it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Final
+
+import torch
+
+from fp8pipe.core.machine import format_bytes, resident_bytes
+from fp8pipe.models.checkpoint.quantized.base import read_base
+from fp8pipe.models.checkpoint.sidecars import BASE_MODEL_FILES, sidecar_bytes
+from fp8pipe.models.checkpoint.tensors import DTYPES, TensorEntry
+from fp8pipe.models.language.sources import ModelSource
+from fp8pipe.models.language.structure import ModelStructure
+from fp8pipe.numerics.bf16 import widen_bf16_products
+from pipeline.dry_run.activations import layer_count, saved_bytes
+from pipeline.dry_run.batches import BatchSizes, batch_sizes, probe_packing
+from pipeline.dry_run.costs import CONTEXT_BYTES
+from pipeline.dry_run.disk import DiskNeed, disk_need
+from pipeline.dry_run.memory import mapped_bytes, phase_bytes, sums_bytes
+from pipeline.dry_run.rates import measure_rates
+from pipeline.dry_run.times import Schedule, phase_seconds
+from pipeline.dry_run.workload import Group, Workload
+from pipeline.falqon.rules import FinalMerge, Initialisation
+from pipeline.finetune.config import FinetuneConfig
+from pipeline.finetune.packing import packing_warning
+from pipeline.finetune.stage import TrainingText, load_text
+
+# Allocated memory that the allocator holds beyond what is in use: 20 % in the runs that docs/planning.md compares.
+_ALLOCATOR: Final = 1.2
+_PACKING: Final = {
+    "positions": "several examples a row, kept apart by restarting positions",
+    "mask": "several examples a row, kept apart by a mask per example",
+    "off": "off: this model does not keep the examples of a row apart",
+}
+_MAPPED: Final = "mapped: weights in memory that the system drops and reads again from their files when it is short"
+_NOT_PROBED: Final = "only if the model keeps the examples of a row apart, which is found out once it is loaded"
+
+
+@dataclass(frozen=True, slots=True)
+class Needs:
+    """What a run needs.
+
+    Attributes:
+        peak: bytes of memory that it holds at most: of this machine, or of the GPU.
+        mapped: bytes of weights that are also in memory, mapped from files, as long as nothing else needs it.
+        disk: the most disk space, and that of the output.
+        temporary: bytes of temporary files.
+        seconds: wall time; None on a GPU.
+        packing: what becomes of packing, in words.
+        notes: how the figures were obtained.
+    """
+
+    peak: int
+    mapped: int
+    disk: DiskNeed
+    temporary: int
+    seconds: float | None
+    packing: str
+    notes: tuple[str, ...]
+
+
+def estimate_needs(
+    config: FinetuneConfig, source: ModelSource, settings: Any, structure: ModelStructure, names: dict[str, str]
+) -> Needs:
+    """Estimate a run from the model's shapes, file headers and the training text.
+
+    Args:
+        config: with its device resolved.
+        source: the base model.
+        settings: its transformers configuration.
+        structure: of the model, after a probe pass.
+        names: the trained layers' names in the checkpoint, by module path.
+
+    Raises:
+        ConfigurationError: the run itself would reject the text.
+    """
+    text = load_text(config, source)
+    resident = resident_bytes()  # before anything is loaded that only a plan needs
+    dtype, on_cpu = getattr(torch, config.dtype), config.device == "cpu"
+    text, packing, warning = _packed(config, settings, structure, text)
+    train = batch_sizes(text.train, config.steps * config.gradient_accumulation)
+    base = read_base(source.path)
+    trained = {f"{name}.weight" for name in names.values()}
+    shards = _shards(config, base.entries, trained)
+    saved = saved_bytes(settings, dtype, train.rows, train.length)
+    plain = base.stored is None and not structure.naming.experts
+    work = _workload(config, settings, structure, train, saved, shards)
+    others = sum(entry.size_bytes for name, entry in base.entries.items() if name not in trained)
+    mapped = plain and on_cpu and all(DTYPES[entry.dtype] == dtype for entry in base.entries.values())
+    work = replace(work, stored=(work.weights * dtype.itemsize, others), mapped=mapped)
+    saves = math.ceil(config.steps / config.save_every) if config.save_every else 1
+    disk = disk_need(
+        work, shards=shards, tensors=len(base.entries), sidecars=sidecar_bytes(source.path, BASE_MODEL_FILES),
+        saves=saves, kept=config.keep_checkpoints, moments=2 if config.optimizer == "adamw-8bit" else 8,
+    )  # fmt: skip
+    phases = phase_bytes(work)
+    peak = (resident if on_cpu else CONTEXT_BYTES) + int(_ALLOCATOR * max(phases.values()))
+    seconds, rates = _seconds(config, work, text, train, saves, dtype) if on_cpu else (None, "")
+    largest = max(phases, key=lambda phase: phases[phase])
+    uncounted = "" if saved is not None else "; the activations of this architecture could not be counted"
+    notes = (
+        *((warning,) if warning else ()),
+        f"memory{'' if on_cpu else ' (of the GPU)'} and disk are estimated from shapes, within about 20 %; memory is "
+        f"largest in the phase {largest!r}{uncounted}",
+        *((_MAPPED,) if work.mapped else ()),
+        *((rates,) if rates else ()),
+    )
+    return Needs(peak, mapped_bytes(work), disk, sums_bytes(work), seconds, packing, notes)
+
+
+def _packed(
+    config: FinetuneConfig, settings: Any, structure: ModelStructure, text: TrainingText
+) -> tuple[TrainingText, str, str]:
+    """The text as the run will batch it, what becomes of packing, and a warning or an empty string."""
+    if not config.packing:
+        return text, "off, as asked", ""
+    weights = sum(math.prod(shape) for shape in structure.tensors.values())
+    found = probe_packing(settings, getattr(torch, config.dtype), weights, text.train)
+    if found is None:
+        return text, _NOT_PROBED, ""
+    if found.how == "off":
+        text = replace(text, train=text.train.unpacked(), heldout=text.heldout.unpacked())
+    return text, _PACKING[found.how], packing_warning(found)
+
+
+def _shards(config: FinetuneConfig, entries: Mapping[str, TensorEntry], trained: Collection[str]) -> dict[str, int]:
+    """Bytes of tensors in each weight file of the output, which has the files of the base."""
+    sizes: dict[str, int] = {}
+    for name, entry in entries.items():
+        new = math.prod(entry.shape) * (1 if config.method == "falqon" else 2)
+        sizes[entry.file.name] = sizes.get(entry.file.name, 0) + (new if name in trained else entry.size_bytes)
+    return sizes
+
+
+def _workload(
+    config: FinetuneConfig, settings: Any, structure: ModelStructure, train: BatchSizes, saved: int | None,
+    shards: Mapping[str, int],
+) -> Workload:  # fmt: skip
+    """The run's shapes; `stored` and `mapped` are still to be filled in."""
+    falqon, text = config.method == "falqon", settings.get_text_config(decoder=True)
+    stacked = not falqon or config.rule.stacked
+    members = structure.input_groups if stacked else tuple((name,) for name in structure.trainable)
+    groups = tuple(
+        Group(
+            tuple(structure.shape(name)[0] for name in each), structure.shape(each[0])[1],
+            _expert_share(text) if structure.is_expert(each[0]) else 1.0,
+        )
+        for each in members
+    )  # fmt: skip
+    layers, tokens = layer_count(settings), train.rows * train.length
+    itemsize, hidden = getattr(torch, config.dtype).itemsize, int(text.hidden_size)
+    if saved is None:  # about what a layer of Llama saves
+        saved = int(itemsize * tokens * sum(g.share * (g.rows + g.width) for g in groups) / layers)
+    heads = int(getattr(text, "num_attention_heads", 1))
+    return Workload(
+        method=config.method, groups=groups, rank=config.rank,
+        gradients=falqon and config.initialisation is Initialisation.GRADIENT,
+        compensated=falqon and config.rule.final is FinalMerge.COMPENSATED,
+        flushes=falqon and config.rule.flush_every_step,
+        layers=layers, hidden=hidden, query=heads * int(getattr(text, "head_dim", None) or hidden // heads),
+        vocabulary=int(text.vocab_size), itemsize=itemsize, stored=(0, 0), mapped=False, shard=max(shards.values()),
+        tokens=tokens, length=train.length, answers=train.answers, saved=saved,
+        checkpointing=config.gradient_checkpointing,
+    )  # fmt: skip
+
+
+def _expert_share(text: Any) -> float:
+    """The fraction of tokens that an expert receives on average."""
+    numbers = (getattr(text, name, None) for name in ("num_local_experts", "num_experts", "n_routed_experts"))
+    count = next((number for number in numbers if number), 1)
+    return min(1.0, int(getattr(text, "num_experts_per_tok", count)) / int(count))
+
+
+def _seconds(
+    config: FinetuneConfig, work: Workload, text: TrainingText, train: BatchSizes, saves: int, dtype: torch.dtype
+) -> tuple[float, str]:
+    """Wall time on this machine, and the note that says how it was estimated."""
+    widen_bf16_products()
+    largest = max(work.groups, key=lambda group: group.weights)
+    rates = measure_rates(work.tokens, largest.width, largest.rows, dtype)
+    heldout = batch_sizes(text.heldout, len(text.heldout))
+    often = Schedule(
+        steps=config.steps, accumulation=config.gradient_accumulation,
+        evaluations=2 + (math.ceil(config.steps / config.evaluate_every) if config.evaluate_every else 1),
+        heldout_batches=heldout.count, saves=saves, gradient_batches=config.gradient_batches,
+        merge_batches=math.ceil(config.final_merge_batches / config.batch_size), train_share=train.share,
+        heldout_share=heldout.share * heldout.rows * heldout.length / work.tokens,
+    )  # fmt: skip
+    told = (
+        f"time is estimated from {rates.products / 1e9:.3g} GFLOP/s and {format_bytes(int(rates.memory))}/s, measured "
+        "now on this machine; a run takes between half and twice as long"
+    )
+    return sum(phase_seconds(work, often, rates).values()), told
