@@ -3,7 +3,8 @@
     python host_peak.py FOLDER
 
 FOLDER is made: a Llama of 32 layers with the proportions of LLaMA-7B, 3/32 as wide. So are rank and tokens, and the
-blocks in which matrices are converted hold as small a share of them. Prints one JSON line, in bytes:
+blocks in which matrices are converted and files are written hold as small a share of them. Prints one JSON line, in
+bytes:
 the model in bf16, and the most anonymous memory while it was loaded and prepared. A small one goes the same way before,
 for what Python, torch and transformers keep ever after is no part of it.
 """
@@ -26,6 +27,7 @@ from fp8pipe.core.config import build_config
 from fp8pipe.models.compat import import_transformers
 from fp8pipe.models.language.sources import resolve_model
 from fp8pipe.numerics import grids
+from pipeline.falqon import base_files
 from pipeline.finetune.config import FinetuneConfig
 from pipeline.finetune.loading import load_model
 from pipeline.finetune.loss import answer_loss
@@ -34,6 +36,7 @@ from pipeline.finetune.stage import build_method
 SHAPES = {"hidden_size": 384, "intermediate_size": 1032, "num_attention_heads": 4, "vocab_size": 3000}
 RANK, BATCH, LENGTH = 6, 4, 24
 grids._BLOCK_VALUES = grids._BLOCK_VALUES * 9 // 1024
+base_files._SHARD_BYTES = base_files._SHARD_BYTES * 9 // 1024
 
 
 def anonymous() -> int:
@@ -66,7 +69,7 @@ def prepare(folder: Path) -> int:
             ids = torch.randint(0, 3000, (BATCH, LENGTH), generator=torch.Generator().manual_seed(seed))
             yield answer_loss(model, {"input_ids": ids}, ids, float(ids.numel()))
 
-    build_method(config).prepare(model, losses=losses)
+    build_method(config).prepare(model, base_files.BaseFiles(folder / "checkpoints", "key"), losses)
     return size
 
 
