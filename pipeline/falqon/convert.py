@@ -146,6 +146,12 @@ def groups_of(structure: ModelStructure, rule: UpdateRule) -> tuple[tuple[str, .
     return structure.input_groups if rule.stacked else tuple((name,) for name in structure.trainable)
 
 
+def base_bytes(structure: ModelStructure, rule: UpdateRule, rank: int, initialisation: Initialisation) -> int:
+    """Bytes that `BaseFiles` takes of the disk, without headers; see `base_sizes`."""
+    codes, directions = base_sizes(structure, rule, rank, initialisation)
+    return sum(codes.values()) + directions
+
+
 def base_sizes(
     structure: ModelStructure, rule: UpdateRule, rank: int, initialisation: Initialisation
 ) -> tuple[dict[str, int], int]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final, cast
@@ -20,10 +21,10 @@ from fp8pipe.core import machine
 from fp8pipe.core.errors import ConfigurationError
 from fp8pipe.core.machine import format_bytes
 from fp8pipe.models.checkpoint.quantized.base import read_base
-from fp8pipe.models.checkpoint.tensors import weight_files
+from fp8pipe.models.checkpoint.tensors import DTYPES, weight_files
 from fp8pipe.models.language.experts import unstack_experts
 from fp8pipe.models.language.sources import ModelSource
-from fp8pipe.models.language.structure import load_config, model_class
+from fp8pipe.models.language.structure import ModelStructure, load_config, model_class
 from pipeline.falqon.convert import read_convertible
 from pipeline.finetune.attention import use_matmul_attention
 from pipeline.finetune.config import FinetuneConfig
@@ -86,6 +87,18 @@ def _streamed(config: FinetuneConfig, kind: Any, settings: Any) -> tuple[str, ..
         "each use", format_bytes(size), config.dtype, format_bytes(memory),
     )  # fmt: skip
     return read_convertible(model, config.rank).trainable
+
+
+def least_memory(config: FinetuneConfig, source: ModelSource, structure: ModelStructure) -> int:
+    """Bytes that weights on a CPU take beside files that stay mapped, at least: as they are loaded, or once merged.
+
+    Mapped are only weights that are stored one by one in the configured dtype; the final merge copies what it changes.
+    """
+    base, dtype = read_base(source.path), getattr(torch, config.dtype)
+    alone = base.stored is None and not structure.naming.experts
+    sizes = (math.prod(e.shape) for e in base.entries.values() if not (alone and DTYPES[e.dtype] == dtype))
+    merged = sum(math.prod(structure.shape(name)) for name in structure.trainable)
+    return max(sum(sizes) * dtype.itemsize, merged * (1 if config.method == "falqon" else 2))
 
 
 def weights_digest(root: Path) -> str:

@@ -28,7 +28,7 @@ from pipeline.dry_run.costs import LIVE, LIVE_COMPILED, LORA, MERGED, MERGED_COM
 from pipeline.dry_run.devices import DEVICES, Device, device_reported
 from pipeline.dry_run.language import layer_count, with_layers, write_model
 from pipeline.dry_run.process import Scaled, dry_run
-from pipeline.falqon.convert import read_convertible
+from pipeline.falqon.convert import base_bytes, read_convertible
 from pipeline.falqon.flush import held_moments
 from pipeline.falqon.rules import FinalMerge
 from pipeline.finetune.config import FinetuneConfig
@@ -76,11 +76,15 @@ def plan_finetune(config: FinetuneConfig, output: Path | None = None) -> Plan:
     warnings = export_warnings(source.path, config.method, names.values())
     shapes = [structure.shape(name) for name in structure.trainable]
     missing = missing_packages(_packages(config))
+    base = 0 if config.method != "falqon" else base_bytes(
+        structure, config.rule, config.rank, config.initialisation or config.rule.initialisation
+    )  # fmt: skip
     layer_bytes = 2 * sum(out * into for out, into in shapes) // layer_count(settings)
     if can_measure() and config.device == "cpu" and not missing:
         peak, disk, written, seconds, notes, packing = _measured(config, source, settings, layer_bytes)
     else:
         peak, disk, written, seconds, notes, packing = _reckoned(config, model, shapes)
+        disk += base
     on_gpus, told = _on_gpus(config, settings, shapes)
     where = output or Path(config.model).name
     return Plan(
@@ -99,6 +103,7 @@ def plan_finetune(config: FinetuneConfig, output: Path | None = None) -> Plan:
             "layers": len(shapes),
             "left_out": structure.left_out,
             "trainable": _adapter(config, shapes),
+            **({"converted_base_bytes": base} if base else {}),
             "packing": packing if config.packing else "off, as asked",
             "steps": config.steps,
             "tokens": config.steps * config.gradient_accumulation * config.batch_size * config.sequence_length,

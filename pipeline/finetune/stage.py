@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -33,7 +32,7 @@ from fp8pipe.core.devices import on_device
 from fp8pipe.core.plan import by_reason, enter_phase, refuse_impossible
 from fp8pipe.core.progress import track
 from fp8pipe.models.checkpoint.names import checkpoint_names
-from fp8pipe.models.checkpoint.quantized.base import base_entries, read_base
+from fp8pipe.models.checkpoint.quantized.base import read_base
 from fp8pipe.models.checkpoint.tensors import model_parent
 from fp8pipe.models.language.base import (
     check_base,
@@ -63,7 +62,7 @@ from pipeline.falqon.method import FalqonMethod
 from pipeline.finetune.batches import Batches, encoded_digest
 from pipeline.finetune.checkpoint import ENCODED_TEXT, CheckpointStore
 from pipeline.finetune.config import FinetuneConfig
-from pipeline.finetune.loading import load_model, weights_digest
+from pipeline.finetune.loading import least_memory, load_model, weights_digest
 from pipeline.finetune.loop import Trainer, plot_run
 from pipeline.finetune.loss import answer_count, answer_loss, heldout_loss, model_inputs
 from pipeline.finetune.method import LoraMethod, Method, export_warnings
@@ -120,9 +119,7 @@ def finetune(config: FinetuneConfig, output: Path, *, force: bool = False, resum
     source = resolve_model(config.model)
     structure = check_base(source.path, config.model)
     if config.device == "cpu":
-        entries = base_entries(source.path).values()
-        width = getattr(torch, config.dtype).itemsize  # only the loaded weights, a lower bound
-        refuse_impossible(sum(math.prod(e.shape) for e in entries) * width, f"the model {config.model}")
+        refuse_impossible(least_memory(config, source, structure), f"the model {config.model}")
     enter_phase("text")
     text = load_text(config, source)
     check_values(source.path, config.model, structure)
