@@ -54,12 +54,15 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--shape", choices=SHAPES, default="8b")
+    parser.add_argument("--layers", type=int, help="fewer layers of the same widths")
     parser.add_argument("--initialisation", default="gradient")
     parser.add_argument("--cut", type=int, default=10)
     parser.add_argument("--whole", action="store_true")
     options = parser.parse_args()
-    model, data, config = (options.work / name for name in (f"model-{options.shape}", "data.jsonl", "config.yaml"))
-    make(model, SHAPES[options.shape])
+    shape = SHAPES[options.shape] | ({"num_hidden_layers": options.layers} if options.layers else {})
+    named = f"model-{options.shape}{f'-{options.layers}' if options.layers else ''}"
+    model, data, config = (options.work / name for name in (named, "data.jsonl", "config.yaml"))
+    make(model, shape)
     forget(model)
     line = {"prompt": "a b c d e f g h", "completion": " ".join("ijklmnopqrstuvwxyz")}
     data.write_text("".join(json.dumps({**line, "prompt": f"a {n}"}) + "\n" for n in range(64)))
