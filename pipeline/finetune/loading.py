@@ -94,7 +94,7 @@ def least_memory(config: FinetuneConfig, source: ModelSource, structure: ModelSt
 
     Mapped are only weights that are stored one by one in the configured dtype; the final merge copies what it changes.
     """
-    base, dtype = read_base(source.path), getattr(torch, config.dtype)
+    base, dtype = read_base(source.path), cast(torch.dtype, getattr(torch, config.dtype))
     alone = base.stored is None and not structure.naming.experts
     sizes = (math.prod(e.shape) for e in base.entries.values() if not (alone and DTYPES[e.dtype] == dtype))
     merged = sum(math.prod(structure.shape(name)) for name in structure.trainable)
