@@ -40,7 +40,7 @@ def disk_need(
     adapter = work.codes - work.weights + 4 * work.trained if falqon else 0
     records = _HEADER * (tensors + 2 * layers) + _RECORD * layers + _PLOT
     output = sum(shards.values()) + adapter + sidecars + records
-    base = work.codes if falqon else 0
+    base = work.codes + work.directions if falqon else 0
     step = (4 + moments) * work.trained + (work.codes if work.flushes else 0)
     training = base + min(saves, kept + 1) * step
     return DiskNeed(max(training, base + min(saves, kept) * step + output), output)

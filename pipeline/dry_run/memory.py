@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from typing import Final
 
 from pipeline.dry_run.workload import Group, Workload
+from pipeline.falqon.base_files import SHARD_BYTES
 from pipeline.falqon.flush import held_moments
 
 _FP32: Final = 4  # bytes
@@ -32,27 +33,27 @@ _MERGE: Final = 3 * _FP32  # LoRA: a layer's weight, its change and their sum
 def phase_bytes(work: Workload) -> Mapping[str, int]:
     """Peak bytes that each phase allocates, in addition to the packages and the text that are in memory before it."""
     largest = max(work.groups, key=lambda group: group.weights)
-    base, head = _base(work), _head(work)
+    base, merged, head = _base(work, work.flushes), _base(work, True), _head(work)
     optimizer = (_STATES - _FP32) * work.trained  # without gradients
     moments = held_moments([group.width for group in work.groups]) if work.compensated else 0
     return {
         "prepare": _prepare(work, largest, head),
         "step": base + _STATES * work.trained + activation_bytes(work) + max(head, _layer(work)),
-        "final merge": optimizer + moments + _merge(work, base),
-        "write": optimizer + (base if work.method == "falqon" else work.itemsize * work.weights) + work.shard,
+        "final merge": optimizer + moments + _merge(work, merged),
+        "write": optimizer + (merged if work.method == "falqon" else work.itemsize * work.weights) + work.shard,
     }
 
 
 def mapped_bytes(work: Workload) -> int:
     """Bytes of files that stay mapped: in memory as long as nothing else needs it."""
-    return sum(work.stored) if work.mapped else 0
+    return (sum(work.stored) if work.mapped else 0) + (work.codes if work.filed else 0)
 
 
-def _base(work: Workload) -> int:
-    """The weights while the adapter is trained."""
+def _base(work: Workload, changed: bool) -> int:
+    """The weights while the adapter is trained; codes that are mapped from files are copied once they are changed."""
     others = 0 if work.mapped else work.others
     if work.method == "falqon":
-        return work.codes + others
+        return others + (work.codes if changed or not work.filed else 0)
     if work.method == "qlora":
         return int(_NF4 * work.weights) + others
     return others + (0 if work.mapped else work.itemsize * work.weights)
@@ -88,13 +89,13 @@ def _prepare(work: Workload, largest: Group, head: int) -> int:
     """Gradients of the unconverted model, layer by layer; then its conversion, layer by layer."""
     loaded = 0 if work.mapped else work.others + work.itemsize * work.weights
     if work.method != "falqon":
-        return loaded + (_base(work) if work.method == "qlora" else 0) + _FP32 * work.trained
+        return loaded + (_base(work, False) if work.method == "qlora" else 0) + _FP32 * work.trained
     inputs = work.layers * work.tokens * work.hidden * work.itemsize
     observed = 2 * work.saved + head + inputs if work.gradients else 0
-    directions = _FP32 * work.rank * sum(group.width for group in work.groups) if work.gradients else 0
     per_weight = _CONVERSION if work.gradients else _CONVERSION + _SVD
-    converted = _base(work) + _FP32 * work.trained + directions + per_weight * largest.weights
-    return max(loaded + observed + directions, converted if work.mapped else loaded + converted // 2)
+    converted = _base(work, False) + _FP32 * work.trained + work.directions + per_weight * largest.weights
+    converted += min(SHARD_BYTES, work.codes) if work.filed else 0
+    return max(loaded + observed + work.directions, converted if work.mapped else loaded + converted // 2)
 
 
 def _merge(work: Workload, base: int) -> int:

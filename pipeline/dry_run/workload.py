@@ -52,6 +52,7 @@ class Workload:
         itemsize: bytes per activation.
         stored: bytes of the base checkpoint as plain tensors: trained weights, and all others.
         mapped: the base's weights stay mapped from its files until they are converted.
+        filed: FALQON's codes are mapped from the base's files until they are changed.
         shard: bytes of the largest weight file of the output.
         tokens, length, answers: of the largest micro-batch: tokens with padding, the row's length, answer tokens.
         saved: bytes that one decoder layer saves for the backward pass in that micro-batch.
@@ -71,6 +72,7 @@ class Workload:
     itemsize: int
     stored: tuple[int, int]
     mapped: bool
+    filed: bool
     shard: int
     tokens: int
     length: int
@@ -87,6 +89,11 @@ class Workload:
     def codes(self) -> int:
         """Number of FALQON codes: those of the weights and of A."""
         return self.weights + self.rank * sum(group.width for group in self.groups)
+
+    @property
+    def directions(self) -> int:
+        """Bytes of the directions that the gradient initialisation stores beside the base; 0 without it."""
+        return 4 * self.rank * sum(group.width for group in self.groups) if self.gradients else 0
 
     @property
     def trained(self) -> int:

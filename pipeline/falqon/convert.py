@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from fp8pipe.core.errors import ConfigurationError
 from fp8pipe.models.language.structure import ModelStructure, structure_of
 from fp8pipe.numerics.grids import E4M3, Scale, quantize_stacked
 from fp8pipe.numerics.kinds import ScaleRule
+from pipeline.falqon.base_files import BaseFiles
 from pipeline.falqon.initialise import adapter_directions, gradient_sketches
 from pipeline.falqon.layer import FalqonLinear, FalqonPart, StackedOutput
 from pipeline.falqon.observed import Losses
@@ -72,19 +74,20 @@ def convert_model(
     initialisation: Initialisation,
     seed: int,
     *,
-    stored: dict[str, Tensor] | None = None,
+    base: BaseFiles | None = None,
     losses: Losses | None = None,
 ) -> tuple[list[FalqonGroup], list[LayerRecord]]:
     """Replace every eligible linear layer with a FALQON layer, in place, and freeze everything but B.
 
     Args:
-        model: a causal LM in its training dtype.
+        model: a causal LM in its training dtype. Weights to convert may be on another device than the rest
+            (`pipeline.finetune.streaming`); codes go to the device of the input embedding.
         rule: determines the scale rule, whether B is live, and whether layers that share an input are stacked.
         rank: number of rows of A in every layer.
         initialisation: how A is initialised.
         seed: seeds the random draws of each layer.
-        stored: codes and scales of an earlier conversion (`FalqonMethod.base_state`), used instead of computing
-            them again.
+        base: where codes and scales are written as they are computed, and found if an earlier process computed them;
+            None keeps them in memory.
         losses: runs a few training batches and yields the loss of each; the `gradient` initialisation needs it.
 
     Returns:
@@ -93,41 +96,77 @@ def convert_model(
 
     Raises:
         ConfigurationError: nothing to convert, an already quantized model, or a rank that is too large.
+        BadArtifactError: a file of `base` is damaged.
+        OutOfMemoryError: the disk is too full for the files of `base`.
     """
     structure = read_convertible(model, rank)
     records = left_out_records(structure)
     model.requires_grad_(False)
-    names = structure.input_groups if rule.stacked else tuple((name,) for name in structure.trainable)
+    device = next(model.parameters()).device
+    names = {members[0]: members for members in groups_of(structure, rule)}
+    indices = {first: index for index, first in enumerate(names)}
+    sizes = base_sizes(structure, rule, rank, initialisation)
     rows: dict[str, Tensor] = {}
-    if initialisation is Initialisation.GRADIENT and stored is None:
+    finished = base is not None and base.begin(*sizes)
+    if initialisation is Initialisation.GRADIENT and not finished:
         if losses is None:
             raise ValueError("the gradient initialisation needs training losses")
-        rows = gradient_sketches(model, names, losses, rank, seed)
-        _tell_unreached([members[0] for members in names if members[0] not in rows])
+        find = partial(gradient_sketches, model, tuple(names.values()), losses, rank, seed)
+        rows = find() if base is None else base.directions(find)
+        _tell_unreached([first for first in names if first not in rows])
 
-    def quantized(index: int, first: str, weights: list[Tensor]) -> tuple[Tensor, Scale]:
-        if stored is not None:
-            keys = {key: f"{first}.{key}" for key in ("codes", "scale", "inverse_scale")}
-            found = {key: stored[name].to(weights[0].device) for key, name in keys.items() if name in stored}
-            return found["codes"], Scale(found["scale"], found.get("inverse_scale"))
+    def quantized(first: str) -> dict[str, Tensor]:
+        weights = [structure.weight(model, name).to(device) for name in names[first]]
         weight = torch.cat(weights) if len(weights) > 1 else weights[0]
-        generator = torch.Generator().manual_seed(seed + index)
+        generator = torch.Generator().manual_seed(seed + indices[first])
         how = initialisation if first in rows or not rows else Initialisation.RANDOMIZED_SVD
         a = adapter_directions(weight, rank, how, rule.scale, generator, rows.get(first))
         # W and A share one scale. A is far smaller than W, so W gets the same codes as when quantized on its own.
-        return quantize_stacked([weight, a], E4M3, rule.scale)
+        codes, scale = quantize_stacked([weight, a], E4M3, rule.scale)
+        inverse = {} if scale.inverse_scale is None else {"inverse_scale": scale.inverse_scale}
+        return {"codes": codes, "scale": scale.value, **inverse}
 
     groups = []
-    for index, members in enumerate(names):
-        weights = [structure.weight(model, name) for name in members]
-        codes, scale = quantized(index, members[0], weights)
-        bias = _stacked_bias([getattr(model.get_submodule(name), "bias", None) for name in members], weights)
-        parts = tuple(weight.shape[0] for weight in weights)
-        layer = FalqonLinear(codes, scale, rank=rank, parts=parts, bias=bias, live=rule.live)
+    for first, made in base.codes(quantized) if base is not None else ((name, quantized(name)) for name in names):
+        members, found = names[first], {key: tensor.to(device) for key, tensor in made.items()}
+        widths = [structure.shape(name)[0] for name in members]
+        biases = [getattr(model.get_submodule(name), "bias", None) for name in members]
+        layer = FalqonLinear(
+            found["codes"], Scale(found["scale"], found.get("inverse_scale")), rank=rank, parts=tuple(widths),
+            bias=_stacked_bias(biases, widths), live=rule.live,
+        )  # fmt: skip
         _install(model, members, layer)
         groups.append(FalqonGroup(members, tuple(map(structure.transposed, members)), layer))
         records.extend(_record(name, rows, layer) for name, rows in zip(members, layer.parts, strict=True))
     return groups, records
+
+
+def groups_of(structure: ModelStructure, rule: UpdateRule) -> tuple[tuple[str, ...], ...]:
+    """The linear layers that become one FALQON layer each, in the order of conversion."""
+    return structure.input_groups if rule.stacked else tuple((name,) for name in structure.trainable)
+
+
+def base_bytes(structure: ModelStructure, rule: UpdateRule, rank: int, initialisation: Initialisation) -> int:
+    """Bytes that `BaseFiles` takes of the disk, without headers; see `base_sizes`."""
+    codes, directions = base_sizes(structure, rule, rank, initialisation)
+    return sum(codes.values()) + directions
+
+
+def base_sizes(
+    structure: ModelStructure, rule: UpdateRule, rank: int, initialisation: Initialisation
+) -> tuple[dict[str, int], int]:
+    """What `BaseFiles` will take of the disk: bytes of each layer's codes, and of the gradient's directions.
+
+    Args:
+        structure: after a probe pass, which may have been on the meta device.
+        rule: as in `convert_model`.
+        rank: as in `convert_model`.
+        initialisation: as in `convert_model`.
+    """
+    shapes = {members[0]: [structure.shape(name) for name in members] for members in groups_of(structure, rule)}
+    codes = {first: (sum(out for out, _ in each) + rank) * each[0][1] for first, each in shapes.items()}
+    directions = sum(4 * rank * each[0][1] for each in shapes.values())
+    return codes, directions if initialisation is Initialisation.GRADIENT else 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,10 +208,11 @@ def _record(name: str, rows: int, layer: FalqonLinear) -> LayerRecord:
     return LayerRecord(name=name, shape=(rows, layer.in_features), weight=weight, activation=inputs, reason=reason)
 
 
-def _stacked_bias(biases: list[Tensor | None], weights: list[Tensor]) -> Tensor | None:
-    if all(bias is None for bias in biases):
+def _stacked_bias(biases: list[Tensor | None], widths: list[int]) -> Tensor | None:
+    given = [bias for bias in biases if bias is not None]
+    if not given:
         return None
-    return torch.cat([w.new_zeros(w.shape[0]) if b is None else b for b, w in zip(biases, weights, strict=True)])
+    return torch.cat([given[0].new_zeros(n) if b is None else b for b, n in zip(biases, widths, strict=True)])
 
 
 def _install(model: nn.Module, members: tuple[str, ...], layer: FalqonLinear) -> None:

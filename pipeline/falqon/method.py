@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from fp8pipe.artifact import LayerRecord
 from fp8pipe.numerics.kinds import ScaleRule
+from pipeline.falqon.base_files import BaseFiles
 from pipeline.falqon.convert import FalqonGroup, convert_model
 from pipeline.falqon.flush import FlushReport, Inputs, flush_rows, merge_all, preview, select_rows
 from pipeline.falqon.layer import FalqonLinear
@@ -39,11 +40,11 @@ class FalqonMethod(Method):
         self.layers: dict[str, FalqonLinear] = {}
 
     def prepare(
-        self, model: nn.Module, stored: dict[str, Tensor] | None = None, losses: Losses | None = None
+        self, model: nn.Module, base: BaseFiles | None = None, losses: Losses | None = None
     ) -> list[LayerRecord]:
-        """Convert the model in place; `stored` is `base_state` of an earlier run, `losses` runs training batches."""
+        """Convert the model in place; see `convert_model`."""
         settings = self.rule, self.rank, self.initialisation, self.seed
-        self.groups, records = convert_model(model, *settings, stored=stored, losses=losses)
+        self.groups, records = convert_model(model, *settings, base=base, losses=losses)
         self.layers = {group.name: group.layer for group in self.groups}
         self.names = tuple(name for group in self.groups for name in group.members)
         return records
@@ -68,16 +69,6 @@ class FalqonMethod(Method):
         layers = list(self.layers.values())
         stride = max(1, len(layers) // _HEALTH_LAYERS)
         return sum((preview(layer) for layer in layers[step % stride :: stride]), FlushReport())
-
-    def base_state(self) -> dict[str, Tensor]:
-        """Codes and scales of each layer, with which a resumed run skips quantization and SVD."""
-        state: dict[str, Tensor] = {}
-        for name, layer in self.layers.items():
-            state[f"{name}.codes"] = layer.codes
-            state[f"{name}.scale"] = layer.scale
-            if layer.inverse_scale is not None:
-                state[f"{name}.inverse_scale"] = layer.inverse_scale
-        return state
 
     def step_state(self) -> dict[str, Tensor]:
         """The tensors that training steps change: B, and the codes if the rule flushes every step."""

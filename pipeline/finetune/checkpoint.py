@@ -2,7 +2,7 @@
 
 A checkpoint holds what steps change: the trained parameters, the codes if a rule flushes into them, and the optimizer
 state. Data order, learning rate and stochastic rounding are functions of the step, so for these the step number is the
-only state. The results of the preparation (codes and scales) are stored once, next to the checkpoints.
+only state. Codes and scales of the converted base lie next to the checkpoints (`pipeline.falqon.base_files`).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from fp8pipe.core.errors import BadArtifactError, ConfigurationError
 
 ENCODED_TEXT: Final = "the encoded training text"  # its key among the recorded inputs of a run
 _PREFIX = "step-"
-_STATE, _TENSORS, _BASE, _RUN = "state.json", "state", "base", "run.json"
+_STATE, _TENSORS, _RUN = "state.json", "state", "run.json"
 _SUFFIX = ".safetensors"
 _SHARD_BYTES = 1 << 30  # limits host memory: safetensors copies all tensors of a file from the GPU at once
 
@@ -39,10 +39,9 @@ class CheckpointStore:
     def __init__(self, root: Path, keep: int) -> None:
         self.root, self.keep = root, keep
 
-    def begin(self, config: dict[str, Any], base: dict[str, Tensor], inputs: dict[str, str] | None = None) -> None:
-        """Record the run's configuration, the results of the preparation, and the sha256 of its input files by name."""
+    def begin(self, config: dict[str, Any], inputs: dict[str, str] | None = None) -> None:
+        """Record the run's configuration and the sha256 of its input files by name, once preparation is complete."""
         self.root.mkdir(parents=True, exist_ok=True)
-        _write_shards(self.root, _BASE, base)
         _atomic_text(self.root / _RUN, json.dumps({"config": config, "inputs": inputs or {}}, indent=1, sort_keys=True))
 
     def started(self) -> bool:
@@ -87,10 +86,6 @@ class CheckpointStore:
                 why="; ".join(f"{name}: sha256 {run['inputs'][name]} then, {found.get(name)} now" for name in changed),
                 fix="restore the file, or start anew (--force, or another --output)",
             )
-
-    def base(self) -> dict[str, Tensor]:
-        """The tensors that `begin` stored."""
-        return _load_shards(self.root, _BASE)
 
     def steps(self) -> list[int]:
         """Step numbers of the complete checkpoints, oldest first."""

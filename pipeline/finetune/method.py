@@ -23,6 +23,7 @@ from fp8pipe.artifact import LayerRecord
 from fp8pipe.artifact.kinds import FALQON_KIND, LORA_KIND
 from fp8pipe.core.errors import ConfigurationError
 from fp8pipe.models.compat import import_package
+from pipeline.falqon.base_files import BaseFiles
 from pipeline.falqon.convert import left_out_records, read_convertible
 from pipeline.falqon.flush import FlushReport, Inputs
 from pipeline.falqon.observed import Losses
@@ -76,13 +77,13 @@ class Method(Protocol):
     exact_casts: bool = False
 
     def prepare(
-        self, model: nn.Module, stored: dict[str, Tensor] | None = None, losses: Losses | None = None
+        self, model: nn.Module, base: BaseFiles | None = None, losses: Losses | None = None
     ) -> list[LayerRecord]:
         """Change `model` in place so that only the method's parameters train.
 
         Args:
             model: as loaded.
-            stored: the `base_state` of an earlier run.
+            base: where results are written that the seed alone does not determine, and read by a resumed run.
             losses: runs a few training batches on the unprepared model and yields the loss of each.
         """
 
@@ -100,10 +101,6 @@ class Method(Protocol):
     def health(self, step: int) -> FlushReport | None:
         """How much of the pending update would survive a flush now; None if the method has no flush."""
         return None
-
-    def base_state(self) -> dict[str, Tensor]:
-        """The results of the preparation, which steps need not store; empty if the seed determines them."""
-        return {}
 
     def step_state(self) -> dict[str, Tensor]:
         """The tensors that steps change, apart from the optimizer state."""
@@ -138,9 +135,9 @@ class LoraMethod(Method):
         self._peft: Any = None
 
     def prepare(
-        self, model: nn.Module, stored: dict[str, Tensor] | None = None, losses: Losses | None = None
+        self, model: nn.Module, base: BaseFiles | None = None, losses: Losses | None = None
     ) -> list[LayerRecord]:
-        """Insert the adapters in place; A follows from the seed, so neither `stored` nor `losses` is needed."""
+        """Insert the adapters in place; A follows from the seed, so neither `base` nor `losses` is needed."""
         structure = read_convertible(model, self.rank)
         records = left_out_records(structure)
         peft = import_package("peft", "the lora and qlora baselines need peft", _INSTALL)

@@ -162,7 +162,8 @@ def _workload(
         compensated=falqon and config.rule.final is FinalMerge.COMPENSATED,
         flushes=falqon and config.rule.flush_every_step,
         layers=layers, hidden=hidden, query=heads * int(getattr(text, "head_dim", None) or hidden // heads),
-        vocabulary=int(text.vocab_size), itemsize=itemsize, stored=(0, 0), mapped=False, shard=max(shards.values()),
+        vocabulary=int(text.vocab_size), itemsize=itemsize, stored=(0, 0), mapped=False,
+        filed=falqon and config.device == "cpu", shard=max(shards.values()),
         tokens=tokens, length=train.length, answers=train.answers, saved=saved,
         checkpointing=config.gradient_checkpointing,
     )  # fmt: skip

@@ -31,7 +31,7 @@ from pipeline.dry_run.costs import (
     estimate,
 )
 from pipeline.dry_run.devices import DEVICES, Device, device_reported
-from pipeline.falqon.convert import read_convertible
+from pipeline.falqon.convert import base_bytes, read_convertible
 from pipeline.finetune.config import FinetuneConfig
 from pipeline.finetune.method import export_warnings
 from pipeline.finetune.needs import estimate_needs
@@ -65,6 +65,9 @@ def plan_finetune(config: FinetuneConfig, output: Path | None = None) -> Plan:
     warnings = export_warnings(source.path, config.method, names.values())
     shapes = [structure.shape(name) for name in structure.trainable]
     missing = missing_packages(_packages(config))
+    base = 0 if config.method != "falqon" else base_bytes(
+        structure, config.rule, config.rank, config.initialisation or config.rule.initialisation
+    )  # fmt: skip
     needs = estimate_needs(config, source, settings, structure, names)
     on_gpus, told = _on_gpus(config, settings, shapes)
     where = output or Path(config.model).name
@@ -84,6 +87,7 @@ def plan_finetune(config: FinetuneConfig, output: Path | None = None) -> Plan:
             "layers": len(shapes),
             "left_out": structure.left_out,
             "trainable": _adapter(config, shapes),
+            **({"converted_base_bytes": base} if base else {}),
             "packing": needs.packing,
             "steps": config.steps,
             "tokens": config.steps * config.gradient_accumulation * config.batch_size * config.sequence_length,

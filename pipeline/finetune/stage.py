@@ -6,8 +6,9 @@ weights are written, read back and compared before the artifact gets its final n
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -31,7 +32,7 @@ from fp8pipe.core.devices import on_device
 from fp8pipe.core.plan import by_reason, enter_phase, refuse_impossible
 from fp8pipe.core.progress import track
 from fp8pipe.models.checkpoint.names import checkpoint_names
-from fp8pipe.models.checkpoint.quantized.base import base_entries, read_base
+from fp8pipe.models.checkpoint.quantized.base import read_base
 from fp8pipe.models.checkpoint.tensors import model_parent
 from fp8pipe.models.language.base import (
     check_base,
@@ -55,12 +56,13 @@ from fp8pipe.models.language.text import (
 )
 from fp8pipe.numerics.backends import library
 from fp8pipe.numerics.bf16 import widen_bf16_products
+from pipeline.falqon.base_files import BaseFiles
 from pipeline.falqon.convert import read_convertible
 from pipeline.falqon.method import FalqonMethod
 from pipeline.finetune.batches import Batches, encoded_digest
 from pipeline.finetune.checkpoint import ENCODED_TEXT, CheckpointStore
 from pipeline.finetune.config import FinetuneConfig
-from pipeline.finetune.loading import load_model
+from pipeline.finetune.loading import least_memory, load_model, weights_digest
 from pipeline.finetune.loop import Trainer, plot_run
 from pipeline.finetune.loss import answer_count, answer_loss, heldout_loss, model_inputs
 from pipeline.finetune.method import LoraMethod, Method, export_warnings
@@ -117,9 +119,7 @@ def finetune(config: FinetuneConfig, output: Path, *, force: bool = False, resum
     source = resolve_model(config.model)
     structure = check_base(source.path, config.model)
     if config.device == "cpu":
-        entries = base_entries(source.path).values()
-        width = getattr(torch, config.dtype).itemsize  # only the loaded weights, a lower bound
-        refuse_impossible(sum(math.prod(e.shape) for e in entries) * width, f"the model {config.model}")
+        refuse_impossible(least_memory(config, source, structure), f"the model {config.model}")
     enter_phase("text")
     text = load_text(config, source)
     check_values(source.path, config.model, structure)
@@ -152,7 +152,7 @@ def tune(
         method = build_method(config)
         store = CheckpointStore(writer.root / _CHECKPOINTS, config.keep_checkpoints)
         enter_phase("prepare")
-        records = _prepare(config, model, method, store, text)
+        records = _prepare(config, source, model, method, store, text)
         trainer = Trainer(config, model, method, text.train, text.heldout, store, writer.root / _METRICS)
         if trainer.resume():
             _LOG.info("resumed after step %d", trainer.step)
@@ -236,14 +236,15 @@ def build_method(config: FinetuneConfig) -> Method:
 
 
 def _prepare(
-    config: FinetuneConfig, model: nn.Module, method: Method, store: CheckpointStore, text: TrainingText
-) -> list[LayerRecord]:
+    config: FinetuneConfig, source: ModelSource, model: nn.Module, method: Method, store: CheckpointStore,
+    text: TrainingText,
+) -> list[LayerRecord]:  # fmt: skip
     described = config.model_dump(mode="json")
     if config.packing and text.packing is not None and text.packing.how != "positions":
         described["packing"] = text.packing.how  # a run must not be resumed with different packing
-    if store.started():
-        store.check_config(described, text.digests)
-        return method.prepare(model, store.base())
+    inputs = text.digests | {f"the weights of {config.model}": weights_digest(source.path)}
+    if started := store.started():
+        store.check_config(described, inputs)
 
     def losses() -> Iterator[torch.Tensor]:
         for index in range(config.gradient_batches):
@@ -252,8 +253,10 @@ def _prepare(
                 inputs, answers = model_inputs(batch, config.device), max(1.0, answer_count(batch.labels))
                 yield answer_loss(model, inputs, batch.labels, answers)
 
-    records = method.prepare(model, losses=losses)
-    store.begin(described, method.base_state(), text.digests)
+    key = hashlib.sha256(json.dumps([described, inputs], sort_keys=True).encode()).hexdigest()
+    records = method.prepare(model, BaseFiles(store.root, key), losses)
+    if not started:
+        store.begin(described, inputs)
     return records
 
 

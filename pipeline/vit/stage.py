@@ -119,7 +119,7 @@ def _write(
         if store.started():
             store.check_config(described, {"model": vision.digest})
         else:
-            store.begin(described, {}, {"model": vision.digest})
+            store.begin(described, {"model": vision.digest})
         for note in vision.notes:
             writer.warn(note)
         started = time.perf_counter()

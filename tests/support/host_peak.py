@@ -29,6 +29,7 @@ from fp8pipe.core.config import build_config
 from fp8pipe.models.compat import import_transformers
 from fp8pipe.models.language.sources import resolve_model
 from fp8pipe.numerics import grids
+from pipeline.falqon import base_files
 from pipeline.finetune.config import FinetuneConfig
 from pipeline.finetune.loading import load_model
 from pipeline.finetune.loss import answer_loss
@@ -37,6 +38,7 @@ from pipeline.finetune.stage import build_method
 SHAPES = {"hidden_size": 384, "intermediate_size": 1032, "num_attention_heads": 4, "vocab_size": 3000}
 RANK, BATCH, LENGTH = 6, 4, 24
 grids._BLOCK_VALUES = grids._BLOCK_VALUES * 9 // 1024
+base_files.SHARD_BYTES = base_files.SHARD_BYTES * 9 // 1024
 
 
 def anonymous() -> int:
@@ -74,7 +76,7 @@ def prepare(folder: Path, watch: Watch) -> int:
             yield answer_loss(model, {"input_ids": ids}, ids, float(ids.numel()))
         watch.observed()  # asked for another batch when the last one's backward pass is done
 
-    build_method(config).prepare(model, losses=losses)
+    build_method(config).prepare(model, base_files.BaseFiles(folder / "checkpoints", "key"), losses)
     return size
 
 

@@ -114,19 +114,6 @@ def test_parts_are_right_when_called_out_of_order_or_alone(make_base):
     assert torch.equal(attention.k_proj(x), attention.k_proj(x.clone()))
 
 
-def test_stored_codes_are_taken_over(make_base):
-    path = make_base("llama")
-    groups, _ = convert(load(path))
-    stored = {f"{g.name}.{key}": getattr(g.layer, key) for g in groups for key in ("codes", "scale")}
-    stored[f"{groups[0].name}.codes"] = stored[f"{groups[0].name}.codes"].clone()
-    stored[f"{groups[0].name}.codes"].view(torch.uint8)[0, 0] ^= 1
-    again, _ = convert_model(
-        load(path), update_rule("live"), rank=8, initialisation=Initialisation.SVD, seed=9, stored=stored
-    )
-    for group in again:
-        assert torch.equal(group.layer.codes.view(torch.uint8), stored[f"{group.name}.codes"].view(torch.uint8))
-
-
 def test_shared_inputs_are_seen_not_guessed():
     class Odd(nn.Module):
         def __init__(self):

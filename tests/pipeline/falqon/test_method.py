@@ -6,15 +6,16 @@ import pytest
 import torch
 
 from fp8pipe.models.compat import import_transformers
+from pipeline.falqon.base_files import BaseFiles
 from pipeline.falqon.method import FalqonMethod
 from pipeline.falqon.rules import RULES, Initialisation
 
 
-def prepared(base, rule, stored=None):
+def prepared(base, rule, folder):
     """A model of `base`, and its method: four rows a flush of layers that have 32 or more, so that it matters which."""
     model = import_transformers().AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
     method = FalqonMethod(rule, rank=8, rows=4, initialisation=Initialisation.RANDOM, seed=3)
-    method.prepare(model, stored=stored)
+    method.prepare(model, BaseFiles(folder, "key"))
     return model, method
 
 
@@ -34,21 +35,25 @@ def cloned(state):
 
 
 @pytest.mark.parametrize("name", RULES)
-def test_a_method_restored_from_its_state_goes_on_with_the_same_bits(name, make_base):
+def test_a_method_restored_from_its_state_goes_on_with_the_same_bits(name, make_base, tmp_path):
     base, rule = make_base(num_hidden_layers=1), RULES[name]
-    model, whole = prepared(base, rule)
-    start = cloned(whole.base_state())
+    model, whole = prepared(base, rule, tmp_path / "files")
+    start = {key: layer.codes.clone() for key, layer in whole.layers.items()}
     train(model, whole, (1, 2))
     middle = cloned(whole.step_state())
     train(model, whole, (3, 4))
     torch.manual_seed(99)  # what the process has drawn so far is not part of a checkpoint
-    model, resumed = prepared(base, rule, stored=cloned(start))
+    model, resumed = prepared(base, rule, tmp_path / "files")
+    assert all(
+        torch.equal(start[key].view(torch.uint8), layer.codes.view(torch.uint8))
+        for key, layer in resumed.layers.items()
+    )  # no step changes the files
     resumed.load_step_state(middle)
     train(model, resumed, (3, 4))
     for layer, other in zip(whole.layers.values(), resumed.layers.values(), strict=True):
         assert torch.equal(layer.codes.view(torch.uint8), other.codes.view(torch.uint8))
         assert torch.equal(layer.lora_B, other.lora_B)
     # A flush at each step changes codes, which then have to be in the state; where none is made, they stay.
-    moved = [not torch.equal(start[f"{key}.codes"].view(torch.uint8), layer.codes.view(torch.uint8))
+    moved = [not torch.equal(start[key].view(torch.uint8), layer.codes.view(torch.uint8))
              for key, layer in whole.layers.items()]  # fmt: skip
     assert all(moved) if rule.flush_every_step else not any(moved)

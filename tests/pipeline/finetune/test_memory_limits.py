@@ -1,4 +1,4 @@
-"""What preparing a model takes of a GPU's memory, at LLaMA-7B's shapes: little more than the model in bf16.
+"""What preparing a model takes of a GPU's memory: of LLaMA-7B little more than the model in bf16, of 13B far less.
 
 A GPU is counted on fake tensors (`support/fake_cuda.py`), with a few of the 32 layers.
 """
@@ -22,19 +22,33 @@ from pipeline.falqon.flush import preview
 from pipeline.falqon.rules import Initialisation, update_rule
 from pipeline.finetune.config import FinetuneConfig
 from pipeline.finetune.loss import answer_loss
+from pipeline.finetune.streaming import stream_weights
 
 SUPPORT = Path(__file__).parents[2] / "support"
 SHAPES = {"hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32, "vocab_size": 32000}
 WHOLE = 13.5e9  # bytes of all 32 layers in bf16
 LIMIT = 0.06  # of them
+SHAPES_13B = {"hidden_size": 5120, "intermediate_size": 13824, "num_attention_heads": 40, "vocab_size": 32000}
+LAYERS_13B, CARD = 40, 24e9
+
+DEFAULTS = {name: field.default for name, field in FinetuneConfig.model_fields.items()}
 
 
-def make_model(layers):
+def make_model(layers, shapes=SHAPES, device="cuda"):
     transformers = import_transformers()
     transformers.LlamaForCausalLM  # noqa: B018
-    shapes = transformers.LlamaConfig(**SHAPES, num_hidden_layers=layers)
-    with torch.device("cuda"):
+    shapes = transformers.LlamaConfig(**shapes, num_hidden_layers=layers)
+    with torch.device(device):
         return transformers.AutoModelForCausalLM.from_config(shapes, dtype=torch.bfloat16).eval()
+
+
+def default_losses(model, batches=DEFAULTS["gradient_batches"]):
+    batch, length = DEFAULTS["batch_size"], DEFAULTS["sequence_length"]
+    for _ in range(batches):
+        ids = torch.zeros(batch, length, dtype=torch.int64)
+        places = torch.arange(length).expand(batch, length).contiguous()
+        inputs = {"input_ids": ids.to("cuda"), "position_ids": places.to("cuda")}
+        yield answer_loss(model, inputs, ids, 1.0)
 
 
 @pytest.mark.filterwarnings("ignore:Accessing the data pointer")
@@ -43,8 +57,7 @@ def test_the_default_preparation_holds_little_beside_the_model(monkeypatch):
 
     From layer to layer only what a checkpoint keeps may be added: its input.
     """
-    defaults = {name: field.default for name, field in FinetuneConfig.model_fields.items()}
-    batch, length = defaults["batch_size"], defaults["sequence_length"]
+    batch, length = DEFAULTS["batch_size"], DEFAULTS["sequence_length"]
     monkeypatch.setattr(sums, "_bytes", lambda tensor: memoryview(bytearray()))  # fake tensors have none
     observed, converted = [], []
     for layers in (1, 3):
@@ -53,15 +66,11 @@ def test_the_default_preparation_holds_little_beside_the_model(monkeypatch):
             loaded = sum(parameter.nbytes for parameter in model.parameters())
 
             def losses(model=model):
-                for _ in range(defaults["gradient_batches"]):
-                    ids = torch.zeros(batch, length, dtype=torch.int64)
-                    places = torch.arange(length).expand(batch, length).contiguous()
-                    inputs = {"input_ids": ids.to("cuda"), "position_ids": places.to("cuda")}
-                    yield answer_loss(model, inputs, ids, 1.0)
+                yield from default_losses(model)
                 observed.append(counter.peak - loaded)  # noqa: B023 - called within this turn
 
             counter.clear()
-            how = {"rank": defaults["rank"], "initialisation": Initialisation.GRADIENT, "seed": 0}
+            how = {"rank": DEFAULTS["rank"], "initialisation": Initialisation.GRADIENT, "seed": 0}
             convert_model(model, update_rule("live"), losses=losses, **how)
             converted.append(counter.peak - loaded)
     fewer, more = max(observed[:2]), max(observed[2:])
@@ -69,6 +78,42 @@ def test_the_default_preparation_holds_little_beside_the_model(monkeypatch):
     assert more - fewer <= 2 * input_bytes
     whole = max(converted[1], more + (32 - 3) * input_bytes)
     assert whole < 0.1 * WHOLE, (observed, converted, whole / WHOLE)
+
+
+@pytest.mark.filterwarnings("ignore:Accessing the data pointer")
+def test_13b_in_bf16_is_converted_on_a_card_that_cannot_hold_it(monkeypatch):
+    """26 GB in bf16, of which a card of 24 GB sees one decoder layer at a time.
+
+    From layer to layer are added its codes, its B and, while gradients are observed, its input.
+    """
+    monkeypatch.setattr(sums, "_bytes", lambda tensor: memoryview(bytearray()))
+    batch, length = DEFAULTS["batch_size"], DEFAULTS["sequence_length"]
+    peaks = {}
+    for layers in (1, 2):
+        with fake_cuda(found=batch * length) as counter:
+            model = make_model(layers, SHAPES_13B, "cpu")
+            names = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and n != "lm_head"]
+            stream_weights(model, names, torch.device("cuda"))
+            beside = counter.peak
+            assert beside < 2 * 2 * 5120 * 32000 + 1e7  # embedding and head
+            how = {"rank": DEFAULTS["rank"], "initialisation": Initialisation.GRADIENT, "seed": 0}
+            observed = []
+
+            def losses(model=model):
+                yield from default_losses(model, 1)
+                observed.append(counter.peak)  # noqa: B023 - called within this turn
+
+            groups, _ = convert_model(model, update_rule("live"), losses=losses, **how)
+            assert all(group.layer.codes.is_cuda and group.layer.lora_B.is_cuda for group in groups)
+            peaks[layers] = (max(observed), counter.peak)
+    layer = 4 * 5120**2 + 3 * 5120 * 13824  # weights
+    input_bytes = batch * length * 5120 * 2
+    assert peaks[2][0] - peaks[1][0] <= 2 * input_bytes  # no weight stays from one layer to the next
+    added = peaks[2][1] - peaks[1][1]
+    assert added < 1.1 * layer
+    assert 2 * LAYERS_13B * layer > CARD  # in bf16
+    whole = max(peaks[2][0] + (LAYERS_13B - 2) * input_bytes, peaks[1][1] + (LAYERS_13B - 1) * max(added, layer))
+    assert whole < 0.75 * CARD, (peaks, whole)
 
 
 @pytest.mark.filterwarnings("ignore:Accessing the data pointer")
@@ -90,7 +135,7 @@ def test_conversion_and_preview_hold_little_beside_the_model():
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="asks Linux for anonymous memory")
 def test_the_host_holds_less_than_the_model_while_a_checkpoint_is_loaded_and_prepared(tmp_path):
-    """In a process of its own, on a CPU: the memory that is no file's, for weights are mapped from theirs until used.
+    """In a process of its own, on a CPU: the memory that is no file's, for weights and codes are mapped from theirs.
 
     Freed memory is returned at once (`host_peak.py` says why), so the figures show what is held, and hardly depend on
     the vector instructions that torch, oneDNN and MKL use (0.59 to 0.61 for the second one). While gradients are

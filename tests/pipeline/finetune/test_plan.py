@@ -44,6 +44,8 @@ def mixture(make_base):
 def test_experts_are_planned_trained_and_exported_one_by_one(mixture, pairs, tmp_path):
     plan = plan_finetune(config(mixture, pairs))
     assert plan.facts["layers"] == 4 + 2 * 3  # attention, and two experts of three projections
+    codes = (64 + 32 + 32 + 4) * 64 + (64 + 4) * 64 + 2 * ((64 + 4) * 64 + (64 + 4) * 32)  # rows of W and A, inputs
+    assert plan.facts["converted_base_bytes"] == codes + 4 * 4 * (64 + 64 + 2 * (64 + 32))  # and directions in fp32
     artifact = finetune(config(mixture, pairs), tmp_path / "out")
     export = export_vllm(artifact.root, tmp_path / "export", VllmExportOptions())
     stored = load_file(export.root / "model.safetensors")

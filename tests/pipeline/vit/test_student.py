@@ -98,7 +98,7 @@ def test_a_resumed_run_ends_with_the_same_bits(tmp_path):
     whole = Distiller(student, vision, structure, pixels, settings(steps=6), 3)
     whole.run()
     store = CheckpointStore(tmp_path, keep=2)
-    store.begin({}, {})
+    store.begin({})
 
     class StoppedError(Exception):
         pass
