@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 import torch
 from safetensors.torch import load_file
@@ -28,9 +28,12 @@ from fp8pipe.artifact import Artifact
 from fp8pipe.core.errors import ConfigurationError
 from fp8pipe.models.checkpoint.names import ModelName
 from fp8pipe.models.checkpoint.tensors import SCALE_SUFFIX, is_scale, read_tensor, weight_entries
+from fp8pipe.models.language.parts import StoredWeights
 from fp8pipe.models.language.structure import ModelStructure, read_structure
 from fp8pipe.numerics.plain import dequantize_plain, grid_numbers, row_errors
 from validation.vllm.record import WeightReport
+
+_PART: Final = 1 << 24  # elements that are looked at together
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,8 +70,7 @@ class Expected:
     def held(self, holding: Holding) -> list[Expected]:
         """What an engine holds of it: its numbers, rounded once; or its codes, as numbers, and one scale per row."""
         if self.scale is None or not holding.codes:
-            dtype = holding.dtype
-            return [self if dtype is torch.float32 else replace(self, value=self.value.to(dtype).float())]
+            return [replace(self, value=_rounded_once(self.value, holding.dtype))]
         codes = grid_numbers(self.value / self.scale)
         rows = codes.shape[1 if self.transposed else 0]
         # Kernels that pack codes multiply by the scale in fp32, or rounded to their dtype.
@@ -95,7 +97,22 @@ class Expected:
 
 def _unsigned(value: Tensor) -> str:
     """sha256 of its bytes with each -0 written as +0."""
-    return hashlib.sha256((value + 0.0).contiguous().numpy().data).hexdigest()
+    found = hashlib.sha256()
+    for part in value.reshape(-1).split(_PART):  # an embedding may have gigabytes
+        found.update((part + 0.0).numpy().data)
+    return found.hexdigest()
+
+
+def _rounded_once(value: Tensor, dtype: torch.dtype) -> Tensor:
+    """To a dtype and back to fp32; itself, and no copy, where that changes no bit."""
+    if dtype is torch.float32:
+        return value
+    parts = value.reshape(-1).split(_PART)
+    if value.dtype is torch.float32 and all(
+        torch.equal(part.to(dtype).float().view(torch.int32), part.view(torch.int32)) for part in parts
+    ):
+        return value
+    return value.to(dtype).float()
 
 
 class ExpectedWeights:
@@ -131,6 +148,12 @@ class ExpectedWeights:
         """What an engine holds by this name: of a tensor, or of the scales beside its codes."""
         base = name if name in self.entries and not is_scale(name, self.entries) else name.removesuffix(SCALE_SUFFIX)
         return next(held for held in self.read(base).held(holding) if held.name == name)
+
+    @property
+    def stored(self) -> StoredWeights:
+        """The values alone, for a torch model."""
+        entries = self.entries | {name: unit.entry for name, unit in self.units.items()}
+        return StoredWeights({name: entries[name].shape for name in self.names}, lambda name: self.read(name).value)
 
     @property
     def reference(self) -> Literal["source", "export"]:

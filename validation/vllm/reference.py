@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -18,7 +20,7 @@ import torch
 from torch import Tensor
 
 from fp8pipe.models.compat import import_transformers
-from fp8pipe.models.language.structure import build_model
+from fp8pipe.models.language.parts import PART_BYTES, PartedModel, StoredWeights
 from fp8pipe.numerics.bf16 import widen_bf16_products
 from fp8pipe.numerics.plain import grid_numbers
 from validation.vllm.record import CanaryAnswer, LogprobReport
@@ -54,17 +56,31 @@ def chat_ids(tokenizer: Any, prompt: str) -> list[int]:
     return [int(token) for token in encoded["input_ids"]]
 
 
+@dataclass(frozen=True, slots=True)
+class Text:
+    """Token ids, and the place from which on the next token's log-probabilities are asked for."""
+
+    ids: Sequence[int]
+    start: int = 0
+
+
 class Reference:
-    """A torch model, fp32 until `take_form`.
+    """A torch model, fp32 until `take_form`, whose weights are in memory a part at a time.
 
     Args:
         source: directory whose config.json names the model.
         weights: by checkpoint name, in the orientation stored; fp32.
+        part_bytes: as `PartedModel`'s.
     """
 
-    def __init__(self, source: Path, weights: Iterable[tuple[str, Tensor]]) -> None:
+    def __init__(self, source: Path, weights: StoredWeights, part_bytes: int = PART_BYTES) -> None:
         widen_bf16_products()
-        self.model: PreTrainedModel = build_model(source, dict(weights), torch.float32)
+        self._parted = PartedModel(source, weights, part_bytes)
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The model, of which not all weights are there."""
+        return self._parted.model
 
     def take_form(self, dtype: torch.dtype, rounded: Iterable[str] = (), wide: Iterable[str] = ()) -> None:
         """Compute as the form does from here on.
@@ -75,31 +91,44 @@ class Reference:
             wide: layers whose kernels multiply codes: only their results are rounded to the dtype.
         """
         modules, multiply_codes = dict(self.model.named_modules()), set(wide)
-        for name, module in modules.items():
-            for key, parameter in module.named_parameters(recurse=False):
-                if name not in multiply_codes or key != "weight":
-                    parameter.data = parameter.data.to(dtype)
-                if name in multiply_codes:
-                    parameter.data = parameter.data.float()
+
+        def rounded_once(name: str, key: str, numbers: Tensor) -> Tensor:
+            if name not in multiply_codes:
+                return numbers.to(dtype)
+            return numbers if key == "weight" else numbers.to(dtype).float()
+
+        self._parted.change(rounded_once)
         for name in multiply_codes:
             modules[name].register_forward_pre_hook(lambda _, args: (args[0].float(),))
             modules[name].register_forward_hook(lambda _, args, product: product.to(dtype))
         for name in rounded:
             modules[name].register_forward_pre_hook(lambda _, args: (_rounded(args[0]),))
 
-    @torch.inference_mode()
-    def logprobs(self, ids: Sequence[int]) -> Tensor:
-        """Log-probabilities of every next token: fp32 `(len(ids), vocabulary)`."""
-        logits = self.model(input_ids=torch.tensor([list(ids)])).logits[0]  # (L, V)
-        return torch.log_softmax(logits.float(), dim=-1)
+    def logprobs(self, texts: Sequence[Text]) -> list[Tensor]:
+        """Log-probabilities of every next token of each text: fp32 `(len(ids) - start, vocabulary)`.
 
-    def gaps(self, prompt_ids: Sequence[int], tokens: Sequence[int]) -> list[float]:
-        """How far each token of an answer is behind this model's first choice, nats."""
-        if not tokens:
-            return []
-        table = self.logprobs([*prompt_ids, *tokens])[len(prompt_ids) - 1 : -1]  # (answer, V)
-        chosen = table.gather(1, torch.tensor(list(tokens))[:, None])[:, 0]
-        return [float(gap) for gap in table.amax(dim=1) - chosen]
+        Texts are not batched: each is computed as if it was asked for alone.
+
+        Raises:
+            OutOfMemoryError: as `PartedModel.run`.
+        """
+        return self._parted.run([partial(self._logprobs, text) for text in texts])
+
+    @torch.inference_mode()
+    def _logprobs(self, text: Text) -> Tensor:
+        logits = self.model(input_ids=torch.tensor([list(text.ids)])).logits[0]  # (L, V)
+        return torch.log_softmax(logits.float(), dim=-1)[text.start :].clone()
+
+
+def gaps(table: Tensor, tokens: Sequence[int]) -> list[float]:
+    """How far each token of an answer is behind a model's first choice, nats.
+
+    Args:
+        table: the model's log-probabilities, from the answer's first token on; `(answer + 1, vocabulary)`.
+        tokens: the answer.
+    """
+    chosen = table[:-1].gather(1, torch.tensor(list(tokens), dtype=torch.int64)[:, None])[:, 0]
+    return [float(gap) for gap in table[:-1].amax(dim=1) - chosen]
 
 
 def judge(prompt: str, prompt_ids: Sequence[int], answer: Answer, gaps: Sequence[float], tie: float) -> CanaryAnswer:
@@ -109,7 +138,7 @@ def judge(prompt: str, prompt_ids: Sequence[int], answer: Answer, gaps: Sequence
         prompt: the question.
         prompt_ids: its tokens by the source's tokenizer and template.
         answer: the probe's `prompt_ids`, `token_ids` and `text`.
-        gaps: of its tokens, from `Reference.gaps`.
+        gaps: of its tokens, from `gaps`.
         tie: a choice that is behind the first one by no more is as good, nats.
     """
     tokens: list[int] = answer["token_ids"]

@@ -17,8 +17,9 @@ from torch import Tensor
 from exporters.vllm.environment import find_vllm_python, last_lines
 from exporters.vllm.form import ServingForm
 from fp8pipe.core.errors import MissingCapabilityError
+from fp8pipe.models.language.parts import StoredWeights
 from validation.vllm.launcher import PROBE, ProbeJob
-from validation.vllm.reference import Reference, served_figures
+from validation.vllm.reference import Reference, Text, served_figures
 
 SEEDS = range(usual(2, long=15))
 HOST = Path(__file__).parents[2] / "serving" / "vllm_plugin" / "engine_host.py"
@@ -61,11 +62,13 @@ def test_right_models_are_within_the_bounds(runs: list[tuple[int, str, dict[str,
     worst = {"none": 0.0, "quant": 0.0}
     for seed, activations, exact, place, result in runs:
         assert "error" not in result, result
-        reference = Reference(place, exact.items())
-        true = [reference.logprobs(ids) for ids in sequences(seed)]
+        shapes = {name: tuple(value.shape) for name, value in exact.items()}
+        reference = Reference(place, StoredWeights(shapes, exact.__getitem__))
+        texts = [Text(ids) for ids in sequences(seed)]
+        true = reference.logprobs(texts)
         names = [name for name, _ in reference.model.named_modules() if name.endswith("_proj")]
         reference.take_form(torch.bfloat16, names if activations == "quant" else ())
-        form = [reference.logprobs(ids) for ids in sequences(seed)]
+        form = reference.logprobs(texts)
         figures = served_figures(true, form, result["logprobs"])
         part = max(figures["engine_kl"], figures["form_kl"]) / figures["bound_kl"]
         print(seed, activations, part, figures)
