@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -98,21 +98,25 @@ class Expected:
 def _unsigned(value: Tensor) -> str:
     """sha256 of its bytes with each -0 written as +0."""
     found = hashlib.sha256()
-    for part in value.reshape(-1).split(_PART):  # an embedding may have gigabytes
+    for part in _parts(value):
         found.update((part + 0.0).numpy().data)
     return found.hexdigest()
 
 
 def _rounded_once(value: Tensor, dtype: torch.dtype) -> Tensor:
     """To a dtype and back to fp32; itself, and no copy, where that changes no bit."""
-    if dtype is torch.float32:
-        return value
-    parts = value.reshape(-1).split(_PART)
-    if value.dtype is torch.float32 and all(
-        torch.equal(part.to(dtype).float().view(torch.int32), part.view(torch.int32)) for part in parts
-    ):
+    if dtype is torch.float32 or (value.dtype is torch.float32 and all(_holds(dtype, p) for p in _parts(value))):
         return value
     return value.to(dtype).float()
+
+
+def _holds(dtype: torch.dtype, value: Tensor) -> bool:
+    return torch.equal(value.to(dtype).float().view(torch.int32), value.view(torch.int32))
+
+
+def _parts(value: Tensor) -> Iterable[Tensor]:
+    """Of a tensor, one after another: an embedding may have gigabytes."""
+    return value.reshape(-1).split(_PART)
 
 
 class ExpectedWeights:

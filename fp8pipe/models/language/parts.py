@@ -77,7 +77,7 @@ class PartedModel:
         table = self._structure.naming.table(weights.shapes)
         self._names = {stored: known.name for stored, known in table.items()}
         self.parts = _parts(self._structure, part_bytes)
-        self.model = self._build(self._stays() if self.parts else self._structure.tensors)
+        self.model = self._build(self._stays() if self.parts else None)
         self._changes: list[Change] = []
         self._places = [self._meta_below(part) for part in self.parts]
         parted = {(place.module, place.key) for place in chain(*self._places)}
@@ -152,11 +152,12 @@ class PartedModel:
         refuse_impossible(least, f"a {name}, which cannot be read a part at a time ({why}),")
         logger.warning("%s is read whole, since a part at a time it does not run: %s", name, why)
         self._leave()
-        self._fill([*chain(*self._places), *self._outside], set(self._structure.tensors))
+        self._fill([*chain(*self._places), *self._outside], None)
         self.parts, self._places, self._outside = (), [], []
 
-    def _fill(self, places: Iterable[_Place], tensors: Collection[str]) -> None:
-        source = self._build(tensors)
+    def _fill(self, places: Iterable[_Place], tensors: Collection[str] | None) -> None:
+        with _quiet():
+            source = self._build(tensors)
         for place in places:
             value = getattr(source.get_submodule(place.module), place.kind)[place.key]
             if place.kind == _PARAMETERS:
@@ -174,15 +175,13 @@ class PartedModel:
             nothing = number.expand(place.meta.numel()).view(place.meta.shape)
             place.put(nn.Parameter(nothing, requires_grad=False) if place.kind == _PARAMETERS else nothing)
 
-    def _build(self, tensors: Collection[str]) -> PreTrainedModel:
-        """The model with these tensors, by its own names; the others are on the meta device."""
-        state = {
-            stored: self._weights.read(stored) if self._names[stored] in tensors else _elsewhere(shape)
-            for stored, shape in self._weights.shapes.items()
-            if self._names[stored] in self._structure.tensors
-        }
-        with _no_bars():
-            return build_model(self._directory, state, torch.float32)
+    def _build(self, tensors: Collection[str] | None) -> PreTrainedModel:
+        """The model with these tensors, by its own names, or with all; the others are on the meta device."""
+        state = {}
+        for stored, shape in self._weights.shapes.items():
+            here = tensors is None or self._names[stored] in tensors
+            state[stored] = self._weights.read(stored) if here else _elsewhere(shape)
+        return build_model(self._directory, state, torch.float32)
 
     def _stays(self) -> set[str]:
         """Tensors of the decoder that belong to no part."""
@@ -268,13 +267,15 @@ def _is_below(name: str, modules: Iterable[str]) -> bool:
 
 
 @contextmanager
-def _no_bars() -> Iterator[None]:
-    """No progress bar of transformers for each part."""
+def _quiet() -> Iterator[None]:
+    """What transformers has to say of a checkpoint it says of what stays, and not again of each part."""
     theirs: Any = importlib.import_module("transformers.utils.logging")
-    shown = theirs.is_progress_bar_enabled()
+    level, bars = theirs.get_verbosity(), theirs.is_progress_bar_enabled()
+    theirs.set_verbosity_error()
     theirs.disable_progress_bar()
     try:
         yield
     finally:
-        if shown:
+        theirs.set_verbosity(level)
+        if bars:
             theirs.enable_progress_bar()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -74,6 +75,26 @@ def test_a_tensor_is_read_once_for_all_texts_and_a_small_model_once_for_all_runs
         assert counts.pop("model.embed_tokens.weight") == tied
         assert counts.pop("model.norm.weight") == 1
         assert set(counts.values()) == {times}
+
+
+def test_no_more_than_a_part_and_what_stays_is_in_memory(saved: Any) -> None:
+    root, state = saved("llama")
+    alive: dict[int, int] = {}
+    peaks = [0]
+
+    def read(name: str) -> Tensor:
+        array = state[name].numpy().copy()  # lives as long as the tensor's memory
+        alive[id(array)] = array.nbytes
+        weakref.finalize(array, alive.pop, id(array))
+        peaks[0] = max(peaks[0], sum(alive.values()))
+        return torch.from_numpy(array)
+
+    shapes = {name: tuple(value.shape) for name, value in state.items()}
+    model = PartedModel(root, StoredWeights(shapes, read), part_bytes=1)
+    model.run(asked(model))
+    sizes = {part: sum(v.nbytes for k, v in state.items() if k.startswith(f"{part}.")) for (part,) in model.parts}
+    stays = sum(value.nbytes for value in state.values()) - sum(sizes.values())
+    assert peaks[0] == max(sizes.values()) + stays
 
 
 def test_changed_numbers_are_changed_in_every_part(saved: Any) -> None:
