@@ -94,7 +94,8 @@ class PartedModel:
         """Replace the numbers of every parameter, those that come later, too.
 
         Args:
-            change: given the module's name, the parameter's key there, and numbers of any shape.
+            change: given the module's name, the parameter's key there, and numbers of any shape. Doing it twice must
+                be doing it once: a tied parameter has two names.
         """
         self._changes.append(change)
         self._leave()
@@ -122,7 +123,7 @@ class PartedModel:
             else:
                 if not any(bool(result.isnan().any()) for result in results):
                     return results
-                self._read_whole("it computes NaN")
+                self._read_whole("it computes NaN, as where a weight is read that is elsewhere")
             finally:
                 self._turns = None
         return [function() for function in functions]

@@ -103,7 +103,7 @@ def test_changed_numbers_are_changed_in_every_part(saved: Any) -> None:
     for part_bytes in 1, PART_BYTES:
         model = parted(root, state, part_bytes=part_bytes)
         model.run(asked(model))  # some part is there
-        model.change(lambda module, key, numbers: numbers.bfloat16() if "norm" not in module else numbers / 2)
+        model.change(lambda module, key, numbers: numbers.bfloat16() if "norm" not in module else numbers.half())
         assert model.model.dtype is torch.bfloat16
         results.append(model.run(asked(model)))
     assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
