@@ -22,14 +22,15 @@ from torch import Tensor
 from exporters.vllm.export import plan_export
 from exporters.vllm.options import VllmExportOptions
 from exporters.vllm.plan import Action, ExportPlan, Unit
-from exporters.vllm.reopen import BF16_ERROR_BOUND, E4M3_ERROR_BOUND, expected_values, source_values
+from exporters.vllm.reopen import BF16_ERROR_BOUND, E4M3_ERROR_BOUND, expected_blocks, source_values
 from exporters.vllm.target import VllmDetails
 from fp8pipe.artifact import Artifact
 from fp8pipe.core.errors import ConfigurationError
 from fp8pipe.models.checkpoint.names import ModelName
 from fp8pipe.models.checkpoint.tensors import SCALE_SUFFIX, is_scale, read_tensor, weight_entries
+from fp8pipe.models.language.parts import StoredWeights
 from fp8pipe.models.language.structure import ModelStructure, read_structure
-from fp8pipe.numerics.plain import dequantize_plain, grid_numbers, row_errors
+from fp8pipe.numerics.plain import grid_numbers, row_errors
 from validation.vllm.record import WeightReport
 
 
@@ -121,16 +122,19 @@ class ExpectedWeights:
 
     def read(self, name: str) -> Expected:
         """The expected tensor of this name."""
-        unit = self.units.get(name)
-        if unit is None:
-            return self._own(name)
-        value = expected_values(unit)
+        unit, value = self._unit(name), self.stored.read(name).float()
         return Expected(name, value, _scale_of(unit, value), unit.transposed)
 
     def read_held(self, name: str, holding: Holding) -> Expected:
         """The stored tensor of this name in an engine: a weight, its codes, or the scales of its codes."""
         base = name if name in self.entries and not is_scale(name, self.entries) else name.removesuffix(SCALE_SUFFIX)
         return next(held for held in self.read(base).held(holding) if held.name == name)
+
+    @cached_property
+    def stored(self) -> StoredWeights:
+        """The values alone, for a torch model."""
+        headers = {name: self._unit(name).entry for name in self.names}
+        return StoredWeights(headers, lambda name: expected_blocks(self._unit(name)))
 
     @property
     def reference(self) -> Literal["source", "export"]:
@@ -168,13 +172,11 @@ class ExpectedWeights:
     def _structure(self) -> ModelStructure:
         return read_structure(self.export.root) if self.plan is None else self.plan.structure
 
-    def _own(self, name: str) -> Expected:
-        tensor, transposed = read_tensor(self.entries[name]), name in self.transposed
-        if name + SCALE_SUFFIX not in self.entries:
-            return Expected(name, tensor.float(), None, transposed)
-        scale = read_tensor(self.entries[name + SCALE_SUFFIX])
-        value = dequantize_plain(tensor, scale, transposed=transposed)
-        return Expected(name, value, scale.reshape(1, -1) if transposed else scale, transposed)
+    def _unit(self, name: str) -> Unit:
+        """How the values follow from the source, or from the export itself."""
+        scale = self.entries.get(name + SCALE_SUFFIX)
+        own = Action.COPY if scale is None else Action.CODES
+        return self.units.get(name) or Unit(self.entries[name], scale, own, (), None, name in self.transposed)
 
 
 def _scale_of(unit: Unit, value: Tensor) -> Tensor | None:

@@ -1,0 +1,108 @@
+"""Memory and time of the torch side of `validate` for a vLLM export, without vLLM, for a Llama of any size.
+
+    python benchmarks/reference_memory.py --work DIR                  # Llama-3.1-8B's shape: 25 GB of disk
+    python benchmarks/reference_memory.py --work DIR --shape small    # 2.5 GB, 0.7 billion parameters
+    python benchmarks/reference_memory.py --work DIR --shape small --whole   # all weights in memory at once
+
+The checkpoint is that of `large_model.py`; it and its FP8 export are written where they are missing, and left there.
+As a validation does, the script hashes every weight for both engines, then asks the fp32 model for texts, questions and
+two engines' answers, and the bf16 model for texts and questions, and computes the figures; token ids are random.
+Printed for each step are seconds and the peaks of the process's resident memory (`VmHWM`, which counts mapped files)
+and anonymous memory (`RssAnon`, asked for every 20 ms).
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+os.environ.setdefault("GOMP_SPINCOUNT", "5000")  # as the commands do: fp8pipe/core/machine.py
+
+import torch
+from large_model import SHAPES, make
+
+from exporters.vllm.target import KIND
+from fp8pipe.artifact import open_artifact
+from fp8pipe.models.language.parts import PART_BYTES
+from validation.vllm.comparison import _digests
+from validation.vllm.expected import ExpectedWeights, Holding, plan_of
+from validation.vllm.reference import Reference, Text, losses, served_figures
+
+LENGTHS = (18, 24, 26, 42, 40, 43)  # tokens of the texts and the questions
+ANSWER = 16
+STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+
+def kilobytes(name: str) -> int:
+    return int(STATUS.read_text().split(f"{name}:")[1].split()[0])
+
+
+@contextmanager
+def measured(step: str) -> Iterator[None]:
+    """Print a step's seconds and peaks."""
+    ended, anonymous, began = threading.Event(), [0], time.monotonic()
+
+    def watch() -> None:
+        while not ended.wait(0.02):
+            anonymous[0] = max(anonymous[0], kilobytes("RssAnon"))
+
+    CLEAR.write_text("5")  # resets VmHWM, see proc(5)
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        watcher.join()
+    peaks = "".join(f"{value * 1024 / 1e9:10.2f} GB" for value in (kilobytes("VmHWM"), anonymous[0]))
+    print(f"{step:24}{time.monotonic() - began:9.1f}{peaks}", flush=True)
+
+
+def main(work: Path, shape: str, *, whole: bool) -> None:
+    source, export = work / f"model-{shape}", work / f"export-{shape}"
+    make(source, SHAPES[shape])
+    if not export.exists():
+        command = [sys.executable, "-P", "-m", "fp8pipe", "export", source, "--target", "vllm", "--output", export]
+        subprocess.run([str(part) for part in command], check=True)
+    artifact = open_artifact(export, kind=KIND, verify=False)
+    expected = ExpectedWeights(artifact, plan_of(artifact, source))
+    print(f"{'step':24}{'seconds':>9}{'resident':>13}{'anonymous':>13}")
+    with measured("start"):
+        pass
+    with measured("hash weights"):
+        _digests(expected, [Holding(torch.float32), Holding(torch.bfloat16)])
+    generator, vocabulary = torch.Generator().manual_seed(0), SHAPES[shape]["vocab_size"]
+
+    def drawn(length: int) -> list[int]:
+        return torch.randint(0, vocabulary, (length,), generator=generator).tolist()
+
+    ids = [drawn(length) for length in LENGTHS]
+    answers = [Text.of(drawn(length + ANSWER), length - 1) for length in LENGTHS[3:] * 2]
+    with measured("fp32 model, 12 texts"):
+        reference = Reference(source, expected.stored, 1 << 60 if whole else PART_BYTES)
+        true = reference.logprobs([*map(Text.of, ids), *answers])[: len(ids)]
+    with measured("bf16 model, 6 texts"):
+        reference.take_form(torch.bfloat16)
+        form = reference.logprobs([*map(Text.of, ids)])
+    with measured("figures"):
+        places = [[{str(t): float(row[t]) for t in {*row.topk(20).indices.tolist(), after}}
+                   for row, after in zip(table, text[1:], strict=False)]
+                  for table, text in zip(form, ids, strict=True)]  # fmt: skip
+        served_figures(true, form, places)
+        losses(true, form, ids, places)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--shape", choices=SHAPES, default="8b")
+    parser.add_argument("--whole", action="store_true", help="read the model as one part")
+    options = parser.parse_args()
+    main(options.work, options.shape, whole=options.whole)
