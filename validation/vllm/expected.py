@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 import torch
 from safetensors.torch import load_file
@@ -30,8 +30,11 @@ from fp8pipe.models.checkpoint.names import ModelName
 from fp8pipe.models.checkpoint.tensors import SCALE_SUFFIX, is_scale, read_tensor, weight_entries
 from fp8pipe.models.language.parts import StoredWeights
 from fp8pipe.models.language.structure import ModelStructure, read_structure
+from fp8pipe.numerics.grids import same_bits
 from fp8pipe.numerics.plain import grid_numbers, row_errors
 from validation.vllm.record import WeightReport
+
+_PIECE: Final = 1 << 20  # elements that are processed together
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,8 +71,7 @@ class Expected:
     def held(self, holding: Holding) -> list[Expected]:
         """The tensors an engine stores for it: the weight rounded once, or codes (as fp32) and one scale per row."""
         if self.scale is None or not holding.codes:
-            dtype = holding.dtype
-            return [self if dtype is torch.float32 else replace(self, value=self.value.to(dtype).float())]
+            return [replace(self, value=_rounded(self.value, holding.dtype))]
         codes = grid_numbers(self.value / self.scale)
         rows = codes.shape[1 if self.transposed else 0]
         # Kernels with packed codes multiply by the scale in fp32, or by the scale rounded to their dtype.
@@ -96,7 +98,22 @@ class Expected:
 
 def _unsigned(value: Tensor) -> str:
     """sha256 of the bytes with every -0 replaced by +0."""
-    return hashlib.sha256((value + 0.0).contiguous().numpy().data).hexdigest()
+    found = hashlib.sha256()
+    for part in _pieces(value):
+        found.update((part + 0.0).numpy().data)
+    return found.hexdigest()
+
+
+def _rounded(value: Tensor, dtype: torch.dtype) -> Tensor:
+    """Rounded to a dtype, as fp32; the tensor itself if that changes no bit, since a copy may have gigabytes."""
+    if all(same_bits(part, part.to(dtype).float()) for part in _pieces(value)):
+        return value
+    return value.to(dtype).float()
+
+
+def _pieces(value: Tensor) -> Iterable[Tensor]:
+    pieces: tuple[Tensor, ...] = value.reshape(-1).split(_PIECE)
+    return pieces
 
 
 class ExpectedWeights:
