@@ -5,8 +5,8 @@
     python benchmarks/reference_memory.py --work DIR --shape small --whole   # all weights in memory at once
 
 The checkpoint is that of `large_model.py`; it and its FP8 export are written where they are missing, and left there.
-As a validation does, the script hashes every weight for both engines, then asks the fp32 model for texts, questions and
-two engines' answers, and the bf16 model for texts and questions, and computes the figures; token ids are random.
+As a validation does, the script asks the fp32 model for texts, questions and two engines' answers, and the bf16 model
+for texts and questions, computes the figures, and hashes every weight for both engines; token ids are random.
 Printed for each step are seconds and the peaks of the process's resident memory (`VmHWM`, which counts mapped files)
 and anonymous memory (`RssAnon`, asked for every 20 ms).
 """
@@ -47,7 +47,7 @@ def kilobytes(name: str) -> int:
 @contextmanager
 def measured(step: str) -> Iterator[None]:
     """Print a step's seconds and peaks."""
-    ended, anonymous, began = threading.Event(), [0], time.monotonic()
+    ended, anonymous, began = threading.Event(), [kilobytes("RssAnon")], time.monotonic()
 
     def watch() -> None:
         while not ended.wait(0.02):
@@ -76,8 +76,6 @@ def main(work: Path, shape: str, *, whole: bool) -> None:
     print(f"{'step':24}{'seconds':>9}{'resident':>13}{'anonymous':>13}")
     with measured("start"):
         pass
-    with measured("hash weights"):
-        _digests(expected, [Holding(torch.float32), Holding(torch.bfloat16)])
     generator, vocabulary = torch.Generator().manual_seed(0), SHAPES[shape]["vocab_size"]
 
     def drawn(length: int) -> list[int]:
@@ -97,6 +95,9 @@ def main(work: Path, shape: str, *, whole: bool) -> None:
                   for table, text in zip(form, ids, strict=True)]  # fmt: skip
         served_figures(true, form, places)
         losses(true, form, ids, places)
+    del reference, true, form
+    with measured("hash weights"):
+        _digests(expected, [Holding(torch.float32), Holding(torch.bfloat16)])
 
 
 if __name__ == "__main__":

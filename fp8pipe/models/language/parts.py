@@ -256,7 +256,7 @@ def _parts(sizes: Mapping[str, int], most: int) -> list[list[str]]:
 
 def _units(names: list[str], sizes: Mapping[str, int], most: int, depth: int) -> Iterator[list[str]]:
     """The tensors by module, the outermost modules that are small enough; what one module owns stays together."""
-    for _, same in groupby(names, lambda name: name.split(".")[:depth]):
+    for _, same in groupby(names, lambda name: name.split(".")[:-1][:depth]):
         below = list(same)
         if len({name.rpartition(".")[0] for name in below}) == 1 or sum(sizes[name] for name in below) <= most:
             yield below

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import threading
 from collections.abc import Callable
 from functools import partial
@@ -44,10 +46,21 @@ def test_a_failure_is_raised_and_nobody_waits_for_ever() -> None:
     functions: list[Callable[[], str]] = [partial(visit, turns, [], "a", 1), fail]
     with pytest.raises(KeyError, match="gone"):
         turns[0].run(functions)
-    ours = [thread for thread in threading.enumerate() if "_body" in thread.name]
-    for thread in ours:
-        thread.join(10)
-    assert not any(thread.is_alive() for thread in ours)
+    assert not any("_body" in thread.name for thread in threading.enumerate())
+
+
+def test_an_interrupt_ends_what_computes_and_what_waits() -> None:
+    def interrupted() -> str:
+        turns[0].need(0)
+        os.kill(os.getpid(), signal.SIGINT)  # of the main thread, which waits for this one
+        return visit(turns, seen, "interrupted", 1)
+
+    seen: list[tuple[str, int]] = []
+    turns = [Turns(lambda thing: None)]
+    with pytest.raises(KeyboardInterrupt):
+        turns[0].run([partial(visit, turns, seen, "a", 2), interrupted])
+    assert not seen
+    assert not any("_body" in thread.name for thread in threading.enumerate())
 
 
 def test_what_cannot_be_brought_is_raised() -> None:

@@ -50,7 +50,9 @@ def test_logits_are_those_of_the_whole_model_bit_for_bit(saved: Any, name: str) 
     whole = build_model(root, state, torch.float32)
     unstack_experts(whole)
     model = PartedModel(root, held_weights(state), part_bytes=1)
-    assert len(model.parts) > 12  # every module with weights is one
+    owners = [{tensor.rpartition(".")[0] for tensor in part} for part in model.parts]
+    assert all(len(modules) == 1 for modules in owners)  # every module with weights is a part
+    assert len(owners) == len(set().union(*owners)) > 12
     for ours, ids in zip(model.run(asked(model)), TEXTS, strict=True):
         assert torch.equal(ours, logits(whole, ids))
 
