@@ -1,7 +1,8 @@
 """Memory and time of the torch side of `validate` for a vLLM export, without vLLM, for a Llama of any size.
 
     python benchmarks/reference_memory.py --work DIR                  # Llama-3.1-8B's shape: 25 GB of disk
-    python benchmarks/reference_memory.py --work DIR --shape small    # 2.5 GB, 0.7 billion parameters
+    python benchmarks/reference_memory.py --work DIR --layers 2       # the same with 2 of its 32 layers: 5 GB
+    python benchmarks/reference_memory.py --work DIR --shape small    # 2.5 GB, 0.8 billion parameters
     python benchmarks/reference_memory.py --work DIR --shape small --whole   # all weights in memory at once
 
 The checkpoint is that of `large_model.py`; it and its FP8 export are written where they are missing, and left there.
@@ -65,9 +66,10 @@ def measured(step: str) -> Iterator[None]:
     print(f"{step:24}{time.monotonic() - began:9.1f}{peaks}", flush=True)
 
 
-def main(work: Path, shape: str, *, whole: bool) -> None:
-    source, export = work / f"model-{shape}", work / f"export-{shape}"
-    make(source, SHAPES[shape])
+def main(work: Path, shape: str, *, layers: int | None, whole: bool) -> None:
+    name = shape if layers is None else f"{shape}-{layers}"
+    source, export = work / f"model-{name}", work / f"export-{name}"
+    make(source, SHAPES[shape] | ({} if layers is None else {"num_hidden_layers": layers}))
     if not export.exists():
         command = [sys.executable, "-P", "-m", "fp8pipe", "export", source, "--target", "vllm", "--output", export]
         subprocess.run([str(part) for part in command], check=True)
@@ -104,6 +106,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--shape", choices=SHAPES, default="8b")
+    parser.add_argument("--layers", type=int, help="another number of layers than the shape's")
     parser.add_argument("--whole", action="store_true", help="read the model as one part")
     options = parser.parse_args()
-    main(options.work, options.shape, whole=options.whole)
+    main(options.work, options.shape, layers=options.layers, whole=options.whole)
