@@ -1,13 +1,13 @@
 """Memory and time of the torch side of `validate` for a vLLM export, without vLLM, for a Llama of any size.
 
-    python benchmarks/reference_memory.py --work DIR                  # Llama-3.1-8B's shape: 25 GB of disk
-    python benchmarks/reference_memory.py --work DIR --layers 2       # the same with 2 of its 32 layers: 5 GB
-    python benchmarks/reference_memory.py --work DIR --shape small    # 2.5 GB, 0.8 billion parameters
+    python benchmarks/reference_memory.py --work DIR                  # Llama-3.1-8B's shape: 16 GB of disk
+    python benchmarks/reference_memory.py --work DIR --layers 2       # the same with 2 of its 32 layers: 3 GB
+    python benchmarks/reference_memory.py --work DIR --shape small    # 1.6 GB, 0.8 billion parameters
     python benchmarks/reference_memory.py --work DIR --shape small --whole   # all weights in memory at once
 
-The checkpoint is that of `large_model.py`; it and its FP8 export are written where they are missing, and left there.
-As a validation does, the script asks the fp32 model for texts, questions and two engines' answers, and the bf16 model
-for texts and questions, computes the figures, and hashes every weight for both engines; token ids are random.
+The checkpoint is that of `large_model.py`; it is written where it is missing, and left there. As a validation of its
+FP8 export does, the script asks the fp32 model of the rounded weights for texts, questions and two engines' answers,
+and the bf16 model for texts and questions, and computes the figures; token ids are random.
 Printed for each step are seconds and the peaks of the process's resident memory (`VmHWM`, which counts mapped files)
 and anonymous memory (`RssAnon`, asked for every 20 ms).
 """
@@ -16,8 +16,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -29,11 +27,10 @@ os.environ.setdefault("GOMP_SPINCOUNT", "5000")  # as the commands do: fp8pipe/c
 import torch
 from large_model import SHAPES, make
 
-from exporters.vllm.target import KIND
-from fp8pipe.artifact import open_artifact
-from fp8pipe.models.language.parts import PART_BYTES
-from validation.vllm.comparison import _digests
-from validation.vllm.expected import ExpectedWeights, Holding, plan_of
+from exporters.vllm.export import plan_export
+from exporters.vllm.options import VllmExportOptions
+from exporters.vllm.reopen import expected_blocks
+from fp8pipe.models.language.parts import PART_BYTES, StoredWeights
 from validation.vllm.reference import Reference, Text, losses, served_figures
 
 LENGTHS = (18, 24, 26, 42, 40, 43)  # tokens of the texts and the questions
@@ -67,14 +64,11 @@ def measured(step: str) -> Iterator[None]:
 
 
 def main(work: Path, shape: str, *, layers: int | None, whole: bool) -> None:
-    name = shape if layers is None else f"{shape}-{layers}"
-    source, export = work / f"model-{name}", work / f"export-{name}"
+    source = work / (f"model-{shape}" if layers is None else f"model-{shape}-{layers}")
     make(source, SHAPES[shape] | ({} if layers is None else {"num_hidden_layers": layers}))
-    if not export.exists():
-        command = [sys.executable, "-P", "-m", "fp8pipe", "export", source, "--target", "vllm", "--output", export]
-        subprocess.run([str(part) for part in command], check=True)
-    artifact = open_artifact(export, kind=KIND, verify=False)
-    expected = ExpectedWeights(artifact, plan_of(artifact, source))
+    units = {unit.outputs[0].name: unit for unit in plan_export(source, VllmExportOptions()).units}
+    headers = {name: unit.entry for name, unit in units.items()}
+    stored = StoredWeights(headers, lambda name: expected_blocks(units[name]))
     print(f"{'step':24}{'seconds':>9}{'resident':>13}{'anonymous':>13}")
     with measured("start"):
         pass
@@ -86,7 +80,7 @@ def main(work: Path, shape: str, *, layers: int | None, whole: bool) -> None:
     ids = [drawn(length) for length in LENGTHS]
     answers = [Text.of(drawn(length + ANSWER), length - 1) for length in LENGTHS[3:] * 2]
     with measured("fp32 model, 12 texts"):
-        reference = Reference(source, expected.stored, 1 << 60 if whole else PART_BYTES)
+        reference = Reference(source, stored, 1 << 60 if whole else PART_BYTES)
         true = reference.logprobs([*map(Text.of, ids), *answers])[: len(ids)]
     with measured("bf16 model, 6 texts"):
         reference.take_form(torch.bfloat16)
@@ -97,9 +91,6 @@ def main(work: Path, shape: str, *, layers: int | None, whole: bool) -> None:
                   for table, text in zip(form, ids, strict=True)]  # fmt: skip
         served_figures(true, form, places)
         losses(true, form, ids, places)
-    del reference, true, form
-    with measured("hash weights"):
-        _digests(expected, [Holding(torch.float32), Holding(torch.bfloat16)])
 
 
 if __name__ == "__main__":
