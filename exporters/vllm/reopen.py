@@ -16,7 +16,7 @@ import filecmp
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,13 +24,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from exporters.vllm.blocks import by_unit, scale_of
+from exporters.vllm.blocks import blocks_of, by_unit, scale_of
 from exporters.vllm.plan import Action, ExportPlan, Unit
 from exporters.vllm.resume import PROGRESS_NAME
 from exporters.vllm.target import KIND, VllmDetails
 from exporters.vllm.writer import CONFIG_NAME, export_config
 from fp8pipe.artifact import CHECKSUM_NAME, MANIFEST_NAME, Comparison, Gate, open_artifact
-from fp8pipe.models.checkpoint.rows import read_rows
+from fp8pipe.models.checkpoint.rows import each, read_rows
 from fp8pipe.models.checkpoint.sidecars import SERVED_FILES, sidecar_files
 from fp8pipe.models.checkpoint.tensors import (
     INDEX_NAME,
@@ -128,12 +128,13 @@ def file_gates(plan: ExportPlan, root: Path) -> list[Gate]:
     return [_tensor_set(plan, weight_entries(root)), *_other_files(plan, root)]
 
 
-def expected_values(unit: Unit) -> Tensor:
-    """The values that a unit's exported weight must represent, computed by plain arithmetic.
+def expected_blocks(unit: Unit) -> Generator[Tensor, None, None]:
+    """The values that a unit's weight must represent, computed by plain arithmetic, in blocks of rows (first axis).
 
-    fp32, oriented as in the source; tensors that are not of a float dtype are returned unchanged.
+    Yields:
+        fp32, as oriented in the source; non-float tensors with action COPY are returned unchanged.
     """
-    return _expected(unit, *_source(unit, _all(unit)))
+    return each(lambda rows: _expected(unit, *_source(unit, rows)), blocks_of(unit))
 
 
 def source_values(unit: Unit) -> Tensor:

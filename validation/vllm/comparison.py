@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from threading import Event
 from typing import Any, Final
 
 import torch
+from torch import Tensor
 
 from exporters.vllm.environment import VllmEnvironment
 from exporters.vllm.form import ServingForm
@@ -39,8 +41,10 @@ from validation.vllm.record import (
 from validation.vllm.reference import (
     TIE_NATS,
     Reference,
+    Text,
     chat_ids,
     compare_logprobs,
+    gaps,
     judge,
     load_tokenizer,
     losses,
@@ -254,40 +258,53 @@ def _against_torch(
     case: Case, asked: _Questions, expected: ExpectedWeights, exact: _Run | None, served: _Run
 ) -> tuple[LogprobReport | None, list[CanaryAnswer], ServedReport]:
     """Compare the engines with torch: first with the fp32 model, which is then switched to the serving precision."""
-    reference = Reference(case.source, ((tensor.name, tensor.value) for tensor in expected))
-    true = [reference.logprobs(ids) for ids in asked.sequences]
+    reference = Reference(case.source, expected.stored)
+    true, behind = _exact_tables(reference, asked, [run for run in (exact, served) if run is not None])
     logprobs, first, places = None, [], served.result["logprobs"]
     if exact is not None:
         logprobs = compare_logprobs(true, asked.sequences, exact.result["logprobs"], LOGPROB_THRESHOLD)
-        first = _judged(asked, exact, _gaps(reference, asked, exact), TIE_NATS)
-    gaps = _gaps(reference, asked, served)
+        first = _judged(asked, exact, behind[0], TIE_NATS)
     kernels = _kernels(case, expected, served)
     wide = [expected.module(name) for name in expected.quantized if case.holding.codes and not kernels.packed]
     reference.take_form(case.holding.dtype, map(expected.module, _rounded(case, expected)), wide)
-    form = [reference.logprobs(ids) for ids in asked.sequences]
+    form = reference.logprobs([Text.of(ids) for ids in asked.sequences])
     figures = served_figures(true, form, places) | losses(true, form, asked.sequences, places)
     report = ServedReport(
         form=case.form.in_words(case.environment), arguments=list(served.job.arguments),
         variables={k: v for k, v in sorted(served.job.variables.items()) if k.startswith(_TOLD)},
         weights=served.weights, kernels=kernels if expected.quantized else None, **figures,
         max_abs_diff=compare_logprobs(true, asked.sequences, places, LOGPROB_THRESHOLD).max_abs_diff,
-        canary=_judged(asked, served, gaps, max(TIE_NATS, 2 * figures["noise_margin"])),
+        canary=_judged(asked, served, behind[-1], max(TIE_NATS, 2 * figures["noise_margin"])),
         load_s=round(served.result["load_s"], 3), total_s=round(served.result["total_s"], 3),
     )  # fmt: skip
     return logprobs, first, report
 
 
-def _gaps(reference: Reference, asked: _Questions, run: _Run) -> list[list[float]]:
-    answers = zip(asked.prompts, asked.prompt_ids, run.result["answers"], strict=True)
-    picture = asked.picture
-    return [
-        reference.gaps(ids, answer["token_ids"], picture if picture and prompt == picture.prompt else None)
-        for prompt, ids, answer in answers
-    ]
+def _exact_tables(
+    reference: Reference, asked: _Questions, runs: Sequence[_Run]
+) -> tuple[list[Tensor], list[list[list[float]]]]:
+    """The fp32 model's log-probabilities of the sequences, and the gaps of each engine's answers.
+
+    All in one call, since every call reads the model once. An answer's tokens are known, so that one pass tells of each
+    whether it is the greedy choice.
+    """
+    answers = [[answer["token_ids"] for answer in run.result["answers"]] for run in runs]
+    texts = [_answered(asked, number, tokens) for said in answers for number, tokens in enumerate(said)]
+    tables = iter(reference.logprobs([*map(Text.of, asked.sequences), *texts]))
+    true = [next(tables) for _ in asked.sequences]
+    return true, [[gaps(next(tables), tokens) for tokens in said] for said in answers]
 
 
-def _judged(asked: _Questions, run: _Run, gaps: list[list[float]], tie: float) -> list[CanaryAnswer]:
-    questions = zip(asked.prompts, asked.prompt_ids, run.result["answers"], gaps, strict=True)
+def _answered(asked: _Questions, number: int, tokens: list[int]) -> Text:
+    """A question with its answer; log-probabilities are wanted of the answer alone."""
+    ids, picture = asked.prompt_ids[number], asked.picture
+    if picture is not None and asked.prompts[number] == picture.prompt:
+        return Text(picture.answered(tokens), len(ids) - 1)
+    return Text.of([*ids, *tokens], len(ids) - 1)
+
+
+def _judged(asked: _Questions, run: _Run, behind: list[list[float]], tie: float) -> list[CanaryAnswer]:
+    questions = zip(asked.prompts, asked.prompt_ids, run.result["answers"], behind, strict=True)
     return [judge(*question, tie=tie) for question in questions]
 
 

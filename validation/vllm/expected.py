@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 import torch
 from safetensors.torch import load_file
@@ -22,15 +22,19 @@ from torch import Tensor
 from exporters.vllm.export import plan_export
 from exporters.vllm.options import VllmExportOptions
 from exporters.vllm.plan import Action, ExportPlan, Unit
-from exporters.vllm.reopen import BF16_ERROR_BOUND, E4M3_ERROR_BOUND, expected_values, source_values
+from exporters.vllm.reopen import BF16_ERROR_BOUND, E4M3_ERROR_BOUND, expected_blocks, source_values
 from exporters.vllm.target import VllmDetails
 from fp8pipe.artifact import Artifact
 from fp8pipe.core.errors import ConfigurationError
 from fp8pipe.models.checkpoint.names import ModelName
 from fp8pipe.models.checkpoint.tensors import SCALE_SUFFIX, is_scale, read_tensor, weight_entries
+from fp8pipe.models.language.parts import StoredWeights
 from fp8pipe.models.language.structure import ModelStructure, read_structure
-from fp8pipe.numerics.plain import dequantize_plain, grid_numbers, row_errors
+from fp8pipe.numerics.grids import same_bits
+from fp8pipe.numerics.plain import grid_numbers, row_errors
 from validation.vllm.record import WeightReport
+
+_PIECE: Final = 1 << 20  # elements that are processed together
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,8 +71,7 @@ class Expected:
     def held(self, holding: Holding) -> list[Expected]:
         """The tensors an engine stores for it: the weight rounded once, or codes (as fp32) and one scale per row."""
         if self.scale is None or not holding.codes:
-            dtype = holding.dtype
-            return [self if dtype is torch.float32 else replace(self, value=self.value.to(dtype).float())]
+            return [replace(self, value=_rounded(self.value, holding.dtype))]
         codes = grid_numbers(self.value / self.scale)
         rows = codes.shape[1 if self.transposed else 0]
         # Kernels with packed codes multiply by the scale in fp32, or by the scale rounded to their dtype.
@@ -95,7 +98,22 @@ class Expected:
 
 def _unsigned(value: Tensor) -> str:
     """sha256 of the bytes with every -0 replaced by +0."""
-    return hashlib.sha256((value + 0.0).contiguous().numpy().data).hexdigest()
+    found = hashlib.sha256()
+    for part in _pieces(value):
+        found.update((part + 0.0).numpy().data)
+    return found.hexdigest()
+
+
+def _rounded(value: Tensor, dtype: torch.dtype) -> Tensor:
+    """Rounded to a dtype, as fp32; the tensor itself if that changes no bit, since a copy may have gigabytes."""
+    if all(same_bits(part, part.to(dtype).float()) for part in _pieces(value)):
+        return value
+    return value.to(dtype).float()
+
+
+def _pieces(value: Tensor) -> Iterable[Tensor]:
+    pieces: tuple[Tensor, ...] = value.reshape(-1).split(_PIECE)
+    return pieces
 
 
 class ExpectedWeights:
@@ -121,16 +139,19 @@ class ExpectedWeights:
 
     def read(self, name: str) -> Expected:
         """The expected tensor of this name."""
-        unit = self.units.get(name)
-        if unit is None:
-            return self._own(name)
-        value = expected_values(unit)
+        unit, value = self._unit(name), self.stored.read(name).float()
         return Expected(name, value, _scale_of(unit, value), unit.transposed)
 
     def read_held(self, name: str, holding: Holding) -> Expected:
         """The stored tensor of this name in an engine: a weight, its codes, or the scales of its codes."""
         base = name if name in self.entries and not is_scale(name, self.entries) else name.removesuffix(SCALE_SUFFIX)
         return next(held for held in self.read(base).held(holding) if held.name == name)
+
+    @cached_property
+    def stored(self) -> StoredWeights:
+        """The values alone, for a torch model."""
+        headers = {name: self._unit(name).entry for name in self.names}
+        return StoredWeights(headers, lambda name: expected_blocks(self._unit(name)))
 
     @property
     def reference(self) -> Literal["source", "export"]:
@@ -168,13 +189,11 @@ class ExpectedWeights:
     def _structure(self) -> ModelStructure:
         return read_structure(self.export.root) if self.plan is None else self.plan.structure
 
-    def _own(self, name: str) -> Expected:
-        tensor, transposed = read_tensor(self.entries[name]), name in self.transposed
-        if name + SCALE_SUFFIX not in self.entries:
-            return Expected(name, tensor.float(), None, transposed)
-        scale = read_tensor(self.entries[name + SCALE_SUFFIX])
-        value = dequantize_plain(tensor, scale, transposed=transposed)
-        return Expected(name, value, scale.reshape(1, -1) if transposed else scale, transposed)
+    def _unit(self, name: str) -> Unit:
+        """How the values follow from the source, or from the export itself."""
+        scale = self.entries.get(name + SCALE_SUFFIX)
+        own = Action.COPY if scale is None else Action.CODES
+        return self.units.get(name) or Unit(self.entries[name], scale, own, (), None, name in self.transposed)
 
 
 def _scale_of(unit: Unit, value: Tensor) -> Tensor | None:

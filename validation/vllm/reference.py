@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -19,11 +21,9 @@ import torch
 from torch import Tensor
 
 from fp8pipe.models.compat import import_transformers
-from fp8pipe.models.language.experts import unstack_experts
-from fp8pipe.models.language.structure import build_model
+from fp8pipe.models.language.parts import PART_BYTES, PartedModel, StoredWeights
 from fp8pipe.numerics.bf16 import widen_bf16_products
 from fp8pipe.numerics.plain import grid_numbers
-from validation.vllm.picture import PictureQuestion
 from validation.vllm.record import CanaryAnswer, LogprobReport
 
 if TYPE_CHECKING:
@@ -57,18 +57,37 @@ def chat_ids(tokenizer: Any, prompt: str) -> list[int]:
     return [int(token) for token in encoded["input_ids"]]
 
 
+@dataclass(frozen=True, slots=True)
+class Text:
+    """What a model is asked about.
+
+    Attributes:
+        inputs: arguments of the model, a batch of one.
+        start: position from which on the log-probabilities of the next token are wanted.
+    """
+
+    inputs: Mapping[str, Tensor]
+    start: int = 0
+
+    @classmethod
+    def of(cls, ids: Sequence[int], start: int = 0) -> Text:
+        """A text alone, of these token ids."""
+        return cls({"input_ids": torch.tensor([list(ids)])}, start)
+
+
 class Reference:
-    """The torch model; computes in fp32 until `take_form` is called.
+    """The torch model, with one part of its weights in memory at a time; computes in fp32 until `take_form` is called.
 
     Args:
         source: directory whose config.json defines the model.
-        weights: (checkpoint name, fp32 tensor in the stored orientation) pairs.
+        weights: fp32 tensors of its checkpoint.
+        part_bytes: as `PartedModel`.
     """
 
-    def __init__(self, source: Path, weights: Iterable[tuple[str, Tensor]]) -> None:
+    def __init__(self, source: Path, weights: StoredWeights, part_bytes: int = PART_BYTES) -> None:
         widen_bf16_products()
-        self.model: PreTrainedModel = build_model(source, dict(weights), torch.float32)
-        unstack_experts(self.model)
+        self._parted = PartedModel(source, weights, part_bytes)
+        self.model: PreTrainedModel = self._parted.model
 
     def take_form(self, dtype: torch.dtype, rounded: Iterable[str] = (), wide: Iterable[str] = ()) -> None:
         """From now on, round as the engine does when serving.
@@ -79,37 +98,41 @@ class Reference:
             wide: layers whose kernels multiply codes: only their outputs are rounded to the dtype.
         """
         modules, multiply_codes = dict(self.model.named_modules()), set(wide)
-        for name, module in modules.items():
-            for key, parameter in module.named_parameters(recurse=False):
-                if name not in multiply_codes or key != "weight":
-                    parameter.data = parameter.data.to(dtype)
-                if name in multiply_codes:
-                    parameter.data = parameter.data.float()
+
+        def rounded_once(name: str, key: str, values: Tensor) -> Tensor:
+            if name not in multiply_codes:
+                return values.to(dtype)
+            return values if key == "weight" else values.to(dtype).float()
+
+        self._parted.change(rounded_once)
         for name in multiply_codes:
             modules[name].register_forward_pre_hook(lambda _, args: (args[0].float(),))
             modules[name].register_forward_hook(lambda _, args, product: product.to(dtype))
         for name in rounded:
             modules[name].register_forward_pre_hook(lambda _, args: (_rounded(args[0]),))
 
-    def logprobs(self, ids: Sequence[int]) -> Tensor:
-        """Log-probabilities of the next token at every position: fp32 `(len(ids), vocabulary)`."""
-        return self._logprobs({"input_ids": torch.tensor([list(ids)])})
+    def logprobs(self, texts: Sequence[Text]) -> list[Tensor]:
+        """Log-probabilities of the next token from each text's start on: fp32 `(length - start, vocabulary)` each.
+
+        Texts are not batched: each is computed as if it was the only one.
+        """
+        return self._parted.run([partial(self._logprobs, text) for text in texts])
 
     @torch.inference_mode()
-    def _logprobs(self, inputs: Mapping[str, Tensor]) -> Tensor:
-        logits = self.model(**inputs).logits[0]  # (L, V)
-        return torch.log_softmax(logits.float(), dim=-1)
+    def _logprobs(self, text: Text) -> Tensor:
+        logits = self.model(**text.inputs).logits[0]  # (L, V)
+        return torch.log_softmax(logits.float(), dim=-1)[text.start :].clone()
 
-    def gaps(
-        self, prompt_ids: Sequence[int], tokens: Sequence[int], picture: PictureQuestion | None = None
-    ) -> list[float]:
-        """How far each token of an answer is below this model's most probable token, nats; `picture` adds its image."""
-        if not tokens:
-            return []
-        told = {"input_ids": torch.tensor([[*prompt_ids, *tokens]])} if picture is None else picture.answered(tokens)
-        table = self._logprobs(told)[len(prompt_ids) - 1 : -1]  # (answer, V)
-        chosen = table.gather(1, torch.tensor(list(tokens))[:, None])[:, 0]
-        return [float(gap) for gap in table.amax(dim=1) - chosen]
+
+def gaps(table: Tensor, tokens: Sequence[int]) -> list[float]:
+    """How far each token of an answer is below a model's most probable token, nats.
+
+    Args:
+        table: the model's log-probabilities from the answer's first token on, `(answer + 1, vocabulary)`.
+        tokens: the answer.
+    """
+    chosen = table[:-1].gather(1, torch.tensor(list(tokens), dtype=torch.int64)[:, None])[:, 0]
+    return [float(gap) for gap in table[:-1].amax(dim=1) - chosen]
 
 
 def judge(prompt: str, prompt_ids: Sequence[int], answer: Answer, gaps: Sequence[float], tie: float) -> CanaryAnswer:
@@ -119,7 +142,7 @@ def judge(prompt: str, prompt_ids: Sequence[int], answer: Answer, gaps: Sequence
         prompt: the question.
         prompt_ids: its token ids from the source's tokenizer and chat template.
         answer: `prompt_ids`, `token_ids` and `text` from the probe.
-        gaps: the gaps of the answer's tokens, from `Reference.gaps`.
+        gaps: the gaps of the answer's tokens, from `gaps`.
         tie: a token at most this far below the most probable one counts as equally good, nats.
     """
     tokens: list[int] = answer["token_ids"]

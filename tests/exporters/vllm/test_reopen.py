@@ -17,7 +17,7 @@ from torch import Tensor
 from exporters.vllm.export import export_vllm, plan_export
 from exporters.vllm.options import VllmExportOptions
 from exporters.vllm.plan import Action, Unit
-from exporters.vllm.reopen import BF16_ERROR_BOUND, E4M3_ERROR_BOUND, _larger, expected_values, iter_weights, reopen
+from exporters.vllm.reopen import BF16_ERROR_BOUND, E4M3_ERROR_BOUND, _larger, expected_blocks, iter_weights, reopen
 from fp8pipe.models.checkpoint.tensors import weight_entries
 
 Q, NORM = "model.layers.0.self_attn.q_proj.weight", "model.norm.weight"
@@ -159,7 +159,7 @@ def test_every_weight_is_read_by_its_name(sources, exported):
 def test_what_is_copied_is_expected_as_it_is(tmp_path, tensor):
     save_file({"x": tensor}, tmp_path / "model.safetensors")
     entry = weight_entries(tmp_path)["x"]
-    found = expected_values(Unit(entry, None, Action.COPY, (), None, transposed=False))
+    (found,) = expected_blocks(Unit(entry, None, Action.COPY, (), None, transposed=False))
     assert (found.dtype, found.tolist()) == (tensor.dtype, tensor.tolist())
 
 

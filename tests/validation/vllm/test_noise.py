@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from breadth import usual
+from held_weights import held_weights
 from tiny_checkpoints import FORMATS, make_model, write_fp8
 from torch import Tensor
 
@@ -18,7 +19,7 @@ from exporters.vllm.environment import find_vllm_python, last_lines
 from exporters.vllm.form import ServingForm
 from fp8pipe.core.errors import MissingCapabilityError
 from validation.vllm.launcher import PROBE, ProbeJob
-from validation.vllm.reference import Reference, served_figures
+from validation.vllm.reference import Reference, Text, served_figures
 
 SEEDS = range(usual(2, long=15))
 HOST = Path(__file__).parents[2] / "serving" / "vllm_plugin" / "engine_host.py"
@@ -61,11 +62,12 @@ def test_right_models_are_within_the_bounds(runs: list[tuple[int, str, dict[str,
     worst = {"none": 0.0, "quant": 0.0}
     for seed, activations, exact, place, result in runs:
         assert "error" not in result, result
-        reference = Reference(place, exact.items())
-        true = [reference.logprobs(ids) for ids in sequences(seed)]
+        reference = Reference(place, held_weights(exact))
+        texts = [Text.of(ids) for ids in sequences(seed)]
+        true = reference.logprobs(texts)
         names = [name for name, _ in reference.model.named_modules() if name.endswith("_proj")]
         reference.take_form(torch.bfloat16, names if activations == "quant" else ())
-        form = [reference.logprobs(ids) for ids in sequences(seed)]
+        form = reference.logprobs(texts)
         figures = served_figures(true, form, result["logprobs"])
         part = max(figures["engine_kl"], figures["form_kl"]) / figures["bound_kl"]
         print(seed, activations, part, figures)
