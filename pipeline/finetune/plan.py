@@ -158,7 +158,9 @@ def _measured(config: FinetuneConfig, source: ModelSource, settings: Any, layer_
 
 def _seconds(config: FinetuneConfig, scaled: Scaled, saves: int) -> float:
     facts = scaled.runs[-1][1].facts
-    once = sum(scaled.seconds(name) for name in ("start", "text", "load", "prepare", "final merge", "write"))
+    once = sum(
+        scaled.seconds(name) for name in ("start", "text", "load", "prepare", "final merge", "calibrate", "write")
+    )
     run = min(config.gradient_accumulation, 2)
     step: float = scaled.seconds("step", least=True) * config.gradient_accumulation / run * facts["train_share"]
     evaluations = 2 + (math.ceil(config.steps / config.evaluate_every) if config.evaluate_every else 1)

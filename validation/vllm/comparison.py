@@ -24,6 +24,7 @@ from validation.contents import contents_gate
 from validation.record import heading
 from validation.vllm.expected import ExpectedWeights, Holding, weight_report
 from validation.vllm.kernel_report import KernelReport, kernel_report
+from validation.vllm.kv_cache import cache_scales, scales_of, without_fp8_cache
 from validation.vllm.launcher import PARITY_ARGUMENTS, ProbeJob, in_process, run_probe
 from validation.vllm.picture import PictureQuestion, picture_question
 from validation.vllm.proved import not_proved, proved
@@ -172,7 +173,12 @@ def _engines(case: Case, asked: _Questions, expected: ExpectedWeights) -> tuple[
             return pool.submit(_run, case, asked, expected, *told)
 
         try:
-            arguments = [*PARITY_ARGUMENTS, "--max-model-len", str(asked.length)]
+            arguments = [
+                *PARITY_ARGUMENTS,
+                "--max-model-len",
+                str(asked.length),
+                *without_fp8_cache(case.artifact.root),
+            ]
             first = [start(holding, False, arguments, in_process()) for holding in holdings]
             second = start(case.holding, True, case.form.arguments(), variables)
             return next((run.result() for run in first), None), second.result()
@@ -254,7 +260,7 @@ def _against_torch(
     case: Case, asked: _Questions, expected: ExpectedWeights, exact: _Run | None, served: _Run
 ) -> tuple[LogprobReport | None, list[CanaryAnswer], ServedReport]:
     """Compare the engines with torch: first with the fp32 model, which is then switched to the serving precision."""
-    reference = Reference(case.source, ((tensor.name, tensor.value) for tensor in expected))
+    reference = Reference(case.source, ((tensor.name, tensor.value) for tensor in expected if not tensor.wide))
     true = [reference.logprobs(ids) for ids in asked.sequences]
     logprobs, first, places = None, [], served.result["logprobs"]
     if exact is not None:
@@ -264,6 +270,8 @@ def _against_torch(
     kernels = _kernels(case, expected, served)
     wide = [expected.module(name) for name in expected.quantized if case.holding.codes and not kernels.packed]
     reference.take_form(case.holding.dtype, map(expected.module, _rounded(case, expected)), wide)
+    if (scales := cache_scales(case.form, scales_of(case.artifact, case.plan))) is not None:
+        reference.round_cache(scales, toward_zero=case.environment.on_cpu)
     form = [reference.logprobs(ids) for ids in asked.sequences]
     figures = served_figures(true, form, places) | losses(true, form, asked.sequences, places)
     report = ServedReport(

@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from exporters.vllm.export import plan_export
+from exporters.vllm.kv_cache import is_kv_scale
 from exporters.vllm.options import VllmExportOptions
 from exporters.vllm.plan import Action, ExportPlan, Unit
 from exporters.vllm.reopen import BF16_ERROR_BOUND, E4M3_ERROR_BOUND, expected_values, source_values
@@ -56,6 +57,7 @@ class Expected:
         scale: fp32, dequantized = code * scale, broadcastable to `value`; None for unquantized tensors.
         transposed: whether it is stored as `(in, out)`; the engine has `(out, in)`.
         products: for codes, the digests of the weights that multiplication with one-hot inputs may return.
+        wide: whether engines keep it in fp32 whatever their dtype: a scale of the key/value cache.
     """
 
     name: str
@@ -63,9 +65,12 @@ class Expected:
     scale: Tensor | None
     transposed: bool
     products: tuple[str, ...] = ()
+    wide: bool = False
 
     def held(self, holding: Holding) -> list[Expected]:
         """The tensors an engine stores for it: the weight rounded once, or codes (as fp32) and one scale per row."""
+        if self.wide:
+            return [self]
         if self.scale is None or not holding.codes:
             dtype = holding.dtype
             return [self if dtype is torch.float32 else replace(self, value=self.value.to(dtype).float())]
@@ -114,13 +119,18 @@ class ExpectedWeights:
         self.entries = weight_entries(export.root)
         self.transposed = set(export.manifest.details_of(VllmDetails).transposed)
         self.units: dict[str, Unit] = {} if plan is None else {unit.outputs[0].name: unit for unit in plan.units}
-        self.names = list(self.units) or [name for name in self.entries if not is_scale(name, self.entries)]
+        self.kv_tensors = {} if plan is None else plan.kv_tensors
+        self.names = [*self.units, *self.kv_tensors] or [
+            name for name in self.entries if not is_scale(name, self.entries)
+        ]
 
     def __iter__(self) -> Iterator[Expected]:
         return (self.read(name) for name in self.names)
 
     def read(self, name: str) -> Expected:
         """The expected tensor of this name."""
+        if name in self.kv_tensors:
+            return Expected(name, torch.tensor([self.kv_tensors[name]], dtype=torch.float32), None, False, wide=True)
         unit = self.units.get(name)
         if unit is None:
             return self._own(name)
@@ -139,8 +149,8 @@ class ExpectedWeights:
 
     def row_error(self, name: str, value: Tensor) -> float:
         """Largest rounding error of a row against the source's floats, relative to its bound; 0 if not rounded."""
-        unit = self.units[name]
-        if unit.action in {Action.COPY, Action.CODES}:
+        unit = self.units.get(name)
+        if unit is None or unit.action in {Action.COPY, Action.CODES}:
             return 0.0
         bound = E4M3_ERROR_BOUND if unit.action is Action.QUANTIZE else BF16_ERROR_BOUND
         return row_errors(value, source_values(unit), transposed=unit.transposed) / bound
@@ -171,7 +181,7 @@ class ExpectedWeights:
     def _own(self, name: str) -> Expected:
         tensor, transposed = read_tensor(self.entries[name]), name in self.transposed
         if name + SCALE_SUFFIX not in self.entries:
-            return Expected(name, tensor.float(), None, transposed)
+            return Expected(name, tensor.float(), None, transposed, wide=is_kv_scale(name))
         scale = read_tensor(self.entries[name + SCALE_SUFFIX])
         value = dequantize_plain(tensor, scale, transposed=transposed)
         return Expected(name, value, scale.reshape(1, -1) if transposed else scale, transposed)

@@ -11,7 +11,7 @@ far (four times the KL divergence, which grows with the square).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from fp8pipe.models.compat import import_transformers
 from fp8pipe.models.language.experts import unstack_experts
+from fp8pipe.models.language.kv_cache import rounding_cache
 from fp8pipe.models.language.structure import build_model
 from fp8pipe.numerics.bf16 import widen_bf16_products
 from fp8pipe.numerics.plain import grid_numbers
@@ -69,6 +70,7 @@ class Reference:
         widen_bf16_products()
         self.model: PreTrainedModel = build_model(source, dict(weights), torch.float32)
         unstack_experts(self.model)
+        self._cache: Callable[[], Any] = lambda: None  # makes the key/value cache of a forward pass
 
     def take_form(self, dtype: torch.dtype, rounded: Iterable[str] = (), wide: Iterable[str] = ()) -> None:
         """From now on, round as the engine does when serving.
@@ -91,13 +93,17 @@ class Reference:
         for name in rounded:
             modules[name].register_forward_pre_hook(lambda _, args: (_rounded(args[0]),))
 
+    def round_cache(self, scales: Mapping[int, tuple[float, float]], *, toward_zero: bool) -> None:
+        """From now on, round keys and values to E4M3; the arguments are those of `rounding_cache`."""
+        self._cache = lambda: rounding_cache(self.model, scales, toward_zero=toward_zero)
+
     def logprobs(self, ids: Sequence[int]) -> Tensor:
         """Log-probabilities of the next token at every position: fp32 `(len(ids), vocabulary)`."""
         return self._logprobs({"input_ids": torch.tensor([list(ids)])})
 
     @torch.inference_mode()
     def _logprobs(self, inputs: Mapping[str, Tensor]) -> Tensor:
-        logits = self.model(**inputs).logits[0]  # (L, V)
+        logits = self.model(**inputs, past_key_values=self._cache()).logits[0]  # (L, V)
         return torch.log_softmax(logits.float(), dim=-1)
 
     def gaps(
