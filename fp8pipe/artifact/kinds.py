@@ -165,6 +165,9 @@ class KvCacheFacts(FrozenConfig):
     heldout_tokens: int = Field(ge=0, description="answer tokens of the held-out records behind both losses")
     loss: float = Field(description="their mean loss, nats per answer token")
     fp8_loss: float = Field(description="the same with keys and values rounded to E4M3, scale = amax / 448")
+    error: float | None = Field(
+        default=None, description="standard error of the difference of both, nats; none for a single batch"
+    )
 
 
 class TunedDetails(Details):

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fp8pipe.artifact.kinds import KvAmax, KvCacheFacts
 from fp8pipe.core.errors import ConfigurationError
@@ -66,12 +66,16 @@ def _measured(
     calibration, evaluated = _first(train, _CALIBRATION_RECORDS), _first(heldout, _HELDOUT_RECORDS)
     ranges = observe_ranges(model, ((model_inputs(batch, device), batch.lengths) for batch in calibration))
     scales = {seen.layer: (cache_scale(seen.k), cache_scale(seen.v)) for seen in ranges.values()}
+    losses, rounded = (
+        _losses(model, evaluated, device, cache) for cache in (lambda: None, lambda: rounding_cache(model, scales))
+    )
+    counts = torch.tensor([answer_count(batch.labels) for batch in evaluated], dtype=torch.float64)
+    tokens = max(1.0, float(counts.sum()))
     return KvCacheFacts(
         records=sum(len(batch.lengths) for batch in calibration), tokens=sum(batch.tokens for batch in calibration),
         amax={_stored(name, names): KvAmax(layer=seen.layer, k=seen.k, v=seen.v) for name, seen in ranges.items()},
-        heldout_tokens=sum(answer_count(batch.labels) for batch in evaluated),
-        loss=_loss(model, evaluated, device, lambda: None),
-        fp8_loss=_loss(model, evaluated, device, lambda: rounding_cache(model, scales)),
+        heldout_tokens=int(counts.sum()), loss=float(losses.sum()) / tokens, fp8_loss=float(rounded.sum()) / tokens,
+        error=_standard_error(rounded - losses, counts),
     )  # fmt: skip
 
 
@@ -84,13 +88,27 @@ def _first(batches: Batches, records: int) -> list[Batch]:
 
 
 @torch.no_grad()
-def _loss(model: nn.Module, batches: Sequence[Batch], device: str, cache: Callable[[], Any]) -> float:
-    """Mean loss per answer token, nats; `cache` makes the cache of a batch."""
-    total = 0.0
-    for batch in batches:
-        inputs = {**model_inputs(batch, device), "past_key_values": cache()}
-        total += float(answer_loss(model, inputs, batch.labels))
-    return total / max(1, sum(answer_count(batch.labels) for batch in batches))
+def _losses(model: nn.Module, batches: Sequence[Batch], device: str, cache: Callable[[], Any]) -> Tensor:
+    """The summed loss of the answer tokens of every batch, nats, float64; `cache` makes the cache of a batch."""
+    found = [
+        float(answer_loss(model, {**model_inputs(batch, device), "past_key_values": cache()}, batch.labels))
+        for batch in batches
+    ]
+    return torch.tensor(found, dtype=torch.float64)
+
+
+def _standard_error(differences: Tensor, counts: Tensor) -> float | None:
+    """Standard error of the mean difference per token, from how much the batches disagree about it; None for one batch.
+
+    Args:
+        differences: summed over each batch, float64 `(batches,)`.
+        counts: tokens of each batch, likewise.
+    """
+    batches, tokens = len(counts), float(counts.sum())
+    if batches < 2 or not tokens:
+        return None
+    residuals = differences - counts * (differences.sum() / tokens)
+    return float((residuals.square().sum() * batches / (batches - 1)).sqrt()) / tokens
 
 
 def _stored(name: str, names: Mapping[str, str]) -> str:

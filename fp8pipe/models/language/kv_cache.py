@@ -87,7 +87,8 @@ def observe_ranges(
                 seen.k, seen.v = _amax(keys, lengths, seen.k), _amax(values, lengths, seen.v)
                 return keys, values
 
-            model(**inputs, past_key_values=_cache(model, record), use_cache=True)
+            body: Any = getattr(model, "base_model", model)  # the output head adds nothing to the cache
+            body(**inputs, past_key_values=_cache(model, record), use_cache=True)
     if not found or "" in found:
         raise ConfigurationError("the model fills no key/value cache", why="no attention layer stored keys and values")
     broken = next((name for name, seen in found.items() if not math.isfinite(seen.k + seen.v)), None)
@@ -96,9 +97,7 @@ def observe_ranges(
     return dict(sorted(found.items(), key=lambda item: item[1].layer))
 
 
-def rounding_cache(
-    model: nn.Module, scales: Mapping[int, tuple[float, float]], *, toward_zero: bool = False
-) -> Any:
+def rounding_cache(model: nn.Module, scales: Mapping[int, tuple[float, float]], *, toward_zero: bool = False) -> Any:
     """An empty cache, for one forward pass, that rounds keys and values to E4M3 as an engine's FP8 cache does.
 
     Args:

@@ -24,7 +24,7 @@ from fp8pipe.core.errors import ConfigurationError, GateFailedError
 ATTENTION = "model.layers.{}.self_attn"
 # 1/448 is no fp32 number, so every scale is rounded.
 RANGES = {ATTENTION.format(layer): KvAmax(layer=layer, k=17.375 + layer, v=0.3125 * (layer + 1)) for layer in (0, 1)}
-FACTS = KvCacheFacts(records=2, tokens=20, amax=RANGES, heldout_tokens=9, loss=2.0, fp8_loss=2.008)
+FACTS = KvCacheFacts(records=2, tokens=20, amax=RANGES, heldout_tokens=9, loss=2.0, fp8_loss=2.01, error=0.001)
 FIRST = ATTENTION.format(0) + ".k_scale"
 
 
@@ -74,7 +74,7 @@ def test_scales_lie_in_the_last_shard_and_in_the_index(source, tmp_path):
 
 
 def test_a_cache_that_costs_too_much_is_refused(language_artifact, tmp_path):
-    source = language_artifact("llama", kv_cache=FACTS.model_copy(update={"fp8_loss": 2.0102}))
+    source = language_artifact("llama", kv_cache=FACTS.model_copy(update={"fp8_loss": 2.0122}))
     with pytest.raises(GateFailedError, match="kv-cache-loss"):
         export_vllm(source, tmp_path / "x", VllmExportOptions(kv_cache="fp8"))
     assert not (tmp_path / "x").exists()
