@@ -7,7 +7,8 @@ training held out are scored in three engines, which differ in nothing but the c
 the calibrated scales, and in FP8 with scales of 1, which vLLM uses for a checkpoint without any. Losses are means over
 answer tokens, nats; the last column is the change of the loss, and the standard error of that change from the
 differences per token. Then the same in torch in fp32, which rounds nothing else, also with one scale per head (vLLM's
-kernels for CPUs take one per layer). The last line is JSON.
+kernels for CPUs take one per layer), and for a model that computes the same with keys 64 times as large (and queries
+1/64), as models with other norms have them. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -82,6 +83,13 @@ def per_head(model, text):
     return {layer: tuple((amax / 448)[:, None, None] for amax in pair) for layer, pair in found.items()}
 
 
+def enlarge_keys(model, factor):
+    """Multiply keys by a power of two and divide queries by it: no score changes, not even by rounding."""
+    for layer in model.model.layers:
+        layer.self_attn.k_proj.weight.data *= factor
+        layer.self_attn.q_proj.weight.data /= factor
+
+
 def show(where, losses, plain):
     """Print one line; returns its figures."""
     mean, change = float(losses.mean()), losses - plain
@@ -119,8 +127,13 @@ def main():
     scales = {s.layer: (s.k, s.v) for s in scales_of(open_artifact(exports["fp8"]), None).values()}
     heads = per_head(model, read_text(language, None, 32).calibration)
     plain = in_torch(model, text, lambda: None)
-    kinds = [("calibrated", scales), ("calibrated per head", heads), ("scales of 1", {})]
-    for name, chosen in kinds:
+    large = {layer: (64 * k, v) for layer, (k, v) in scales.items()}
+    kinds = [
+        ("calibrated", scales, 1), ("calibrated per head", heads, 1), ("scales of 1", {}, 1),
+        ("calibrated, keys x 64", large, 64), ("scales of 1, keys x 64", {}, 1),
+    ]  # fmt: skip
+    for name, chosen, factor in kinds:
+        enlarge_keys(model, factor)
         losses = in_torch(model, text, lambda chosen=chosen: rounding_cache(model, chosen))
         figures[f"torch: {name}"] = show(f"torch, fp32: FP8, {name}", losses, plain)
     facts = {"tokens": len(plain), "records": len(text), "processor": platform.processor() or platform.machine()}

@@ -6,8 +6,8 @@ attention module. vLLM uses 1 for a scale that is missing and says nothing, so e
 compared after writing, and is read back from the engine.
 
 What the cache costs was measured with the ranges: the loss on held-out text with keys and values rounded, against the
-loss without. An export is refused if that text shows a change of more than half a percent, which is far below the
-difference between two random seeds of the training. A few hundred tokens tell such a change to about a quarter of a
+loss without. An export is refused if that text shows a change of more than half a percent, which is less than the
+standard deviation between seeds of the training (0.8 %). A thousand tokens tell such a change to about a quarter of a
 percent, so two standard errors are granted: otherwise chance would refuse models that lose nothing.
 """
 
