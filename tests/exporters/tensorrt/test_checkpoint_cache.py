@@ -7,7 +7,6 @@ import struct
 
 import pytest
 from artifact_tree import rehash
-from language_edits import even
 from safetensors.torch import load_file, save_file
 
 from exporters.modelopt.checkpoint import export_checkpoint

@@ -20,6 +20,7 @@ from fp8pipe.artifact.kinds import KvAmax, KvCacheFacts
 from fp8pipe.artifact.verify import find_tree
 from fp8pipe.core.config import build_config
 from fp8pipe.core.errors import ConfigurationError, GateFailedError
+from fp8pipe.models.compat import import_transformers
 
 ATTENTION = "model.layers.{}.self_attn"
 # 1/448 is no fp32 number, so every scale is rounded.
@@ -134,3 +135,12 @@ def test_verify_holds_the_manifest_s_scales_against_the_parent_s_ranges(source, 
     rehash(export, doubled)
     found, _ = verify_tree(find_tree(export), [source], strict=True)
     assert any(f"{ATTENTION.format(0)}.k is" in one.why for one in found.findings), found.findings
+
+
+def test_transformers_finds_the_scales_by_these_names(exported):
+    """It keeps them in the model's dtype, so they are rounded to bf16 there."""
+    model = import_transformers().AutoModelForCausalLM.from_pretrained(exported.root)
+    tensors = load_file(exported.root / "model.safetensors")
+    for name in RANGES:
+        for which in ("k_scale", "v_scale"):
+            assert torch.equal(getattr(model.get_submodule(name), which), tensors[f"{name}.{which}"].bfloat16())
