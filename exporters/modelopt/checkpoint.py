@@ -42,6 +42,7 @@ from fp8pipe.numerics.kinds import Kind
 from fp8pipe.report.card import CardFacts, commit_export
 
 QUANT_FILE: Final = "hf_quant_config.json"
+CACHE_SCHEME: Final = {"dynamic": False, "num_bits": 8, "type": "float"}
 _PER_TENSOR: Final = "FP8"
 _PER_CHANNEL: Final = "FP8_PER_CHANNEL_PER_TOKEN"
 _SHARD_BYTES: Final = 5_000_000_000
@@ -151,10 +152,10 @@ def _write_configs(model: LanguageModel, algorithm: str, root: Path, kv_cache: s
     config = quant_config(algorithm, ignored, kv_cache)
     (root / QUANT_FILE).write_text(json.dumps(config, indent=4) + "\n", encoding="utf-8")
     block = {"quant_method": "modelopt", "quant_algo": algorithm, "ignore": ignored, "producer": config["producer"]}
-    form = {"dynamic": False, "num_bits": 8, "type": "float"}
     if kv_cache is not None:
-        block["kv_cache_scheme"] = form
+        block["kv_cache_scheme"] = CACHE_SCHEME
     if algorithm == _PER_TENSOR:
+        form = {"dynamic": False, "num_bits": 8, "type": "float"}
         block["config_groups"] = {"group_0": {"input_activations": form, "weights": form, "targets": ["Linear"]}}
     merged = {**model.plan.source.config, "quantization_config": block}
     (root / "config.json").write_text(json.dumps(merged, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from exporters.modelopt.checkpoint import QUANT_FILE, checkpoint_layers, checkpoint_tensors, quant_config
+from exporters.modelopt.checkpoint import CACHE_SCHEME, QUANT_FILE, checkpoint_layers, checkpoint_tensors, quant_config
 from exporters.modelopt.target import ModeloptDetails
 from exporters.tensorrt.language.source import open_language
 from exporters.verify.common import compare_files, compare_json, compare_layers
@@ -60,10 +61,9 @@ def _configs(artifact: Artifact) -> Iterator[Finding]:
     found = json.loads((artifact.root / QUANT_FILE).read_text(encoding="utf-8"))
     yield from compare_json(found.get("quantization"), expected["quantization"], QUANT_FILE, "quantization")
     block = json.loads((artifact.root / "config.json").read_text(encoding="utf-8")).get("quantization_config") or {}
-    said = {key: block.get(key) for key in ("quant_method", "quant_algo", "ignore")}
-    said["kv_cache_scheme"] = bool(block.get("kv_cache_scheme"))
-    wanted = {"quant_method": "modelopt", "quant_algo": details.quant_algo, "ignore": excluded}
-    wanted["kv_cache_scheme"] = cache is not None
+    said = {key: block.get(key) for key in ("quant_method", "quant_algo", "ignore", "kv_cache_scheme")}
+    wanted: dict[str, Any] = {"quant_method": "modelopt", "quant_algo": details.quant_algo, "ignore": excluded}
+    wanted["kv_cache_scheme"] = None if cache is None else CACHE_SCHEME
     yield from compare_json(said, wanted, "config.json", "quantization_config")
 
 
