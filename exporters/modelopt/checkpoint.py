@@ -9,6 +9,8 @@ Inference engines merge queries, keys and values, and gate and up, into one matr
 single scale, and an engine that finds several rounds all codes again to the largest. So `FP8` is written only if the
 scales within each group are equal, as after training with shared scales; otherwise the other algorithm is used, with
 each scale repeated for all rows, and the manifest says so. Nothing is rounded here.
+
+An FP8 key/value cache has two scales per attention layer, `k_proj.k_scale` and `v_proj.v_scale` (`()`, float32).
 """
 
 from __future__ import annotations
@@ -26,8 +28,11 @@ from exporters.modelopt.target import KIND, ModeloptDetails, ModeloptExportOptio
 from exporters.tensorrt.language.calibrate import count_inputs, scales_by_layer
 from exporters.tensorrt.language.source import LanguageModel, language_records, open_language, read_text
 from exporters.tensorrt.language.target import InputScale
+from exporters.vllm.kv_cache import cost_gate, is_kv_scale, kv_scales
 from exporters.vllm.plan import fused_siblings
+from exporters.vllm.target import KvScale
 from fp8pipe.artifact import Artifact, ArtifactWriter, Gate, LayerRecord, NumberFormat, check_place, disk_guard, none_of
+from fp8pipe.core.errors import ConfigurationError
 from fp8pipe.core.progress import track
 from fp8pipe.core.version import __version__
 from fp8pipe.models.checkpoint.sidecars import SERVED_FILES, copy_sidecars
@@ -37,6 +42,7 @@ from fp8pipe.numerics.kinds import Kind
 from fp8pipe.report.card import CardFacts, commit_export
 
 QUANT_FILE: Final = "hf_quant_config.json"
+CACHE_SCHEME: Final = {"dynamic": False, "num_bits": 8, "type": "float"}
 _PER_TENSOR: Final = "FP8"
 _PER_CHANNEL: Final = "FP8_PER_CHANNEL_PER_TOKEN"
 _SHARD_BYTES: Final = 5_000_000_000
@@ -64,6 +70,7 @@ def export_checkpoint(source: Path, output: Path, options: ModeloptExportOptions
     groups = fused_siblings(model.weights, model.plan.schema.fused_groups)
     uneven = [g for g in groups if len({tuple(model.weights[n].scale.reshape(-1).tolist()) for n in g}) > 1]
     algorithm = _PER_TENSOR if model.per_tensor and not uneven else _PER_CHANNEL
+    cache = {} if options.kv_cache is None else kv_scales(model.plan.source.kv_ranges, str(source))
     with track(2, "export") as progress:
         text, scales = None, None
         if algorithm == _PER_TENSOR:
@@ -77,17 +84,19 @@ def export_checkpoint(source: Path, output: Path, options: ModeloptExportOptions
                     f"{len(uneven)} group(s) of layers that engines fuse have unequal scales, the first: "
                     f"{', '.join(uneven[0])}; written with one scale per row, so that no code is rounded again"
                 )
-            tensors = dict(checkpoint_tensors(model, algorithm, scales))
+            tensors = dict(checkpoint_tensors(model, algorithm, scales, cache))
             _save(tensors, writer.root)
-            _write_configs(model, algorithm, writer.root)
+            _write_configs(model, algorithm, writer.root, options.kv_cache)
             gates = _compare(tensors, model, writer.root)
+            if cache and model.plan.source.kv_ranges is not None:
+                gates.append(cost_gate(model.plan.source.kv_ranges))
             writer.require_gates(
                 gates, "the written checkpoint differs from its source", f"inspect what was written in {writer.root}"
             )
             progress.advance(1)
             details = ModeloptDetails(
                 format=options.format, quant_algo=algorithm, calibration=None if text is None else text.facts,
-                activation_scales=scales,
+                activation_scales=scales, kv_cache=cache or None,
             )  # fmt: skip
             return commit_export(
                 writer, _CARD, model.artifact, options, format=options.format, details=details,
@@ -100,10 +109,23 @@ def export_checkpoint(source: Path, output: Path, options: ModeloptExportOptions
 
 
 def checkpoint_tensors(
-    model: LanguageModel, algorithm: str, scales: Mapping[str, InputScale] | None
+    model: LanguageModel, algorithm: str, scales: Mapping[str, InputScale] | None, cache: Mapping[str, KvScale]
 ) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of the checkpoint: the artifact's codes and floats, scales in the form of the algorithm."""
+    """Every tensor of the checkpoint: the artifact's codes and floats, scales in the form of the algorithm.
+
+    Raises:
+        ConfigurationError: scales of a key/value cache for layers without k_proj and v_proj.
+    """
     yield from model.floats.items()
+    for layer, of_layer in cache.items():
+        for which in ("k", "v"):
+            if f"{layer}.{which}_proj.weight" not in model.plan.source.tensors:
+                raise ConfigurationError(
+                    f"{model.root} cannot be exported with an FP8 key/value cache in this layout",
+                    why=f"{layer} has no {which}_proj, beside whose weight readers look for the scale",
+                    fix="export without --kv-cache, or with --target vllm",
+                )
+            yield f"{layer}.{which}_proj.{which}_scale", torch.tensor(getattr(of_layer, which), dtype=torch.float32)
     for unit in model.plan.units:
         if unit.module is None or unit.module not in model.weights:
             continue
@@ -117,20 +139,23 @@ def checkpoint_tensors(
             yield f"{name}.input_scale", torch.tensor(scales[unit.module].scale, dtype=torch.float32)
 
 
-def quant_config(algorithm: str, excluded: list[str]) -> dict[str, Any]:
+def quant_config(algorithm: str, excluded: list[str], kv_cache: str | None) -> dict[str, Any]:
     """`hf_quant_config.json`, with exactly the keys that ModelOpt documents."""
+    stored = None if kv_cache is None else kv_cache.upper()
     return {
         "producer": {"name": "fp8pipe", "version": __version__},
-        "quantization": {"quant_algo": algorithm, "kv_cache_quant_algo": None, "exclude_modules": excluded},
+        "quantization": {"quant_algo": algorithm, "kv_cache_quant_algo": stored, "exclude_modules": excluded},
     }
 
 
-def _write_configs(model: LanguageModel, algorithm: str, root: Path) -> None:
+def _write_configs(model: LanguageModel, algorithm: str, root: Path, kv_cache: str | None) -> None:
     """Write the quantization config to both places where engines look for it, and tokenizer files byte for byte."""
     ignored = list(model.plan.ignore)
-    config = quant_config(algorithm, ignored)
+    config = quant_config(algorithm, ignored, kv_cache)
     (root / QUANT_FILE).write_text(json.dumps(config, indent=4) + "\n", encoding="utf-8")
     block = {"quant_method": "modelopt", "quant_algo": algorithm, "ignore": ignored, "producer": config["producer"]}
+    if kv_cache is not None:
+        block["kv_cache_scheme"] = CACHE_SCHEME
     if algorithm == _PER_TENSOR:
         form = {"dynamic": False, "num_bits": 8, "type": "float"}
         block["config_groups"] = {"group_0": {"input_activations": form, "weights": form, "targets": ["Linear"]}}
@@ -172,12 +197,15 @@ def _compare(tensors: Mapping[str, Tensor], model: LanguageModel, root: Path) ->
             scales += int(scale is None or not bool((scale == weight.scale).all()))
         else:
             floats += int(stored is None or not same_bits(stored, model.floats[unit.entry.name]))
+    cached = [name for name in tensors if is_kv_scale(name)]
+    wrong = [name for name in cached if name not in found or not same_bits(found[name], tensors[name])]
     unplanned = len(set(found) ^ set(tensors))
     return [
         none_of("weight codes differing", codes, f"of {sum(w.codes.numel() for w in model.weights.values())}"),
         none_of("weight scales differing", scales, f"of {len(model.weights)} layers"),
         none_of("copied tensors differing", floats, f"of {len(model.floats)}, bit for bit"),
         none_of("tensors not as planned", unplanned, f"of {len(tensors)}"),
+        *([none_of("scales of the key/value cache differing", len(wrong), f"of {len(cached)}")] if cached else []),
     ]
 
 

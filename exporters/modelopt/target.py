@@ -8,8 +8,9 @@ from pydantic import Field
 
 from exporters.target import ExportTarget, Service
 from exporters.tensorrt.language.target import SOURCES, CalibrationFacts, CalibrationOptions, InputScale
+from exporters.vllm.target import KvScale
 from fp8pipe.artifact.kinds import Details
-from fp8pipe.core.config import CONFIG_ONLY
+from fp8pipe.core.config import CONFIG_ONLY, Flag
 
 KIND: Final = "modelopt-export"
 
@@ -19,6 +20,9 @@ class ModeloptExportOptions(CalibrationOptions):
 
     format: Literal["modelopt-checkpoint"] = Field(
         default="modelopt-checkpoint", description="A checkpoint in ModelOpt's layout"
+    )
+    kv_cache: Annotated[Literal["fp8"] | None, Flag(default="the compute dtype")] = Field(
+        default=None, description="How engines store keys and values; fp8: E4M3 with calibrated scales"
     )
     force: Annotated[bool, CONFIG_ONLY] = Field(default=False, description="Replace an existing output directory")
 
@@ -33,6 +37,9 @@ class ModeloptDetails(Details):
     )
     activation_scales: dict[str, InputScale] | None = Field(
         default=None, description="static scales of inputs, by layer"
+    )
+    kv_cache: dict[str, KvScale] | None = Field(
+        default=None, description="scales of an FP8 key/value cache, by attention layer; none where it is not in FP8"
     )
 
 

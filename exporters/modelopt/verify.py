@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from exporters.modelopt.checkpoint import QUANT_FILE, checkpoint_layers, checkpoint_tensors, quant_config
+from exporters.modelopt.checkpoint import CACHE_SCHEME, QUANT_FILE, checkpoint_layers, checkpoint_tensors, quant_config
 from exporters.modelopt.target import ModeloptDetails
 from exporters.tensorrt.language.source import open_language
 from exporters.verify.common import compare_files, compare_json, compare_layers
+from exporters.vllm.kv_cache import is_kv_scale, kv_scales
 from exporters.vllm.verify import stray_weights, unexpected_tensors
-from fp8pipe.artifact import Artifact
+from fp8pipe.artifact import MANIFEST_NAME, Artifact
 from fp8pipe.artifact.finding import Check, Finding
 from fp8pipe.models.checkpoint.sidecars import SERVED_FILES, sidecar_files
 from fp8pipe.models.checkpoint.tensors import TensorEntry, read_tensor, weight_entries
@@ -40,7 +42,7 @@ def _values(name: str, entry: TensorEntry, tensors: dict[str, TensorEntry]) -> I
             yield Finding(Check.LINT, name, f"{nan} codes are NaN (nan-code)")
         if f"{name}_scale" not in tensors:
             yield Finding(Check.LINT, name, "FP8 codes without a scale (missing-scale)")
-    elif name.endswith(("weight_scale", "input_scale")):
+    elif name.endswith(("weight_scale", "input_scale")) or is_kv_scale(name):
         scale = read_tensor(entry)
         if entry.dtype != "F32":
             yield Finding(Check.LINT, name, f"a scale of {entry.dtype}; expected F32 (scale-shape)")
@@ -54,12 +56,14 @@ def _configs(artifact: Artifact) -> Iterator[Finding]:
     """Compare hf_quant_config.json and config.json's block with the manifest's algorithm and layers."""
     manifest, details = artifact.manifest, artifact.manifest.details_of(ModeloptDetails)
     excluded = [layer.name for layer in manifest.layers if not layer.converted]
-    expected = quant_config(details.quant_algo, excluded)
+    cache = artifact.manifest.config.get("kv_cache")
+    expected = quant_config(details.quant_algo, excluded, None if cache is None else str(cache))
     found = json.loads((artifact.root / QUANT_FILE).read_text(encoding="utf-8"))
     yield from compare_json(found.get("quantization"), expected["quantization"], QUANT_FILE, "quantization")
     block = json.loads((artifact.root / "config.json").read_text(encoding="utf-8")).get("quantization_config") or {}
-    said = {key: block.get(key) for key in ("quant_method", "quant_algo", "ignore")}
-    wanted = {"quant_method": "modelopt", "quant_algo": details.quant_algo, "ignore": excluded}
+    said = {key: block.get(key) for key in ("quant_method", "quant_algo", "ignore", "kv_cache_scheme")}
+    wanted: dict[str, Any] = {"quant_method": "modelopt", "quant_algo": details.quant_algo, "ignore": excluded}
+    wanted["kv_cache_scheme"] = None if cache is None else CACHE_SCHEME
     yield from compare_json(said, wanted, "config.json", "quantization_config")
 
 
@@ -67,7 +71,10 @@ def _against(artifact: Artifact, tensors: dict[str, TensorEntry], parent: Path) 
     model = open_language(parent)
     details = artifact.manifest.details_of(ModeloptDetails)
     scales = details.activation_scales
-    expected = dict(checkpoint_tensors(model, details.quant_algo, scales))
+    cache = {} if details.kv_cache is None else kv_scales(model.plan.source.kv_ranges, str(parent))
+    said, derived = ({k: s.model_dump() for k, s in found.items()} for found in (details.kv_cache or {}, cache))
+    yield from compare_json(said, derived, MANIFEST_NAME, "details.kv_cache")
+    expected = dict(checkpoint_tensors(model, details.quant_algo, scales, cache))
     for name in sorted(expected.keys() | tensors.keys()):
         if name not in tensors or name not in expected:
             why = "it is missing" if name not in tensors else "no export writes such a tensor"

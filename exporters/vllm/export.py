@@ -7,6 +7,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
+from exporters.vllm.kv_cache import cost_gate, kv_scales
 from exporters.vllm.lint import lint, lint_others, lint_structure
 from exporters.vllm.options import ExportFormat, VllmExportOptions
 from exporters.vllm.plan import ENGINE_ACTIVATIONS, Action, ExportPlan, build_plan
@@ -57,13 +58,14 @@ def plan_export(source: Path | str, options: VllmExportOptions, *, verify: bool 
 
     Raises:
         ConfigurationError: the source cannot be used, has another number of experts than its config.json declares, or
-            the vLLM version is unknown.
+            no ranges for the requested key/value cache, or the vLLM version is unknown.
         BadArtifactError: an unfinished or corrupt artifact.
     """
     opened = open_source(source, verify=verify)
     plan = build_plan(opened, read_structure(opened.root), options)
     check_expert_counts(str(source), plan.structure.tensors, plan.stored)
-    return replace(plan, ending=read_ending(opened.root))
+    scales = kv_scales(opened.kv_ranges, str(source)) if options.kv_cache is not None else {}
+    return replace(plan, ending=read_ending(opened.root), kv_cache=scales)
 
 
 def export_vllm(source: Path | str, output: Path, options: VllmExportOptions) -> Artifact:
@@ -106,6 +108,8 @@ def export_vllm(source: Path | str, output: Path, options: VllmExportOptions) ->
             writer.warn(warning)
         _write(plan, writer, progress)
         gates, parent, digests = _compare(plan, writer.root)
+        if options.kv_cache is not None and plan.source.kv_ranges is not None:
+            gates.append(cost_gate(plan.source.kv_ranges))
         fix = f"check the disk and export again; what was written remains in {writer.root}"
         if not all(gate.passed for gate in gates):
             progress.forget()
@@ -211,6 +215,7 @@ def details_of(plan: ExportPlan) -> VllmDetails:
         quantized_here=plan.options.format.quantized and not plan.source.holds_codes,
         payload_bytes=plan.payload_bytes,
         stop_token_added=plan.ending.added,
+        kv_cache=dict(plan.kv_cache) or None,
     )
 
 

@@ -18,7 +18,7 @@ from exporters.vllm.device import device_in_words, vllm_gpu
 from exporters.vllm.environment import VllmEnvironment, subprocess_environment
 from fp8pipe.core.config import CONFIG_ONLY, Flag, FrozenConfig
 
-__all__ = ["ServingForm"]
+__all__ = ["ServingForm", "declared_cache"]
 
 _BY_VLLM: Final = Flag(default="vLLM's choice")
 _CPU_CACHE: Final = "VLLM_CPU_KVCACHE_SPACE"
@@ -95,11 +95,19 @@ class ServingForm(FrozenConfig):
         """A copy in which unset options have the defaults for this machine and model.
 
         On a CPU the model is compiled only if requested. A context length is set if the model's config.json has none.
+        An FP8 key/value cache that the model declares is named, as vLLM would use it anyway.
         """
         chosen: dict[str, Any] = {} if self.enforce_eager is not None else {"enforce_eager": on_cpu}
         if self.max_model_len is None and not _CONTEXT & json.loads((model / "config.json").read_bytes()).keys():
             chosen["max_model_len"] = _UNSTATED_LENGTH
+        if self.kv_cache_dtype in (None, "auto") and declared_cache(model):
+            chosen["kv_cache_dtype"] = "fp8"
         return self.model_copy(update=chosen) if chosen else self
+
+    @property
+    def rounds_cache(self) -> bool:
+        """Whether keys and values are stored as E4M3 codes."""
+        return self.kv_cache_dtype in ("fp8", "fp8_e4m3")
 
     def options(self) -> list[str]:
         """The settings that were given, as command-line options of `fp8pipe serve`."""
@@ -168,6 +176,12 @@ _TYPED: Final = (
     "dtype", "max_model_len", "kv_cache_dtype", "enforce_eager", "max_num_seqs", "tensor_parallel_size",
     "gpu_memory_utilization",
 )  # fmt: skip
+
+
+def declared_cache(model: Path) -> bool:
+    """Whether a checkpoint for vLLM declares an FP8 key/value cache."""
+    config = json.loads((model / "config.json").read_bytes())
+    return bool((config.get("quantization_config") or {}).get("kv_cache_scheme"))
 
 
 def _flag(name: str) -> str:

@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Annotated
+from typing import Annotated, Any, Final, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from fp8pipe.core.config import CONFIG_ONLY, Flag, FrozenConfig, Size
 from fp8pipe.core.errors import ConfigurationError
@@ -36,12 +36,21 @@ class ExportFormat(StrEnum):
         return self is not ExportFormat.BF16
 
 
+# An FP8 key/value cache as compressed-tensors declares it: one static scale per layer for keys, and one for values.
+KV_CACHE_SCHEME: Final[dict[str, Any]] = {
+    "num_bits": 8, "type": "float", "symmetric": True, "strategy": "tensor", "dynamic": False,
+}  # fmt: skip
+
+
 class VllmExportOptions(FrozenConfig):
     """Options of one export, recorded completely in its manifest."""
 
     format: ExportFormat = Field(
         default=ExportFormat.FP8,
         description="fp8 (W8A8, per-row scales), w8a16 (weight-only FP8) or bf16 (dequantized)",
+    )
+    kv_cache: Annotated[Literal["fp8"] | None, Flag(default="the compute dtype")] = Field(
+        default=None, description="How engines store keys and values; fp8: E4M3 with calibrated scales"
     )
     max_shard_bytes: Annotated[Size, Flag("max-shard-size")] = Field(
         default=5_000_000_000,
@@ -51,6 +60,12 @@ class VllmExportOptions(FrozenConfig):
         default="0.32.0", description="vLLM version whose checkpoint schema is written (one of the declared versions)"
     )
     force: Annotated[bool, CONFIG_ONLY] = Field(default=False, description="Replace an existing output directory")
+
+    @model_validator(mode="after")
+    def _declared(self) -> Self:
+        if self.kv_cache is not None and not self.format.quantized:
+            raise ValueError("kv_cache is declared beside FP8 weights: choose format fp8 or w8a16")
+        return self
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,13 +118,13 @@ def schema_for(vllm_version: str) -> CheckpointSchema:
 
 
 def quantization_config(
-    export_format: ExportFormat, ignore: Sequence[str], schema: CheckpointSchema
+    export_format: ExportFormat, ignore: Sequence[str], schema: CheckpointSchema, kv_cache: str | None = None
 ) -> dict[str, object] | None:
     """The `quantization_config` block for config.json, without null and default values; None for bf16 exports.
 
     compressed-tensors itself calls a weight-only FP8 checkpoint `naive-quantized`; vLLM takes the same code path for
     both formats and selects W8A16 because no input activations are declared. `ignore` holds full names of linear
-    layers that stay unquantized.
+    layers that stay unquantized. With an FP8 `kv_cache`, vLLM stores keys and values in FP8 unless told otherwise.
     """
     if not export_format.quantized:
         return None
@@ -123,4 +138,5 @@ def quantization_config(
         "quantization_status": "compressed",
         "config_groups": {"group_0": group},
         "ignore": list(ignore),
+        **({} if kv_cache is None else {"kv_cache_scheme": dict(KV_CACHE_SCHEME)}),
     }

@@ -13,8 +13,10 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from functools import cached_property
 
+from exporters.vllm.kv_cache import scale_tensors
 from exporters.vllm.options import CheckpointSchema, ExportFormat, VllmExportOptions, schema_for
 from exporters.vllm.source import Source
+from exporters.vllm.target import KvScale
 from fp8pipe.artifact import Encoding, LayerRecord, ScaleRule
 from fp8pipe.models.checkpoint.names import ModelName
 from fp8pipe.models.checkpoint.tensors import PLAIN_FLOATS, SCALE_SUFFIX, TensorEntry, TensorHeader, is_scale
@@ -80,6 +82,7 @@ class ExportPlan:
         dropped: units without an output.
         orphans: source tensors that belong to no unit (scales without codes).
         ending: how generation_config.json is changed so that engines stop at the end of an answer.
+        kv_cache: scales of the FP8 key/value cache by attention layer; empty without one.
         names: the names in the transformers model, by the source's tensor names.
         ignore: entries of `ignore` in config.json's quantization block, spelled as in `spelt`.
         layers: one record per linear layer, named as in `spelt`.
@@ -96,6 +99,7 @@ class ExportPlan:
     ignore: tuple[str, ...]
     layers: tuple[LayerRecord, ...]
     ending: Ending = field(default_factory=Ending)
+    kv_cache: Mapping[str, KvScale] = field(default_factory=dict)
 
     def stopping_as(self, added: int | None) -> ExportPlan:
         """The plan that fits an existing export, given its manifest's `stop_token_added`.
@@ -120,9 +124,14 @@ class ExportPlan:
         return {module: module for module in self.structure.projections} | spell(self.names)
 
     @property
+    def kv_tensors(self) -> dict[str, float]:
+        """The scales of the key/value cache by tensor name, fp32, shape `(1,)`; they belong to the last shard."""
+        return scale_tensors(self.kv_cache)
+
+    @property
     def payload_bytes(self) -> int:
         """Bytes of tensor data in the whole export."""
-        return sum(unit.size_bytes for unit in self.units)
+        return sum(unit.size_bytes for unit in self.units) + 4 * len(self.kv_tensors)
 
 
 def build_plan(source: Source, structure: ModelStructure, options: VllmExportOptions) -> ExportPlan:

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from exporters.vllm.blocks import blocks_of, by_unit, scale_of
+from exporters.vllm.kv_cache import is_kv_scale, scales_gate
 from exporters.vllm.plan import Action, ExportPlan, Unit
 from exporters.vllm.resume import PROGRESS_NAME
 from exporters.vllm.target import KIND, VllmDetails
@@ -116,16 +117,17 @@ def reopen(
         "tensor data written, bytes; must equal the plan",
     )
     payload = Gate(name="payload-bytes", value=float(size), threshold=float(plan.payload_bytes), detail=detail)
-    return [*gates, payload, *_other_files(plan, root)]
+    return [*gates, payload, *_cache_scales(plan, written), *_other_files(plan, root)]
 
 
 def file_gates(plan: ExportPlan, root: Path) -> list[Gate]:
-    """All gates except those on values: on the set of tensors, the files beside the weights, and config.json.
+    """All gates except those on weights: the set of tensors, scales of the cache, the other files, and config.json.
 
     Raises:
         BadArtifactError: the written files cannot be read at all.
     """
-    return [_tensor_set(plan, weight_entries(root)), *_other_files(plan, root)]
+    written = weight_entries(root)
+    return [_tensor_set(plan, written), *_cache_scales(plan, written), *_other_files(plan, root)]
 
 
 def expected_blocks(unit: Unit) -> Generator[Tensor, None, None]:
@@ -222,9 +224,14 @@ def _weight_gates(found: _Comparison) -> list[Gate]:
 
 def _tensor_set(plan: ExportPlan, written: dict[str, TensorEntry]) -> Gate:
     planned = {output.name: (output.dtype, output.shape) for unit in plan.units for output in unit.outputs}
+    planned |= {name: ("F32", (1,)) for name in plan.kv_tensors}
     found = {name: (entry.dtype, entry.shape) for name, entry in written.items()}
     wrong = [name for name in planned.keys() | found.keys() if planned.get(name) != found.get(name)]
     return _none("tensors-as-planned", sorted(wrong), f"names, dtypes and shapes of {len(planned)} tensor(s)")
+
+
+def _cache_scales(plan: ExportPlan, written: dict[str, TensorEntry]) -> list[Gate]:
+    return [scales_gate(plan.kv_tensors, written)] if plan.kv_cache else []
 
 
 def _other_files(plan: ExportPlan, root: Path) -> list[Gate]:
@@ -295,11 +302,11 @@ if TYPE_CHECKING:
 
 
 def iter_weights(export: Path) -> Iterator[tuple[str, Tensor]]:
-    """Read an export tensor by tensor, with one tensor in memory at a time.
+    """Read the weights of an export, with one tensor in memory at a time.
 
     Yields:
-        Name and values of every tensor except scales, in the stored orientation: fp32 for float tensors (FP8 codes are
-        dequantized), the stored dtype for others.
+        Name and values of every weight, without scales, in the stored orientation: fp32 for float tensors (FP8 codes
+        are dequantized), the stored dtype for others.
 
     Raises:
         BadArtifactError: not a finished vllm-export, or damaged.
@@ -308,7 +315,7 @@ def iter_weights(export: Path) -> Iterator[tuple[str, Tensor]]:
     transposed = set(artifact.manifest.details_of(VllmDetails).transposed)
     entries = weight_entries(Path(export))
     for name, entry in entries.items():
-        if is_scale(name, entries):
+        if is_scale(name, entries) or is_kv_scale(name):
             continue
         tensor, scale = read_tensor(entry), entries.get(name + SCALE_SUFFIX)
         if scale is not None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from fp8pipe.artifact import MANIFEST_NAME, Encoding, LayerRecord, Parent, open_artifact
-from fp8pipe.artifact.kinds import FALQON_KIND, TUNED_KINDS, TunedDetails
+from fp8pipe.artifact.kinds import FALQON_KIND, TUNED_KINDS, KvCacheFacts, TunedDetails
 from fp8pipe.core.errors import ConfigurationError
 from fp8pipe.models.checkpoint.quantized.base import BaseCheckpoint, read_base
 from fp8pipe.models.checkpoint.sidecars import read_config
@@ -35,6 +35,7 @@ class Source:
         layers: the manifest's records by layer; empty for a plain directory.
         adapter: the state of the adapter according to the manifest; None for a plain directory.
         base: a plain directory's checkpoint; None for an artifact.
+        kv_ranges: ranges of keys and values from the manifest; None if there are none.
     """
 
     root: Path
@@ -46,6 +47,7 @@ class Source:
     layers: dict[str, LayerRecord] = field(default_factory=dict)
     adapter: str | None = None
     base: BaseCheckpoint | None = None
+    kv_ranges: KvCacheFacts | None = None
 
     @property
     def holds_codes(self) -> bool:
@@ -97,6 +99,7 @@ def open_source(source: Path | str, *, verify: bool = True) -> Source:
         layers={layer.name: layer for layer in manifest.layers},
         adapter=details.adapter,
         parent=artifact.as_parent(),
+        kv_ranges=details.kv_cache,
     )
 
 

@@ -10,8 +10,17 @@ from exporters.target import PLAIN_MODEL, Engine, ExportTarget, Service
 from exporters.vllm.options import VllmExportOptions
 from fp8pipe.artifact.kinds import TUNED_KINDS, Details
 from fp8pipe.artifact.manifest import Encoding
+from fp8pipe.core.config import FrozenConfig
 
 KIND: Final = "vllm-export"
+
+
+class KvScale(FrozenConfig):
+    """Static scales of one layer's key/value cache, fp32; dequantized = code * scale."""
+
+    layer: int = Field(ge=0, description="index of the layer in the cache")
+    k: float = Field(gt=0, allow_inf_nan=False, description="scale of the keys")
+    v: float = Field(gt=0, allow_inf_nan=False, description="scale of the values")
 
 
 class VllmDetails(Details):
@@ -33,6 +42,11 @@ class VllmDetails(Details):
         default=None,
         description="end-of-turn token of the chat template that the export added to eos_token_id of "
         "generation_config.json",
+    )
+    kv_cache: dict[str, KvScale] | None = Field(
+        default=None,
+        description="scales of the FP8 key/value cache by attention layer, as the checkpoint names it; none where keys "
+        "and values are stored in the compute dtype",
     )
 
 

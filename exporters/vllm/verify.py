@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from exporters.verify.common import (
@@ -20,6 +21,7 @@ from exporters.verify.common import (
     lint_findings,
 )
 from exporters.vllm.export import details_of, plan_export
+from exporters.vllm.kv_cache import is_kv_scale, scales_gate
 from exporters.vllm.lint import lint
 from exporters.vllm.options import VllmExportOptions
 from exporters.vllm.plan import ExportPlan, build_plan
@@ -42,17 +44,19 @@ def plan_itself(artifact: Artifact) -> ExportPlan:
     config = json.loads((artifact.root / CONFIG_NAME).read_text(encoding="utf-8"))
     config.pop("quantization_config", None)
     details = artifact.manifest.details_of(VllmDetails)
+    tensors = {name: entry for name, entry in weight_entries(artifact.root).items() if not is_kv_scale(name)}
     source = Source(
         root=artifact.root,
         kind=FALQON_KIND if options.format.quantized else HUGGING_FACE,
         config=config,
-        tensors=weight_entries(artifact.root),
+        tensors=tensors,
         transposed=frozenset(name.removesuffix(".weight") for name in details.transposed),
         layers={layer.name: layer for layer in artifact.manifest.layers},
         adapter="flushed",
         parent=artifact.as_parent(),
     )
-    return build_plan(source, read_structure(artifact.root), options)
+    plan = build_plan(source, read_structure(artifact.root), options)
+    return replace(plan, kv_cache=details.kv_cache or {})
 
 
 def check_vllm(artifact: Artifact, parent: Path | None, notes: list[str]) -> Iterator[Finding]:
@@ -64,9 +68,20 @@ def check_vllm(artifact: Artifact, parent: Path | None, notes: list[str]) -> Ite
     yield from stray_weights(artifact.root, tensors)
     for unit in plan.dropped:
         yield Finding(Check.LINT, unit.entry.name, "a second copy of a tied tensor, which no export stores")
+    yield from _cache_scales(artifact, plan)
     yield from _statements(artifact, plan)
     if parent is not None:
         yield from _against(artifact, plan, parent)
+
+
+def _cache_scales(artifact: Artifact, plan: ExportPlan) -> Iterator[Finding]:
+    """Compare the scales of the key/value cache in the files with the manifest's."""
+    written = {name: entry for name, entry in weight_entries(artifact.root).items() if is_kv_scale(name)}
+    for name in sorted(written.keys() - plan.kv_tensors.keys()):
+        yield Finding(Check.REOPEN, name, "a scale of the key/value cache that the manifest does not name")
+    gate = scales_gate(plan.kv_tensors, written)
+    if not gate.passed:
+        yield Finding(Check.REOPEN, gate.name, gate.detail)
 
 
 def _statements(artifact: Artifact, plan: ExportPlan) -> Iterator[Finding]:

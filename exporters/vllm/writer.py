@@ -16,7 +16,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -57,6 +57,7 @@ def write_weights(
         OutOfMemoryError: the disk is too small or fills up (exit code 15).
     """
     names = shard_names(len(plan.shards))
+    scales = {names[-1]: plan.kv_tensors}
     kept = frozenset() if progress is None else progress.finished
     todo = [(name, units) for name, units in zip(names, plan.shards, strict=True) if name not in kept]
     findings: list[Finding] = []
@@ -67,7 +68,7 @@ def write_weights(
     ):
         flushed = []
         for name, units in todo:
-            findings += _write_shard(root / name, units, advance, sound=not findings)
+            findings += _write_shard(root / name, units, scales.get(name, {}), advance, sound=not findings)
             flushed.append(disk.submit(_flush, root / name, progress if not findings else None))
         for one in flushed:
             one.result()
@@ -76,20 +77,28 @@ def write_weights(
     if len(names) > 1:
         placed = [(name, unit) for name, units in zip(names, plan.shards, strict=True) for unit in units]
         weight_map = {output.name: name for name, unit in placed for output in unit.outputs}
-        write_index(root, weight_map, plan.payload_bytes)
+        write_index(root, weight_map | dict.fromkeys(plan.kv_tensors, names[-1]), plan.payload_bytes)
     return findings
 
 
-def _write_shard(path: Path, units: Sequence[Unit], advance: Callable[[], None], sound: bool) -> list[Finding]:
-    """Write a shard, unless the export has already been refused (not `sound`); returns findings about its values."""
-    header, offsets = _layout([output for unit in units for output in unit.outputs])
+def _write_shard(
+    path: Path, units: Sequence[Unit], scales: Mapping[str, float], advance: Callable[[], None], sound: bool
+) -> list[Finding]:
+    """Write a shard, unless the export has already been refused (not `sound`); returns findings about its values.
+
+    `scales` are tensors without a source: fp32, shape `(1,)`.
+    """
+    headers = [TensorHeader(name, "F32", (1,)) for name in scales]
+    header, offsets = _layout([*(output for unit in units for output in unit.outputs), *headers])
     start = 8 + len(header)
     findings: list[Finding] = []
     with path.open("wb") as handle:
         handle.write(len(header).to_bytes(8, "little") + header)
         handle.flush()
-        handle.truncate(start + sum(unit.size_bytes for unit in units))
+        handle.truncate(start + sum(unit.size_bytes for unit in units) + 4 * len(scales))
         descriptor = handle.fileno()
+        for name, scale in scales.items():
+            _write_at(descriptor, start + offsets[name], torch.tensor([scale], dtype=torch.float32))
 
         def work(unit: Unit, rows: range) -> int:
             block = read_rows(unit.entry, rows)
@@ -183,7 +192,7 @@ def auxiliary_warnings(root: Path) -> list[str]:
 def export_config(plan: ExportPlan) -> dict[str, object]:
     """The export's config.json: the source's, with `quantization_config` set and, for bf16, the dtype."""
     config: dict[str, object] = {k: v for k, v in plan.source.config.items() if k != "quantization_config"}
-    block = quantization_config(plan.options.format, plan.ignore, plan.schema)
+    block = quantization_config(plan.options.format, plan.ignore, plan.schema, plan.options.kv_cache)
     if block is not None:
         config["quantization_config"] = block
     if plan.options.format is ExportFormat.BF16:

@@ -18,8 +18,8 @@ from fp8pipe.core.config import FrozenConfig
 from fp8pipe.core.errors import BadArtifactError, ConfigurationError
 
 __all__ = [
-    "FALQON_KIND", "LORA_KIND", "TUNED_KINDS", "VIT_KIND", "ArtifactKind", "Details", "TunedDetails", "VitDetails",
-    "kind_named", "register_kind", "targets_of", "unregister_kind",
+    "FALQON_KIND", "LORA_KIND", "TUNED_KINDS", "VIT_KIND", "ArtifactKind", "Details", "KvAmax", "KvCacheFacts",
+    "TunedDetails", "VitDetails", "kind_named", "register_kind", "targets_of", "unregister_kind",
 ]  # fmt: skip
 
 # The module whose function `load()` registers the kinds of exports.
@@ -148,6 +148,28 @@ class PackingFacts(FrozenConfig):
     reason: str = Field(default="", description="why packing is off although it was requested")
 
 
+class KvAmax(FrozenConfig):
+    """Largest magnitudes of one layer's keys and values, as they enter the key/value cache."""
+
+    layer: int = Field(ge=0, description="index of the layer in the cache")
+    k: float = Field(ge=0, allow_inf_nan=False, description="amax of the keys, after the rotary embedding")
+    v: float = Field(ge=0, allow_inf_nan=False, description="amax of the values")
+
+
+class KvCacheFacts(FrozenConfig):
+    """What an FP8 key/value cache needs and costs, measured on the weights that are stored."""
+
+    records: int = Field(ge=1, description="training records that the ranges were measured on")
+    tokens: int = Field(ge=1, description="tokens of these records")
+    amax: dict[str, KvAmax] = Field(description="ranges by attention layer, as the checkpoint names it")
+    heldout_tokens: int = Field(ge=0, description="answer tokens of the held-out records behind both losses")
+    loss: float = Field(description="their mean loss, nats per answer token")
+    fp8_loss: float = Field(description="the same with keys and values rounded to E4M3, scale = amax / 448")
+    error: float | None = Field(
+        default=None, description="standard error of the difference of both, nats; none for a single batch"
+    )
+
+
 class TunedDetails(Details):
     """Details of a fine-tuned language model."""
 
@@ -166,6 +188,7 @@ class TunedDetails(Details):
     final_merge: MergeHealth | None = Field(default=None, description="the final merge, over all layers")
     final_merge_layers: dict[str, MergeHealth] = Field(default_factory=dict, description="the same, by layer")
     heldout_loss: HeldoutLoss | None = Field(default=None, description="before and after fine-tuning")
+    kv_cache: KvCacheFacts | None = Field(default=None, description="ranges for, and cost of, an FP8 key/value cache")
 
 
 class TopK(FrozenConfig):

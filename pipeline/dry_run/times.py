@@ -35,12 +35,19 @@ _COLD: Final = 1.7
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """How often phases occur, and the mean size of a micro-batch relative to the largest."""
+    """How often phases occur, and the mean size of a micro-batch relative to the largest.
+
+    Attributes:
+        calibration_batches: training batches that the ranges of keys and values are measured on.
+        cache_batches: held-out batches that are run with and without an FP8 key/value cache.
+    """
 
     steps: int
     accumulation: int
     evaluations: int
     heldout_batches: int
+    calibration_batches: int
+    cache_batches: int
     saves: int
     gradient_batches: int
     merge_batches: int
@@ -60,6 +67,8 @@ def phase_seconds(work: Workload, often: Schedule, rates: Rates) -> Mapping[str,
         "prepare": _prepare(work, often, cold),
         "step": often.steps * step,
         "evaluate": often.evaluations * often.heldout_batches * held,
+        "calibrate": often.calibration_batches * often.train_share * _forward(work, cold, 0)
+        + 2 * often.cache_batches * held,
         "save": often.saves * 6 * 12 * work.trained / rates.memory,
         "final merge": _final_merge(work, often, rates),
         "write": _WRITE + 10 * written / rates.memory,

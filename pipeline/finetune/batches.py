@@ -55,6 +55,7 @@ class Batch:
         tokens: number of real tokens (without padding).
         answer_tokens: number of tokens that enter the loss.
         examples: indices into the encoded examples, row by row.
+        lengths: number of real tokens of each row.
     """
 
     input_ids: torch.Tensor
@@ -63,6 +64,7 @@ class Batch:
     tokens: int
     answer_tokens: int
     examples: tuple[int, ...]
+    lengths: tuple[int, ...] = ()
 
 
 class Batches:
@@ -129,7 +131,7 @@ class Batches:
         input_ids = torch.full((len(rows), width), self._pad_id, dtype=torch.int64)
         labels = torch.full((len(rows), width), IGNORED, dtype=torch.int64)
         position_ids = torch.zeros((len(rows), width), dtype=torch.int64)
-        tokens = 0
+        lengths = []
         for r, row in enumerate(rows):
             at = 0
             for index in row:
@@ -140,13 +142,14 @@ class Batches:
                 labels[r, at + 1 : end] = torch.tensor(example.labels[1:], dtype=torch.int64)
                 position_ids[r, at:end] = torch.arange(end - at)
                 at = end
-            tokens += at
+            lengths.append(at)
             # The padding of a packed row is a segment of its own. Otherwise positions continue, so that the row stays
             # one segment (no mask is built), but are clamped to the positions that the model has.
             counted_on = torch.arange(at, width).clamp(max=self._sequence_length - 1)
             position_ids[r, at:] = torch.arange(width - at) if self._packing else counted_on
         examples = tuple(i for row in rows for i in row)
-        return Batch(input_ids, labels, position_ids, tokens, int((labels != IGNORED).sum()), examples)
+        answers = int((labels != IGNORED).sum())
+        return Batch(input_ids, labels, position_ids, sum(lengths), answers, examples, tuple(lengths))
 
 
 def first_fit(lengths: Sequence[int], order: Sequence[int], capacity: int) -> list[list[int]]:

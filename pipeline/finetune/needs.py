@@ -26,6 +26,7 @@ from pipeline.dry_run.times import Schedule, phase_seconds
 from pipeline.dry_run.workload import Group, Workload
 from pipeline.falqon.rules import FinalMerge, Initialisation
 from pipeline.finetune.config import FinetuneConfig
+from pipeline.finetune.kv_cache import CALIBRATION_RECORDS, HELDOUT_RECORDS
 from pipeline.finetune.packing import packing_warning
 from pipeline.finetune.stage import TrainingText, load_text
 
@@ -187,7 +188,10 @@ def _seconds(
     often = Schedule(
         steps=config.steps, accumulation=config.gradient_accumulation,
         evaluations=2 + (math.ceil(config.steps / config.evaluate_every) if config.evaluate_every else 1),
-        heldout_batches=heldout.count, saves=saves, gradient_batches=config.gradient_batches,
+        heldout_batches=heldout.count,
+        calibration_batches=min(train.count, math.ceil(CALIBRATION_RECORDS / train.rows)),
+        cache_batches=min(heldout.count, math.ceil(HELDOUT_RECORDS / heldout.rows)),
+        saves=saves, gradient_batches=config.gradient_batches,
         merge_batches=math.ceil(config.final_merge_batches / config.batch_size), train_share=train.share,
         heldout_share=heldout.share * heldout.rows * heldout.length / work.tokens,
     )  # fmt: skip

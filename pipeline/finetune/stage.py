@@ -62,6 +62,7 @@ from pipeline.falqon.method import FalqonMethod
 from pipeline.finetune.batches import Batches, encoded_digest
 from pipeline.finetune.checkpoint import ENCODED_TEXT, CheckpointStore
 from pipeline.finetune.config import FinetuneConfig
+from pipeline.finetune.kv_cache import measure_kv_cache
 from pipeline.finetune.loading import least_memory, load_model, weights_digest
 from pipeline.finetune.loop import Trainer, plot_run
 from pipeline.finetune.loss import answer_count, answer_loss, heldout_loss, model_inputs
@@ -278,6 +279,10 @@ def _deploy(
     deployed = heldout_loss(model, heldout, config.device)
     untuned = next(line["heldout_loss"] for line in trainer.history if "heldout_loss" in line)
     trainer.record({"step": trainer.step, "deployed_loss": deployed})
+    enter_phase("calibrate")
+    kv_cache, missing = measure_kv_cache(model, text.train, text.heldout, names, config.device)
+    if missing:
+        writer.warn(f"this model cannot be exported with an FP8 key/value cache: {missing}")
     enter_phase("write")
     transposed = write_deployed(writer, source.path, method.deployed_weights(), method.adapter(), names)
     if text.template.origin == "plain":  # the model was trained with it, so it must be served with it
@@ -310,7 +315,7 @@ def _deploy(
             base_dtype=config.dtype, transposed=transposed, data=text.facts, packing=text.packing,
             stop_token_added=text.ending.added,
             **merge_facts(flushed, names),
-            heldout_loss=HeldoutLoss(untuned=untuned, deployed=deployed),
+            heldout_loss=HeldoutLoss(untuned=untuned, deployed=deployed), kv_cache=kv_cache,
         ),
         exclude=[_CHECKPOINTS], volatile=[_METRICS, _PLOT],
     )  # fmt: skip

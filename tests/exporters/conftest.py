@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fp8pipe.artifact import Artifact, ArtifactWriter, LayerRecord, NumberFormat
-from fp8pipe.artifact.kinds import TunedDetails
+from fp8pipe.artifact.kinds import KvCacheFacts, TunedDetails
 from fp8pipe.artifact.manifest import Encoding, ScaleRule
 from fp8pipe.models.compat import import_transformers
 
@@ -108,6 +108,7 @@ class FalqonBuilder:
         adapter: the manifest's adapter state.
         lora_b: value of every element of the adapter's B.
         rule: the manifest's update rule.
+        kv_cache: the manifest's ranges of keys and values.
     """
 
     base: Path
@@ -117,6 +118,7 @@ class FalqonBuilder:
     adapter: str = "flushed"
     lora_b: float = 0.0
     rule: str = "live"
+    kv_cache: KvCacheFacts | None = None
 
     def write(self, output: Path) -> Artifact:
         """Write the artifact to `output`."""
@@ -134,7 +136,12 @@ class FalqonBuilder:
                 number_format=NumberFormat(name="e4m3", granularity=self.granularity),
                 layers=layers,
                 details=TunedDetails(
-                    adapter=self.adapter, rule=self.rule, rank=4, base_dtype="bfloat16", transposed=transposed
+                    adapter=self.adapter,
+                    rule=self.rule,
+                    rank=4,
+                    base_dtype="bfloat16",
+                    transposed=transposed,
+                    kv_cache=self.kv_cache,
                 ),
             )
 

@@ -26,8 +26,8 @@ __all__ = ["PROMPTS", "checked", "scaled_inputs", "write_family"]
 PROMPTS = ("Hello",)
 
 
-def write_trained(folder: Path, plain: Path) -> Path:
-    """A falqon artifact with one scale a tensor, a power of two."""
+def write_trained(folder: Path, plain: Path, **details: object) -> Path:
+    """A falqon artifact with one scale a tensor, a power of two; `details` are added to the manifest's."""
     found: dict[str, Tensor] = {}
     layers = []
     encoding = Encoding(format="e4m3", bits=8, granularity="per-tensor")
@@ -44,7 +44,7 @@ def write_trained(folder: Path, plain: Path) -> Path:
         save_file(found, writer.root / "model.safetensors", metadata={"format": "pt"})
         writer.commit(
             number_format=NumberFormat(name="e4m3", granularity="per-tensor"), layers=layers,
-            details=details_of("falqon", base_dtype="bfloat16"),
+            details=details_of("falqon", base_dtype="bfloat16", **details),
         )  # fmt: skip
     return folder
 

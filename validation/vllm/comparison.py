@@ -26,6 +26,7 @@ from validation.contents import contents_gate
 from validation.record import heading
 from validation.vllm.expected import ExpectedWeights, Holding, weight_report
 from validation.vllm.kernel_report import KernelReport, kernel_report
+from validation.vllm.kv_cache import cache_scales, scales_of, without_fp8_cache
 from validation.vllm.launcher import PARITY_ARGUMENTS, ProbeJob, in_process, run_probe
 from validation.vllm.picture import PictureQuestion, picture_question
 from validation.vllm.proved import not_proved, proved
@@ -177,6 +178,7 @@ def _engines(case: Case, asked: _Questions, expected: ExpectedWeights) -> tuple[
 
         try:
             arguments = [*PARITY_ARGUMENTS, "--max-model-len", str(asked.length)]
+            arguments += without_fp8_cache(case.artifact.root)
             first = [start(holding, False, arguments, in_process()) for holding in holdings]
             second = start(case.holding, True, case.form.arguments(), variables)
             return next((run.result() for run in first), None), second.result()
@@ -267,6 +269,8 @@ def _against_torch(
     kernels = _kernels(case, expected, served)
     wide = [expected.module(name) for name in expected.quantized if case.holding.codes and not kernels.packed]
     reference.take_form(case.holding.dtype, map(expected.module, _rounded(case, expected)), wide)
+    if (scales := cache_scales(case.form, scales_of(case.artifact, case.plan))) is not None:
+        reference.round_cache(scales, toward_zero=case.environment.on_cpu)
     form = reference.logprobs([Text.of(ids) for ids in asked.sequences])
     figures = served_figures(true, form, places) | losses(true, form, asked.sequences, places)
     report = ServedReport(

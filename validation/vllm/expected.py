@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from exporters.vllm.export import plan_export
+from exporters.vllm.kv_cache import is_kv_scale
 from exporters.vllm.options import VllmExportOptions
 from exporters.vllm.plan import Action, ExportPlan, Unit
 from exporters.vllm.reopen import BF16_ERROR_BOUND, E4M3_ERROR_BOUND, expected_blocks, source_values
@@ -60,6 +61,7 @@ class Expected:
         scale: fp32, dequantized = code * scale, broadcastable to `value`; None for unquantized tensors.
         transposed: whether it is stored as `(in, out)`; the engine has `(out, in)`.
         products: for codes, the digests of the weights that multiplication with one-hot inputs may return.
+        wide: whether engines keep it in fp32 whatever their dtype: a scale of the key/value cache.
     """
 
     name: str
@@ -67,9 +69,12 @@ class Expected:
     scale: Tensor | None
     transposed: bool
     products: tuple[str, ...] = ()
+    wide: bool = False
 
     def held(self, holding: Holding) -> list[Expected]:
         """The tensors an engine stores for it: the weight rounded once, or codes (as fp32) and one scale per row."""
+        if self.wide:
+            return [self]
         if self.scale is None or not holding.codes:
             return [replace(self, value=_rounded(self.value, holding.dtype))]
         codes = grid_numbers(self.value / self.scale)
@@ -132,13 +137,17 @@ class ExpectedWeights:
         self.entries = weight_entries(export.root)
         self.transposed = set(export.manifest.details_of(VllmDetails).transposed)
         self.units: dict[str, Unit] = {} if plan is None else {unit.outputs[0].name: unit for unit in plan.units}
-        self.names = list(self.units) or [name for name in self.entries if not is_scale(name, self.entries)]
+        self.names = [*self.units, *self.kv_scales] if plan is not None else [
+            name for name in self.entries if not is_scale(name, self.entries)
+        ]  # fmt: skip
 
     def __iter__(self) -> Iterator[Expected]:
         return (self.read(name) for name in self.names)
 
     def read(self, name: str) -> Expected:
         """The expected tensor of this name."""
+        if name in self.kv_scales:
+            return Expected(name, self.kv_scales[name], None, False, wide=True)
         unit, value = self._unit(name), self.stored.read(name).float()
         return Expected(name, value, _scale_of(unit, value), unit.transposed)
 
@@ -149,9 +158,16 @@ class ExpectedWeights:
 
     @cached_property
     def stored(self) -> StoredWeights:
-        """The values alone, for a torch model."""
-        headers = {name: self._unit(name).entry for name in self.names}
+        """The values of the weights alone, for a torch model."""
+        headers = {name: self._unit(name).entry for name in self.names if name not in self.kv_scales}
         return StoredWeights(headers, lambda name: expected_blocks(self._unit(name)))
+
+    @cached_property
+    def kv_scales(self) -> dict[str, Tensor]:
+        """The scales of the FP8 key/value cache by tensor name, fp32, shape `(1,)`."""
+        if self.plan is None:
+            return {name: read_tensor(entry).float() for name, entry in self.entries.items() if is_kv_scale(name)}
+        return {name: torch.tensor([scale], dtype=torch.float32) for name, scale in self.plan.kv_tensors.items()}
 
     @property
     def reference(self) -> Literal["source", "export"]:
@@ -160,8 +176,8 @@ class ExpectedWeights:
 
     def row_error(self, name: str, value: Tensor) -> float:
         """Largest rounding error of a row against the source's floats, relative to its bound; 0 if not rounded."""
-        unit = self.units[name]
-        if unit.action in {Action.COPY, Action.CODES}:
+        unit = self.units.get(name)
+        if unit is None or unit.action in {Action.COPY, Action.CODES}:
             return 0.0
         bound = E4M3_ERROR_BOUND if unit.action is Action.QUANTIZE else BF16_ERROR_BOUND
         return row_errors(value, source_values(unit), transposed=unit.transposed) / bound

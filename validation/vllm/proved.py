@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from exporters.vllm.reopen import changed_on_purpose
 from fp8pipe.models.language.ending import GENERATION_FILE
+from validation.vllm.kv_cache import NO_SCALES, scales_of
 from validation.vllm.picture import PICTURED
 from validation.vllm.products import APPROXIMATE
 
@@ -26,6 +27,8 @@ def proved(case: Case, served: ServedReport | None) -> list[str]:
         changed = changed_on_purpose(case.plan)
         but = f", except {', '.join(changed)}" if any(GENERATION_FILE in key for key in changed) else ""
         found.append(f"config.json, tokenizer, chat template and generation config are the source's{but}")
+    if scales := scales_of(case.artifact, case.plan):
+        found.append(f"the scales of the FP8 key/value cache inside the engine, in {len(scales)} layers, are {whose}")
     if served is not None:
         found += [] if served.kernels is None else list(_products(served.kernels))
         if any(answer.prompt.startswith(PICTURED) for answer in served.canary):
@@ -49,6 +52,8 @@ def not_proved(case: Case, served: ServedReport | None) -> list[str]:
             "FP8 kernels of a GPU, which round activations: these serving settings do not" if case.environment.on_cpu
             else "rounding of activations, which the checkpoint declares: this GPU has no FP8 arithmetic"
         )  # fmt: skip
+    if case.form.rounds_cache and not scales_of(case.artifact, case.plan):
+        found.append(NO_SCALES)
     if served is not None:
         found += list(_unseen(case, served))
     return [*found, "serving settings other than those named"]

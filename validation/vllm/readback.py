@@ -10,6 +10,8 @@ How a weight is read depends on the layer:
 * If vLLM has packed the weight for a GEMM and dropped the original, it is read through the GEMM: one-hot inputs return
   the columns of the weight exactly, since all other terms of each sum are zero. Only the sign of zeros is lost, and for
   packed codes whatever the output dtype cannot represent.
+* Scales of the key/value cache are read from where attention reads them, and once more as the number that is passed to
+  kernels which take one.
 * Layers that pack their own weights (experts) are read after loading and before packing; the computation of quantized
   experts is tested too (`experts`).
 * Values that the loader computes elementwise from a tensor are compared with what it computes from the source's tensor.
@@ -160,6 +162,8 @@ class Reading:
         if origin.pieces and not any(piece.head.name in self.tensors for piece in origin.pieces):
             return torch.zeros(origin.shape), "scale"  # not compared itself: the weight is compared dequantized
         module, leaf = _module(model, name), name.rpartition(".")[2]
+        if _is_attention(module):
+            return _cache_scale(module, leaf)
         if isinstance(module, LinearBase) and leaf == "weight":
             return self._linear(name, module, origin)
         if isinstance(module, LinearBase) and self._packed(name):
@@ -263,7 +267,22 @@ def _packs_itself(module: Any) -> bool:
 
     if isinstance(module, LinearBase):
         return isinstance(module.weight, Tensor) and module.weight.ndim != 2  # a convolution
-    return getattr(module, "quant_method", None) is not None and not isinstance(module, VocabParallelEmbedding)
+    if isinstance(module, VocabParallelEmbedding) or _is_attention(module):
+        return False
+    return getattr(module, "quant_method", None) is not None
+
+
+def _is_attention(module: Any) -> bool:
+    """Whether a layer owns a key/value cache; its scales are replaced by buffers once the weights are loaded."""
+    return isinstance(getattr(module, "_k_scale", None), Tensor)
+
+
+def _cache_scale(layer: Any, leaf: str) -> tuple[Tensor | None, str]:
+    """A scale of the key/value cache, fp32 `(1,)`; None if attention and its kernels are given different numbers."""
+    held, number = getattr(layer, f"_{leaf}", None), getattr(layer, f"_{leaf}_float", None)
+    if not isinstance(held, Tensor) or held.numel() != 1 or float(held) != number:
+        return None, ""
+    return held.detach().cpu().float().reshape(1), "stored"
 
 
 def _digest(value: Tensor, *, unsigned: bool) -> str:

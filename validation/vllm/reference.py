@@ -11,7 +11,7 @@ far (four times the KL divergence, which grows with the square).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from fp8pipe.models.compat import import_transformers
+from fp8pipe.models.language.kv_cache import rounding_cache
 from fp8pipe.models.language.parts import PART_BYTES, PartedModel, StoredWeights
 from fp8pipe.numerics.bf16 import widen_bf16_products
 from fp8pipe.numerics.plain import grid_numbers
@@ -88,6 +89,7 @@ class Reference:
         widen_bf16_products()
         self._parted = PartedModel(source, weights, part_bytes)
         self.model: PreTrainedModel = self._parted.model
+        self._cache: Callable[[], Any] = lambda: None  # makes the key/value cache of a forward pass
 
     def take_form(self, dtype: torch.dtype, rounded: Iterable[str] = (), wide: Iterable[str] = ()) -> None:
         """From now on, round as the engine does when serving.
@@ -111,6 +113,10 @@ class Reference:
         for name in rounded:
             modules[name].register_forward_pre_hook(lambda _, args: (_rounded(args[0]),))
 
+    def round_cache(self, scales: Mapping[int, tuple[float, float]], *, toward_zero: bool) -> None:
+        """From now on, round keys and values to E4M3; the arguments are those of `rounding_cache`."""
+        self._cache = lambda: rounding_cache(self.model, scales, toward_zero=toward_zero)
+
     def logprobs(self, texts: Sequence[Text]) -> list[Tensor]:
         """Log-probabilities of the next token from each text's start on: fp32 `(length - start, vocabulary)` each.
 
@@ -120,7 +126,7 @@ class Reference:
 
     @torch.inference_mode()
     def _logprobs(self, text: Text) -> Tensor:
-        logits = self.model(**text.inputs).logits[0]  # (L, V)
+        logits = self.model(**text.inputs, past_key_values=self._cache()).logits[0]  # (L, V)
         return torch.log_softmax(logits.float(), dim=-1)[text.start :].clone()
 
 

@@ -74,6 +74,9 @@ def test_learning_lowers_the_heldout_loss_of_the_deployed_codes(make_base, pairs
     artifact = finetune(config(make_base(), pairs, steps=60, evaluate_every=0, save_every=0), tmp_path / "out")
     losses = artifact.manifest.details.heldout_loss
     assert losses.deployed < losses.untuned - 0.3  # random weights start at ln 272 = 5.6 nats; B alone, in 60 steps
+    cache = artifact.manifest.details.kv_cache
+    assert list(cache.amax) == [f"model.layers.{layer}.self_attn" for layer in (0, 1)]
+    assert cache.loss == pytest.approx(losses.deployed, rel=0.01)  # bf16, and examples unpacked
     assert all(gate.passed for gate in artifact.manifest.gates)
 
 
