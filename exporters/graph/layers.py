@@ -10,6 +10,7 @@ computes codes and block scales from the value and the tensor scale.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
@@ -92,8 +93,12 @@ class ExportedLayer:
         return any(Kind.NVFP4 in operand.kinds for operand in self.operands)
 
 
-def read_layers(model: ir.Model) -> tuple[ExportedLayer, ...]:
-    """The layers whose nodes were named by this project, in the graph's order.
+def read_layers(
+    model: ir.Model, names: Collection[str] | None = None, *, some: bool = True
+) -> tuple[ExportedLayer, ...]:
+    """The layers whose nodes were named by this project, in the graph's order; only those of `names`, unless None.
+
+    Without `some`, there may be none.
 
     Raises:
         BadArtifactError: there are none, or a quantizer has a form that this project does not write.
@@ -102,8 +107,9 @@ def read_layers(model: ir.Model) -> tuple[ExportedLayer, ...]:
     for node in model.graph:
         kind = next((kind for kind, suffix in SUFFIXES.items() if (node.name or "").endswith(suffix)), None)
         if kind is not None and node.op_type in ("MatMul", "Conv"):
-            layers.append(_read(node, kind, str(node.name).removesuffix(SUFFIXES[kind])))
-    if not layers:
+            name = str(node.name).removesuffix(SUFFIXES[kind])
+            layers += [_read(node, kind, name)] if names is None or name in names else []
+    if some and not layers:
         raise _bad("no MatMul or Conv is named after a layer")
     return tuple(layers)
 

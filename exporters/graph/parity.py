@@ -245,12 +245,19 @@ def model_of(model: ir.Model, nodes: list[Any], tensors: list[ir.Value], given: 
         results: descriptions of the outputs as `ValueInfoProto`.
     """
     import onnx
-    import onnx_ir as ir
 
-    stored = [ir.to_proto(tensor.const_value) for tensor in tensors if tensor.const_value is not None]
+    stored = [_inline(tensor.const_value) for tensor in tensors if tensor.const_value is not None]
     graph = onnx.helper.make_graph(nodes, "layers", given, results, initializer=stored)
     opset = [onnx.helper.make_opsetid(domain, version) for domain, version in model.opset_imports.items()]
     return onnx.helper.make_model(graph, opset_imports=opset, ir_version=model.ir_version)
+
+
+def _inline(tensor: ir.TensorProtocol) -> Any:
+    """A stored tensor with its numbers, also where the graph has them in a file of their own."""
+    import onnx_ir as ir
+
+    external = isinstance(tensor, ir.ExternalTensor)
+    return ir.to_proto(ir.tensor(tensor.numpy(), name=tensor.name) if external else tensor)
 
 
 def sources_of(layers: Sequence[ExportedLayer]) -> list[ir.Value]:

@@ -6,10 +6,11 @@ import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+import numpy as np
 import onnx_ir as ir
 
 from exporters.graph.formats import MODEL_FILE, GraphOutput
-from exporters.graph.layers import ExportedLayer, read_layers
+from exporters.graph.layers import read_layers
 from exporters.graph.produce import graph_details
 from exporters.tensorrt.engines import ENGINES, LAYERS_FILE
 from exporters.tensorrt.graph import in_format, typed_graph
@@ -18,6 +19,7 @@ from exporters.tensorrt.language.export import SCALES_FILE
 from exporters.tensorrt.language.graph import LOGITS, decoder_graph
 from exporters.tensorrt.language.reopen import number_gates
 from exporters.tensorrt.language.source import language_records, open_language
+from exporters.tensorrt.language.stitch import LAYERED, traced_graph
 from exporters.tensorrt.language.target import InputScale, LanguageExportOptions, TrtLanguageDetails
 from exporters.tensorrt.lint import lint_file
 from exporters.tensorrt.listing import artifact_precisions
@@ -104,12 +106,10 @@ def check_language(artifact: Artifact, parent: Path | None, notes: list[str]) ->
         return
     yield from check_engines(artifact, engines, None)
     if parent is not None:
-        yield from _compare_decoder(artifact, model, read_layers(model), parent, notes)
+        yield from _compare_decoder(artifact, model, parent, notes)
 
 
-def _compare_decoder(
-    artifact: Artifact, model: ir.Model, products: tuple[ExportedLayer, ...], parent: Path, notes: list[str]
-) -> Iterator[Finding]:
+def _compare_decoder(artifact: Artifact, model: ir.Model, parent: Path, notes: list[str]) -> Iterator[Finding]:
     """Compare a decoder export with its parent: stored numbers, layer records, the graph, tokenizer and config.json.
 
     Differences of structure are only added to `notes` if the graph was traced with other versions of packages.
@@ -117,12 +117,15 @@ def _compare_decoder(
     source = open_language(parent)
     stored = json.loads((artifact.root / SCALES_FILE).read_text(encoding="utf-8"))
     scales = {name: InputScale.model_validate(scale) for name, scale in stored.items()}
-    yield from failed_gates(number_gates(products, model, source, scales))
+    yield from failed_gates(number_gates(model, source, scales))
     names = (Path("config.json"), *sidecar_files(artifact.root, SERVED_FILES))
     yield from compare_files(artifact.root, parent, names, (Path("config.json"), *sidecar_files(parent, SERVED_FILES)))
     options = LanguageExportOptions.model_validate(artifact.manifest.config)
-    graph = decoder_graph(source, {n: s.scale for n, s in scales.items()}, options.base, cache=options.cache)
-    expected = ir.from_proto(ir.to_proto(graph.model))
+    # Earlier exports, and models whose layers do not run one by one, were traced as a whole.
+    layered = artifact.manifest.details_of(TrtLanguageDetails).traced == LAYERED
+    trace = traced_graph if layered else decoder_graph
+    graph = trace(source, {n: s.scale for n, s in scales.items()}, options.base, cache=options.cache)
+    expected = _as_read(graph.model)
     other = other_versions(artifact, ("torch", "transformers", "onnxscript", "onnx-ir"))
     layers = language_records(source, options.calibration)
     yield from compare_layers(artifact.manifest, layers)
@@ -132,8 +135,21 @@ def _compare_decoder(
         trained_activations=source.plan.source.trained_activations,
         passes={change.name: len(change.changed) for change in graph.changes},
     )  # fmt: skip
+    facts = facts.model_copy(update={"traced": graph.traced}) if layered else facts
     found = [*compare_stored(model, expected), *compare_graphs(model, expected), *compare_details(artifact, facts)]
     if other and found:
         notes.append(f"{len(found)} differences from a graph traced here are not judged: {other}")
     else:
         yield from found
+
+
+def _as_read(model: ir.Model) -> ir.Model:
+    """A graph as it would be read from its file; stored tensors stay where they are until they are compared."""
+    stored = {name: value.const_value for name, value in model.graph.initializers.items()}
+    for name, value in model.graph.initializers.items():
+        value.const_value = ir.tensor(np.zeros(0, np.float32), name=name)
+    read = ir.from_proto(ir.to_proto(model))
+    for held in (model, read):
+        for name, value in held.graph.initializers.items():
+            value.const_value = stored[name]
+    return read

@@ -43,6 +43,9 @@ def _config(family: str, **changes: object) -> object:
         return transformers.LlamaConfig(**{**common, **decoder, "tie_word_embeddings": False, **changes})
     if family == "qwen2":
         return transformers.Qwen2Config(**{**common, **decoder, "tie_word_embeddings": True, **changes})
+    if family == "smollm3":  # the second layer has no rotary embedding
+        kinds = {"no_rope_layers": [1, 0], "pad_token_id": 0, "tie_word_embeddings": False}
+        return transformers.SmolLM3Config(**{**common, **decoder, **kinds, **changes})
     return transformers.GPT2Config(**{**common, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 64, **changes})
 
 

@@ -18,6 +18,7 @@ from torch import nn
 
 from exporters.graph import trace
 from exporters.tensorrt.language import graph as language
+from exporters.tensorrt.language import template
 
 _PLAIN = (bool, int, float, str, bytes, type(None), torch.dtype, torch.Size)
 
@@ -68,9 +69,9 @@ def traced_once(folder: Path) -> Iterator[None]:
             part.replace(place)
         return ir.from_proto(_proto(place))
 
-    trace.export_program = language.export_program = once
+    trace.export_program = language.export_program = template.export_program = once
     yield
-    trace.export_program = language.export_program = real
+    trace.export_program = language.export_program = template.export_program = real
 
 
 def _proto(place: Path) -> Any:

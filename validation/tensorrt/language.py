@@ -13,7 +13,7 @@ import torch
 
 from exporters.graph.formats import MODEL_FILE
 from exporters.graph.runtime import import_onnx_package
-from exporters.tensorrt.language.reopen import DecoderSession
+from exporters.tensorrt.language.predict import DecoderSession
 from exporters.tensorrt.language.target import KIND, TrtLanguageDetails
 from exporters.tensorrt.lint import lint_file
 from exporters.tensorrt.target import Base, BuiltEngine

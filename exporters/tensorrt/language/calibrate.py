@@ -13,7 +13,7 @@ cannot show that they are good enough; the perplexity on held-out answers can.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -74,19 +74,34 @@ class InputCounts:
         return min(self.amax, float(_magnitudes()[int((above > beyond * self.total).nonzero().max())]))
 
 
-def count_inputs(model: nn.Module, layers: Sequence[str], text: Sequence[Encoded]) -> dict[str, InputCounts]:
+def run_whole(model: nn.Module) -> Callable[[Sequence[Tensor]], Iterator[Tensor]]:
+    """A function that runs ids `(batch, tokens)` through a transformers model, one after the other, to logits."""
+
+    def run(texts: Sequence[Tensor]) -> Iterator[Tensor]:
+        with torch.no_grad():
+            for ids in texts:
+                yield model(input_ids=ids, use_cache=False).logits
+
+    return run
+
+
+def count_inputs(
+    model: nn.Module, layers: Sequence[str], text: Sequence[Encoded],
+    run: Callable[[Sequence[Tensor]], Iterator[Tensor]] | None = None,
+) -> dict[str, InputCounts]:  # fmt: skip
     """Run text through a model and count the inputs of its linears.
 
     The model must be in evaluation mode; sequences are run one at a time, without padding. Layers that read the same
-    tensor share one object.
+    tensor share one object. `run` runs them; the whole model at once if None.
 
     Raises:
         ConfigurationError: an input that is not finite.
     """
     groups: dict[str, InputCounts] = {}
-    with pre_hooks(model, _observers(layers, groups)), torch.no_grad():
-        for example in text:
-            model(input_ids=torch.tensor([example.input_ids]), use_cache=False)
+    ids = [torch.tensor([example.input_ids]) for example in text]
+    with pre_hooks(model, _observers(layers, groups)):
+        for _ in (run or run_whole(model))(ids):
+            pass
     broken = [name for name in layers if name not in groups or not math.isfinite(groups[name].amax)]
     if broken:
         raise ConfigurationError(
@@ -197,22 +212,23 @@ class Score:
 
 def score_torch(model: nn.Module, text: Sequence[Encoded]) -> Score:
     """Score a transformers model."""
-    with torch.no_grad():
-        return score(text, lambda ids: model(input_ids=ids, use_cache=False).logits)
+    return score(text, run_whole(model))
 
 
-def score(text: Sequence[Encoded], logits: Callable[[Tensor], Tensor]) -> Score:
-    """Score any function that returns `(batch, tokens, vocabulary)` logits for `(batch, tokens)` ids."""
-    losses = []
+def score(text: Sequence[Encoded], run: Callable[[Sequence[Tensor]], Iterable[Tensor]]) -> Score:
+    """Score what returns `(batch, tokens, vocabulary)` logits for each of several `(batch, tokens)` ids."""
+    batches, wanted = [], []
     ordered = sorted(text, key=lambda example: len(example.input_ids))
     for start in range(0, len(ordered), BATCH):
         part = ordered[start : start + BATCH]
         longest = len(part[-1].input_ids)
         # Padding after a text has no effect: no token attends to later ones.
-        ids = torch.tensor([[*x.input_ids, *[0] * (longest - len(x.input_ids))] for x in part])
-        labels = torch.tensor([[*x.labels, *[IGNORED] * (longest - len(x.labels))] for x in part])[:, 1:]
+        batches.append(torch.tensor([[*x.input_ids, *[0] * (longest - len(x.input_ids))] for x in part]))
+        wanted.append(torch.tensor([[*x.labels, *[IGNORED] * (longest - len(x.labels))] for x in part])[:, 1:])
+    losses = []
+    for labels, logits in zip(wanted, run(batches), strict=True):
         keep = labels != IGNORED
-        found = logits(ids)[:, :-1][keep].float()
+        found = logits[:, :-1][keep].float()
         losses.append(nn.functional.cross_entropy(found, labels[keep], reduction="none"))
     return Score(torch.cat(losses))
 

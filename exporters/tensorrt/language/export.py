@@ -7,27 +7,23 @@ import shutil
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import onnx_ir as ir
-import torch
 
 from exporters.graph.formats import MODEL_FILE, GraphOutput
-from exporters.graph.layers import ExportedLayer, read_layers
+from exporters.graph.layers import read_layers
 from exporters.graph.runtime import import_onnx_package
-from exporters.graph.trace import OPSET, stored_bytes
+from exporters.graph.trace import OPSET, SUFFIXES, ProductKind, stored_bytes
 from exporters.tensorrt.builder import Shapes, build_rtx, shapes, trtexec_command
 from exporters.tensorrt.engines import describe_engine, engine_file, precision_gate, write_layers
-from exporters.tensorrt.language.calibrate import Score, count_inputs, dynamic_inputs, scales_by_layer, score_torch
-from exporters.tensorrt.language.graph import LOGITS, DecoderGraph, cache_names, decoder_graph
-from exporters.tensorrt.language.reopen import (
-    DecoderSession,
-    cache_gates,
-    layer_gates,
-    number_gates,
-    perplexity_gate,
-    unrounded_session,
-)
+from exporters.tensorrt.language.calibrate import Score, scales_by_layer
+from exporters.tensorrt.language.chain import Chain
+from exporters.tensorrt.language.graph import LOGITS, DecoderGraph, cache_names
+from exporters.tensorrt.language.predict import DecoderSession, cache_gates, perplexity_gate, unrounded_session
+from exporters.tensorrt.language.prove import check_structure, layered_gates, whole_gate
+from exporters.tensorrt.language.reference import Reference
+from exporters.tensorrt.language.reopen import layer_gates, number_gates
 from exporters.tensorrt.language.source import (
     ExportText,
     LanguageModel,
@@ -36,6 +32,7 @@ from exporters.tensorrt.language.source import (
     open_language,
     read_text,
 )
+from exporters.tensorrt.language.stitch import traced_graph
 from exporters.tensorrt.language.target import (
     KIND,
     CacheFacts,
@@ -53,13 +50,11 @@ from fp8pipe.models.checkpoint.sidecars import SERVED_FILES, copy_sidecars
 from fp8pipe.numerics.kinds import Kind
 from fp8pipe.report.card import CardFacts, commit_export
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
 DATA_FILE: Final = "model.onnx.data"
 SCALES_FILE: Final = "activation_scales.json"
-# A protobuf message is limited to 2 GB; larger tensors are stored in a separate file.
-_INLINE_BYTES: Final = 1_500_000_000
+# Tensors of more bytes in all are stored in a separate file, one after the other; inside of the graph's own file they
+# would have to be in memory at once, and a protobuf message is limited to 2 GB.
+_INLINE_BYTES: Final = 64 << 20
 _WORKSPACE_MIB: Final = 4096  # scratch memory for a builder on another machine
 # Largest share of an input's values that may exceed its static range.
 _CLIPPED: Final = 1e-3
@@ -90,26 +85,23 @@ def export_language(source: Path, output: Path, options: LanguageExportOptions) 
     text = read_text(model, options.calibration_data, options.calibration_records)
     engines = options.compute_capabilities if options.builder is Builder.RTX else ()
     with track(4 + len(engines), "export") as progress:
-        reference = model.torch_model(torch.float32)
-        scales = scales_by_layer(count_inputs(reference, list(model.weights), text.calibration), options.calibration)
+        reference = Reference.of(model)
+        scales = scales_by_layer(reference.count(text.calibration), options.calibration)
         progress.advance(1)
-        with dynamic_inputs(reference, list(model.weights)):
-            own = score_torch(reference, text.heldout)
+        own = reference.score(text.heldout)
         progress.advance(1)
-        graph = decoder_graph(model, {k: v.scale for k, v in scales.items()}, options.base, cache=options.cache)
+        graph = traced_graph(model, {k: v.scale for k, v in scales.items()}, options.base, cache=options.cache)
         progress.advance(1)
         with ArtifactWriter(output, kind=KIND, stage="export", force=options.force) as writer:
             _write(writer.root, graph, model, scales)
-            layers, gates = _prove(writer.root, model, reference, scales, text)
-            scored, served = _serve(writer.root, graph, text, own, options)
-            gates += scored
+            gates, served = _prove(writer.root, graph, reference, scales, text, own, options)
             progress.advance(1)
             del reference
             for warning in check_file(writer.root / MODEL_FILE, engines, str(source), require=options.require):
                 writer.warn(warning)
             reports: dict[str, dict[str, Any]] = {}
             for capability in engines:
-                gate, reports[capability] = _build(writer.root, layers, graph.cache, options, capability)
+                gate, reports[capability] = _build(writer.root, list(model.weights), graph.cache, options, capability)
                 gates.append(gate)
                 progress.advance(1)
             write_layers(writer.root, reports)
@@ -132,29 +124,38 @@ def _write(root: Path, graph: DecoderGraph, model: LanguageModel, scales: Mappin
 
 
 def _prove(
-    root: Path, model: LanguageModel, reference: PreTrainedModel, scales: Mapping[str, InputScale], text: ExportText
-) -> tuple[tuple[ExportedLayer, ...], list[Gate]]:
-    """Compare the written file with the artifact: first numbers, then layers."""
-    written = ir.load(root / MODEL_FILE)
-    layers = read_layers(written)
-    gates = number_gates(layers, written, model, scales)
-    proved, _ = layer_gates(layers, written, reference, text.heldout[0])
+    root: Path, graph: DecoderGraph, reference: Reference, scales: Mapping[str, InputScale], text: ExportText,
+    own: Score, options: LanguageExportOptions,
+) -> tuple[list[Gate], Score]:  # fmt: skip
+    """Compare the written file with the artifact: numbers, layers, and what it predicts."""
+    path = root / MODEL_FILE
+    gates = number_gates(ir.load(path), reference.source, scales)
     clipped = max(scales.values(), key=lambda scale: scale.clipped)
     detail = f"share of the values seen in calibration, in the layer where it is largest; amax {clipped.amax:g}"
-    return layers, [*gates, *proved, at_most("clipped activations", clipped.clipped, _CLIPPED, detail)]
+    gates.append(at_most("clipped activations", clipped.clipped, _CLIPPED, detail))
+    check_structure(path)
+    if graph.joints is None or reference.stream is None:
+        proved, served = _prove_whole(path, graph, reference, text, own, options)
+        return [*gates, *proved], served
+    chain = Chain(ir.load(path), graph.joints, graph.cache)
+    gates += layered_gates(path, chain, reference.stream, text.heldout[0], text.heldout, options.base)
+    whole = whole_gate(path, chain, text.heldout, options.base)
+    gate, served = perplexity_gate(chain, text.heldout, own, required=options.require)
+    return [*gates, *([] if whole is None else [whole]), gate], served
 
 
-def _serve(
-    root: Path, graph: DecoderGraph, text: ExportText, own: Score, options: LanguageExportOptions
+def _prove_whole(
+    path: Path, graph: DecoderGraph, reference: Reference, text: ExportText, own: Score, options: LanguageExportOptions
 ) -> tuple[list[Gate], Score]:
-    """Run the whole graph in ONNX Runtime: perplexity, and decoding with the cache against whole sequences."""
-    session = DecoderSession(root / MODEL_FILE, graph.cache, options.base)
-    gate, served = perplexity_gate(session, list(text.heldout), own, required=options.require)
-    gates = [gate]
+    """The gates on layers and predictions for a graph that was traced as a whole, which is run as a whole."""
+    written = ir.load(path)
+    gates, _ = layer_gates(read_layers(written), written, reference.whole(), text.heldout[0])
+    session = DecoderSession(path, graph.cache, options.base)
+    gate, served = perplexity_gate(session, text.heldout, own, required=options.require)
+    gates.append(gate)
     if graph.cache is not None:
         del session  # two large graphs need not be in memory at once
-        unrounded = unrounded_session(root / MODEL_FILE, graph.cache, options.base)
-        gates += cache_gates(unrounded, list(text.heldout))
+        gates += cache_gates(unrounded_session(path, graph.cache, options.base), list(text.heldout))
     return gates, served
 
 
@@ -172,13 +173,13 @@ def _profiles(cache: CacheFacts | None, options: LanguageExportOptions) -> dict[
 
 def _build(
     root: Path,
-    layers: Sequence[ExportedLayer],
+    layers: Sequence[str],
     cache: CacheFacts | None,
     options: LanguageExportOptions,
     capability: str,
 ) -> tuple[Gate, dict[str, Any]]:
     """Build one engine; returns a gate on whether it multiplies in FP8, and its entry for layers.json."""
-    file, nodes = engine_file(capability), [str(layer.node.name) for layer in layers]
+    file, nodes = engine_file(capability), [f"{name}{SUFFIXES[ProductKind.LINEAR]}" for name in layers]
     path = root / file
     path.parent.mkdir(exist_ok=True)
     started = time.monotonic()
@@ -225,5 +226,6 @@ def _commit(
             passes={change.name: len(change.changed) for change in graph.changes},
             engines={c: BuiltEngine.model_validate({k: e[k] for k in shown}) for c, e in reports.items()},
             perplexity=perplexity,
+            traced=graph.traced,
         ),
     )  # fmt: skip

@@ -36,12 +36,14 @@ from exporters.tensorrt.language.target import CacheFacts
 from exporters.tensorrt.target import Base
 from fp8pipe.artifact.finding import Finding, refuse
 from fp8pipe.core.errors import ConfigurationError
+from fp8pipe.numerics.quantizers import WeightCodes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 TORCH_TYPES = {Base.FP16: torch.float16, Base.FP32: torch.float32}
 LOGITS: Final = "logits"
+TURNED: Final = "/transposed"  # ends the name of a float matrix that is stored (in, out)
 _INPUTS: Final = ("input_ids", "attention_mask", "position_ids")
 # exp of a logit so far below the others is 0 in float32 for any realistic logits.
 _MASKED: Final = -10000.0
@@ -52,12 +54,22 @@ _SCALE: Final = 1  # index of the scale among a quantizer's operands
 
 
 @dataclass(frozen=True, slots=True)
+class Joints:
+    """Names of the values between the decoder layers of a graph."""
+
+    hidden: tuple[str, ...]  # the hidden state that each layer reads, and the one that the last layer returns
+    shared: tuple[str, ...]  # what layers read that is computed before all of them
+
+
+@dataclass(frozen=True, slots=True)
 class DecoderGraph:
     """The graph before it is written."""
 
     model: ir.Model  # strongly typed
     changes: tuple[Change, ...]  # what the passes changed
     cache: CacheFacts | None  # None for a graph without a cache
+    joints: Joints | None = None  # None for a graph that was traced as a whole
+    traced: str = ""  # "layers", or "whole: " and why
 
 
 def decoder_graph(model: LanguageModel, scales: Mapping[str, float], base: Base, *, cache: bool) -> DecoderGraph:
@@ -67,30 +79,51 @@ def decoder_graph(model: LanguageModel, scales: Mapping[str, float], base: Base,
         ConfigurationError: the model cannot be traced, or its layers are not found in the graph.
         LintFindingsError: a scale or a tensor that FP16 cannot represent.
     """
+    refuse_beyond(model, base)
+    decoder = model.torch_model(TORCH_TYPES[base])
+    traced = trace_decoder(decoder, list(model.weights), cache=cache)
+    shape = cache_shape(decoder)
+    changes = type_graph(traced, model.weights, scales, base, str(model.root))
+    return DecoderGraph(traced.model, tuple(changes), shape if cache else None)
+
+
+def refuse_beyond(model: LanguageModel, base: Base) -> None:
+    """Refuse floats that the base type cannot represent.
+
+    Raises:
+        LintFindingsError: names them.
+    """
     dtype = TORCH_TYPES[base]
-    decoder = model.torch_model(dtype)
     findings = [
         Finding("not-half", name, f"a value beyond the range of {dtype}", "export with --base fp32")
         for name, tensor in model.floats.items()
         if tensor.is_floating_point() and not torch.isfinite(tensor.to(dtype)).all()
     ]
     refuse(findings, str(model.root))
-    traced = trace_decoder(decoder, list(model.weights), cache=cache)
-    shape = cache_shape(decoder)
+
+
+def type_graph(
+    traced: FloatGraph, weights: Mapping[str, WeightCodes], scales: Mapping[str, float], base: Base, source: str
+) -> list[Change]:
+    """The passes that make a strongly typed graph of a traced one, in place; returns what they changed.
+
+    Raises:
+        LintFindingsError: a scale that FP16 cannot represent.
+    """
     changes = [
         strip_metadata(traced.model),  # first: it removes the tracer's prefix, which our names lack
         # The tracer uses a Gemm for linears with a bias and a two-dimensional input (OPT's MLP).
         *(change for change in [split_gemms(traced)] if change.changed),
-        quantize_weights(traced, model.weights),
+        quantize_weights(traced, weights),
         quantize_inputs(traced, scales),
         name_products(traced),
         tie_head(traced.model),
     ]
     traced.model.graph.name = "decoder"
     fix = "export with --base fp32, or train with a rule whose scales are powers of two (live)"
-    with refuse_not_half(str(model.root), fix):
+    with refuse_not_half(source, fix):
         changes.append(type_scales(traced.model, ir.DataType.FLOAT16 if base is Base.FP16 else ir.DataType.FLOAT))
-    return DecoderGraph(traced.model, tuple(changes), shape if cache else None)
+    return changes
 
 
 def quantize_inputs(traced: FloatGraph, scales: Mapping[str, float]) -> Change:
@@ -185,9 +218,19 @@ def cache_shape(model: PreTrainedModel) -> CacheFacts:
     return CacheFacts(layers=config.num_hidden_layers, heads=heads, size=size)
 
 
-def cache_names(layers: int, prefix: str = "past_key_values") -> list[str]:
+def cache_names(layers: int | Sequence[int], prefix: str = "past_key_values") -> list[str]:
     """Names of the cache inputs, in order; names of the outputs start with `present`."""
-    return [f"{prefix}.{layer}.{what}" for layer in range(layers) for what in ("key", "value")]
+    numbers = range(layers) if isinstance(layers, int) else layers
+    return [f"{prefix}.{layer}.{what}" for layer in numbers for what in ("key", "value")]
+
+
+def additive_mask(input_ids: Tensor, attention_mask: Tensor, dtype: torch.dtype, *, cached: bool) -> Tensor:
+    """What is added to the logits `(batch, 1, sequence, past + sequence)`: 0, or a large negative number."""
+    total = attention_mask.shape[1]
+    columns = torch.arange(total)
+    rows = torch.arange(total - input_ids.shape[1], total) if cached else columns
+    visible = (columns[None, :] <= rows[:, None])[None, None] & (attention_mask[:, None, None, :] != 0)
+    return torch.where(visible, 0.0, _MASKED).to(dtype)
 
 
 class _Decoder(nn.Module):
@@ -212,11 +255,7 @@ class _Decoder(nn.Module):
             cache = DynamicCache(config=self.model.config)
             for layer, (key, value) in enumerate(past):
                 cache.update(key, value, layer)
-        total = attention_mask.shape[1]
-        columns = torch.arange(total)
-        rows = columns if past is None else torch.arange(total - input_ids.shape[1], total)
-        visible = (columns[None, :] <= rows[:, None])[None, None] & (attention_mask[:, None, None, :] != 0)
-        mask = torch.where(visible, 0.0, _MASKED).to(self.model.dtype)  # (batch, 1, sequence, past + sequence)
+        mask = additive_mask(input_ids, attention_mask, self.model.dtype, cached=past is not None)
         found = self.model(
             input_ids=input_ids, attention_mask=mask, position_ids=position_ids, past_key_values=cache,
             use_cache=past is not None,
@@ -241,6 +280,15 @@ def trace_decoder(model: PreTrainedModel, layers: Sequence[str], *, cache: bool)
         MissingCapabilityError: onnx, onnx-ir or onnxscript is not installed.
     """
     shape = cache_shape(model)
+    arguments, dynamic = example(shape, model.dtype, cache=cache)
+    fix = "export with --format modelopt-checkpoint, or --target vllm"
+    graph = export_program(_Decoder(model), arguments, dynamic, type(model).__name__, fix)
+    name_ports(graph, range(shape.layers if cache else 0))
+    return FloatGraph(graph, tuple(assign(graph, model, layers)))
+
+
+def example(shape: CacheFacts, dtype: torch.dtype, *, cache: bool) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """Arguments to trace with, and which of their dimensions are dynamic."""
     dim: Any = torch.export.Dim
     batch, sequence, past = dim("batch"), dim("sequence"), dim("past")
     ids = torch.zeros(_BATCH, _SEQUENCE, dtype=torch.int64)
@@ -251,17 +299,14 @@ def trace_decoder(model: PreTrainedModel, layers: Sequence[str], *, cache: bool)
     total_dim = dim.DYNAMIC if cache else sequence
     dynamic: tuple[Any, ...] = ({0: batch, 1: sequence}, {0: batch, 1: total_dim}, {0: batch, 1: sequence})
     if cache:
-        empty = torch.zeros(_BATCH, shape.heads, _PAST, shape.size, dtype=model.dtype)
+        empty = torch.zeros(_BATCH, shape.heads, _PAST, shape.size, dtype=dtype)
         arguments += ([(empty.clone(), empty.clone()) for _ in range(shape.layers)],)
         dynamic += ([({0: batch, 2: past}, {0: batch, 2: past})] * shape.layers,)
-    fix = "export with --format modelopt-checkpoint, or --target vllm"
-    graph = export_program(_Decoder(model), arguments, dynamic, type(model).__name__, fix)
-    _name_ports(graph, shape.layers if cache else 0)
-    return FloatGraph(graph, tuple(_assign(graph, model, layers)))
+    return arguments, dynamic
 
 
-def _name_ports(model: ir.Model, layers: int) -> None:
-    """Names and symbolic dimensions of inputs and outputs."""
+def name_ports(model: ir.Model, layers: Sequence[int]) -> None:
+    """Names and symbolic dimensions of inputs and outputs, given the numbers of the layers that have a cache."""
     graph = model.graph
     names = [*_INPUTS, *cache_names(layers)]
     for value, name in zip(graph.inputs, names, strict=True):
@@ -274,7 +319,12 @@ def _name_ports(model: ir.Model, layers: int) -> None:
         value.shape = ir.Shape(sides)
 
 
-def _assign(graph: ir.Model, model: PreTrainedModel, layers: Sequence[str]) -> list[Product]:
+def assign(graph: ir.Model, model: PreTrainedModel, layers: Sequence[str]) -> list[Product]:
+    """The product of each of `layers`, found by its module and its weight.
+
+    Raises:
+        ConfigurationError: a layer has none, or several, or one of another weight.
+    """
     known = set(layers)
     found: dict[str, list[ir.Node]] = {}
     for node in graph.graph:

@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from pathlib import Path
 from typing import Any, Final
 
 from exporters.tensorrt.engines import expected_sizes
 from exporters.tensorrt.language.calibrate import BATCH
 from exporters.tensorrt.language.source import LENGTH
-from exporters.tensorrt.language.target import CalibrationOptions, LanguageExportOptions
+from exporters.tensorrt.language.target import WHOLE_BYTES, CalibrationOptions, LanguageExportOptions
 from exporters.vllm.export import plan_export
 from exporters.vllm.options import VllmExportOptions
-from exporters.vllm.plan import Action, ExportPlan
+from exporters.vllm.plan import Action, ExportPlan, Unit
 from fp8pipe.artifact import open_artifact
 from fp8pipe.artifact.kinds import FALQON_KIND
 from fp8pipe.core.machine import free_bytes, resident_bytes
 from fp8pipe.core.plan import Missing, Plan, missing_disk, missing_memory, missing_packages
 
-# Number of fp32 copies of all weights that exist at once: the reference model, the written graph as read back, and ONNX
-# Runtime's session with its dequantized weights; and of the logits: those of the session, numpy and torch. Fitted to
-# the phases of one run (SmolLM2). A checkpoint is written tensor by tensor, with only the reference in memory.
-_GRAPH_COPIES: Final = 5.0
+# Number of fp32 copies that exist at once, of what lies outside of the decoder layers (embedding, head) and of the
+# largest layer: the model in torch, a part of the written graph in its own and in float32, and its session; and of the
+# logits: those of the session, numpy and torch. A small file also runs as a whole: one copy of all weights. Fitted to
+# two runs (see docs/planning.md). A checkpoint is written tensor by tensor, with only the reference in memory.
+_OUTSIDE_COPIES: Final = 4.0
+_LAYER_COPIES: Final = 4.0
 _CHECKPOINT_COPIES: Final = 1.5
 _LOGITS_COPIES: Final = 4.7
 
@@ -84,9 +87,35 @@ def plan_for_people(
 
 def _peak_memory(plan: ExportPlan, length: int, graph: bool) -> tuple[int, str]:
     """Peak host memory in bytes for texts of `length` tokens, and how it was estimated."""
-    copies = _GRAPH_COPIES if graph else _CHECKPOINT_COPIES
-    logits = BATCH * length * plan.source.config.get("vocab_size", 0) * 4 if graph else 0
-    floats = 4 * sum(math.prod(unit.entry.shape) for unit in plan.units)
-    scored = f", {_LOGITS_COPIES:g} of the logits of {BATCH} texts" if graph else ""
-    note = f"memory is estimated: {copies:g} copies of all weights in fp32{scored}, plus what the process holds now"
-    return resident_bytes() + int(copies * floats + _LOGITS_COPIES * logits), note
+    if not graph:
+        floats = sum(map(_float_bytes, plan.units))
+        how = f"{_CHECKPOINT_COPIES:g} copies of all weights in fp32, plus what the process holds now"
+        return resident_bytes() + int(_CHECKPOINT_COPIES * floats), f"memory is estimated: {how}"
+    layers: Counter[str] = Counter()
+    for unit in plan.units:
+        layers[_layer(unit.name or unit.entry.name)] += _float_bytes(unit)
+    outside, largest = layers.pop("", 0), max(layers.values(), default=0)
+    logits = BATCH * length * plan.source.config.get("vocab_size", 0) * 4
+    small = sum(unit.entry.size_bytes for unit in plan.units) <= WHOLE_BYTES
+    whole = outside + layers.total() if small else 0
+    note = (
+        f"memory is estimated: {_OUTSIDE_COPIES:g} copies of embedding and head in fp32, {_LAYER_COPIES:g} of a layer, "
+        f"{_LOGITS_COPIES:g} of the logits of {BATCH} texts, plus what the process holds now; a model whose "
+        "layers do not run one by one takes five copies of all weights"
+    )
+    return (
+        resident_bytes() + int(_OUTSIDE_COPIES * outside + _LAYER_COPIES * largest + whole + _LOGITS_COPIES * logits),
+        note,
+    )
+
+
+def _float_bytes(unit: Unit) -> int:
+    """Bytes of a tensor in fp32."""
+    return 4 * math.prod(unit.entry.shape)
+
+
+def _layer(name: str) -> str:
+    """The layer that a tensor belongs to: its name up to the first number; empty if there is none."""
+    parts = name.split(".")
+    first = next((index for index, part in enumerate(parts) if part.isdecimal()), None)
+    return "" if first is None else ".".join(parts[: first + 1])

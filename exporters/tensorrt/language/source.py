@@ -8,10 +8,12 @@ held-out ones.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+import math
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,7 +23,7 @@ from exporters.vllm.export import plan_export
 from exporters.vllm.foresee import plan_ahead
 from exporters.vllm.lint import lint, lint_structure
 from exporters.vllm.options import VllmExportOptions
-from exporters.vllm.plan import Action, ExportPlan
+from exporters.vllm.plan import Action, ExportPlan, Unit
 from fp8pipe.artifact import Artifact, Encoding, LayerRecord, ScaleRule, open_artifact, sha256_file
 from fp8pipe.artifact.finding import Finding, LintFindingsError
 from fp8pipe.artifact.kinds import FALQON_KIND, TunedDetails
@@ -42,14 +44,37 @@ LENGTH = 256
 _HELDOUT_LIMIT = 256
 
 
+V = TypeVar("V")
+
+
+class Reads(Mapping[str, V]):
+    """A mapping that reads a value from a file each time it is asked for one, so that none is held in memory."""
+
+    def __init__(self, readers: Mapping[str, Callable[[], V]]) -> None:
+        self._readers = dict(readers)
+
+    def __getitem__(self, name: str) -> V:
+        return self._readers[name]()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._readers)
+
+    def __len__(self) -> int:
+        return len(self._readers)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._readers
+
+
 @dataclass(frozen=True, slots=True)
 class LanguageModel:
-    """An artifact that was opened and linted."""
+    """An artifact that was opened and linted; tensors are read when they are asked for, and not kept."""
 
     artifact: Artifact  # with its manifest
     plan: ExportPlan  # its tensors and their roles, from headers
     # codes by module, `(out, in)`; the scale has one value, `()`, or one per row, `(out,)`
     weights: Mapping[str, WeightCodes]
+    weight_scales: Mapping[str, Tensor]  # the scales of `weights`, by module
     floats: Mapping[str, Tensor]  # all other tensors as stored, by their names in the checkpoint
 
     @property
@@ -60,7 +85,7 @@ class LanguageModel:
     @property
     def per_tensor(self) -> bool:
         """Whether every weight has one scale per tensor."""
-        return all(weight.scale.dim() == 0 for weight in self.weights.values())
+        return all(_has_one(unit) for unit in self.plan.units if _is_codes(unit))
 
     def torch_model(self, dtype: torch.dtype) -> PreTrainedModel:
         """The transformers model with dequantized weights, in evaluation mode; every value rounded once to `dtype`.
@@ -86,15 +111,32 @@ def open_language(source: Path) -> LanguageModel:
     plan = plan_export(source, VllmExportOptions())
     if findings := [*lint(plan), *_unreadable(plan)]:
         raise LintFindingsError(findings, str(source))
-    weights, floats = {}, {}
-    for unit in plan.units:
-        if unit.action is Action.CODES and unit.module is not None and unit.scale is not None:
-            scale = read_tensor(unit.scale)
-            scale = scale.reshape(()) if scale.numel() == 1 else scale.reshape(-1)
-            weights[unit.module] = WeightCodes(read_tensor(unit.entry), scale, 8)
-        else:
-            floats[unit.entry.name] = read_tensor(unit.entry)
-    return LanguageModel(artifact, plan, weights, floats)
+    units = [unit for unit in plan.units if _is_codes(unit)]
+    weights = Reads({str(unit.module): partial(_read_codes, unit) for unit in units})
+    floats = Reads({u.entry.name: partial(read_tensor, u.entry) for u in plan.units if not _is_codes(u)})
+    return LanguageModel(
+        artifact, plan, weights, Reads({str(u.module): partial(_read_scale, u) for u in units}), floats
+    )
+
+
+def _is_codes(unit: Unit) -> bool:
+    return unit.action is Action.CODES and unit.module is not None and unit.scale is not None
+
+
+def _has_one(unit: Unit) -> bool:
+    """Whether a weight has one scale for all of it."""
+    return unit.scale is not None and math.prod(unit.scale.shape) == 1
+
+
+def _read_codes(unit: Unit) -> WeightCodes:
+    return WeightCodes(read_tensor(unit.entry), _read_scale(unit), 8)
+
+
+def _read_scale(unit: Unit) -> Tensor:
+    """`()` or `(out,)`."""
+    assert unit.scale is not None
+    scale = read_tensor(unit.scale)
+    return scale.reshape(()) if _has_one(unit) else scale.reshape(-1)
 
 
 def _unreadable(plan: ExportPlan) -> list[Finding]:
@@ -128,13 +170,13 @@ def language_records(model: LanguageModel, calibration: str) -> list[LayerRecord
     rule = ScaleRule.POWER_OF_TWO if calibration == "amax" else ScaleRule(calibration)
     inputs = Encoding(format="e4m3", bits=8, granularity="per-tensor", scale_rule=rule)
     records, spelt = [], model.plan.spelt
-    by_name = {spelt[module]: weight for module, weight in model.weights.items()}
+    by_name = {spelt[str(unit.module)]: unit for unit in model.plan.units if _is_codes(unit)}
     for layer in model.plan.layers:
-        weight = by_name.get(layer.name)
-        if weight is None or layer.weight is None:
+        unit = by_name.get(layer.name)
+        if unit is None or layer.weight is None:
             records.append(layer.model_copy(update={"weight": None, "activation": None}))
             continue
-        per = "per-tensor" if weight.scale.dim() == 0 else "per-channel"
+        per = "per-tensor" if _has_one(unit) else "per-channel"
         stored = layer.weight.model_copy(update={"granularity": per})
         records.append(layer.model_copy(update={"weight": stored, "activation": inputs}))
     return records

@@ -21,6 +21,8 @@ from fp8pipe.numerics.kinds import Kind
 KIND: Final = "trt-language-export"
 # Only trained codes are exported here.
 SOURCES: Final = (FALQON_KIND,)
+# A graph of at most so many bytes is also run as a whole, to compare it with its layers.
+WHOLE_BYTES: Final = 256 << 20
 
 
 class Calibration(StrEnum):
@@ -128,6 +130,9 @@ class TrtLanguageDetails(Details):
     passes: dict[str, int] = Field(default_factory=dict, description="number of places that each pass changed")
     engines: dict[str, BuiltEngine] = Field(default_factory=dict, description="engines by compute capability")
     perplexity: PerplexityFacts | None = Field(default=None, description="perplexity on held-out text")
+    traced: str = Field(
+        default="whole", description="`layers` for a graph made from traces of single layers, which runs layer by layer"
+    )
 
 
 def migrate_language(data: dict[str, Any]) -> dict[str, Any]:

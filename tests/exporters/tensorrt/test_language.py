@@ -21,15 +21,14 @@ from exporters.graph.layers import read_layers
 from exporters.tensorrt.language.calibrate import dynamic_inputs, score_torch
 from exporters.tensorrt.language.export import export_language
 from exporters.tensorrt.language.graph import decoder_graph
-from exporters.tensorrt.language.reopen import (
+from exporters.tensorrt.language.predict import (
     CACHE_LIMIT,
     DecoderSession,
     cache_gates,
-    layer_gates,
-    number_gates,
     perplexity_gate,
     unrounded_session,
 )
+from exporters.tensorrt.language.reopen import layer_gates, number_gates
 from exporters.tensorrt.language.source import open_language, read_text
 from exporters.tensorrt.language.target import InputScale, LanguageExportOptions
 from exporters.tensorrt.target import Base
@@ -192,7 +191,7 @@ def test_one_other_code_scale_or_float_is_found(graphs):
             array = np.array(value.const_value.numpy())
             change(array)
             value.const_value = ir.tensor(array, name=name)
-        gates = number_gates(read_layers(graph), graph, model, scales)
+        gates = number_gates(graph, model, scales)
         return {gate.name: gate.value for gate in gates if not gate.passed}
 
     def code(array):
@@ -218,11 +217,11 @@ def test_layers_with_a_bias_are_exact_and_a_wrong_one_is_not(language_artifact, 
     ids = list(range(9))
     reference = model.torch_model(torch.float32)
     scales = {name: InputScale(scale=SCALES, amax=1, clipped=0, values=1) for name in model.weights}
-    gates = number_gates(read_layers(graph), graph, model, scales)
+    gates = number_gates(graph, model, scales)
     proved, report = layer_gates(read_layers(graph), graph, reference, Encoded(ids, ids))
     assert all(gate.passed for gate in gates + proved), gates
     assert len(report) == 14
-    tables = [v for v in graph.graph.initializers.values() if v.dtype == ir.DataType.FLOAT and len(v.shape) > 1]
+    tables = [v for v in graph.graph.initializers.values() if v.dtype == ir.DataType.FLOAT16 and len(v.shape) > 1]
     assert [tuple(v.shape) for v in tables] == [(96, 64)]
     bias = next(v for n, v in graph.graph.initializers.items() if n.endswith("layers.0.self_attn.q_proj.bias"))
     layers = read_layers(graph)
