@@ -173,6 +173,11 @@ def plan_warnings(plan: ExportPlan) -> list[str]:
             f"vLLM {plan.schema.vllm_version} has no kernel for GPUs that leaves the inputs of FP8 experts as they "
             "are: there this export needs --format fp8; on CPUs the plugin serves it"
         )
+    if any(f"{plan.spelt[unit.module or '']}.bias" in plan.names for unit in experts):
+        warnings.append(
+            f"vLLM {plan.schema.vllm_version} does not load FP8 experts with biases on GPUs and stops with an error: "
+            "there this model needs --format bf16; on CPUs the plugin serves it"
+        )
     warnings += [f"{u.entry.name} was left out: config.json ties it to a stored tensor" for u in plan.dropped]
     if not plan.schema.tested:
         warnings.append(f"checkpoints of this schema were not loaded in vLLM {plan.schema.vllm_version} yet")

@@ -31,6 +31,7 @@ from fp8pipe.artifact import MANIFEST_NAME, Artifact
 from fp8pipe.artifact.finding import Check, Finding
 from fp8pipe.artifact.kinds import FALQON_KIND
 from fp8pipe.models.checkpoint.sidecars import SERVED_FILES, sidecar_files
+from fp8pipe.models.checkpoint.stacks import split_stacks
 from fp8pipe.models.checkpoint.tensors import TensorEntry, weight_entries
 from fp8pipe.models.language.ending import EOS, GENERATION_FILE, stop_tokens
 from fp8pipe.models.language.structure import ModelStructure, read_structure
@@ -46,7 +47,7 @@ def plan_itself(artifact: Artifact) -> ExportPlan:
         root=artifact.root,
         kind=FALQON_KIND if options.format.quantized else HUGGING_FACE,
         config=config,
-        tensors=weight_entries(artifact.root),
+        tensors=split_stacks(config, weight_entries(artifact.root)),
         transposed=frozenset(name.removesuffix(".weight") for name in details.transposed),
         layers={layer.name: layer for layer in artifact.manifest.layers},
         adapter="flushed",
@@ -58,7 +59,7 @@ def plan_itself(artifact: Artifact) -> ExportPlan:
 def check_vllm(artifact: Artifact, parent: Path | None, notes: list[str]) -> Iterator[Finding]:
     """Check an export to vLLM."""
     plan = plan_itself(artifact)
-    tensors = plan.source.tensors
+    tensors = split_stacks(plan.source.config, plan.source.tensors)
     yield from lint_findings(lint(plan))
     yield from unexpected_tensors(tensors, plan.structure)
     yield from stray_weights(artifact.root, tensors)

@@ -56,6 +56,7 @@ class Expected:
         scale: fp32, dequantized = code * scale, broadcastable to `value`; None for unquantized tensors.
         transposed: whether it is stored as `(in, out)`; the engine has `(out, in)`.
         products: for codes, the digests of the weights that multiplication with one-hot inputs may return.
+        scale_shape: shape of the stored scales; None for `(rows, 1)`.
     """
 
     name: str
@@ -63,6 +64,7 @@ class Expected:
     scale: Tensor | None
     transposed: bool
     products: tuple[str, ...] = ()
+    scale_shape: tuple[int, ...] | None = None
 
     def held(self, holding: Holding) -> list[Expected]:
         """The tensors an engine stores for it: the weight rounded once, or codes (as fp32) and one scale per row."""
@@ -74,7 +76,7 @@ class Expected:
         # Kernels with packed codes multiply by the scale in fp32, or by the scale rounded to their dtype.
         scales = (self.scale, self.scale.to(holding.dtype).float())
         products = tuple(dict.fromkeys(_unsigned((codes * scale).to(holding.dtype).float()) for scale in scales))
-        scale = self.scale.reshape(-1, 1).expand(rows, 1).contiguous()
+        scale = self.scale.reshape(-1, 1).expand(rows, 1).reshape(self.scale_shape or (rows, 1)).contiguous()
         return [
             replace(self, value=codes, scale=torch.ones(()), products=products),
             Expected(self.name + SCALE_SUFFIX, scale, None, False),
@@ -125,7 +127,8 @@ class ExpectedWeights:
         if unit is None:
             return self._own(name)
         value = expected_values(unit)
-        return Expected(name, value, _scale_of(unit, value), unit.transposed)
+        shape = unit.outputs[1].shape if unit.quantized else None
+        return Expected(name, value, _scale_of(unit, value), unit.transposed, scale_shape=shape)
 
     def read_held(self, name: str, holding: Holding) -> Expected:
         """The stored tensor of this name in an engine: a weight, its codes, or the scales of its codes."""
@@ -174,7 +177,8 @@ class ExpectedWeights:
             return Expected(name, tensor.float(), None, transposed)
         scale = read_tensor(self.entries[name + SCALE_SUFFIX])
         value = dequantize_plain(tensor, scale, transposed=transposed)
-        return Expected(name, value, scale.reshape(1, -1) if transposed else scale, transposed)
+        shape = tuple(scale.shape)
+        return Expected(name, value, scale.reshape(1, -1) if transposed else scale, transposed, scale_shape=shape)
 
 
 def _scale_of(unit: Unit, value: Tensor) -> Tensor | None:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from fp8pipe.core.errors import ConfigurationError
 from fp8pipe.models.checkpoint.blame import unusable
 from fp8pipe.models.checkpoint.names import Naming, naming_of
+from fp8pipe.models.checkpoint.stacks import STACKED_FAMILIES, join_stacks
 from fp8pipe.models.compat import import_transformers
 from fp8pipe.models.language.experts import call_every_expert, find_routers, unstack_experts
 from fp8pipe.models.language.probing import watch_pass
@@ -283,12 +284,13 @@ def build_model(directory: Path, state: dict[str, Tensor], dtype: torch.dtype, *
     """The model of config.json with the weights `state`, on the CPU in evaluation mode.
 
     `options` are passed to `from_pretrained`. The state uses the checkpoint's names; transformers renames them as the
-    architecture requires.
+    architecture requires. Experts may come one by one where the family's checkpoints hold them stacked.
 
     Raises:
         ConfigurationError: see `load_config` and `model_class`.
     """
     config = load_config(directory)
+    state = join_stacks(state) if config.model_type in STACKED_FAMILIES else state
     built = model_class(config).from_pretrained(None, config=config, state_dict=state, dtype=dtype, **options)
     model: PreTrainedModel = built.eval()
     return model

@@ -16,6 +16,7 @@ from typing import Any, Final
 from torch import Tensor
 
 from fp8pipe.artifact.stored_format import StoredFormat
+from fp8pipe.core.errors import ConfigurationError
 from fp8pipe.models.checkpoint.quantized.entries import dequantized, refuse_codes
 from fp8pipe.models.checkpoint.quantized.scheme import (
     QUANT_FILE,
@@ -25,6 +26,7 @@ from fp8pipe.models.checkpoint.quantized.scheme import (
     without_quantization,
 )
 from fp8pipe.models.checkpoint.sidecars import BASE_MODEL_FILES, copy_sidecars, read_config
+from fp8pipe.models.checkpoint.stacks import STACKED_FAMILIES, join_entries, split_stacks, stack_name
 from fp8pipe.models.checkpoint.tensors import PLAIN_FLOATS, TensorEntry, weight_entries
 
 __all__ = ["BaseCheckpoint", "base_entries", "copy_base_files", "read_base"]
@@ -40,7 +42,7 @@ class BaseCheckpoint:
 
     Attributes:
         config: config.json, without a quantization block.
-        entries: plain tensors by name.
+        entries: plain tensors by name; stacked experts one by one (`split_stacks`).
         stored: how the weights were stored in low precision; None for plain weights.
         runtime: names of tensors that quantize activations or the key/value cache; every stage ignores them.
     """
@@ -64,7 +66,7 @@ class BaseCheckpoint:
 
     def state(self) -> dict[str, Any]:
         """A lazy state dict for transformers: values are read only when indexed."""
-        return {name: _Unread(entry) for name, entry in self.entries.items()}
+        return {name: _Unread(entry) for name, entry in join_entries(self.entries).items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,14 +83,16 @@ def read_base(root: Path) -> BaseCheckpoint:
     """Open the checkpoint of a base model; reads config.json and headers, but no weights.
 
     Raises:
-        ConfigurationError: quantized in a format that cannot be decoded; the message says what was found.
+        ConfigurationError: quantized in a format that cannot be decoded; the message says what was found. Or experts
+            stored one by one in a family that stores them stacked.
         BadArtifactError, ConfigurationError: a file is missing or damaged; see `unusable`.
     """
     config = read_config(root / "config.json")
     scheme, entries = read_scheme(root), weight_entries(root)
+    _refuse_single_experts(root, config, entries)
     if scheme is None:
         refuse_codes(root, entries)
-        return BaseCheckpoint(config, entries)
+        return BaseCheckpoint(config, split_stacks(config, entries))
     _refuse_transposed(root, config, scheme)
     dtype = _dtype(config, entries)
     plain = dequantized(root, entries, scheme, dtype)
@@ -97,7 +101,7 @@ def read_base(root: Path) -> BaseCheckpoint:
         method=scheme.method, granularity=sorted(counts), block=scheme.block if counts["per-block"] else None,
         weights=counts.total(), dtype=dtype,
     )  # fmt: skip
-    return BaseCheckpoint(without_quantization(config), plain.entries, stored, plain.runtime)
+    return BaseCheckpoint(without_quantization(config), split_stacks(config, plain.entries), stored, plain.runtime)
 
 
 def base_entries(root: Path) -> dict[str, TensorEntry]:
@@ -123,6 +127,17 @@ def _dtype(config: dict[str, Any], entries: dict[str, TensorEntry]) -> str:
     floats = Counter(e.dtype for e in entries.values() if e.dtype in PLAIN_FLOATS and not e.name.endswith("_scale_inv")
                      and not e.name.endswith("_scale") and len(e.shape) > 1)  # fmt: skip
     return floats.most_common(1)[0][0] if floats else "BF16"
+
+
+def _refuse_single_experts(root: Path, config: dict[str, Any], entries: dict[str, TensorEntry]) -> None:
+    """Refuse what transformers would load without a word, with random experts in place of those it does not find."""
+    single = next((name for name in entries if stack_name(name) is not None), None)
+    if config.get("model_type") in STACKED_FAMILIES and single is not None:
+        raise ConfigurationError(
+            f"the experts of the model in {root} are stored one by one, as vLLM reads them: it cannot be a base",
+            why=f"it holds {single}, and transformers loads {stack_name(single)}",
+            fix="start from the model that it was made from",
+        )
 
 
 def _refuse_transposed(root: Path, config: dict[str, Any], scheme: Scheme) -> None:
