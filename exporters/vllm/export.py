@@ -165,7 +165,7 @@ def plan_warnings(plan: ExportPlan) -> list[str]:
     if any(unit.quantized and unit.transposed for unit in plan.units):
         warnings.append(
             "weights stored (in, out) hold FP8 codes: vLLM's loader transposes them; transformers does not "
-            "decompress Conv1D, so it must not be used to load this export"
+            "decompress them, so it must not be used to load this export"
         )
     experts = [unit for unit in plan.units if unit.quantized and plan.structure.is_expert(unit.module)]
     if experts and plan.options.format is ExportFormat.W8A16:

@@ -47,7 +47,7 @@ def plan_itself(artifact: Artifact) -> ExportPlan:
         root=artifact.root,
         kind=FALQON_KIND if options.format.quantized else HUGGING_FACE,
         config=config,
-        tensors=split_stacks(config, weight_entries(artifact.root)),
+        tensors=split_stacks(config.get("model_type"), weight_entries(artifact.root)),
         transposed=frozenset(name.removesuffix(".weight") for name in details.transposed),
         layers={layer.name: layer for layer in artifact.manifest.layers},
         adapter="flushed",
@@ -59,7 +59,7 @@ def plan_itself(artifact: Artifact) -> ExportPlan:
 def check_vllm(artifact: Artifact, parent: Path | None, notes: list[str]) -> Iterator[Finding]:
     """Check an export to vLLM."""
     plan = plan_itself(artifact)
-    tensors = split_stacks(plan.source.config, plan.source.tensors)
+    tensors = plan.source.tensors
     yield from lint_findings(lint(plan))
     yield from unexpected_tensors(tensors, plan.structure)
     yield from stray_weights(artifact.root, tensors)
@@ -120,6 +120,7 @@ def unexpected_tensors(tensors: dict[str, TensorEntry], structure: ModelStructur
     for name in sorted(tensors):
         if "lora_" in name or ".base_layer." in name:
             yield Finding(Check.LINT, name, "an adapter's tensor, which no engine loads from here")
+    tensors = split_stacks(structure.model_type, tensors)
     table = structure.naming.table(tensors)
     stored = {known.name: tensors[name] for name, known in table.items() if known.whole}
     joined = {known.name for known in table.values() if not known.whole}

@@ -95,7 +95,7 @@ def count_differing(root: Path, weights: Weights) -> int:
     """
     wanted = _tensors(weights)
     written = {name: entry for file in weight_files(root) for name, entry in header_entries(file).items()}
-    written = split_stacks(read_config(root / "config.json"), written)
+    written = split_stacks(read_config(root / "config.json").get("model_type"), written)
     for name in weights:
         if (key := f"{name}.weight{SCALE_SUFFIX}") in written.keys() - wanted.keys():
             raise BadArtifactError(f"{key} was written although {name} is not quantized")

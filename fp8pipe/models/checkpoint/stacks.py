@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
 import torch
 from torch import Tensor
@@ -50,14 +50,14 @@ class ExpertEntry(TensorEntry):
         return self.read()[rows.start : rows.stop]
 
 
-def split_stacks(config: Mapping[str, Any], entries: Mapping[str, TensorEntry]) -> dict[str, TensorEntry]:
+def split_stacks(model_type: object, entries: Mapping[str, TensorEntry]) -> dict[str, TensorEntry]:
     """The entries with every stack replaced by one entry per expert.
 
     Args:
-        config: the parsed config.json; only the families of `STACKED_FAMILIES` are touched.
+        model_type: of config.json; nothing is split except in `STACKED_FAMILIES`.
         entries: by name in the checkpoint.
     """
-    if config.get("model_type") not in STACKED_FAMILIES:
+    if model_type not in STACKED_FAMILIES:
         return dict(entries)
     found: dict[str, TensorEntry] = {}
     for name, entry in entries.items():

@@ -53,7 +53,6 @@ class CpuFp8MoEMethod(UnquantizedFusedMoEMethod):
     """
 
     def __init__(self, moe: FusedMoEConfig, activations: Activations) -> None:
-        super().__init__(moe)
         self.activations = activations
         self.settings = Settings.from_environment()
         if self.settings.quantize_activations and moe.activation not in _EMULATED:
@@ -62,6 +61,7 @@ class CpuFp8MoEMethod(UnquantizedFusedMoEMethod):
                 f"FP8PIPE_VLLM_ACTIVATIONS=quant emulates experts with the activations {known}, not with "
                 f"{moe.activation.value}: start without it, and inputs are not rounded"
             )
+        super().__init__(moe)
 
     def create_weights(
         self, layer: Any, num_experts: int, hidden_size: int, intermediate_size_per_partition: int,

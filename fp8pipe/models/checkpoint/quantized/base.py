@@ -1,8 +1,8 @@
 """Reads a base model's checkpoint in any supported precision; every stage goes through this module.
 
-A plain checkpoint is used unchanged. In an FP8 checkpoint, each weight is dequantized only when it is read, so no
-second copy of the model is kept in memory or on disk. The quantization block is removed from its config.json, and what
-was done is recorded for the manifest.
+A plain checkpoint is used unchanged. In an FP8 checkpoint, or gpt-oss in MXFP4, each weight is dequantized only when it
+is read, so no second copy of the model is kept in memory or on disk. The quantization block is removed from its
+config.json, and what was done is recorded for the manifest.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch import Tensor
 from fp8pipe.artifact.stored_format import StoredFormat
 from fp8pipe.core.errors import ConfigurationError
 from fp8pipe.models.checkpoint.quantized.entries import dequantized, refuse_codes
+from fp8pipe.models.checkpoint.quantized.mxfp4 import dequantized_stacks
 from fp8pipe.models.checkpoint.quantized.scheme import (
     QUANT_FILE,
     Scheme,
@@ -92,16 +93,18 @@ def read_base(root: Path) -> BaseCheckpoint:
     _refuse_single_experts(root, config, entries)
     if scheme is None:
         refuse_codes(root, entries)
-        return BaseCheckpoint(config, split_stacks(config, entries))
+        return BaseCheckpoint(config, split_stacks(config.get("model_type"), entries))
     _refuse_transposed(root, config, scheme)
     dtype = _dtype(config, entries)
-    plain = dequantized(root, entries, scheme, dtype)
+    mxfp4 = scheme.method == "mxfp4"
+    plain = dequantized_stacks(root, entries, dtype) if mxfp4 else dequantized(root, entries, scheme, dtype)
     counts = Counter(plain.granularities.values())
     stored = StoredFormat(
         method=scheme.method, granularity=sorted(counts), block=scheme.block if counts["per-block"] else None,
-        weights=counts.total(), dtype=dtype,
+        codes="e2m1" if mxfp4 else "e4m3", weights=counts.total(), dtype=dtype,
     )  # fmt: skip
-    return BaseCheckpoint(without_quantization(config), split_stacks(config, plain.entries), stored, plain.runtime)
+    single = split_stacks(config.get("model_type"), plain.entries)
+    return BaseCheckpoint(without_quantization(config), single, stored, plain.runtime)
 
 
 def base_entries(root: Path) -> dict[str, TensorEntry]:
