@@ -127,7 +127,7 @@ class ExpectedWeights:
         if unit is None:
             return self._own(name)
         value = expected_values(unit)
-        shape = unit.outputs[1].shape if unit.quantized else None
+        shape = unit.outputs[1].shape if len(unit.outputs) > 1 else None
         return Expected(name, value, _scale_of(unit, value), unit.transposed, scale_shape=shape)
 
     def read_held(self, name: str, holding: Holding) -> Expected:

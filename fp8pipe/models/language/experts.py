@@ -56,9 +56,10 @@ class StackedExpert(nn.Module):
         super().__init__()
         from transformers.pytorch_utils import Conv1D
 
+        kind: Any = Conv1D  # transformers leaves its constructor without types
         for name, (weight, bias) in projections.items():
             with torch.device("meta"):
-                linear = Conv1D(weight.shape[1], weight.shape[0])  # holds its weight as (in, out)
+                linear = kind(weight.shape[1], weight.shape[0])  # holds its weight as (in, out)
             linear.weight = nn.Parameter(weight.detach(), requires_grad=False)
             linear.bias = nn.Parameter(bias.detach(), requires_grad=False)
             self.add_module(name, linear)

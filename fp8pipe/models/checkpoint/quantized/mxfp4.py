@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fp8pipe.models.checkpoint.quantized.entries import Plain, refuse_leftover_codes
-from fp8pipe.models.checkpoint.quantized.scheme import refusal
+from fp8pipe.models.checkpoint.quantized.scheme import Granularity, refusal
 from fp8pipe.models.checkpoint.tensors import DTYPES, TensorEntry
 
 __all__ = ["Mxfp4Entry", "dequantized_stacks"]
@@ -84,10 +84,12 @@ def dequantized_stacks(root: Path, entries: Mapping[str, TensorEntry], dtype: st
         if scales is None:
             raise refusal(root, f"{blocks.name} has no scales: there is no {name}_scales")
         shape = blocks.shape
-        if (blocks.dtype, scales.dtype) != ("U8", "U8") or shape[-1:] != (_BYTES,) or shape[:-1] != scales.shape:
+        fits = len(shape) == 4 and shape[-1] == _BYTES and shape[:-1] == scales.shape
+        if (blocks.dtype, scales.dtype) != ("U8", "U8") or not fits:
             why = f"{blocks.name} is {blocks.dtype} {shape} and {scales.name} {scales.dtype} {scales.shape}"
             raise refusal(root, f"{why}; expected U8 (experts, out, in / 32, {_BYTES}) and (experts, out, in / 32)")
         experts, out, count = scales.shape
         table[name] = Mxfp4Entry(name, dtype, (experts, 32 * count, out), blocks.file, blocks.start, blocks, scales)
     refuse_leftover_codes(root, (entry for entry in table.values() if not isinstance(entry, Mxfp4Entry)), "mxfp4")
-    return Plain(table, dict.fromkeys(stacks, "per-block"), ())
+    shared: Granularity = "per-block"
+    return Plain(table, dict.fromkeys(stacks, shared), ())
