@@ -167,6 +167,12 @@ def plan_warnings(plan: ExportPlan) -> list[str]:
             "weights stored (in, out) hold FP8 codes: vLLM's loader transposes them; transformers does not "
             "decompress them, so it must not be used to load this export"
         )
+    single = any(unit.transposed and plan.structure.is_expert(unit.module) for unit in plan.units)
+    if single and not plan.options.format.quantized:
+        warnings.append(
+            "experts are stored one by one, as vLLM reads them: transformers would replace them by random ones and say "
+            "so only in its log, so it must not be used to load this export"
+        )
     experts = [unit for unit in plan.units if unit.quantized and plan.structure.is_expert(unit.module)]
     if experts and plan.options.format is ExportFormat.W8A16:
         warnings.append(
