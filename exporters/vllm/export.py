@@ -171,13 +171,24 @@ def plan_warnings(plan: ExportPlan) -> list[str]:
     if any(unit.quantized and unit.transposed for unit in plan.units):
         warnings.append(
             "weights stored (in, out) hold FP8 codes: vLLM's loader transposes them; transformers does not "
-            "decompress Conv1D, so it must not be used to load this export"
+            "decompress them, so it must not be used to load this export"
+        )
+    single = any(unit.transposed and plan.structure.is_expert(unit.module) for unit in plan.units)
+    if single and not plan.options.format.quantized:
+        warnings.append(
+            "experts are stored one by one, as vLLM reads them: transformers would replace them by random ones and say "
+            "so only in its log, so it must not be used to load this export"
         )
     experts = [unit for unit in plan.units if unit.quantized and plan.structure.is_expert(unit.module)]
     if experts and plan.options.format is ExportFormat.W8A16:
         warnings.append(
             f"vLLM {plan.schema.vllm_version} has no kernel for GPUs with FP8 experts and unquantized inputs: "
             "to serve on GPUs, export with --format fp8; on CPUs the plugin serves this export"
+        )
+    if any(f"{plan.spelt[unit.module or '']}.bias" in plan.names for unit in experts):
+        warnings.append(
+            f"vLLM {plan.schema.vllm_version} does not load FP8 experts with biases on GPUs and stops with an error: "
+            "there this model needs --format bf16; on CPUs the plugin serves it"
         )
     warnings += [f"{u.entry.name} was left out: config.json ties it to a stored tensor" for u in plan.dropped]
     if not plan.schema.tested:

@@ -17,6 +17,7 @@ from exporters.vllm.blocks import by_unit
 from exporters.vllm.plan import DIMENSION_MULTIPLE, ExportPlan, Unit, fused_siblings
 from fp8pipe.artifact.finding import Finding
 from fp8pipe.models.checkpoint.rows import read_rows, same_values
+from fp8pipe.models.checkpoint.stacks import stack_name
 from fp8pipe.models.checkpoint.tensors import TensorEntry, header_entries, read_tensor
 from fp8pipe.models.checkpoint.values import count_not_finite
 from fp8pipe.models.language.structure import Role
@@ -157,8 +158,10 @@ def _scales(plan: ExportPlan) -> Iterator[Finding]:
         rows = entry.shape[-1 if unit.transposed else 0] if entry.shape else 0
         if scale is None:
             yield _found("missing-scale", entry.name, "FP8 codes without weight_scale")
-        elif scale.dtype != "F32" or scale.shape not in {(), (1,), (rows, 1)}:
-            yield _found("scale-shape", scale.name, f"{scale.dtype} {scale.shape}; expected F32 () or ({rows}, 1)")
+            continue
+        wanted = (1, rows) if unit.transposed and plan.structure.is_expert(unit.module) else (rows, 1)
+        if scale.dtype != "F32" or scale.shape not in {(), (1,), wanted}:
+            yield _found("scale-shape", scale.name, f"{scale.dtype} {scale.shape}; expected F32 () or {wanted}")
 
 
 def _adapter_state(plan: ExportPlan) -> Iterator[Finding]:
@@ -180,8 +183,9 @@ def _shapes(plan: ExportPlan) -> Iterator[Finding]:
         if unit.entry.shape != declared:
             why = f"{unit.entry.shape}, but config.json declares {declared}"
             yield _found("weight-shape", unit.entry.name, why)
+    stored = {unit.name for unit in plan.units}  # in bf16 stacks stay whole
     for module in structure.projections.keys() - seen:
-        if f"{module}.weight" not in structure.tied:
+        if f"{module}.weight" not in structure.tied and stack_name(f"{module}.weight") not in stored:
             yield _found("missing-weight", f"{module}.weight", "the model has it, the checkpoint lacks it")
 
 
@@ -274,7 +278,8 @@ def _transposed(plan: ExportPlan) -> Iterator[Finding]:
     for unit in plan.units:
         if not unit.quantized:
             continue
-        if unit.transposed and not served:
+        expert = structure.is_expert(unit.module) and structure.model_type in plan.schema.stacked_model_types
+        if unit.transposed and not (served or expert):
             why = (
                 f"stored (in, out), and vLLM {plan.schema.vllm_version}'s loader of {structure.model_type} "
                 "is not known to transpose FP8 codes"

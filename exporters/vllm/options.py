@@ -77,6 +77,8 @@ class CheckpointSchema:
         tested: whether checkpoints of this format were loaded in exactly that version.
         conv1d_model_types: model types whose loader transposes Conv1D weights itself but leaves `weight_scale` as it
             is, so that FP8 codes stored as `(in, out)` with scales `(out, 1)` load correctly.
+        stacked_model_types: model types whose loader takes experts one by one with their weights stored as `(in, out)`,
+            and transposes weights and scales alike, so that scales are stored as `(1, out)`.
         fused_groups: names of sibling modules that the engine concatenates into one layer, so that all of them must be
             quantized in the same way.
     """
@@ -85,6 +87,7 @@ class CheckpointSchema:
     compressed_tensors: str
     tested: bool
     conv1d_model_types: frozenset[str] = frozenset({"gpt2"})
+    stacked_model_types: frozenset[str] = frozenset({"gpt_oss"})
     fused_groups: tuple[frozenset[str], ...] = (
         frozenset({"q_proj", "k_proj", "v_proj"}),
         frozenset({"gate_proj", "up_proj"}),

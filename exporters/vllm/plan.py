@@ -19,6 +19,7 @@ from exporters.vllm.source import Source
 from exporters.vllm.target import KvScale
 from fp8pipe.artifact import Encoding, LayerRecord, ScaleRule
 from fp8pipe.models.checkpoint.names import ModelName
+from fp8pipe.models.checkpoint.stacks import join_entries
 from fp8pipe.models.checkpoint.tensors import PLAIN_FLOATS, SCALE_SUFFIX, TensorEntry, TensorHeader, is_scale
 from fp8pipe.models.language.ending import Ending
 from fp8pipe.models.language.structure import ModelStructure, Role
@@ -140,6 +141,8 @@ def build_plan(source: Source, structure: ModelStructure, options: VllmExportOpt
     Raises:
         ConfigurationError: `options.vllm_version` is not one of the declared versions.
     """
+    if not options.format.quantized and not source.holds_codes:  # nothing is done to single experts: stacks stay stacks
+        source = replace(source, tensors=join_entries(source.tensors))
     names = structure.naming.table(source.tensors)
     planner = _Planner(source, structure, options.format, schema_for(options.vllm_version), names)
     units = [
@@ -237,7 +240,8 @@ class _Planner:
         outputs = [] if action is Action.DROP else [TensorHeader(entry.name, dtype, entry.shape)]
         if coded:
             rows = entry.shape[1 if transposed else 0]
-            outputs.append(TensorHeader(entry.name + SCALE_SUFFIX, "F32", (rows, 1)))
+            shape = (1, rows) if transposed and self.structure.is_expert(module) else (rows, 1)
+            outputs.append(TensorHeader(entry.name + SCALE_SUFFIX, "F32", shape))
         return Unit(entry, scale, action, tuple(outputs), module, transposed, known.name)
 
     def _action(self, entry: TensorEntry, name: str, module: str | None, role: Role | None) -> Action:

@@ -15,6 +15,7 @@ from fp8pipe.artifact.kinds import FALQON_KIND, TUNED_KINDS, KvCacheFacts, Tuned
 from fp8pipe.core.errors import ConfigurationError
 from fp8pipe.models.checkpoint.quantized.base import BaseCheckpoint, read_base
 from fp8pipe.models.checkpoint.sidecars import read_config
+from fp8pipe.models.checkpoint.stacks import split_stacks
 from fp8pipe.models.checkpoint.tensors import TensorEntry, model_parent, weight_entries
 from fp8pipe.models.language.sources import check_no_adapter, resolve_model
 
@@ -29,7 +30,7 @@ class Source:
         root: its directory.
         kind: the artifact's kind, or HUGGING_FACE.
         config: the parsed config.json.
-        tensors: entries by tensor name.
+        tensors: entries by tensor name; stacked experts one by one (`split_stacks`).
         parent: the parent record for the export's manifest.
         transposed: modules that the artifact declares as stored `(in, out)`; None if it declares nothing.
         layers: the manifest's records by layer; empty for a plain directory.
@@ -90,11 +91,12 @@ def open_source(source: Path | str, *, verify: bool = True) -> Source:
     artifact = open_artifact(root, kind=TUNED_KINDS, verify=verify)
     manifest = artifact.manifest
     details = manifest.details_of(TunedDetails)
+    config = _read_config(root)
     return Source(
         root=root,
         kind=manifest.kind,
-        config=_read_config(root),
-        tensors=weight_entries(root),
+        config=config,
+        tensors=split_stacks(config.get("model_type"), weight_entries(root)),
         transposed=frozenset(name.removesuffix(".weight") for name in details.transposed),
         layers={layer.name: layer for layer in manifest.layers},
         adapter=details.adapter,

@@ -33,6 +33,7 @@ from fp8pipe.artifact import MANIFEST_NAME, Artifact
 from fp8pipe.artifact.finding import Check, Finding
 from fp8pipe.artifact.kinds import FALQON_KIND
 from fp8pipe.models.checkpoint.sidecars import SERVED_FILES, sidecar_files
+from fp8pipe.models.checkpoint.stacks import split_stacks
 from fp8pipe.models.checkpoint.tensors import TensorEntry, weight_entries
 from fp8pipe.models.language.ending import EOS, GENERATION_FILE, stop_tokens
 from fp8pipe.models.language.structure import ModelStructure, read_structure
@@ -49,7 +50,7 @@ def plan_itself(artifact: Artifact) -> ExportPlan:
         root=artifact.root,
         kind=FALQON_KIND if options.format.quantized else HUGGING_FACE,
         config=config,
-        tensors=tensors,
+        tensors=split_stacks(config.get("model_type"), tensors),
         transposed=frozenset(name.removesuffix(".weight") for name in details.transposed),
         layers={layer.name: layer for layer in artifact.manifest.layers},
         adapter="flushed",
@@ -139,6 +140,7 @@ def unexpected_tensors(tensors: dict[str, TensorEntry], structure: ModelStructur
     for name in sorted(tensors):
         if "lora_" in name or ".base_layer." in name:
             yield Finding(Check.LINT, name, "a tensor of an adapter, which no engine loads from an export")
+    tensors = split_stacks(structure.model_type, tensors)
     table = structure.naming.table(tensors)
     stored = {known.name: tensors[name] for name, known in table.items() if known.whole}
     joined = {known.name for known in table.values() if not known.whole}

@@ -152,7 +152,7 @@ def _produce(unit: Unit, rows: range, block: Tensor) -> list[tuple[TensorHeader,
     if unit.action is Action.QUANTIZE:
         tensors = list(quantize_weight(block, transposed=unit.transposed))
     elif unit.action is Action.CODES:
-        count = unit.outputs[1].shape[0] if unit.transposed else len(rows)
+        count = unit.entry.shape[1] if unit.transposed else len(rows)
         tensors = [block, channel_scale(scale_of(_scale(unit), unit, rows), count)]
     elif unit.action is Action.DEQUANTIZE:
         scale = scale_of(_scale(unit), unit, rows)
@@ -163,7 +163,7 @@ def _produce(unit: Unit, rows: range, block: Tensor) -> list[tuple[TensorHeader,
     for output, tensor in zip(unit.outputs, tensors, strict=True):
         row, length = (output.shape[1:], len(rows)) if output.shape else ((), 1)
         if unit.transposed and output is not unit.outputs[0]:
-            length = output.shape[0]
+            length, tensor = output.shape[0], tensor.reshape(output.shape)  # of an expert: (1, out)
         if tuple(tensor.shape) != ((length, *row) if output.shape else ()):
             raise ValueError(f"{output.name}: planned {output.shape}, rows {rows} came out as {tuple(tensor.shape)}")
         place = rows.start * math.prod(row) * DTYPES[output.dtype].itemsize

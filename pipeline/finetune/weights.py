@@ -18,6 +18,8 @@ from fp8pipe.artifact import ArtifactWriter, LayerRecord, disk_guard, none_of
 from fp8pipe.artifact.kinds import MergeHealth
 from fp8pipe.core.errors import BadArtifactError
 from fp8pipe.models.checkpoint.quantized.base import base_entries, copy_base_files
+from fp8pipe.models.checkpoint.sidecars import read_config
+from fp8pipe.models.checkpoint.stacks import ExpertEntry, join_stacks, split_stacks
 from fp8pipe.models.checkpoint.tensors import (
     SCALE_SUFFIX,
     SINGLE_NAME,
@@ -49,12 +51,16 @@ Weights = dict[str, Deployed]  # by module path, or by checkpoint name without `
 def write_checkpoint(base: Path, root: Path, weights: Weights) -> None:
     """Copy the base checkpoint to the directory `root`, with `weights` in place of the tensors they name.
 
+    Experts that the base holds stacked are stacked again if all weights are floats, so that transformers loads them;
+    codes have a scale for each expert and are stored one by one.
+
     Raises:
         ConfigurationError: the base checkpoint cannot be read.
     """
     copy_base_files(base, root)
     files = weight_files(base)
     entries = base_entries(base)
+    split = any(isinstance(entry, ExpertEntry) for entry in entries.values())
     trained = _tensors(weights)
     weight_map: dict[str, str] = {}
     total = 0
@@ -70,6 +76,8 @@ def write_checkpoint(base: Path, root: Path, weights: Weights) -> None:
                 tensors[name] = read_tensor(entry)
         if not tensors:  # a file that holds only scales
             continue
+        if split and all(weight.scale is None for weight in weights.values()):
+            tensors = join_stacks(tensors)
         size = sum(t.numel() * t.element_size() for t in tensors.values())
         with disk_guard(root, size):
             save_file(tensors, root / file.name, metadata={"format": "pt"})
@@ -87,6 +95,7 @@ def count_differing(root: Path, weights: Weights) -> int:
     """
     wanted = _tensors(weights)
     written = {name: entry for file in weight_files(root) for name, entry in header_entries(file).items()}
+    written = split_stacks(read_config(root / "config.json").get("model_type"), written)
     for name in weights:
         if (key := f"{name}.weight{SCALE_SUFFIX}") in written.keys() - wanted.keys():
             raise BadArtifactError(f"{key} was written although {name} is not quantized")

@@ -26,14 +26,14 @@ Rows marked * run in the long test suite only (`FP8PIPE_TEST_BREADTH=long`).
   projectors; linear layers whose weight the model reads without calling the layer; and linear layers with a side below
   16 (gates), which FP8 kernels do not support and which would limit the rank of every other layer. `--dry-run` and the
   manifest name each layer that is left out.
-* Experts are trained one by one where checkpoints store them one by one (Mixtral, Qwen-MoE, DeepSeek and similar:
-  [falqon.md](falqon.md#experts)). Where a checkpoint holds them stacked (gpt-oss, Granite-MoE, Llama 4), they keep
-  their dtype. Routers keep theirs in every family; they are recognized by their place beside the experts, with one row
-  for each.
+* Experts are trained one by one where checkpoints store them one by one (Mixtral, Qwen-MoE, DeepSeek and similar), and
+  those of gpt-oss, which stores stacks ([falqon.md](falqon.md#experts)). Other stacks (Granite-MoE, Llama 4) keep their
+  dtype. Routers keep theirs in every family; they are recognized by their place beside the experts, with one row for
+  each.
 * Exports keep the tensor names of the original checkpoint, also where transformers renames or merges tensors on
-  loading (GPT-NeoX, Gemma 3 and Qwen2.5-VL with images, experts).
-* `unknown-matrix`: the decoder has matrices that belong to no linear layer or embedding (experts that a checkpoint
-  holds stacked, state and convolution weights of Mamba), and how an engine stores them in an FP8 checkpoint is not
+  loading (GPT-NeoX, Gemma 3 and Qwen2.5-VL with images, experts). FP8 exports of gpt-oss hold experts one by one.
+* `unknown-matrix`: the decoder has matrices that belong to no linear layer or embedding (stacked experts other than
+  gpt-oss's, state and convolution weights of Mamba), and how an engine stores them in an FP8 checkpoint is not
   known.
 
 This page is written by `python tests/support/architecture_table.py` from `tests/support/language_models.py`;

@@ -115,7 +115,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         "Qwen3Moe", 32, "", {"mlp.gate": _ROUTER}, head_dim=16, num_experts=4, num_experts_per_tok=2,
         moe_intermediate_size=32,
     ),
-    "gpt_oss": _llama_like("GptOss", 8, _STACKED, {"mlp.router": _ROUTER}, head_dim=16, sliding_window=16, **_EXPERTS),
+    "gpt_oss": _llama_like("GptOss", 24, "", {"mlp.router": _ROUTER}, head_dim=16, sliding_window=16, **_EXPERTS),
     "mamba2": Architecture(
         "Mamba2ForCausalLM", "Mamba2Config",
         {"vocab_size": 272, "hidden_size": 64, "num_hidden_layers": 2, "num_heads": 8, "head_dim": 16, "state_size": 16,

@@ -28,6 +28,7 @@ from exporters.vllm.target import VllmDetails
 from fp8pipe.artifact import Artifact
 from fp8pipe.core.errors import ConfigurationError
 from fp8pipe.models.checkpoint.names import ModelName
+from fp8pipe.models.checkpoint.stacks import ExpertEntry, split_stacks
 from fp8pipe.models.checkpoint.tensors import SCALE_SUFFIX, is_scale, read_tensor, weight_entries
 from fp8pipe.models.language.parts import StoredWeights
 from fp8pipe.models.language.structure import ModelStructure, read_structure
@@ -61,6 +62,7 @@ class Expected:
         scale: fp32, dequantized = code * scale, broadcastable to `value`; None for unquantized tensors.
         transposed: whether it is stored as `(in, out)`; the engine has `(out, in)`.
         products: for codes, the digests of the weights that multiplication with one-hot inputs may return.
+        scale_shape: shape of the stored scales; engines have `(1, rows)` if they are stored so, else `(rows, 1)`.
         wide: whether engines keep it in fp32 whatever their dtype: a scale of the key/value cache.
     """
 
@@ -69,6 +71,7 @@ class Expected:
     scale: Tensor | None
     transposed: bool
     products: tuple[str, ...] = ()
+    scale_shape: tuple[int, ...] | None = None
     wide: bool = False
 
     def held(self, holding: Holding) -> list[Expected]:
@@ -82,7 +85,8 @@ class Expected:
         # Kernels with packed codes multiply by the scale in fp32, or by the scale rounded to their dtype.
         scales = (self.scale, self.scale.to(holding.dtype).float())
         products = tuple(dict.fromkeys(_unsigned((codes * scale).to(holding.dtype).float()) for scale in scales))
-        scale = self.scale.reshape(-1, 1).expand(rows, 1).contiguous()
+        shape = (1, rows) if self.scale_shape == (1, rows) else (rows, 1)
+        scale = self.scale.reshape(-1, 1).expand(rows, 1).reshape(shape).contiguous()
         return [
             replace(self, value=codes, scale=torch.ones(()), products=products),
             Expected(self.name + SCALE_SUFFIX, scale, None, False),
@@ -148,8 +152,10 @@ class ExpectedWeights:
         """The expected tensor of this name."""
         if name in self.kv_scales:
             return Expected(name, self.kv_scales[name], None, False, wide=True)
-        unit, value = self._unit(name), self.stored.read(name).float()
-        return Expected(name, value, _scale_of(unit, value), unit.transposed)
+        unit = self._unit(name)
+        value = StoredWeights({name: unit.entry}, lambda _: expected_blocks(unit)).read(name).float()
+        stored = unit.outputs[1].shape if len(unit.outputs) > 1 else unit.scale and unit.scale.shape
+        return Expected(name, value, _scale_of(unit, value), unit.transposed, scale_shape=stored)
 
     def read_held(self, name: str, holding: Holding) -> Expected:
         """The stored tensor of this name in an engine: a weight, its codes, or the scales of its codes."""
@@ -158,9 +164,14 @@ class ExpectedWeights:
 
     @cached_property
     def stored(self) -> StoredWeights:
-        """The values of the weights alone, for a torch model."""
-        headers = {name: self._unit(name).entry for name in self.names if name not in self.kv_scales}
-        return StoredWeights(headers, lambda name: expected_blocks(self._unit(name)))
+        """The values of the weights alone, for a torch model; stacked experts one by one (`split_stacks`)."""
+        units = {name: self._unit(name) for name in self.names if name not in self.kv_scales}
+        entries = split_stacks(self._structure.model_type, {name: unit.entry for name, unit in units.items()})
+        units |= {
+            name: replace(units[entry.stack.name], entry=entry, transposed=True)
+            for name, entry in entries.items() if isinstance(entry, ExpertEntry) and name not in units
+        }  # fmt: skip
+        return StoredWeights(entries, lambda name: expected_blocks(units[name]))
 
     @cached_property
     def kv_scales(self) -> dict[str, Tensor]:

@@ -26,7 +26,10 @@ _TOKENS: Final = 3  # tokens per expert
 _SEED: Final = 6
 _ROUNDOFF: Final = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0**-24}
 _ADDEND_LOSS: Final = 2.0**-13  # error of FP8 tensor cores per addend, relative to the largest one; see `products`
-_SLOPE: Final = 1.1  # largest derivative of SiLU
+_SLOPE: Final = 1.1  # largest derivative of SiLU, and of x * sigmoid(alpha * x) for any alpha
+_OAI: Final = "swigluoai"  # gpt-oss's: gate and up interleaved and clamped, gate * sigmoid(alpha * gate) * (up + 1)
+_ALPHA: Final = 1.702
+_LIMIT: Final = 7.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,11 +61,12 @@ def stacked_numbers(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def foresee(layer: Any) -> Foreseen | None:
-    """Compute the expected outputs of a layer's experts; None if they have biases or an activation other than SiLU.
+    """Compute the expected outputs of a layer's experts; None if their activation is neither SiLU nor swigluoai.
 
     Must be called after loading and before vLLM packs the weights.
     """
-    if str(getattr(layer.activation, "value", layer.activation)) != "silu" or hasattr(layer, "w13_bias"):
+    activation = str(getattr(layer.activation, "value", layer.activation))
+    if activation not in ("silu", _OAI):
         return None
     dtype = layer.moe_config.in_dtype
     tokens = _tokens(layer.w13_weight.shape[2], dtype).float()
@@ -71,8 +75,9 @@ def foresee(layer: Any) -> Foreseen | None:
         w13, w2 = ((getattr(layer, f"{stack}_weight")[number].detach().cpu().float()
                     * getattr(layer, f"{stack}_weight_scale")[number].detach().cpu().float())
                    for stack in ("w13", "w2"))  # fmt: skip
+        one = _Expert(w13, w2, _bias(layer, "w13", number), _bias(layer, "w2", number), activation == _OAI)
         for place, rounds in ((0, False), (2, True)):
-            result, bound = _expected(tokens, w13, w2, _ROUNDOFF[dtype], rounds=rounds)
+            result, bound = _expected(tokens, one, _ROUNDOFF[dtype], rounds=rounds)
             found[place].append(result)
             found[place + 1].append(bound)
     return Foreseen(*(torch.stack(parts) for parts in found))
@@ -112,21 +117,50 @@ def _tokens(columns: int, dtype: torch.dtype) -> Tensor:
     return torch.randn(_TOKENS, columns, generator=torch.Generator().manual_seed(_SEED)).to(dtype)
 
 
-def _expected(x: Tensor, w13: Tensor, w2: Tensor, roundoff: float, *, rounds: bool) -> tuple[Tensor, Tensor]:
-    """`w2 (silu(gate x) * up x)` and its error bound; fp32 `(tokens, hidden)` each."""
+@dataclass(frozen=True, slots=True)
+class _Expert:
+    """One expert's weights and biases, fp32; `oai` if its activation is swigluoai, SiLU otherwise."""
+
+    w13: Tensor
+    w2: Tensor
+    bias13: Tensor | None
+    bias2: Tensor | None
+    oai: bool
+
+    def gated(self, joined: Tensor, off: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The activated gate, the factor of it, and error bounds of gate and factor, given that of `joined`."""
+        if not self.oai:
+            (gate, up), (gate_off, up_off) = joined.chunk(2, dim=-1), off.chunk(2, dim=-1)
+            return torch.nn.functional.silu(gate), up, gate_off, up_off
+        gate, up = joined[..., ::2].clamp(max=_LIMIT), joined[..., 1::2].clamp(-_LIMIT, _LIMIT)
+        return gate * torch.sigmoid(_ALPHA * gate), up + 1, off[..., ::2], off[..., 1::2]
+
+
+def _bias(layer: Any, stack: str, number: int) -> Tensor | None:
+    bias = getattr(layer, f"{stack}_bias", None)
+    return None if bias is None else bias[number].detach().cpu().float()
+
+
+def _expected(x: Tensor, one: _Expert, roundoff: float, *, rounds: bool) -> tuple[Tensor, Tensor]:
+    """`w2 (act(gate x) * up x)`, with biases, and its error bound; fp32 `(tokens, hidden)` each."""
     loss = _ADDEND_LOSS if rounds else 2.0**-24
     x = round_inputs(x) if rounds else x
-    joined = x @ w13.t()
-    off = roundoff * joined.abs() + loss * (x.abs() @ w13.abs().t()) * (1 if rounds else x.shape[1] ** 0.5)
-    (gate, up), (gate_off, up_off) = joined.chunk(2, dim=-1), off.chunk(2, dim=-1)
-    activated = torch.nn.functional.silu(gate)
+    joined = x @ one.w13.t()
+    off = roundoff * joined.abs() + loss * (x.abs() @ one.w13.abs().t()) * (1 if rounds else x.shape[1] ** 0.5)
+    if one.bias13 is not None:  # added to the rounded product, or before it is rounded
+        joined = joined + one.bias13
+        off = off + roundoff * joined.abs()
+    activated, up, gate_off, up_off = one.gated(joined, off)
     inner = activated * up
     inner_off = _SLOPE * gate_off * (up.abs() + up_off) + activated.abs() * up_off + 3 * roundoff * inner.abs()
     if rounds:
         inner, inner_off = _rounded(inner, inner_off)
-    result = inner @ w2.t()
-    sums = inner.abs() @ w2.abs().t()
-    bound = inner_off @ w2.abs().t() + 3 * roundoff * result.abs() + 8 * loss * sums
+    result = inner @ one.w2.t()
+    sums = inner.abs() @ one.w2.abs().t()
+    bound = inner_off @ one.w2.abs().t() + 3 * roundoff * result.abs() + 8 * loss * sums
+    if one.bias2 is not None:
+        result = result + one.bias2
+        bound = bound + 3 * roundoff * result.abs()
     return result, bound + torch.finfo(torch.bfloat16).tiny
 
 

@@ -221,7 +221,7 @@ def _granularity(scales: tuple[int, ...], shape: tuple[int, ...] | None) -> str:
     count = math.prod(scales)
     if count == 1:
         return "per-tensor"
-    if shape is not None and count == shape[0]:
+    if shape is not None and (count == shape[0] or scales == (1, shape[-1])):  # the second: of weights (in, out)
         return "per-channel"
     if shape is not None and len(scales) == 2 and len(shape) == 2:
         blocks = tuple(-(-whole // part) for whole, part in zip(shape, scales, strict=True))

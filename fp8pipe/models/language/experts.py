@@ -3,8 +3,12 @@
 transformers stacks the expert weights of a layer into one tensor per projection, but most checkpoints store each
 expert separately, and engines read them that way. Once unstacked, each projection of an expert is an ordinary linear
 layer with its own scale and adapter, which the same code trains, quantizes and exports as any other. An expert that
-receives no tokens has no gradient and stays unchanged. Only model families whose checkpoints store experts separately
-are unstacked; the others keep their stacked tensors, which are not quantized.
+receives no tokens has no gradient and stays unchanged.
+
+gpt-oss stores stacks: weights as `(experts, in, out)`, and gate and up with their columns interleaved. Its experts are
+unstacked, too, with gate and up left in one layer, which holds its weight transposed as the checkpoint does; the
+checkpoint is read as if it stored them one by one (`checkpoint.stacks`). Families that store stacks of other kinds keep
+them, and those are not quantized.
 
 Routers are recognized by their structure rather than by name: a router is a sibling of the experts module, and its
 weight has one row per expert.
@@ -21,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from fp8pipe.core.errors import ConfigurationError
+from fp8pipe.models.checkpoint.stacks import STACKED_FAMILIES
 from fp8pipe.models.compat import import_transformers
 
 __all__ = [
@@ -47,6 +52,22 @@ class Expert(nn.Module):
         for name, weight in projections.items():
             linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
             linear.weight = nn.Parameter(weight.detach(), requires_grad=False)
+            self.add_module(name, linear)
+
+
+class StackedExpert(nn.Module):
+    """One expert of a stack of transposed weights with biases: the parts of the stacks, as views of them."""
+
+    def __init__(self, projections: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+        super().__init__()
+        from transformers.pytorch_utils import Conv1D
+
+        kind: Any = Conv1D  # transformers leaves its constructor without types
+        for name, (weight, bias) in projections.items():
+            with torch.device("meta"):
+                linear = kind(weight.shape[1], weight.shape[0])  # holds its weight as (in, out)
+            linear.weight = nn.Parameter(weight.detach(), requires_grad=False)
+            linear.bias = nn.Parameter(bias.detach(), requires_grad=False)
             self.add_module(name, linear)
 
 
@@ -79,19 +100,20 @@ class UnstackedExperts(nn.Module):
             place, token = torch.where((top_k_index == number).t())
             expert: Any = self.get_submodule(str(number))
             x = hidden_states[token]
-            inner = self._gated(expert.gate_proj(x), expert.up_proj(x))
-            weighted = expert.down_proj(inner) * top_k_weights[token, place, None]
+            weighted = expert.down_proj(self._inner(expert, x)) * top_k_weights[token, place, None]
             summed.index_add_(0, token, weighted.to(summed.dtype))
         return summed
 
-    def _gated(self, gate: Tensor, up: Tensor) -> Tensor:
-        """The gated activation, by the model family's own `_apply_gate`, which takes gate and up concatenated."""
-        product: Tensor = self._apply_gate(torch.cat([gate, up], dim=-1))  # type: ignore[operator]
+    def _inner(self, expert: Any, x: Tensor) -> Tensor:
+        """The gated activation, by the model family's own `_apply_gate`, which takes gate and up in one tensor."""
+        stacked = isinstance(expert, StackedExpert)
+        joined = expert.gate_up_proj(x) if stacked else torch.cat([expert.gate_proj(x), expert.up_proj(x)], dim=-1)
+        product: Tensor = self._apply_gate(joined)  # type: ignore[operator]
         return product
 
 
 def unstack_experts(model: nn.Module) -> tuple[str, ...]:
-    """Unstack, in place, all experts that the model family's checkpoints store separately; no weight is copied.
+    """Unstack, in place, all experts that the family's checkpoints store separately, and gpt-oss's; copies no weight.
 
     Args:
         model: a transformers model, real or on the meta device.
@@ -102,13 +124,18 @@ def unstack_experts(model: nn.Module) -> tuple[str, ...]:
     if not isinstance(model, import_transformers().PreTrainedModel):
         return ()
     stored_singly = _stored_singly(model)
-    names = []
+    stacked_family = getattr(model.config, "model_type", None) in STACKED_FAMILIES
+    found: dict[str, Callable[[Any], None]] = {}
     for name, module in model.named_modules():
-        if not isinstance(module, UnstackedExperts) and stored_singly(name) and _is_plain(module):
-            names.append(name)
-    for name in names:
-        _unstack(model.get_submodule(name))
-    return tuple(names)
+        if isinstance(module, UnstackedExperts):
+            continue
+        if stored_singly(name) and _is_plain(module):
+            found[name] = _unstack
+        elif stacked_family and _is_stack(module):
+            found[name] = _unstack_transposed
+    for name, unstack in found.items():
+        unstack(model.get_submodule(name))
+    return tuple(found)
 
 
 def _is_plain(module: Any) -> bool:
@@ -120,6 +147,17 @@ def _is_plain(module: Any) -> bool:
     joined, down = own["gate_up_proj"].shape, own["down_proj"].shape
     fits = joined[0] == down[0] == getattr(module, "num_experts", None) and joined[1:] == (2 * down[2], down[1])
     return told == [True, True, False, False] and not getattr(module, "has_post_expert_norm", False) and fits
+
+
+def _is_stack(module: Any) -> bool:
+    """Whether a module is a stack of gated experts with biases, with each weight stored as `(in, out)`."""
+    own = dict(module.named_parameters(recurse=False))
+    if own.keys() != {name for leaf in _PROJECTIONS for name in (leaf, f"{leaf}_bias")}:
+        return False
+    told = [getattr(module, flag, None) for flag in ("has_gate", "is_transposed", "has_bias")]
+    joined, down, count = own["gate_up_proj"].shape, own["down_proj"].shape, getattr(module, "num_experts", None)
+    fits = joined == (count, down[2], 2 * down[1]) and own["gate_up_proj_bias"].shape == (count, joined[2])
+    return told == [True] * 3 and not getattr(module, "has_post_expert_norm", False) and fits
 
 
 def _stored_singly(model: Any) -> Callable[[str], bool]:
@@ -149,12 +187,28 @@ def _joins_experts(rule: Any) -> bool:
 def _unstack(module: Any) -> None:
     joined, down = module.gate_up_proj.detach(), module.down_proj.detach()
     del module.gate_up_proj, module.down_proj
-    kind = type(module)
-    module.__class__ = type(f"Unstacked{kind.__name__}", (UnstackedExperts, kind), {})
+    _change_class(module)
     for number in range(joined.shape[0]):
         gate, up = joined[number].chunk(2)
         weights = {"gate_proj": gate, "up_proj": up, "down_proj": down[number]}
         module.add_module(str(number), Expert(weights))
+
+
+def _unstack_transposed(module: Any) -> None:
+    stacks = {leaf: (getattr(module, leaf).detach(), getattr(module, f"{leaf}_bias").detach()) for leaf in _PROJECTIONS}
+    for leaf in _PROJECTIONS:
+        delattr(module, leaf)
+        delattr(module, f"{leaf}_bias")
+    _change_class(module)
+    for number in range(module.num_experts):
+        parts = {leaf: (weight[number], bias[number]) for leaf, (weight, bias) in stacks.items()}
+        module.add_module(str(number), StackedExpert(parts))
+
+
+def _change_class(module: Any) -> None:
+    """Let the module run its experts one by one and keep its own gate."""
+    kind = type(module)
+    module.__class__ = type(f"Unstacked{kind.__name__}", (UnstackedExperts, kind), {})
 
 
 def expert_of(rule: Any, stored: str, pattern: str, joined: str) -> str | None:
@@ -257,7 +311,7 @@ def wrong_expert_settings(config: Any, place: str = "") -> Iterator[str]:
 def _counts(names: Iterable[str]) -> dict[str, int]:
     """Number of experts by the name of the module that contains them."""
     numbers: dict[str, set[str]] = {}
-    leaves = "|".join(leaf for group in _PROJECTIONS.values() for leaf in group)
+    leaves = "|".join(leaf for stack, group in _PROJECTIONS.items() for leaf in {stack, *group})
     for name in names:
         if match := re.fullmatch(rf"(.+)\.(\d+)\.(?:{leaves})\.weight", name):
             numbers.setdefault(match[1], set()).add(match[2])

@@ -9,7 +9,7 @@ of turn is right, and costs one more read.
 
 A part is as many consecutive modules (layers, embeddings, experts, blocks of a vision tower) as fit into `PART_BYTES`;
 what one module owns is never divided, however large. Weights that no text uses are never read. What transformers
-computes from several stored tensors stays in memory.
+computes from several stored tensors stays in memory, and so do stacks of experts that are not given one by one.
 """
 
 from __future__ import annotations
@@ -82,9 +82,10 @@ class PartedModel:
 
     def __init__(self, directory: Path, weights: StoredWeights, part_bytes: int = PART_BYTES) -> None:
         self._weights = weights
-        names = read_structure(directory).naming.table(weights.headers)
-        later = {known.name: stored for stored, known in names.items()
-                 if known.whole and DTYPES[weights.headers[stored].dtype].is_floating_point}  # fmt: skip
+        naming = read_structure(directory).naming
+        later = {known.name: stored for stored, known in naming.table(weights.headers).items()
+                 if known.whole and DTYPES[weights.headers[stored].dtype].is_floating_point
+                 and known.name.rpartition(".")[0] not in naming.experts}  # fmt: skip
         parted = set(later.values())
         state = {stored: _Unread.of(header.shape) if stored in parted else weights.read(stored)
                  for stored, header in weights.headers.items()}  # fmt: skip

@@ -24,6 +24,7 @@ from fp8pipe.core.errors import ConfigurationError
 from fp8pipe.models.checkpoint.blame import unusable
 from fp8pipe.models.checkpoint.names import Naming, naming_of
 from fp8pipe.models.checkpoint.sidecars import read_config
+from fp8pipe.models.checkpoint.stacks import STACKED_FAMILIES, join_stacks
 from fp8pipe.models.compat import import_transformers
 from fp8pipe.models.language.experts import call_every_expert, find_routers, unstack_experts, wrong_expert_settings
 from fp8pipe.models.language.probing import watch_pass
@@ -299,6 +300,7 @@ def build_model(directory: Path, state: dict[str, Tensor], dtype: torch.dtype, *
     Args:
         directory: contains config.json.
         state: the weights under their names in a checkpoint; transformers renames them as the architecture requires.
+            Experts may come one by one where the family's checkpoints store them stacked.
         dtype: dtype of the model's parameters.
         **options: passed to `from_pretrained`.
 
@@ -306,6 +308,7 @@ def build_model(directory: Path, state: dict[str, Tensor], dtype: torch.dtype, *
         ConfigurationError: see `load_config` and `model_class`.
     """
     config = load_config(directory)
+    state = join_stacks(state) if config.model_type in STACKED_FAMILIES else state
     built = model_class(config).from_pretrained(None, config=config, state_dict=state, dtype=dtype, **options)
     model: PreTrainedModel = built.eval()
     return model

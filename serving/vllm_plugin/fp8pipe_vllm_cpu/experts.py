@@ -6,7 +6,8 @@ exactly like a linear layer (`dequantize`), and the stacks are passed to vLLM's 
 
 With `FP8PIPE_VLLM_ACTIVATIONS=quant`, activation quantization is emulated too. None of vLLM's CPU kernels can quantize
 the activations between the two GEMMs of an expert, so the experts then run one after another in torch. That is slow,
-but this setting is meant for checks and not for serving.
+but this setting is meant for checks and not for serving. Of vLLM's activations it knows `silu` and gpt-oss's
+`swigluoai`, whose gate and up have interleaved rows in `w13`; other layers are refused while the model is loaded.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ from fp8pipe_vllm_cpu.dequantize import UNSET_SCALE, Activations, dequantize, ro
 __all__ = ["CpuFp8MoEMethod", "takes_over"]
 
 _STACKS = ("w13", "w2")
+_EMULATED = (MoEActivation.SILU, MoEActivation.SWIGLUOAI)
+_ALPHA, _LIMIT = 1.702, 7.0  # of swigluoai; vLLM's CPU kernel knows no other values
 
 
 def takes_over(weights: QuantizationArgs | None, inputs: QuantizationArgs | None) -> bool:
@@ -44,12 +47,21 @@ class CpuFp8MoEMethod(UnquantizedFusedMoEMethod):
     Args:
         moe: vLLM's configuration of the layer.
         activations: how the checkpoint quantizes activations.
+
+    Raises:
+        ValueError: activations are to be quantized, and the layer's activation function is not emulated.
     """
 
     def __init__(self, moe: FusedMoEConfig, activations: Activations) -> None:
-        super().__init__(moe)
         self.activations = activations
         self.settings = Settings.from_environment()
+        if self.settings.quantize_activations and moe.activation not in _EMULATED:
+            known = " and ".join(activation.value for activation in _EMULATED)
+            raise ValueError(
+                f"FP8PIPE_VLLM_ACTIVATIONS=quant emulates experts with the activations {known}, not with "
+                f"{moe.activation.value}: start without it, and inputs are not rounded"
+            )
+        super().__init__(moe)
 
     def create_weights(
         self, layer: Any, num_experts: int, hidden_size: int, intermediate_size_per_partition: int,
@@ -100,17 +112,26 @@ class CpuFp8MoEMethod(UnquantizedFusedMoEMethod):
         return self._rounded(layer, x, topk_weights, topk_ids)
 
     def _rounded(self, layer: Any, x: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Tensor:
-        if layer.activation != MoEActivation.SILU:
-            raise NotImplementedError(f"rounded activations are emulated only for SiLU, not for {layer.activation}")
+        biases = [getattr(layer, f"{stack}_bias", None) for stack in _STACKS]
         summed = torch.zeros(x.shape)
         for number in topk_ids.unique().tolist():
             token, place = torch.where(topk_ids == number)
             inputs = round_trip(x[token], self.activations)
-            gate, up = torch.nn.functional.linear(inputs, layer.w13_weight[number]).chunk(2, dim=-1)
-            inner = round_trip(torch.nn.functional.silu(gate) * up, self.activations)
-            product = torch.nn.functional.linear(inner, layer.w2_weight[number])
+            w13, w2 = (None if bias is None else bias[number] for bias in biases)
+            joined = torch.nn.functional.linear(inputs, layer.w13_weight[number], w13)
+            inner = round_trip(_gated(joined, layer.activation), self.activations)
+            product = torch.nn.functional.linear(inner, layer.w2_weight[number], w2)
             summed.index_add_(0, token, product.float() * topk_weights[token, place, None].float())
         return summed.to(x.dtype)
+
+
+def _gated(joined: Tensor, activation: MoEActivation) -> Tensor:
+    """The gated activation of gate and up, which lie one after the other or, for `swigluoai`, interleaved."""
+    if activation == MoEActivation.SILU:
+        gate, up = joined.chunk(2, dim=-1)
+        return torch.nn.functional.silu(gate) * up
+    gate, up = joined[..., ::2].clamp(max=_LIMIT), joined[..., 1::2].clamp(-_LIMIT, _LIMIT)
+    return gate * torch.sigmoid(_ALPHA * gate) * (up + 1)
 
 
 _CHANNEL = FusedMoeWeightScaleSupported.CHANNEL.value

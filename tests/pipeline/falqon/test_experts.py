@@ -17,8 +17,8 @@ RANK = 8
 IDS = torch.arange(3, 43).reshape(2, 20)
 
 
-def mixture(**settings: object) -> torch.nn.Module:
-    one = ARCHITECTURES["mixtral"]
+def mixture(family: str = "mixtral", **settings: object) -> torch.nn.Module:
+    one = ARCHITECTURES[family]
     model = build(type(one)(one.kind, one.config, {**one.settings, **settings}))
     unstack_experts(model)
     return model
@@ -59,6 +59,30 @@ def test_the_expert_layer_is_its_layers_run_one_by_one() -> None:
         dense += down(torch.nn.functional.silu(gate) * up) * 0.25
     found = experts(x, torch.arange(4).expand(7, 4), torch.full((7, 4), 0.25, dtype=torch.bfloat16))
     assert torch.equal(found, dense)
+
+
+def test_an_expert_of_a_stack_is_two_layers_with_biases() -> None:
+    """gpt-oss: gate and up are one layer, transposed in the checkpoint, and interleaved."""
+    model = mixture("gpt_oss")
+    method = method_of("live")
+    method.prepare(model)
+    for layer in method.layers.values():
+        torch.nn.init.normal_(layer.lora_B, std=0.02)
+    experts = next(module for module in model.modules() if isinstance(module, UnstackedExperts))
+    x = torch.randn(7, 64, dtype=torch.bfloat16)
+    dense = torch.zeros_like(x)
+    for number in range(4):
+        joined, down = (
+            method.layers[f"model.layers.0.mlp.experts.{number}.{leaf}"] for leaf in ("gate_up_proj", "down_proj")
+        )
+        assert joined.bias is not None
+        both = joined(x)
+        gate, up = both[:, ::2].clamp(max=7.0), both[:, 1::2].clamp(-7.0, 7.0)
+        dense += down((up + 1) * (gate * torch.sigmoid(gate * 1.702))) * 0.25
+    found = experts(x, torch.arange(4).expand(7, 4), torch.full((7, 4), 0.25, dtype=torch.bfloat16))
+    assert torch.equal(found, dense)
+    weights = method.deployed_weights()
+    assert weights["model.layers.0.mlp.experts.1.gate_up_proj"].values.shape == (64, 192)  # as the checkpoint has it
 
 
 @pytest.mark.parametrize("rule", ["live", "live-flush", "released"])

@@ -43,8 +43,20 @@ FAMILIES = {
                                          "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 2,
                                          "topk_group": 1, "n_shared_experts": 1, "first_k_dense_replace": 1,
                                          "topk_method": "noaux_tc", "scoring_func": "sigmoid"}),
+    "gpt_oss": ("GptOssConfig", {"head_dim": 32, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 8,
+                                 "pad_token_id": None, "rope_parameters": {
+                                     "rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "beta_fast": 32.0,
+                                     "beta_slow": 1.0, "original_max_position_embeddings": 32}}),
 }  # fmt: skip
-LAYER, PROJECTIONS = "model.layers.1.mlp.experts", ("gate_proj", "up_proj", "down_proj")
+READ_BACK = ("qwen3_moe", "gpt_oss")  # experts without and with biases, gate and up one after the other or interleaved
+LAYER = "model.layers.1.mlp.experts"
+
+
+def leaves(name: str) -> tuple[str, ...]:
+    """The ends of the names of an expert's tensors, without those of scales."""
+    if name == "gpt_oss":
+        return ("gate_up_proj.weight", "gate_up_proj.bias", "down_proj.weight", "down_proj.bias")
+    return ("gate_proj.weight", "up_proj.weight", "down_proj.weight")
 
 
 def write_model(folder: Path, name: str) -> Path:
@@ -54,6 +66,9 @@ def write_model(folder: Path, name: str) -> Path:
     model = transformers.AutoModelForCausalLM.from_config(getattr(transformers, config)(**_SHAPE | more))
     for parameter in model.parameters():  # no two equal: zeros and ones could stand for each other
         parameter.data.add_(torch.randn_like(parameter) * 0.1)
+    for module in model.modules():
+        if hasattr(module, "gate_up_proj_bias"):  # so large that some gates and ups are clamped
+            module.gate_up_proj_bias.data.normal_(std=6)
     return write_plain(folder, model)
 
 
@@ -61,12 +76,12 @@ def swapped(export: Path, copy: Path) -> list[str]:
     """A copy with two experts in each other's place, scales and all; names of what is wrong then."""
     shutil.copytree(export, copy)
     found = load_file(export / "model.safetensors")
-    for leaf in PROJECTIONS:
-        for end in ("weight", "weight_scale"):
-            one, other = (f"{LAYER}.{number}.{leaf}.{end}" for number in (1, 2))
-            found[one], found[other] = found[other], found[one]
+    ends = [name.removeprefix(f"{LAYER}.1.") for name in found if name.startswith(f"{LAYER}.1.")]
+    for end in ends:
+        one, other = (f"{LAYER}.{number}.{end}" for number in (1, 2))
+        found[one], found[other] = found[other], found[one]
     save_file(found, copy / "model.safetensors", metadata={"format": "pt"})
-    return sorted(f"{LAYER}.{number}.{leaf}.weight" for number in (1, 2) for leaf in PROJECTIONS)
+    return sorted(f"{LAYER}.{number}.{end}" for number in (1, 2) for end in ends if not end.endswith("_scale"))
 
 
 def scaled(export: Path, copy: Path) -> list[str]:
@@ -79,23 +94,26 @@ def scaled(export: Path, copy: Path) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def export(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`qwen3_moe` and `export` of it, side by side."""
+def exports(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with models and an export of each, named after it with `-export` added."""
     root = tmp_path_factory.mktemp("experts")
-    export_vllm(write_model(root / "qwen3_moe", "qwen3_moe"), root / "export", VllmExportOptions())
-    return root / "export"
+    for name in READ_BACK:
+        export_vllm(write_model(root / name, name), root / f"{name}-export", VllmExportOptions())
+    return root
 
 
-def probe(python: Path, folder: Path, digests: dict[str, Any], exports: dict[str, Path]) -> list[dict[str, Any]]:
-    """What engines tell of each export, all in one process: each start costs seconds; the last rounds activations."""
-    jobs = []
-    for name, place in exports.items():
-        dump = folder / f"{name}-differs"
+def probe(python: Path, folder: Path, jobs: list[tuple[Path, dict[str, Any], str]]) -> list[dict[str, Any]]:
+    """What engines tell of exports, given their digests and what to do with activations: all in one process, as each
+    start costs seconds."""
+    given = []
+    for number, (place, digests, activations) in enumerate(jobs):
+        dump = folder / f"differs-{number}"
         dump.mkdir()
         job = ProbeJob(str(place), [*PARITY_ARGUMENTS, "--max-model-len", "64"], digests, [[3, 4, 5]], products=True)
-        jobs.append({**asdict(job), "dump": str(dump), "result": str(folder / "result.json")})
-    jobs[-1]["environment"] = {"FP8PIPE_VLLM_ACTIVATIONS": "quant"}
-    (folder / "jobs.json").write_text(json.dumps(jobs), encoding="utf-8")
+        environment = {"FP8PIPE_VLLM_ACTIVATIONS": activations}
+        told = {"dump": str(dump), "result": str(folder / "result.json"), "environment": environment}
+        given.append({**asdict(job), **told})
+    (folder / "jobs.json").write_text(json.dumps(given), encoding="utf-8")
     with (folder / "log").open("wb") as log:
         command = [str(python), "-P", str(HOST), str(PROBE), str(folder / "jobs.json")]
         subprocess.run(command, stdout=log, stderr=log, env=in_process(), check=False, timeout=1800)
@@ -105,20 +123,28 @@ def probe(python: Path, folder: Path, digests: dict[str, Any], exports: dict[str
     return results
 
 
-def test_every_expert_is_read_back_and_a_wrong_one_is_named(export: Path, python: Path, tmp_path: Path) -> None:
-    artifact = open_artifact(export)
-    expected = ExpectedWeights(artifact, plan_of(artifact, export.parent / "qwen3_moe"))
-    digests = {tensor.name: tensor.digests() for tensor in expected}
-    places = {"right": export, "swapped": tmp_path / "swapped", "scaled": tmp_path / "scaled", "rounded": export}
-    wrong = {"swapped": swapped(export, places["swapped"]), "scaled": scaled(export, places["scaled"])}
-    for name, result in zip(places, probe(python, tmp_path, digests, places), strict=True):
+def test_every_expert_is_read_back_and_a_wrong_one_is_named(exports: Path, python: Path, tmp_path: Path) -> None:
+    cases = []
+    for name in READ_BACK:
+        export, changed = exports / f"{name}-export", tmp_path / name
+        artifact = open_artifact(export)
+        expected = ExpectedWeights(artifact, plan_of(artifact, exports / name))
+        digests = {tensor.name: tensor.digests() for tensor in expected}
+        swaps, scales = changed / "swapped", changed / "scaled"
+        wrong = {swaps: swapped(export, swaps), scales: scaled(export, scales)}
+        runs = [(export, "none"), (swaps, "none"), (scales, "none"), (export, "quant")]
+        cases += [(name, expected, digests, place, way, wrong.get(place, [])) for place, way in runs]
+    results = probe(python, tmp_path, [(place, digests, way) for _, _, digests, place, way, _ in cases])
+    for (name, expected, digests, place, way, wrong), result in zip(cases, results, strict=True):
+        case = f"{name} {place.name} {way}"
         report = weight_report(expected, digests, Holding(torch.float32), result)
-        assert sorted(report.different) == wrong.get(name, []), name
-        assert (report.missing, report.unexplained) == ([], [])
-        experts = [told for place, told in result["layers"].items() if ".experts" in place]
-        assert [len(told["tensors"]) for told in experts] == [4 * 3] * 2
-        right, other = ("rounded", "plain") if name == "rounded" else ("plain", "rounded")
-        assert all(told[f"error_{right}"] <= 1 < told[f"error_{other}"] for told in experts), name
+        assert sorted(report.different) == wrong, case
+        assert (report.missing, report.unexplained) == ([], []), case
+        experts = [told for layer, told in result["layers"].items() if ".experts" in layer]
+        weights = [leaf for leaf in leaves(name) if leaf.endswith("weight")]
+        assert [len(told["tensors"]) for told in experts] == [4 * len(weights)] * 2
+        right, other = ("rounded", "plain") if way == "quant" else ("plain", "rounded")
+        assert all(told[f"error_{right}"] <= 1 < told[f"error_{other}"] for told in experts), case
 
 
 @only_long
@@ -131,9 +157,10 @@ def test_a_whole_validation_accepts(name: str, python: Path, tmp_path: Path) -> 
 
 @only_long
 @pytest.mark.parametrize("change", [swapped, scaled])
-def test_a_whole_validation_rejects_by_name(change, export: Path, python: Path, tmp_path: Path) -> None:
-    names = change(export, tmp_path / "export")
+@pytest.mark.parametrize("name", READ_BACK)
+def test_a_whole_validation_rejects_by_name(name, change, exports: Path, python: Path, tmp_path: Path) -> None:
+    names = change(exports / f"{name}-export", tmp_path / "export")
     rehash(tmp_path / "export")
     with pytest.raises(ExportRejectedError) as caught:
-        validate_export(tmp_path / "export", against=export.parent / "qwen3_moe", prompts=["Hello"], max_tokens=2)
+        validate_export(tmp_path / "export", against=exports / name, prompts=["Hello"], max_tokens=2)
     assert any(names[0] in reason for reason in caught.value.record.reasons), caught.value.record.reasons

@@ -1,8 +1,8 @@
-"""Opens the checkpoint of a base model, in floating point or in FP8, as floating-point tensors.
+"""Opens the checkpoint of a base model, in floating point, FP8 or MXFP4, as floating-point tensors.
 
-A checkpoint without quantization is used unchanged. In an FP8 checkpoint, each weight is dequantized only when it is
-read, so that no second copy of the model is kept in memory or on disk. The configuration is returned without its
-quantization block, and the original format of the weights is recorded for the manifest.
+A checkpoint without quantization is used unchanged. In an FP8 checkpoint, or gpt-oss in MXFP4, each weight is
+dequantized only when it is read, so that no second copy of the model is kept in memory or on disk. The configuration is
+returned without its quantization block, and the original format of the weights is recorded for the manifest.
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ from typing import Any, Final
 from torch import Tensor
 
 from fp8pipe.artifact.stored_format import StoredFormat
+from fp8pipe.core.errors import ConfigurationError
 from fp8pipe.models.checkpoint.quantized.entries import dequantized, refuse_codes
+from fp8pipe.models.checkpoint.quantized.mxfp4 import dequantized_stacks
 from fp8pipe.models.checkpoint.quantized.scheme import (
     QUANT_FILE,
     Scheme,
@@ -25,6 +27,7 @@ from fp8pipe.models.checkpoint.quantized.scheme import (
     without_quantization,
 )
 from fp8pipe.models.checkpoint.sidecars import BASE_MODEL_FILES, copy_sidecars, read_config
+from fp8pipe.models.checkpoint.stacks import STACKED_FAMILIES, join_entries, split_stacks, stack_name
 from fp8pipe.models.checkpoint.tensors import PLAIN_FLOATS, TensorEntry, weight_entries
 
 __all__ = ["BaseCheckpoint", "base_entries", "copy_base_files", "read_base"]
@@ -40,7 +43,7 @@ class BaseCheckpoint:
 
     Attributes:
         config: contents of config.json, without a quantization block.
-        entries: tensors by name; reading one gives floating-point values.
+        entries: tensors by name; reading one gives floating-point values. Stacked experts one by one (`split_stacks`).
         stored: the low-precision format of the stored weights; None if they are stored in floating point.
         runtime: names of stored tensors that quantize activations or the key/value cache; they are not in `entries`.
     """
@@ -64,7 +67,7 @@ class BaseCheckpoint:
 
     def state(self) -> dict[str, Any]:
         """A state dict for transformers by tensor name, whose values are read from the file only when indexed."""
-        return {name: _Unread(entry) for name, entry in self.entries.items()}
+        return {name: _Unread(entry) for name, entry in join_entries(self.entries).items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,23 +84,27 @@ def read_base(root: Path) -> BaseCheckpoint:
     """Open the checkpoint of a base model; reads config.json and the headers of the weight files, but no weights.
 
     Raises:
-        ConfigurationError: it is quantized in a format that cannot be decoded; the message names the format.
+        ConfigurationError: it is quantized in a format that cannot be decoded, and the message names the format; or it
+            stores experts one by one in a family that stores them stacked.
         BadArtifactError, ConfigurationError: a file is missing or damaged; see `unusable`.
     """
     config = read_config(root / "config.json")
     scheme, entries = read_scheme(root), weight_entries(root)
+    _refuse_single_experts(root, config, entries)
     if scheme is None:
         refuse_codes(root, entries)
-        return BaseCheckpoint(config, entries)
+        return BaseCheckpoint(config, split_stacks(config.get("model_type"), entries))
     _refuse_transposed(root, config, scheme)
     dtype = _dtype(config, entries)
-    plain = dequantized(root, entries, scheme, dtype)
+    mxfp4 = scheme.method == "mxfp4"
+    plain = dequantized_stacks(root, entries, dtype) if mxfp4 else dequantized(root, entries, scheme, dtype)
     counts = Counter(plain.granularities.values())
     stored = StoredFormat(
         method=scheme.method, granularity=sorted(counts), block=scheme.block if counts["per-block"] else None,
-        weights=counts.total(), dtype=dtype,
+        codes="e2m1" if mxfp4 else "e4m3", weights=counts.total(), dtype=dtype,
     )  # fmt: skip
-    return BaseCheckpoint(without_quantization(config), plain.entries, stored, plain.runtime)
+    single = split_stacks(config.get("model_type"), plain.entries)
+    return BaseCheckpoint(without_quantization(config), single, stored, plain.runtime)
 
 
 def base_entries(root: Path) -> dict[str, TensorEntry]:
@@ -126,6 +133,17 @@ def _dtype(config: dict[str, Any], entries: dict[str, TensorEntry]) -> str:
     floats = Counter(e.dtype for e in entries.values() if e.dtype in PLAIN_FLOATS and not e.name.endswith("_scale_inv")
                      and not e.name.endswith("_scale") and len(e.shape) > 1)  # fmt: skip
     return floats.most_common(1)[0][0] if floats else "BF16"
+
+
+def _refuse_single_experts(root: Path, config: dict[str, Any], entries: dict[str, TensorEntry]) -> None:
+    """Refuse what transformers would load without a word, with random experts in place of those it does not find."""
+    single = next((name for name in entries if stack_name(name) is not None), None)
+    if config.get("model_type") in STACKED_FAMILIES and single is not None:
+        raise ConfigurationError(
+            f"the experts of the model in {root} are stored one by one, as vLLM reads them: it cannot be a base",
+            why=f"it holds {single}, and transformers loads {stack_name(single)}",
+            fix="start from the model that it was made from",
+        )
 
 
 def _refuse_transposed(root: Path, config: dict[str, Any], scheme: Scheme) -> None:

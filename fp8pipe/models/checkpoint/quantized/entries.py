@@ -8,7 +8,7 @@ their names are kept.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -19,7 +19,7 @@ from fp8pipe.models.checkpoint.quantized.scheme import Granularity, Scheme, refu
 from fp8pipe.models.checkpoint.quantized.values import block_grid, dequantize_codes
 from fp8pipe.models.checkpoint.tensors import DTYPES, PLAIN_FLOATS, TensorEntry, read_tensor, stored_rows
 
-__all__ = ["DequantizedEntry", "Plain", "dequantized", "refuse_codes"]
+__all__ = ["DequantizedEntry", "Plain", "dequantized", "refuse_codes", "refuse_leftover_codes"]
 
 # Name suffixes of tensors that quantize activations and the key/value cache at run time.
 _RUNTIME: Final = (
@@ -180,8 +180,17 @@ def _refuse_leftovers(root: Path, table: Mapping[str, TensorEntry], scheme: Sche
     if alone:
         raise refusal(root, f"{len(alone)} scale(s) belong to no weight in FP8: {_some(alone)}")
     others = (entry for entry in table.values() if not isinstance(entry, DequantizedEntry))
-    if (found := next(filter(_is_quantized, others), None)) is not None:
-        raise refusal(root, f"{found.file.name}: {found.name} has dtype {found.dtype}, not read as {scheme.method}")
+    refuse_leftover_codes(root, others, scheme.method)
+
+
+def refuse_leftover_codes(root: Path, entries: Iterable[TensorEntry], method: str) -> None:
+    """Refuse tensors that hold codes and were not read as the declared method's.
+
+    Raises:
+        ConfigurationError: names the first.
+    """
+    if (found := next(filter(_is_quantized, entries), None)) is not None:
+        raise refusal(root, f"{found.file.name}: {found.name} has dtype {found.dtype}, not read as {method}")
 
 
 def _is_quantized(entry: TensorEntry) -> bool:

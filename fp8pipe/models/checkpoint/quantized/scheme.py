@@ -13,12 +13,15 @@ from typing import Any, Final, Literal
 
 from fp8pipe.core.errors import ConfigurationError
 from fp8pipe.models.checkpoint.sidecars import read_config
+from fp8pipe.models.checkpoint.stacks import STACKED_FAMILIES
 
 __all__ = ["QUANT_FILE", "Scheme", "read_scheme", "refusal", "without_quantization"]
 
 QUANT_FILE: Final = "hf_quant_config.json"  # written by ModelOpt
 _KEYS: Final = ("quantization_config", "compression_config")  # the second is an early name used by compressed-tensors
-_READ: Final = "FP8 of compressed-tensors, fp8 (per tensor, or blocks with weight_scale_inv), and FP8 of ModelOpt"
+_READ: Final = (
+    "FP8 of compressed-tensors, fp8 (per tensor, or blocks with weight_scale_inv), FP8 of ModelOpt, and gpt-oss's mxfp4"
+)
 _BLOCK: Final = (128, 128)  # block size of ModelOpt's FP8_PB_WO, which its files do not state
 
 Granularity = Literal["per-tensor", "per-channel", "per-block"]
@@ -41,7 +44,7 @@ class Scheme:
         block: (rows, columns) of a block; None if no weight is quantized in blocks.
     """
 
-    method: Literal["compressed-tensors", "fp8", "modelopt"]
+    method: Literal["compressed-tensors", "fp8", "modelopt", "mxfp4"]
     granularities: frozenset[Granularity]
     block: tuple[int, int] | None = None
 
@@ -85,6 +88,8 @@ def read_scheme(root: Path) -> Scheme | None:
         return _fp8(root, block)
     if method == "modelopt":
         return _modelopt(root, _algorithm(block) or algorithm or "none")
+    if method == "mxfp4" and config.get("model_type") in STACKED_FAMILIES:
+        return Scheme("mxfp4", frozenset({"per-block"}), (1, 32))
     raise refusal(root, f"config.json has a quantization_config (method {method or 'unknown'})")
 
 

@@ -19,14 +19,14 @@ from fp8pipe.models.language.base import check_base
 from fp8pipe.models.language.experts import UnstackedExperts, call_every_expert, find_routers, unstack_experts
 from fp8pipe.models.language.structure import load_config, structure_of
 
-FAMILIES = ("mixtral", "qwen3_moe", "deepseek_v3")
+FAMILIES = ("mixtral", "qwen3_moe", "deepseek_v3")  # whose checkpoints store experts one by one
 
 
 def experts_of(model: torch.nn.Module) -> UnstackedExperts:
     return next(module for module in model.modules() if isinstance(module, UnstackedExperts))
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", [*FAMILIES, "gpt_oss"])
 def test_the_model_says_what_it_said(name: str) -> None:
     model = build(ARCHITECTURES[name]).float()
     ids = torch.arange(3, 19)[None]
@@ -48,6 +48,25 @@ def test_all_experts_with_equal_weights_are_a_dense_layer() -> None:
         one = experts.get_submodule(str(number))
         gate, up = x @ one.gate_proj.weight.t(), x @ one.up_proj.weight.t()
         dense += 0.25 * ((torch.nn.functional.silu(gate) * up) @ one.down_proj.weight.t())
+    found = experts(x, torch.arange(4).expand(7, 4), torch.full((7, 4), 0.25))
+    assert torch.equal(found, dense)
+
+
+def test_an_expert_with_interleaved_gate_and_clamps_is_a_dense_layer() -> None:
+    """gpt-oss's, as its published code defines it: alpha 1.702, limit 7, and up + 1."""
+    model = build(ARCHITECTURES["gpt_oss"]).float()
+    stacks = {name: 60 * tensor for name, tensor in model.state_dict().items() if "layers.0.mlp.experts." in name}
+    model.load_state_dict(stacks, strict=False)
+    unstack_experts(model)
+    experts, x = experts_of(model), torch.randn(7, 64)
+    stack = {name.rpartition(".")[2]: tensor for name, tensor in stacks.items()}
+    dense = torch.zeros_like(x)
+    for number in range(4):
+        joined = torch.addmm(stack["gate_up_proj_bias"][number], x, stack["gate_up_proj"][number])
+        gate, up = joined[:, 0::2].clamp(max=7.0), joined[:, 1::2].clamp(-7.0, 7.0)
+        assert (joined.abs() > 7).any()
+        inner = (up + 1) * (gate * torch.sigmoid(gate * 1.702))
+        dense += 0.25 * torch.addmm(stack["down_proj_bias"][number], inner, stack["down_proj"][number])
     found = experts(x, torch.arange(4).expand(7, 4), torch.full((7, 4), 0.25))
     assert torch.equal(found, dense)
 
@@ -98,8 +117,8 @@ def test_routers_are_found_by_their_place_and_never_trained(name: str, routers: 
     assert {module for module, why in structure.left_out.items() if why.startswith("router")} == routers
 
 
-def test_what_is_stored_stacked_stays_stacked() -> None:
-    assert unstack_experts(build(ARCHITECTURES["gpt_oss"])) == ()
+def test_stacks_of_other_families_stay_stacked() -> None:
+    assert unstack_experts(build(ARCHITECTURES["granitemoehybrid"])) == ()
     assert unstack_experts(torch.nn.Linear(2, 2)) == ()
 
 

@@ -14,6 +14,8 @@ from safetensors.torch import load_file
 from tiny_decoders import DECODERS, VOCABULARY, tiny_decoder
 from torch import Tensor, nn
 
+from fp8pipe.models.checkpoint.stacks import split_stacks
+from fp8pipe.models.checkpoint.tensors import read_tensor, weight_entries
 from fp8pipe.models.language.experts import unstack_experts
 from fp8pipe.models.language.parts import PART_BYTES, PartedModel, StoredWeights
 from fp8pipe.models.language.structure import build_model
@@ -53,6 +55,18 @@ def test_logits_are_those_of_the_whole_model_bit_for_bit(saved: Any, name: str) 
     owners = [{tensor.rpartition(".")[0] for tensor in part} for part in model.parts]
     assert all(len(modules) == 1 for modules in owners)  # every module with weights is a part
     assert len(owners) == len(set().union(*owners)) > 12
+    for ours, ids in zip(model.run(asked(model)), TEXTS, strict=True):
+        assert torch.equal(ours, logits(whole, ids))
+
+
+def test_experts_of_a_stack_are_parts_if_they_are_given_one_by_one(saved: Any) -> None:
+    root, state = saved("gpt_oss")
+    single = {name: read_tensor(entry) for name, entry in split_stacks("gpt_oss", weight_entries(root)).items()}
+    model = PartedModel(root, held_weights(single), part_bytes=1)
+    experts = [f"model.layers.1.mlp.experts.3.{leaf}" for leaf in ("gate_up_proj", "down_proj")]
+    assert all([f"{name}.weight", f"{name}.bias"] in model.parts for name in experts)
+    whole = build_model(root, state, torch.float32)
+    unstack_experts(whole)
     for ours, ids in zip(model.run(asked(model)), TEXTS, strict=True):
         assert torch.equal(ours, logits(whole, ids))
 
