@@ -16,7 +16,7 @@ from fp8pipe.core.config import FrozenConfig
 class EngineRecord(FrozenConfig):
     """The common header of validation records. The manifest's digest shows whether the export has changed since."""
 
-    # 2: a checksum file is written next to the record.
+    # Since version 2, a checksum file is written next to the record.
     schema_version: int = Field(default=2, description="version of this schema")
     created: str = Field(description="UTC time, ISO 8601")
     export: str = Field(description="name of the export's directory")

@@ -1,4 +1,4 @@
-"""Shared by all commands: common options, the JSON document on stdout, and exit codes for failures."""
+"""Code shared by all commands: common options, the JSON document on stdout, and exit codes for failures."""
 
 from __future__ import annotations
 
@@ -162,7 +162,7 @@ def stage_options(*names: str) -> Decorator:
         "config": click.option("--config", type=file, help="YAML file of settings; options win over it."),
         "force": click.option("--force", is_flag=True, help="Replace an existing artifact."),
         "resume": click.option("--resume", is_flag=True, help="Continue the unfinished run of --output."),
-        # The same as in the option models of other commands.
+        # Same choices and help text as the `device` field in the option models of other commands.
         "device": click.option("--device", type=click.Choice(DEVICES), help=f"{DEVICE_HELP}  [default: auto]"),
     }
 

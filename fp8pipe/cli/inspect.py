@@ -203,7 +203,7 @@ def _fact(value: Any) -> str:
 def report_command(directory: Path, output: Path | None, image: Path | None, console: Console) -> None:
     """Write a report on DIRECTORY, a run or an artifact, as one HTML file that needs no scripts and no network.
 
-    The default output is RUN/report.html for a run, and ARTIFACT.report.html beside an artifact. Nothing else is
+    The default output is RUN/report.html for a run, and ARTIFACT.report.html next to an artifact. Nothing else is
     changed.
     """
     from fp8pipe.report import write_report

@@ -1,4 +1,4 @@
-"""`fp8pipe validate`, `bench` and `serve-check`: run an export in its engine and write a record beside it."""
+"""`fp8pipe validate`, `bench` and `serve-check`: run an export in its engine and write a record next to it."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def validate_command(
 ) -> None:  # fmt: skip
     """Run EXPORT in its engine and compare the results with its manifest; exit 14 if the export is rejected.
 
-    The record is written beside the export, as EXPORT.validation.json. For a language export, serving options (such as
+    The record is written next to the export, as EXPORT.validation.json. For a language export, serving options (such as
     the context length) select the configuration that is validated; --config is a YAML file of them.
     """
     from exporters.target import call, choose_engine, engine_device, open_export, targets

@@ -40,7 +40,10 @@ class Option:
 
     @property
     def kind(self) -> tuple[Any, dict[str, Any]]:
-        """The type of a value (a class, a tuple of choices, or `parse_size`), and click's settings if it may repeat."""
+        """The type of a value, and the keyword arguments for click if the option takes several values.
+
+        The type is a class, a tuple of choices, or `parse_size`.
+        """
         kind = _annotation(self.field)
         if get_origin(kind) is not tuple:
             return kind, {}

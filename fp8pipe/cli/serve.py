@@ -26,7 +26,7 @@ def serve_command(export: Path, extra: tuple[str, ...], console: Console, dry_ru
     """Serve EXPORT over HTTP until SIGTERM, after checking every file against its manifest.
 
     A validation must have accepted the export with the same versions and the same serving options. Its record is read
-    beside EXPORT, or from --record. With --unvalidated no record is needed, and every response is marked accordingly.
+    next to EXPORT, or from --record. With --unvalidated no record is needed, and every response is marked accordingly.
 
     For a language export, options of vLLM's own server may follow after `--`.
     """

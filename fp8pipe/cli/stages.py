@@ -100,7 +100,7 @@ def _training(name: str, *sources: str) -> StageCommand:
 
 
 def _measurement(name: str, *inline: str) -> StageCommand:
-    """A command that runs an export and writes a record beside it; `inline` settings are not written to its file."""
+    """A command that runs an export and writes a record next to it; `inline` settings are not written to its file."""
 
     def check(settings: Settings, read: Mapping[str, str]) -> None:
         _require_export(settings, read)

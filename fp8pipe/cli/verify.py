@@ -52,7 +52,7 @@ def verify_command(
     DIRECTORY is an artifact, the directory of a run, or any directory that contains artifacts. Every file is hashed,
     every checksum and record is checked, and every linter is run. If the parent of an export is in the same tree, at
     the path recorded in the manifest, beside the export or given with --parents, all values and files are compared with
-    it; a note lists exports without a parent.
+    it; a note says which exports have no such parent.
     """
     from exporters.verify.whole import verify_tree
     from fp8pipe.artifact.verify import find_tree
@@ -132,7 +132,7 @@ def sign_command(
 ) -> None:  # fmt: skip
     """Sign every file in DIRECTORY, after verifying the directory; works offline.
 
-    Records beside an artifact are signed, too: the signature of RECORD is written to RECORD.sig. To check the
+    Records next to an artifact are signed, too: the signature of RECORD is written to RECORD.sig. To check the
     signatures, run: fp8pipe verify DIRECTORY --public-key KEY.pub
     """
     from fp8pipe.artifact.signature import sign, signature_path

@@ -1,4 +1,4 @@
-"""The subject of a report: the artifacts of a run, or a single artifact, each with the records beside it."""
+"""The subject of a report: the artifacts of a run, or a single artifact, each with the records next to it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _RECORDS = ("validation", "bench", "serve-check")
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """A record stored beside an export."""
+    """A record stored next to an export."""
 
     kind: str  # validation, bench or serve-check
     file: str  # its file name, relative to the subject's root
@@ -36,7 +36,7 @@ class Record:
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """One opened artifact, and the records beside it."""
+    """One opened artifact, and the records next to it."""
 
     name: str  # directory name, relative to the root; in a run, the stage's name
     artifact: Artifact
@@ -81,7 +81,7 @@ class Subject:
         return (item for item in self.items if item.kind in kinds)
 
     def exports(self) -> list[Item]:
-        """The artifacts that an engine runs or could run."""
+        """The artifacts that are exports, that is, whose kind belongs to an export target."""
         return [item for item in self.items if kind_named(item.kind).target]
 
     def where(self, item: Item) -> str:

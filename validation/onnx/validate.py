@@ -242,7 +242,7 @@ def describe(export: Path, record: OnnxValidationRecord) -> str:
 class OnnxValidationRecord(EngineRecord):
     """The record of one validation: what was compared, and the verdict."""
 
-    # 3: the verdict CONSISTENT, what is not proved, and images besides the probe images.
+    # Version 3 added the verdict CONSISTENT, `not_proved`, and images from a folder.
     schema_version: int = Field(default=3, description="version of this schema")
     versions: dict[str, str] = Field(description="versions of the packages involved")
     reference: Literal["artifact", "export"] = Field(

@@ -17,7 +17,7 @@ Verdict = Literal["ACCEPT", "PROVED-WITHOUT-RUNNING", "CONSISTENT", "REJECT"]
 
 
 class EngineReport(FrozenConfig):
-    """An engine for one compute capability."""
+    """An engine for one compute capability: its origin, and the precisions of its matrix multiplications."""
 
     capability: str = Field(description="compute capability that it was built for")
     builder: str = Field(description="rtx or enterprise")
@@ -55,7 +55,7 @@ class Execution(FrozenConfig):
 class TrtValidationRecord(EngineRecord):
     """The record of one validation."""
 
-    # 3: the verdict CONSISTENT, the reference, and precisions read from the engine.
+    # Version 3 added the verdict CONSISTENT, `reference`, and precisions read from the engine.
     schema_version: int = Field(default=3, description="version of this schema")
     engine: Literal["tensorrt"] = Field(default="tensorrt", description="the engine's name")
     versions: dict[str, str] = Field(description="versions of the packages involved")

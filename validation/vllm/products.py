@@ -154,9 +154,18 @@ def _diagonal(tokens: Tensor, start: int) -> Tensor:
 def _codes_differing(tokens: Tensor, codes: Tensor, scales: Tensor) -> dict[str, int]:
     """Number of input codes that differ from the expected ones, for each way in which a kernel may compute them.
 
-    Kernels divide by the scale or multiply by its reciprocal, and likewise for the 448 in the scale. Compiled kernels
-    may use approximate division: then the last bits of a scale may differ, and a tie may be rounded to either code. All
-    codes of a layer must match the same way; if the scale of a token does not match, all its codes count as differing.
+    A kernel may divide by the scale or multiply by its reciprocal, and compute the scale as `amax / 448` or as
+    `amax * (1 / 448)`. Compiled kernels may use approximate division: then the last bits of a scale may differ, and a
+    tie may be rounded to either code. All codes of a layer must match in the same way of computing them. If the scale
+    of a token does not match, all codes of the token count as differing.
+
+    Args:
+        tokens: the inputs, `(tokens, features)`.
+        codes: the codes observed in the kernel, E4M3; rows and columns beyond those of `tokens` are padding.
+        scales: the scales observed in the kernel, one per token.
+
+    Returns:
+        The number of differing codes, by a description of the way of computing them.
     """
     values, count, width = tokens.float(), *tokens.shape
     held = codes[:count, :width].contiguous().view(torch.uint8)

@@ -56,7 +56,7 @@ class Reading:
             values; and `file`, where a differing tensor (fp32, in checkpoint orientation) was saved.
         layers: for quantized layers, by name in the engine: `kernel`, `device`, `holds`, the checkpoint `tensors` in
             the layer, and, if it was tested, the results of `products.examine`.
-        unexplained: sentences that describe values of the engine or the files without an expected value.
+        unexplained: sentences on values in the engine and tensors in the files that no expected tensor accounts for.
     """
 
     def __init__(self, tensors: Mapping[str, Mapping[str, Any]], dump: Path, *, products: bool = False) -> None:

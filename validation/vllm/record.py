@@ -169,7 +169,7 @@ class ServedReport(FrozenConfig):
 class ValidationRecord(EngineRecord):
     """The record of one validation."""
 
-    # 3: gates, the source's files, and the engine as it serves.
+    # Version 3 added gates, the comparison with the source's files, and `served`.
     schema_version: int = Field(default=3, description="version of this schema")
     dtype: str = Field(
         description="compute dtype of the engine without rounding (float32) or, without one, of the served engine"

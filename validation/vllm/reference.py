@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-# If the two most probable tokens are closer than this, nats, either is accepted as the greedy choice, since the
-# summation order of an engine may change which of them is first.
+# If the log-probabilities of the two most probable tokens differ by less than this (nats), either token is accepted as
+# the greedy choice, since the summation order of an engine may change their order.
 TIE_NATS: Final = 1e-3
 _DEGENERATE_FROM: Final = 6  # tokens; a shorter answer may legitimately repeat a token
 _DEGENERATE_SHARE: Final = 0.9
@@ -130,7 +130,7 @@ def judge(prompt: str, prompt_ids: Sequence[int], answer: Answer, gaps: Sequence
         prompt_ids: its token ids from the source's tokenizer and chat template.
         answer: `prompt_ids`, `token_ids` and `text` from the probe.
         gaps: the gaps of the answer's tokens, from `Reference.gaps`.
-        tie: a token at most this far below the most probable one counts as equally good, nats.
+        tie: a token whose gap is at most this large is accepted as the greedy choice, nats.
     """
     tokens: list[int] = answer["token_ids"]
     same_prompt = list(prompt_ids) == list(answer["prompt_ids"])

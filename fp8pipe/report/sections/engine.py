@@ -19,7 +19,11 @@ _MEASURED = (
 
 
 def precision(subject: Subject) -> Iterator[Block]:
-    """The precision of each layer, from the engine builder's listing and from ONNX Runtime's optimized graph."""
+    """The precision of the matrix multiplications of each export.
+
+    For TensorRT, as listed by the engine builder; for ONNX Runtime, from its optimized graph; for other engines, how
+    weights are stored and activations are quantized according to the manifest.
+    """
     for item in subject.exports():
         if "tensorrt" in kind_named(item.kind).engines:
             yield from _engines(subject, item)

@@ -1,7 +1,7 @@
 """Verdicts of the run and its stages; every gate with its value, threshold and rationale; and warnings.
 
 Gates defined in a recipe, and gates that fail, are always visible; the others are in collapsed tables, one per stage. A
-report on a single artifact shows the gates of its manifest and of the records beside it.
+report on a single artifact shows the gates of its manifest and of the records next to it.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _HEAD = ("gate", "verdict", "value", "threshold", "why this threshold")
 
 
 def overall(subject: Subject) -> str:
-    """The worst verdict of the run or of the artifact's gates, and of all records beside the artifacts.
+    """The worst verdict of the run or of the artifact's gates, and of all records next to the artifacts.
 
     A single export without a validation record is `NOT_VALIDATED`, unless a gate or a record failed.
     """

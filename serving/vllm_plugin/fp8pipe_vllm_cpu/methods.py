@@ -148,10 +148,10 @@ class CpuFp8Scheme(_Dequantized, CompressedTensorsScheme):
 
     @classmethod
     def get_min_capability(cls) -> int:
-        """No GPU compute capability is required, since the GEMM is an ordinary one."""
+        """The GPU compute capability that the scheme requires: 0, since it runs on a CPU."""
         return 0
 
-    apply_weights = _Dequantized.apply  # the name that this interface uses
+    apply_weights = _Dequantized.apply  # the name of this method in vLLM's compressed-tensors schemes
 
 
 class CpuCompressedTensorsConfig(CompressedTensorsConfig):
@@ -190,12 +190,13 @@ class CpuFp8LinearMethod(_Dequantized, LinearMethodBase):
 
     def __init__(self, config: Fp8Config) -> None:
         block = config.weight_block_size
-        # Static or dynamic; dynamic is per token, or with block scales per group of as many columns as a block has.
+        # Activation scales are static, or dynamic with one scale per token; for weights with block scales, dynamic with
+        # one scale per group of as many columns as a block has.
         activations = Activations(Granularity.STATIC if config.activation_scheme == "static" else Granularity.TOKEN)
         if block is None:
             super().__init__(PerTensorScaleParameter, "weight_scale", None, activations)
         else:
-            # Despite "inv" in its name, this scale multiplies the codes, like the other one.
+            # Despite "inv" in its name, this scale multiplies the codes, as `weight_scale` does.
             activations = Activations(Granularity.GROUP, int(block[1]))
             super().__init__(BlockQuantScaleParameter, "weight_scale_inv", list(block), activations)
 
