@@ -1,7 +1,7 @@
-"""Estimates what `validate`, `bench` and `serve-check` would need, for dry runs, which do not start an engine.
+"""Estimates the resources that `validate`, `bench` and `serve-check` need, for dry runs, which start no engine.
 
-For our own processes, the memory of the packages is measured by importing them, and that of the weights is computed
-from the manifest. The memory of vLLM is estimated from its weights and cache, and the plan says that it is an estimate.
+For processes of fp8pipe, the memory of imported packages is measured by importing them, and the memory of weights is
+computed from the manifest. The memory of vLLM is estimated from its weights and its cache; the plan says so.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from fp8pipe.core.plan import Missing, PhaseMeter, Plan, can_measure, missing_me
 
 RECORD_BYTES: Final = 16_384  # approximate size of a record next to an export
 _GRAPH_COPIES: Final = 6.0  # fp32 copies of the weights: the file, the model it is compared with, the sessions
-# vLLM for CPUs without a model, and the key/value cache with which our commands start it.
+# Memory of vLLM for CPUs without a model, and the key/value cache with which these commands start it.
 _VLLM_BYTES, _CACHE_BYTES = 900_000_000, 1 << 30
 _VLLM_COPIES: Final = 2.0  # fp32 copies of the weights: as loaded, and as packed by the engine
 _PACKAGES: Final = ("onnx", "onnx-ir", "onnxruntime")
@@ -45,7 +45,7 @@ def plan_vllm(
         stage: validate, bench or serve-check.
         record: where the record would be written.
         vllm_python: Python interpreter of vLLM's environment; found automatically when None.
-        against: the parent, if it is read too.
+        against: the export's parent, if the command reads it.
         form: the serving options; they do not affect the plan.
     """
     peak = int(_VLLM_BYTES + _CACHE_BYTES + _VLLM_COPIES * _float_bytes(artifact))
@@ -60,7 +60,10 @@ def plan_vllm(
 def plan_onnx(
     artifact: Artifact, stage: str, record: Path, *, against: Path | None = None, images: Path | None = None
 ) -> Plan:
-    """The same for ONNX Runtime; the model of `against` is run on images of zeros, to measure its memory.
+    """Plan a command that runs an export in ONNX Runtime and writes a record next to it.
+
+    The model of `against` is run on images of zeros, to measure its memory. For the arguments see `plan_vllm`; `images`
+    is the folder of images that the command would read.
 
     Raises:
         BadArtifactError: `against` is not a valid artifact.
@@ -73,7 +76,10 @@ def plan_onnx(
 def plan_tensorrt(
     artifact: Artifact, stage: str, record: Path, *, against: Path | None = None, device: str = "auto"
 ) -> Plan:
-    """The same for TensorRT, whose engines run only on a GPU; `device` does not affect the estimate."""
+    """Plan a command on a TensorRT export, whose engines run only on a GPU; `device` does not affect the estimate.
+
+    For the other arguments see `plan_vllm`.
+    """
     missing = missing_packages(_PACKAGES)
     peak = None if missing else _own_peak(artifact, ("validation.tensorrt.validate",))
     hardware = "a CPU to check the export; a GPU to run its engines"
@@ -100,7 +106,10 @@ def _plan(
 
 
 def _own_peak(artifact: Artifact, modules: Sequence[str], *, against: Path | None = None) -> int | None:
-    """Peak resident memory: these modules imported, a pass of the model of `against`, and copies of the weights."""
+    """Estimate peak resident memory, bytes: imported modules, a forward pass of `against`, and copies of the weights.
+
+    None if memory cannot be measured on this system.
+    """
     if not can_measure():
         return None
     with PhaseMeter() as meter:
@@ -126,7 +135,7 @@ def _float_bytes(artifact: Artifact) -> int:
 
 
 def _vllm_here(vllm_python: str | None) -> tuple[str, tuple[Missing, ...]]:
-    """The hardware that vLLM was built for, and what is missing on this machine."""
+    """The hardware that the installed vLLM was built for, and what this machine lacks to run it."""
     hardware = "a CPU"
     try:
         environment = inspect_environment(find_vllm_python(vllm_python))
