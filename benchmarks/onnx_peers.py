@@ -56,7 +56,7 @@ CAPABILITY = "8.9"
 
 
 def float_graph(model, path):
-    """Write the unquantized model as an ONNX graph with a dynamic batch size to `path`; returns the loaded model."""
+    """Write the unquantized model as an ONNX graph (opset 21, dynamic batch size); returns the loaded model."""
     vision = load_vision_model(model)
     traced = trace_float(vision.model, read_structure(vision.model, vision.architecture.image_size))
     for index, node in enumerate(traced.model.graph):
