@@ -25,7 +25,7 @@ COMPILED_TRAFFIC: Final = 6.31 / 25.5
 COMPILED_KERNELS: Final = 51 / 215
 CONTEXT_BYTES: Final = 500_000_000  # CUDA context and cuBLAS workspaces, an assumption
 
-_BF16: Final = 2  # bytes
+_BF16: Final = 2  # bytes per bf16 value
 _TRAINED_BYTES: Final = 16  # per trained value: the value, its gradient and AdamW's two moments, all in fp32
 _OPTIMIZER_BYTES: Final = 40  # traffic per trained value and step: AdamW 28, norm and clipping of gradients 12
 _ATTENTION_BACKWARD: Final = 2.5  # relative to forward: recomputed scores and four gradients (FlashAttention)
@@ -231,7 +231,7 @@ def products_of(shape: Decoder, step: Step, way: Way) -> Iterator[Product]:
     beside = rank if way.fp8 else 0  # FALQON stacks the rows of A below those of W in one matrix
     for outs, into in shape.stacks:
         for out in (sum(outs),) if way.fp8 else outs:
-            yield Product(tokens, into, out + beside, again, way.fp8)  # Y = X [W; A]^T
+            yield Product(tokens, into, out + beside, again, way.fp8)  # Y = X W^T, for FALQON X [W; A]^T
             yield Product(tokens, out, into, once, way.fp8)  # dX = G W
             yield Product(out, tokens, rank, once)  # dB = G^T O
             if not way.fp8:
@@ -246,7 +246,7 @@ def products_of(shape: Decoder, step: Step, way: Way) -> Iterator[Product]:
 
 
 def trained_values(shape: Decoder, rank: int, way: Way) -> int:
-    """Number of adapter values that the optimizer updates: B, and for LoRA and QLoRA also A."""
+    """Number of adapter values that the optimizer updates: those of B, and for LoRA and QLoRA those of A, too."""
     values = sum(sum(outs) + (0 if way.fp8 else len(outs) * into) for outs, into in shape.stacks)
     return shape.layers * rank * values
 

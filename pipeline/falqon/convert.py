@@ -24,7 +24,7 @@ from pipeline.falqon.observed import Losses
 from pipeline.falqon.rules import Initialisation, UpdateRule
 
 _LOG = logging.getLogger(__name__)
-_SHOWN = 3  # layers in a message
+_SHOWN = 3  # maximum number of layers that an error message lists
 
 
 def read_convertible(model: nn.Module, rank: int) -> ModelStructure:

@@ -93,7 +93,8 @@ def select_rows(layer: FalqonLinear, count: int) -> Tensor:
     if count >= scores.numel():
         return torch.arange(scores.numel(), device=scores.device)
     if layer.code_scale.rule is ScaleRule.EXACT:
-        return torch.topk(scores, k=count).indices.sort().values  # exactly k: another k may break ties differently
+        # As in the published code with exactly this k, since another k may select different rows of equal norm.
+        return torch.topk(scores, k=count).indices.sort().values
     if scores.device.type == "cpu":
         values, rows = torch.topk(scores, count + 1)
         if not count or values[count - 1] != values[count]:  # no tie at the cut-off
@@ -138,7 +139,8 @@ def flush_rows(
     old = layer.weight_codes.view(torch.uint8)[rows]
     target = target_rows(layer, rows)
     new = stochastic_round(target, generator) if rule.rounding is Rounding.STOCHASTIC else E4M3.cast(target)
-    layer.codes.view(torch.uint8).index_copy_(0, rows, new.view(torch.uint8))  # in place: A's rows share the storage
+    # In place, as the rows of A are in the same tensor.
+    layer.codes.view(torch.uint8).index_copy_(0, rows, new.view(torch.uint8))
     report = flush_report(old.view(E4M3.dtype).float(), target, new.float()) if measure else FlushReport()
     _clear(layer, rows, rule, target - new.float() if rule.error_feedback else None)
     return report

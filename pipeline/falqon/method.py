@@ -115,7 +115,7 @@ class FalqonMethod(Method):
         return weights
 
     def adapter(self) -> dict[str, Tensor]:
-        """A's codes and scale, and B, for each FALQON layer."""
+        """The codes and scale of A, and B, for each FALQON layer, as `NAME.lora_A`, `.lora_A_scale` and `.lora_B`."""
         tensors: dict[str, Tensor] = {}
         for name, layer in self.layers.items():
             tensors[f"{name}.lora_A"] = layer.adapter_codes.clone()

@@ -190,9 +190,9 @@ class Falqon:
             )  # fmt: skip
 
     def callback(self) -> Any:
-        """A `TrainerCallback` for transformers' Trainer that calls `after_step`.
+        """A `TrainerCallback` for transformers' Trainer that calls `after_step` after every optimizer step.
 
-        Call `final_merge` and `save` yourself when training has ended.
+        It does not call `final_merge` and `save`, which must be called after training.
         """
         from transformers import TrainerCallback
 

@@ -16,7 +16,7 @@ from fp8pipe.numerics.kinds import ScaleRule
 
 
 class Initialisation(StrEnum):
-    """How A is initialised."""
+    """How the adapter's A is initialised; the choices are described in `initialise.py`."""
 
     SVD = "svd"
     RANDOMIZED_SVD = "randomized-svd"

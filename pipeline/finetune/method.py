@@ -29,7 +29,7 @@ from pipeline.falqon.observed import Losses
 from pipeline.finetune.weights import Deployed, Weights
 
 _INSTALL = "pip install 'fp8pipe[train]'"
-_SHOWN = 3  # names in a warning
+_SHOWN = 3  # maximum number of kinds of findings that a warning lists
 
 
 def export_warnings(base: Path, method: str, trained: Collection[str]) -> list[str]:
@@ -137,10 +137,10 @@ class Method(Protocol):
         """
 
     def deployed_weights(self) -> Weights:
-        """The weights as they are served, by module path; call it after `finish`."""
+        """The final weights in the checkpoint's orientation, by module path; call it after `finish`."""
 
     def adapter(self) -> dict[str, Tensor]:
-        """The adapter's tensors, saved with the weights for reference; empty if it is not kept."""
+        """The adapter's tensors, which are saved next to the weights; empty if the adapter is not saved."""
         return {}
 
 

@@ -213,7 +213,7 @@ def _leak(model: nn.Module, row: _Row, alone: _Alone) -> tuple[float, float]:
     moved = (after - before)[sizes[0] :].abs().max()
     parts = zip(before.split(sizes), alone.logits.values(), strict=True)
     apart = torch.stack([(packed - single).abs().max() for packed, single in parts]).max()
-    own = alone.own or math.nan  # without such an effect a leak cannot be detected
+    own = alone.own or math.nan  # if tokens have no effect on later ones, an influence cannot be detected
     return float(moved) / own, float(apart) / own
 
 
@@ -225,7 +225,7 @@ def _leak_with_masks(model: nn.Module, row: _Row, alone: _Alone) -> tuple[float,
     except torch.OutOfMemoryError:
         raise
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
-        return None  # different classes fail differently on an unexpected mask
+        return None  # model classes raise different errors for masks that they do not accept
     finally:
         handle.remove()
 

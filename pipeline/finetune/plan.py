@@ -140,7 +140,11 @@ def _layer_counts(layers: int, layer_bytes: int) -> tuple[int, ...]:
 
 
 def _measured(config: FinetuneConfig, source: ModelSource, settings: Any, layer_bytes: int) -> _Needs:
-    """Peak memory, peak disk use, output size, seconds, notes and packing, from dry runs with few layers."""
+    """Plan from dry runs with few layers, extrapolated to all layers.
+
+    Returns:
+        Peak memory, peak disk use and output size (bytes), time (seconds), notes, and a description of the packing.
+    """
     layers = layer_count(settings)
     counts = _layer_counts(layers, layer_bytes)
     runs = []

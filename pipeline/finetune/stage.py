@@ -170,6 +170,10 @@ def tune(
 def load_text(config: FinetuneConfig, source: ModelSource) -> TrainingText:
     """Read, split, encode and batch the training text.
 
+    Args:
+        config: the resolved configuration.
+        source: the base model, for its tokenizer, chat template and number of positions.
+
     Raises:
         ConfigurationError: the data is empty, malformed, without answers, or has examples with more tokens than the
             model has positions; or the chat template is invalid.
@@ -246,7 +250,7 @@ def _prepare(
 ) -> list[LayerRecord]:
     described = config.model_dump(mode="json")
     if config.packing and text.packing is not None and text.packing.how != "positions":
-        described["packing"] = text.packing.how  # a run must not be resumed with different packing
+        described["packing"] = text.packing.how  # so that a run cannot be resumed with different packing
     if store.started():
         store.check_config(described, text.digests)
         return method.prepare(model, store.base())

@@ -101,7 +101,7 @@ def count_differing(root: Path, weights: Weights) -> int:
 
 
 def _tensors(weights: Weights) -> dict[str, Tensor]:
-    """Weights and scales by their names in the checkpoint."""
+    """All tensors of `weights` by their names in the checkpoint: each weight, and its scale (fp32) if it has one."""
     tensors: dict[str, Tensor] = {}
     for name, (values, scale, _) in weights.items():
         tensors[f"{name}.weight"] = values

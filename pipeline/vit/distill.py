@@ -47,7 +47,7 @@ Figures = dict[str, float]
 _FIGURES: Final = ("loss", "answer", "structure")
 _READ_EVERY: Final = 10  # number of steps whose losses are read together on a GPU
 _ORDER, _AUGMENTATION = 0, 1  # combined with the seed to get independent random streams
-_C2 = 0.03**2  # SSIM's second constant
+_C2 = 0.03**2  # the second constant of SSIM, which stabilizes the division
 
 
 class Distiller:

@@ -43,8 +43,8 @@ from fp8pipe.numerics.quantizers import (
 from pipeline.vit.student import WeightFormat
 
 _SAMPLE: Final = 1 << 15  # maximum number of values sampled from each batch at an activation site
-_SHRINKS: Final = tuple(0.97**i for i in range(0, 90, 3))  # 1 down to 0.07
-_WEIGHT_SHRINKS: Final = tuple(1.0 - 0.02 * i for i in range(35))  # 1 down to 0.32
+_SHRINKS: Final = tuple(0.97**i for i in range(0, 90, 3))  # factors tried for activation ranges, from 1 down to 0.07
+_WEIGHT_SHRINKS: Final = tuple(1.0 - 0.02 * i for i in range(35))  # factors tried for weight scales, from 1 to 0.32
 _TINY: Final = 1e-8
 
 
@@ -307,8 +307,8 @@ def activation_bits(structure: VitStructure, precision: Precision, edges: str) -
 def activation_kinds(structure: VitStructure, precision: Precision) -> dict[str, Kind]:
     """The number format of every activation site.
 
-    With NVFP4, only inputs of linear layers use it; operands of attentions are FP8, as no engine has NVFP4 kernels for
-    them.
+    With the precision NVFP4, only inputs of linear layers are in NVFP4. Operands of attentions are in FP8, as no engine
+    has NVFP4 kernels for them.
     """
     if precision.kind is not Kind.NVFP4:
         return dict.fromkeys(activation_sites(structure), precision.kind)

@@ -76,7 +76,11 @@ _Needs = tuple[int, int, int, dict[str, float], tuple[str, ...]]
 
 
 def _measured(config: QuantizeVitConfig) -> _Needs:
-    """Peak memory, peak disk use, output size, seconds per part and notes, from dry runs with few images."""
+    """Plan from dry runs with few images, extrapolated to all images.
+
+    Returns:
+        Peak memory, peak disk use and output size (bytes), time of each part (seconds), and notes.
+    """
     counts = _image_counts(config)
     runs = []
     with tempfile.TemporaryDirectory(prefix="fp8pipe-dry-run-") as scratch:

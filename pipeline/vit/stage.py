@@ -1,4 +1,7 @@
-"""The stage `quantize-vit`: calibration images, ranges, distillation, and an artifact that is verified by a rebuild."""
+"""The stage `quantize-vit`: make calibration images, calibrate and distill a student, and write it as an artifact.
+
+The artifact is verified: a new process rebuilds the model from its files, and the outputs must be bit-identical.
+"""
 
 from __future__ import annotations
 
@@ -161,7 +164,7 @@ def _train(
     measured = pixels if _are_pictures(images) else first_views(pixels, config.distill, config.seed, device)
     if config.precision.kind is Kind.INT:
         transformed = apply_transforms(vision, structure, measured, config.conditioning, config.seed)
-    else:  # a floating-point grid does not benefit from uniform magnitudes
+    else:  # floating-point formats do not benefit from channels of similar magnitude
         transformed = Transformed(vision, (), ("equivalent transforms: left out, FP8 has its own exponents",))
     enter_phase("ranges")
     student = begin_student(config, transformed.vision, structure, measured)
@@ -246,7 +249,7 @@ def _finish(
         layers=layer_records(quantized, rule=ScaleRule.LEARNED if config.distill.steps else ScaleRule.CALIBRATED),
         details=VitDetails(
             precision=str(config.precision), edges=config.edges, images=len(images.images),
-            image_method="images" if _are_pictures(images) else images.method,  # without a local path
+            image_method="images" if _are_pictures(images) else images.method,  # so that no local path is recorded
             image_losses={name: sum(v) / len(v) for name, v in images.losses.items() if v},
             seconds={name: round(value, 1) for name, value in seconds.items()},
             transforms=TransformFacts(done=list(conditioned.steps), left_out=list(conditioned.notes)),

@@ -47,7 +47,7 @@ class WeightFormat:
 
 
 class _RoundedWeight(nn.Module):
-    """Parametrization of a weight with one learnable step per output channel."""
+    """Parametrization that fake-quantizes a weight with one learnable step per output channel."""
 
     def __init__(self, step: Tensor, form: WeightFormat, dims: int) -> None:
         super().__init__()
@@ -78,7 +78,7 @@ class _RoundedActivation(nn.Module):
 
 
 class _RoundedBlockWeight(nn.Module):
-    """Parametrization of a weight `(out, in)` in NVFP4, with fixed block scales.
+    """Parametrization that fake-quantizes a weight `(out, in)` to NVFP4, with fixed block scales.
 
     Scales are not trained: distillation changes a weight by a fraction of the distance between codes, whereas a change
     of a scale would change all sixteen weights of its block.
@@ -253,7 +253,7 @@ class _Fake(torch.autograd.Function):
 
 
 class _StraightThrough(torch.autograd.Function):
-    """Straight-through estimator: returns `rounded`, and passes the gradient to `x` where it is inside the range."""
+    """Straight-through estimator: returns `rounded`; passes the gradient on to `x` where the mask `inside` is True."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, rounded: Tensor, inside: Tensor) -> Tensor:

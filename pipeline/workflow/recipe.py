@@ -42,14 +42,14 @@ __all__ = [
 
 # Keys of a stage's entry that are not settings of its command.
 _NO_SETTINGS: Final = ("command", "gates", "after")
-# A reference is a whole value, optionally with a prefix: `stage:model`, `artifact:stage:model`.
+# A reference to a stage is a whole value, optionally with a prefix: `stage:model`, `artifact:stage:model`.
 _REFERENCE: Final = re.compile(r"((?:[a-z]+:)?)stage:(.+)", re.DOTALL)
 _NAME: Final = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
 _TOP_KEYS: Final = ("name", "description", "stages")
 
 
 class GateSpec(FrozenConfig):
-    """A condition on a figure in a stage's output."""
+    """A gate of a recipe: bounds for a figure in a stage's output, or for its difference or ratio to another figure."""
 
     name: str = Field(min_length=1, description="what the gate requires, in a few words")
     figure: str = Field(
@@ -207,7 +207,11 @@ def _stage(name: str, entry: Any, where: str) -> StageSpec:
 
 
 def _ordered(specs: Mapping[str, StageSpec], where: str) -> list[str]:
-    """Stage names in topological order, as close to the order of the file as possible."""
+    """Stage names in topological order, as close to their order in the recipe as possible.
+
+    Raises:
+        ConfigurationError: stages depend on each other in a cycle.
+    """
     sorter = graphlib.TopologicalSorter({name: spec.needs for name, spec in specs.items()})
     try:
         sorter.prepare()

@@ -49,7 +49,7 @@ Show = Callable[[str, str], None]
 
 @dataclass(frozen=True, slots=True)
 class _Ended:
-    """How a stage ended."""
+    """The result of a stage's process."""
 
     code: int
     seconds: float  # wall time
@@ -127,7 +127,7 @@ class WorkflowRunner:
         self._lock = -1
 
     def check(self, stages: Sequence[StageSpec]) -> None:
-        """Validate the settings of these stages by building their typed configurations.
+        """Validate the settings of these stages, with the checks of their commands.
 
         Raises:
             ConfigurationError: a single error that lists the mistakes of all stages.

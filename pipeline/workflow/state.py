@@ -147,7 +147,7 @@ class RunState:
         return tuple(spec for spec in self.recipe.stages if spec.name in needed)
 
     def statuses(self) -> list[StageStatus]:
-        """For every requested stage, in order, whether it would run now, and why."""
+        """The status of every requested stage, in order: whether it would run now, and why."""
         found: list[StageStatus] = []
         pending: set[str] = set()
         for spec in self.wanted():

@@ -69,7 +69,7 @@ class InputCounts:
         return float(((values - rounded)[seen].square() * self.counts[seen]).sum()) / max(1, self.total)
 
     def quantile(self, beyond: float) -> float:
-        """The magnitude that is exceeded by a share `beyond` of the values."""
+        """A magnitude that at most the share `beyond` (0 to 1) of the values exceeds, accurate to one bin."""
         above = self.counts.flip(0).cumsum(0).flip(0)
         return min(self.amax, float(_magnitudes()[int((above > beyond * self.total).nonzero().max())]))
 
@@ -171,7 +171,7 @@ def _magnitudes() -> Tensor:
 
 
 def _power_of_two(least: float) -> float:
-    """The smallest power of two that is at least `least` and representable in FP16."""
+    """The smallest power of two that is at least `least`, limited to those that FP16 can represent."""
     exponent = _SMALLEST if least <= 0 else math.ceil(math.log2(least))
     return 2.0 ** min(max(exponent, _SMALLEST), _LARGEST)
 

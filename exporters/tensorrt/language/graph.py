@@ -49,14 +49,14 @@ _MASKED: Final = -10000.0
 # Sizes of the example inputs for tracing: all different, and none 1, which the tracer would treat as a constant.
 _BATCH, _SEQUENCE, _PAST = 2, 5, 3
 _FP8: Final = np.dtype(ml_dtypes.float8_e4m3fn)
-_SCALE: Final = 1  # index of the scale among a quantizer's operands
+_SCALE: Final = 1  # index of the scale among the inputs of QuantizeLinear and DequantizeLinear
 
 
 @dataclass(frozen=True, slots=True)
 class DecoderGraph:
     """An exported graph in memory."""
 
-    model: ir.Model  # strongly typed
+    model: ir.Model  # for strongly typed builds, in which the dtypes of the graph determine those of the engine
     changes: tuple[Change, ...]  # what each pass changed
     cache: CacheFacts | None  # shape of the key/value cache; None for a graph without one
 
