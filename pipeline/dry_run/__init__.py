@@ -1,1 +1,1 @@
-"""Dry runs: a real stage with real layer widths, but with few layers, images or steps, in a separate process."""
+"""Dry runs: a stage runs in a separate process with the real layer widths, but with few layers, images or steps."""

@@ -1,7 +1,7 @@
-"""A dry run of fine-tuning: the real stage and the real text, on the model's own architecture with fewer layers.
+"""A dry run of fine-tuning: the real stage and training text, on the same architecture with fewer decoder layers.
 
-Widths, vocabulary, batches and dtypes are the real ones; weights are random, and no weight of the real model is read.
-`pipeline.finetune.plan` starts it as a separate process.
+Widths, vocabulary, batches and dtypes are those of the real run. Weights are random; no weight of the real model is
+read. `pipeline.finetune.plan` starts this module as a separate process.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from pipeline.finetune.config import FinetuneConfig
 from pipeline.finetune.stage import TrainingText, load_text, tune
 
 STEPS: Final = 3  # the first one allocates the optimizer state, the last one is logged
-_LOOKED_AT: Final = 512  # maximum number of batches searched for the largest
-_ACCUMULATED: Final = 2  # micro-batches: more than two do not raise the peak memory
+_LOOKED_AT: Final = 512  # maximum number of batches that are searched for the largest ones
+_ACCUMULATED: Final = 2  # maximum number of micro-batches per step: more than two do not raise the peak memory
 
 
 def layer_count(settings: Any) -> int:
@@ -35,7 +35,10 @@ def layer_count(settings: Any) -> int:
 
 
 def with_layers(settings: Any, count: int) -> Any:
-    """A copy of the configuration with only the first `count` layers; lists with one entry per layer are cut, too."""
+    """A copy of a transformers configuration with only the first `count` decoder layers.
+
+    Lists with one entry per layer (such as `layer_types`) are truncated to the same number.
+    """
     settings = copy.deepcopy(settings)
     text = settings.get_text_config(decoder=True)
     full = text.num_hidden_layers
@@ -47,14 +50,20 @@ def with_layers(settings: Any, count: int) -> Any:
 
 
 def write_model(settings: Any, dtype: torch.dtype, folder: Path) -> None:
-    """Write a checkpoint with random weights, in the dtype of the real one."""
+    """Write a checkpoint with random weights of the given dtype to `folder`."""
     torch.manual_seed(0)
     model = model_class(settings)._from_config(settings, dtype=dtype)
     model.save_pretrained(folder)
 
 
 class _Largest(Batches):
-    """The batches of a run, largest first, repeated endlessly; all of them, or only the `kept` largest."""
+    """The batches of a run, largest first and repeated endlessly, so that a few steps reach the peak memory.
+
+    Args:
+        batches: the batches of the real run.
+        looked_at: how many of them the real run uses; at most the first 512 of these are considered.
+        kept: number of largest batches to use; None for all.
+    """
 
     def __init__(self, batches: Batches, looked_at: int, kept: int | None = None) -> None:
         self._whole, self._looked_at, self._kept = batches, looked_at, kept
@@ -69,7 +78,7 @@ class _Largest(Batches):
 
     @property
     def batches(self) -> int:
-        """The total number of batches, including those that were dropped here."""
+        """The number of batches of the real run, including those that are not used here."""
         return len(self._whole)
 
     def unpacked(self) -> _Largest:
@@ -87,7 +96,17 @@ def _text(config: FinetuneConfig, source: ModelSource) -> tuple[TrainingText, _L
 
 
 def run(job: dict[str, Any], output: Path) -> tuple[CheckpointMeter, dict[str, Any]]:
-    """Fine-tune with the job's `config`, its `base` (for tokenizer and templates) and its `model` (with few layers)."""
+    """Run the fine-tuning stage on a small model and collect its measurements.
+
+    Args:
+        job: `config`, the fields of a `FinetuneConfig`; `base`, the directory of the real model, whose tokenizer and
+            chat template are used; `model`, the directory of the model with few layers.
+        output: path of the artifact to write.
+
+    Returns:
+        The measurements by phase, and facts for extrapolation: size of the mean batch relative to the largest one,
+        number of held-out batches, `in_features` of the merged layers, and the packing result.
+    """
     config = build_config(FinetuneConfig, job["config"])
     with CheckpointMeter(output.with_name(f"{output.name}.partial"), "final merge", "checkpoints") as meter:
         enter_phase("text")

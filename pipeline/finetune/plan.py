@@ -1,4 +1,4 @@
-"""Plan a fine-tuning run (`--dry-run`): its structure from file headers, memory, disk and time from dry runs."""
+"""Plan a fine-tuning run (`--dry-run`): layers from file headers, and memory, disk and time from small dry runs."""
 
 from __future__ import annotations
 
@@ -48,10 +48,10 @@ from pipeline.finetune.packing import packing_warning
 
 _LOG = logging.getLogger(__name__)
 
-# One dry run has a third of the layers, the other a fifth of that, so that extrapolation does not magnify noise much.
-# For a large model there are fewer layers: as many as fit into this size.
+# The larger dry run has a third of the model's layers, the smaller one a fifth of that, so that extrapolation does not
+# amplify noise much. For a large model, the larger dry run has only as many layers as fit into this size.
 _DRY_RUN_BYTES: Final = 1 << 30
-_FP32_STATES: Final = 4  # B, its gradient and AdamW's two moments, four bytes each
+_FP32_STATES: Final = 4  # fp32 values per trained parameter: itself, its gradient and AdamW's two moments
 _PACKAGES: Final = {"falqon": (), "lora": ("peft",), "qlora": ("peft", "bitsandbytes")}
 _PACKING: Final = {
     "positions": "several examples a row, kept apart by restarting positions",
@@ -63,11 +63,13 @@ _SMALLER: Final = "a smaller --batch-size or --sequence-length, --gradient-check
 
 
 def plan_finetune(config: FinetuneConfig, output: Path | None = None) -> Plan:
-    """Plan a run without reading weights: from the model's headers, the text, and dry runs with random weights.
+    """Plan a run from the headers of the model's files, the text, and dry runs with random weights.
+
+    No weights are read. Without dry runs (for GPUs, or if a package is missing), memory and disk are estimated.
 
     Args:
         config: the resolved configuration.
-        output: the artifact's directory.
+        output: directory of the artifact; None if the user has not named one.
 
     Raises:
         ConfigurationError: the run itself would reject the model, the text or the rank.
@@ -127,13 +129,22 @@ _Needs = tuple[int, int, int, float | None, tuple[str, ...], str]
 
 
 def _layer_counts(layers: int, layer_bytes: int) -> tuple[int, ...]:
-    """The number of layers in each dry run; one dry run with all layers if there are few."""
+    """The number of decoder layers in each dry run, ascending; a single dry run with all layers if there are few.
+
+    Args:
+        layers: number of decoder layers of the model.
+        layer_bytes: size of the linear weights of one decoder layer in bf16.
+    """
     more = max(3, min(layers // 3, _DRY_RUN_BYTES // max(1, layer_bytes)))
     return (layers,) if layers <= more else (max(1, more // 5), more)
 
 
 def _measured(config: FinetuneConfig, source: ModelSource, settings: Any, layer_bytes: int) -> _Needs:
-    """Peak memory, peak disk use, output size, seconds, notes and packing, from dry runs with few layers."""
+    """Plan from dry runs with few layers, extrapolated to all layers.
+
+    Returns:
+        Peak memory, peak disk use and output size (bytes), time (seconds), notes, and a description of the packing.
+    """
     layers = layer_count(settings)
     counts = _layer_counts(layers, layer_bytes)
     runs = []
@@ -178,7 +189,13 @@ def _seconds(config: FinetuneConfig, scaled: Scaled, saves: int) -> float:
 
 
 def _with_all_layers(widths: Sequence[list[int]], counts: Sequence[int], layers: int) -> list[int]:
-    """`in_features` of all FALQON layers of the full model: those that one decoder layer adds, repeated."""
+    """`in_features` of all FALQON layers of the full model, extrapolated from the dry runs.
+
+    Args:
+        widths: for each dry run, the `in_features` of its FALQON layers, in order.
+        counts: number of decoder layers of each dry run.
+        layers: number of decoder layers of the full model.
+    """
     if len(counts) == 1:
         return widths[0]
     added = widths[1][len(widths[0]) :]
@@ -187,7 +204,7 @@ def _with_all_layers(widths: Sequence[list[int]], counts: Sequence[int], layers:
 
 
 def _estimated(config: FinetuneConfig, model: nn.Module, shapes: Sequence[tuple[int, int]]) -> _Needs:
-    """The same as `_measured`, estimated from shapes alone, without activations and time."""
+    """The same figures as `_measured`, estimated from shapes alone: without activations, and with None for the time."""
     linear = sum(out * into for out, into in shapes)
     others = sum(p.numel() for p in model.parameters()) - linear
     width = getattr(torch, config.dtype).itemsize
@@ -195,7 +212,7 @@ def _estimated(config: FinetuneConfig, model: nn.Module, shapes: Sequence[tuple[
     weights = others * width + int(linear * {"falqon": 1.0, "lora": width, "qlora": 0.53}[config.method])
     loaded = (others + linear) * width
     written = others * width + linear * (1 if config.method == "falqon" else width)
-    checkpoint = 3 * 4 * adapter  # B and two moments
+    checkpoint = 3 * 4 * adapter  # trained parameters and two moments, in fp32
     why = "this system does not support it" if config.device == "cpu" else "it needs the CPU and every package"
     note = f"memory and disk are estimated from shapes, without activations; no dry run was made: {why}"
     peak = max(loaded, weights + _FP32_STATES * 4 * adapter)
@@ -205,7 +222,10 @@ def _estimated(config: FinetuneConfig, model: nn.Module, shapes: Sequence[tuple[
 def _on_gpus(
     config: FinetuneConfig, settings: Any, shapes: Sequence[tuple[int, int]]
 ) -> tuple[Mapping[str, Any], tuple[str, ...]]:
-    """The estimates of `pipeline.dry_run.costs` for a step on GPUs, and notes on them."""
+    """Estimates of `pipeline.dry_run.costs` for a step on GPUs, by name, and notes that explain them.
+
+    The estimates are empty, with a note on the reason, for models and settings that the cost model does not cover.
+    """
     shape = Decoder.of_config(settings, sum(out * into for out, into in shapes))
     if shape is None:
         return {}, ("no GPU estimate: the layers are not those of a plain decoder (attention and one MLP, all alike)",)
@@ -233,14 +253,17 @@ def _on_gpus(
 
 
 def _ways(config: FinetuneConfig) -> tuple[Way, Way | None]:
-    """The method whose costs are estimated, uncompiled and compiled."""
+    """The configured method in the cost model: without compilation, and compiled if it can be compiled."""
     if config.method != "falqon":
         return LORA if config.method == "lora" else QLORA, None
     return (LIVE, LIVE_COMPILED) if config.rule.live else (MERGED, MERGED_COMPILED)
 
 
 def _devices(asked: str) -> tuple[Sequence[Device], tuple[str, ...]]:
-    """The GPU that would be used, if it is in the table of data sheets; otherwise all GPUs of the table, and why."""
+    """The GPUs to estimate for, and notes on the choice.
+
+    This is the GPU that the run would use, if its data sheet is known; otherwise all GPUs with known data sheets.
+    """
     here = machine.gpus()[:1] if asked == "cuda" else []
     known = [device for gpu in here if (device := device_reported(gpu.name)) is not None]
     if here and not known:
@@ -255,12 +278,12 @@ def _step_seconds(shape: Decoder, step: Step, way: Way, devices: Sequence[Device
 
 
 def _adapter(config: FinetuneConfig, shapes: Sequence[tuple[int, int]]) -> int:
-    """The number of trained parameters."""
+    """The number of trained parameters, from the shapes (out, in) of the linear layers."""
     return sum(out if config.method == "falqon" else out + into for out, into in shapes) * config.rank
 
 
 def _stored_dtype(base: Path) -> torch.dtype:
-    """The dtype of the checkpoint's first matrix, taken for that of all large tensors."""
+    """The dtype of the checkpoint's first matrix, assumed to be that of all; bf16 if that is quantized or fp64."""
     entries = header_entries(weight_files(base)[0]).values()
     first = next((entry.dtype for entry in entries if len(entry.shape) == 2), "BF16")
     return DTYPES[first] if first in PLAIN_FLOATS - {"F64"} else torch.bfloat16

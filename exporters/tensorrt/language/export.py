@@ -1,4 +1,4 @@
-"""The complete export of a language model: calibration, graph, validation, engines, and what the builder reports."""
+"""The export of a language model to TensorRT: calibrate scales, write the graph, validate it, and build engines."""
 
 from __future__ import annotations
 
@@ -58,10 +58,10 @@ if TYPE_CHECKING:
 
 DATA_FILE: Final = "model.onnx.data"
 SCALES_FILE: Final = "activation_scales.json"
-# A protobuf message is limited to 2 GB; larger tensors are stored in a separate file.
+# Protobuf messages are limited to 2 GB, so the tensors of larger graphs are stored in a separate file.
 _INLINE_BYTES: Final = 1_500_000_000
-_WORKSPACE_MIB: Final = 4096  # scratch memory for a builder on another machine
-# Largest share of an input's values that may exceed its static range.
+_WORKSPACE_MIB: Final = 4096  # workspace in the trtexec command, for a build on another machine
+# Largest allowed share of a layer's input values beyond the range of its static scale.
 _CLIPPED: Final = 1e-3
 _CARD: Final = CardFacts(
     "tensorrt", "TensorRT", ENGINE_LIMITS,
@@ -72,14 +72,17 @@ _CARD: Final = CardFacts(
 def export_language(source: Path, output: Path, options: LanguageExportOptions) -> Artifact:
     """Export a FALQON artifact to TensorRT.
 
-    `source` is an artifact of kind `falqon`; `output` receives `model.onnx`, `activation_scales.json`, `engines/`,
-    `layers.json`, config and tokenizer files, and a manifest with all gates.
+    Args:
+        source: directory of an artifact of kind `falqon`.
+        output: directory of the export, which will contain `model.onnx`, `activation_scales.json`, `engines/`,
+            `layers.json`, config and tokenizer files, and a manifest with all gates.
+        options: the options of the export.
 
     Raises:
-        ConfigurationError: unusable output, text or model.
-        BadArtifactError: an unfinished or damaged artifact, or one of another kind.
-        LintFindingsError: findings on values or on the graph, before a builder is called; nothing is committed.
-        MissingCapabilityError: a package is missing.
+        ConfigurationError: the output, the text or the model cannot be used.
+        BadArtifactError: the source is unfinished, damaged, or of another kind.
+        LintFindingsError: the values or the graph have findings, before an engine is built; nothing is committed.
+        MissingCapabilityError: a package is not installed.
         GateFailedError: the written graph differs from the artifact, predicts worse, or runs in another precision;
             nothing is committed.
     """
@@ -122,7 +125,7 @@ def export_language(source: Path, output: Path, options: LanguageExportOptions) 
 
 
 def _write(root: Path, graph: DecoderGraph, model: LanguageModel, scales: Mapping[str, InputScale]) -> None:
-    """Write all files of the export except engines."""
+    """Write all files of the export, except engines, to `root`."""
     beside = DATA_FILE if stored_bytes(graph.model) > _INLINE_BYTES else None
     ir.save(graph.model, root / MODEL_FILE, external_data=beside)
     shown = {name: scale.model_dump() for name, scale in scales.items()}
@@ -134,7 +137,11 @@ def _write(root: Path, graph: DecoderGraph, model: LanguageModel, scales: Mappin
 def _prove(
     root: Path, model: LanguageModel, reference: PreTrainedModel, scales: Mapping[str, InputScale], text: ExportText
 ) -> tuple[tuple[ExportedLayer, ...], list[Gate]]:
-    """Compare the written file with the artifact: first numbers, then layers."""
+    """Compare the written graph with the artifact: first its stored numbers, then the outputs of its layers.
+
+    Returns:
+        The quantized layers found in the graph, and the gates.
+    """
     written = ir.load(root / MODEL_FILE)
     layers = read_layers(written)
     gates = number_gates(layers, written, model, scales)
@@ -147,19 +154,23 @@ def _prove(
 def _serve(
     root: Path, graph: DecoderGraph, text: ExportText, own: Score, options: LanguageExportOptions
 ) -> tuple[list[Gate], Score]:
-    """Run the whole graph in ONNX Runtime: perplexity, and decoding with the cache against whole sequences."""
+    """Run the whole graph in ONNX Runtime.
+
+    Returns:
+        Gates on its perplexity and, with a cache, on decoding token by token; and its score on held-out text.
+    """
     session = DecoderSession(root / MODEL_FILE, graph.cache, options.base)
     gate, served = perplexity_gate(session, list(text.heldout), own, required=options.require)
     gates = [gate]
     if graph.cache is not None:
-        del session  # two large graphs need not be in memory at once
+        del session  # so that not two large graphs are in memory at once
         unrounded = unrounded_session(root / MODEL_FILE, graph.cache, options.base)
         gates += cache_gates(unrounded, list(text.heldout))
     return gates, served
 
 
 def _profiles(cache: CacheFacts | None, options: LanguageExportOptions) -> dict[str, Shapes]:
-    """Minimum, typical and maximum shapes; the past may be empty."""
+    """Minimum, typical and maximum shape of each input; the minimum length of the cache is 0."""
     past = (0, *options.sequence[1:]) if cache is not None else (0, 0, 0)
     rows = list(zip(options.batch, options.sequence, past, strict=True))
     found = dict.fromkeys(("input_ids", "position_ids"), shapes((batch, new) for batch, new, _ in rows))
@@ -177,7 +188,11 @@ def _build(
     options: LanguageExportOptions,
     capability: str,
 ) -> tuple[Gate, dict[str, Any]]:
-    """Build one engine; returns a gate on whether it multiplies in FP8, and its entry for layers.json."""
+    """Build one engine.
+
+    Returns:
+        A gate that all linear layers are computed in FP8, and the engine's entry for layers.json.
+    """
     file, nodes = engine_file(capability), [str(layer.node.name) for layer in layers]
     path = root / file
     path.parent.mkdir(exist_ok=True)

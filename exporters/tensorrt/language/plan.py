@@ -1,4 +1,4 @@
-"""The dry run of an export of a language model, from headers and the manifest."""
+"""Plan an export of a language model (`--dry-run`) from file headers and the manifest."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ from fp8pipe.artifact.kinds import FALQON_KIND
 from fp8pipe.core.machine import free_bytes, resident_bytes
 from fp8pipe.core.plan import Missing, Plan, missing_disk, missing_memory, missing_packages
 
-# Number of fp32 copies of all weights that exist at once: the reference model, the written graph as read back, and ONNX
-# Runtime's session with its dequantized weights; and of the logits: those of the session, numpy and torch. Fitted to
-# the phases of one run (SmolLM2). A checkpoint is written tensor by tensor, with only the reference in memory.
+# Peak memory, as a number of fp32 copies of all weights and of the logits. Copies of the weights are those of the
+# reference model, of the written graph as read back, and of ONNX Runtime's session with dequantized weights; copies of
+# the logits are those of the session, numpy and torch. The numbers were fitted to one run (SmolLM2). A checkpoint is
+# written tensor by tensor, with only the reference model in memory.
 _GRAPH_COPIES: Final = 5.0
 _CHECKPOINT_COPIES: Final = 1.5
 _LOGITS_COPIES: Final = 4.7
@@ -29,11 +30,19 @@ _LOGITS_COPIES: Final = 4.7
 def plan_for_people(
     source: Path, output: Path, options: LanguageExportOptions | CalibrationOptions
 ) -> tuple[dict[str, Any], Plan]:
-    """The dry run: reads headers and manifests; nothing is linted, calibrated or traced.
+    """Plan an export from headers and manifests, without linting, calibrating or tracing.
+
+    Args:
+        source: the artifact to export.
+        output: the directory of the export.
+        options: the options of a graph export or of a checkpoint export.
+
+    Returns:
+        The plan as a JSON document, and as a `Plan` for people.
 
     Raises:
-        ConfigurationError: an unusable source.
-        BadArtifactError: an unfinished or corrupt artifact.
+        ConfigurationError: the source cannot be used.
+        BadArtifactError: the artifact is unfinished or damaged.
     """
     plan, free = plan_export(source, VllmExportOptions()), free_bytes(output)
     config, shape = open_artifact(source, kind=FALQON_KIND, verify=False).manifest.config, plan.source.config
@@ -83,7 +92,16 @@ def plan_for_people(
 
 
 def _peak_memory(plan: ExportPlan, length: int, graph: bool) -> tuple[int, str]:
-    """Peak host memory in bytes for texts of `length` tokens, and how it was estimated."""
+    """Estimate the peak host memory.
+
+    Args:
+        plan: the tensors of the model.
+        length: maximum number of tokens per text.
+        graph: whether a graph is exported; otherwise a checkpoint.
+
+    Returns:
+        The memory in bytes, and a note on how it was estimated.
+    """
     copies = _GRAPH_COPIES if graph else _CHECKPOINT_COPIES
     logits = BATCH * length * plan.source.config.get("vocab_size", 0) * 4 if graph else 0
     floats = 4 * sum(math.prod(unit.entry.shape) for unit in plan.units)

@@ -1,7 +1,7 @@
-"""Reads the written graph back and checks it: all numbers, every layer, and the predictions of the whole model.
+"""Read the written graph back and check its stored numbers, the output of each layer, and the whole model.
 
-Numbers are compared with the artifact, layers with exact sums. In ONNX Runtime the graph predicts held-out text, as
-whole sequences or token by token with its cache.
+Stored numbers are compared with those of the artifact, and the outputs of layers with float64 sums. The whole graph is
+run in ONNX Runtime on held-out text, both on whole sequences and token by token with its cache.
 """
 
 from __future__ import annotations
@@ -33,16 +33,23 @@ from fp8pipe.numerics.kinds import Kind
 from fp8pipe.numerics.quantizers import ActivationQuantizer
 
 _FLOATS: Final = ("FLOAT", "FLOAT16")
-# Number of layers whose codes are compared in one session: the extracted part must fit into one protobuf message.
+# Number of layers that are compared in one session, whose part of the graph must fit into one protobuf message.
 _AT_ONCE: Final = 32
 
 
 def number_gates(
     layers: Sequence[ExportedLayer], graph: ir.Model, model: LanguageModel, scales: Mapping[str, InputScale]
 ) -> list[Gate]:
-    """Compare a graph that was read from its file with the artifact, and its scales with the calibrated ones.
+    """Compare the stored tensors of a graph with the artifact, and its activation scales with the calibrated ones.
 
-    The value of each gate is the number of differences; 0 passes.
+    Args:
+        layers: the quantized layers found in the graph.
+        graph: the graph, as read from its file.
+        model: the artifact.
+        scales: calibrated activation scales by layer.
+
+    Returns:
+        Gates whose value is a number of differences; 0 passes.
     """
     by_name = {layer.name: layer for layer in layers}
     codes = weight_scales = inputs = 0
@@ -72,11 +79,17 @@ def number_gates(
 def layer_gates(
     layers: Sequence[ExportedLayer], graph: ir.Model, reference: nn.Module, example: Encoded
 ) -> tuple[list[Gate], list[LayerParity]]:
-    """Run every layer in ONNX Runtime on the input that it has in torch, and compare the output with exact sums.
+    """Run every quantized layer in ONNX Runtime on its input in torch, and compare the outputs with float64 sums.
 
-    Nodes, codes and scales are those of the file; sums are in float64 (`exporters/tensorrt/parity.py`).
+    Args:
+        layers: the quantized layers found in the graph.
+        graph: the graph, as read from its file. It is changed in place: stored FP16 tensors become float32, like those
+            of `reference`.
+        reference: the torch model, from which the inputs of the layers are taken.
+        example: the text to run.
 
-    `graph` is changed in place: its stored tensors become float32, like those of `reference`.
+    Returns:
+        The gates (see `exporters/tensorrt/parity.py`), and the comparison of each layer.
     """
     _widen(graph)
     inputs = _inputs(layers, reference, example)
@@ -89,7 +102,7 @@ def layer_gates(
 
 
 def _inputs(layers: Sequence[ExportedLayer], reference: nn.Module, example: Encoded) -> dict[str, Any]:
-    """The float inputs of all layers, by their names in the extracted graph."""
+    """The float inputs of all layers in torch, by the names of these inputs in the extracted part of the graph."""
     seen: dict[str, Tensor] = {}
 
     def keep(name: str, x: Tensor) -> None:
@@ -102,7 +115,7 @@ def _inputs(layers: Sequence[ExportedLayer], reference: nn.Module, example: Enco
 
 
 def _widen(graph: ir.Model) -> None:
-    """Convert stored FP16 tensors to float32; the values do not change."""
+    """Convert stored FP16 tensors to float32, in place, without changing their values."""
     for value in graph.graph.initializers.values():
         if value.dtype == ir.DataType.FLOAT16 and value.const_value is not None:
             value.const_value = ir.tensor(value.const_value.numpy().astype(np.float32), name=str(value.name))
@@ -110,7 +123,12 @@ def _widen(graph: ir.Model) -> None:
 
 
 def _float_tensors(graph: ir.Model, model: LanguageModel) -> tuple[list[str], list[str], int]:
-    """Tensors of the artifact stored with different values; float matrices that the artifact lacks; number compared."""
+    """Compare the float tensors of a graph with those of the artifact.
+
+    Returns:
+        Names of the artifact's tensors whose values in the graph differ or are missing; names of float matrices in the
+        graph that are not in the artifact; the number of compared tensors.
+    """
     stored = {
         name: np.array(value.const_value.numpy())
         for name, value in graph.graph.initializers.items()
@@ -127,7 +145,7 @@ def _float_tensors(graph: ir.Model, model: LanguageModel) -> tuple[list[str], li
             compared += 1
             known.add(found)
             different += [] if _rounded_once(stored[found], wanted) else [name]
-        elif wanted.ndim > 1:  # a head is stored transposed, under a name chosen by the tracer
+        elif wanted.ndim > 1:  # an output head, which is stored transposed, under a name chosen by the tracer
             compared += 1
             match = [n for n, array in stored.items() if array.ndim > 1 and _rounded_once(array, wanted.T)]
             known.update(match)
@@ -143,20 +161,22 @@ def _first(names: Sequence[str]) -> str:
     return f"; the first: {names[0]}" if names else ""
 
 
-# How much worse an exported graph may predict held-out text than the artifact's own model.
+# Largest allowed relative increase of the perplexity on held-out text over that of the artifact's own model.
 PERPLEXITY_LIMIT = 0.01
-_ERRORS = 2
-# Largest difference of a logit decoded with the cache, relative to the largest logit.
+_ERRORS = 2  # number of standard errors by which the increase is reduced before it is compared with the limit
+# Largest allowed difference of a logit with and without the cache, relative to the largest logit.
 CACHE_LIMIT = 1 / 30
-# Number of sequences, and of tokens in each, that are decoded one by one.
-_DECODED, _TOKENS = 2, 24
-_PROMPT = 4
+_DECODED, _TOKENS = 2, 24  # number of sequences to decode with the cache, and of tokens in each
+_PROMPT = 4  # number of tokens processed at once at the beginning of a sequence
 
 
 class DecoderSession:
-    """A loaded graph, with the default settings of `open_session`.
+    """A decoder graph loaded in ONNX Runtime, with the default settings of `open_session`.
 
-    `cache` is the shape of its cache, None if it has none, and `base` the dtype of the cache.
+    Args:
+        graph: the ONNX file.
+        cache: the shape of its key/value cache; None for a graph without one.
+        base: the dtype of the cache.
     """
 
     def __init__(self, graph: Path, cache: CacheFacts | None, base: Base) -> None:
@@ -165,11 +185,11 @@ class DecoderSession:
         self.dtype = np.float16 if base is Base.FP16 else np.float32
 
     def logits(self, ids: Tensor) -> Any:
-        """Float32 logits `(batch, tokens, vocabulary)` for whole sequences `(batch, tokens)`."""
+        """Float32 logits `(batch, tokens, vocabulary)` for whole sequences of token ids `(batch, tokens)`."""
         return self._run(ids, self._empty(len(ids)), 0)[LOGITS]
 
     def decode(self, ids: Tensor, prompt: int) -> Any:
-        """The same logits, with the first `prompt` tokens at once and the others one by one, each reading the cache."""
+        """The same logits as `logits`, computed with the cache: the first `prompt` tokens at once, then one by one."""
         past, found = self._empty(len(ids)), []
         for start, end in [(0, prompt), *((i, i + 1) for i in range(prompt, ids.shape[1]))]:
             outputs = self._run(ids[:, start:end], past, start)
@@ -194,11 +214,18 @@ class DecoderSession:
 def perplexity_gate(session: DecoderSession, text: list[Encoded], own: Score, *, required: bool) -> tuple[Gate, Score]:
     """Compare the graph's perplexity on held-out answers with that of the artifact's own model.
 
-    Quantization is chaotic: two correct engines differ by a few percent in a logit, and by one or two percent in
-    perplexity on a short text. So only the part of an increase beyond two standard errors of the per-token differences
-    counts.
+    Rounding amplifies tiny differences: two correct engines differ by a few percent in a logit, and by one or two
+    percent in perplexity on a short text. So an increase counts only as far as it exceeds two standard errors, computed
+    from per-token differences.
 
-    `own` is the score of the artifact's model with dynamic scales; without `required` the gate is informational.
+    Args:
+        session: the graph.
+        text: held-out text.
+        own: the score of the artifact's model, with dynamic scales, on the same text.
+        required: whether the gate can fail; otherwise its limit is raised so that it always passes.
+
+    Returns:
+        The gate, and the score of the graph.
     """
     found = score(text, lambda ids: torch.from_numpy(np.asarray(session.logits(ids), np.float32)))
     error = found.error_against(own)
@@ -210,7 +237,7 @@ def perplexity_gate(session: DecoderSession, text: list[Encoded], own: Score, *,
 
 
 def unrounded_session(graph: Path, cache: CacheFacts, base: Base) -> DecoderSession:
-    """The written graph without its activation quantizers, for `cache_gates`."""
+    """Load a written graph without its activation quantizers, for `cache_gates`."""
     model = ir.load(graph)
     drop_quantizers(model)
     with tempfile.TemporaryDirectory(prefix="fp8pipe-graph-") as folder:
@@ -220,13 +247,18 @@ def unrounded_session(graph: Path, cache: CacheFacts, base: Base) -> DecoderSess
 
 
 def cache_gates(session: DecoderSession, text: list[Encoded]) -> list[Gate]:
-    """Decode token by token with the cache, and compare with the same sequences run at once.
+    """Compare logits from decoding token by token with the cache to logits of the same sequences run at once.
 
-    Sums over one row and over many rows are computed in different orders. The quantizers of a deep model amplify such a
-    difference in the last bit to percents of the logits, even if the cache is correct. Static scales quantize each
-    number independently, so a cache that is correct without quantizers is correct with them. Hence `unrounded_session`
-    is the session to pass. What remains is the rounding of the base type; a thirtieth of the largest logit is far above
-    it, and far below the effect of a wrong position, mask or cache entry.
+    Sums over one row and over many rows are computed in different orders, so results differ in the last bit. The
+    quantizers of a deep model amplify such a difference to a few percent of the logits even if the cache is correct, so
+    the comparison is made without quantizers. This is sufficient: static scales quantize each number independently, so
+    a cache that is correct without quantizers is correct with them. The remaining difference is the rounding of the
+    base dtype. The limit, a thirtieth of the largest logit, is far above that, and far below the effect of a wrong
+    position, mask or cache entry.
+
+    Args:
+        session: the graph without activation quantizers (`unrounded_session`).
+        text: held-out text, of which the beginnings of a few sequences are used.
     """
     worst, agreeing, tokens = 0.0, 0, 0
     for example in text[:_DECODED]:
