@@ -1,13 +1,13 @@
-"""Kernels and bytes between the products of a compiled FALQON layer, as Inductor's scheduler plans them; needs no GPU.
+"""Count the kernels and memory traffic between the GEMMs of a compiled FALQON decoder layer, without a GPU.
 
-A decoder layer of LLaMA-7B is traced on fake CUDA tensors, lowered, and scheduled; nothing is generated or run.
-A fused kernel counts once, and reads its inputs and writes its outputs once. Attention is one opaque operator, and what
-happens within the operators of products is not counted.
+A decoder layer of LLaMA-7B is traced on fake CUDA tensors, lowered, and scheduled by Inductor; no code is generated or
+run. The counts are those of Inductor's schedule: a fused kernel counts once, and reads each of its inputs and writes
+each of its outputs once. Attention is one opaque operator; kernels inside the custom GEMM operators are not counted.
 
     pip install triton
     python benchmarks/compiled_plan.py
 
-It reaches into torch's internals, and stands for torch 2.13.
+The script uses torch's internals and was written for torch 2.13.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ attention.register_autograd(
 
 
 def pretend() -> ExitStack:
-    """While open, Inductor finds an H100."""
+    """A context in which torch and Inductor behave as if there were an H100."""
     stack = ExitStack()
     interface = "torch._dynamo.device_interface.CudaInterface"
     for name, value in {
@@ -73,7 +73,7 @@ def pretend() -> ExitStack:
 
 
 def plan(graph_module, counted):
-    """Lower and schedule a graph of AOTAutograd; append its kernels and bytes to `counted`."""
+    """Lower and schedule a graph of AOTAutograd; append its number of kernels and their bytes to `counted`."""
     from torch._inductor import compile_fx, scheduler
     from torch._inductor.debug import DebugContext
     from torch._inductor.graph import GraphLowering
@@ -98,7 +98,7 @@ def plan(graph_module, counted):
 
 
 def plan_layer() -> list[tuple[int, int]]:
-    """Kernels and bytes between products of the forward pass, and of the backward pass."""
+    """(number of kernels, bytes of memory traffic) between the GEMMs of the forward pass, and of the backward pass."""
     from fake_cuda import fake_cuda
     from torch._inductor import compile_fx
 

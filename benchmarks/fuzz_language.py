@@ -1,10 +1,10 @@
-"""Send malformed and hostile requests to a running language service, and count how each is answered.
+"""Send malformed and malicious requests to a running language service, and count its responses by status.
 
     python benchmarks/fuzz_language.py URL [--key KEY] [--model NAME] [--count 2000] [--seed 0] [--pid PID]
 
-It fails if a connection hangs, if a complete request is not answered, if an answer is a 5xx other than 503 and 504, if
-requests without the right key get anywhere, if the service does not answer afterwards, or if the process PID has grown
-by more than 64 MB since the first quarter. The last line is JSON.
+The test fails if a connection hangs, if a complete request gets no response, if a status is 5xx other than 503 and 504,
+if a request with a wrong key succeeds, if the service does not respond afterwards, or if the memory of the process PID
+has grown by more than 64 MB since the first quarter of the requests. The result is printed as JSON.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import urlsplit
 
-# Longer than every limit of the service: headers 10 s, bodies 30 s, probes of a sick engine 30 s.
+# Longer than every time limit of the service: 10 s for headers, 30 s for bodies, 30 s for probes of a failing engine.
 _HANG_S = 100.0
 _GROWTH_MB = 64.0
 _PATHS = (
@@ -38,26 +38,26 @@ _TYPES = ("application/json", "text/plain", "", "application/json; charset=utf-1
 
 
 class Sender:
-    """Makes requests.
+    """Generates random requests.
 
     Args:
-        chance: of everything.
-        key: the right one; None where there are no keys.
-        model: a name that is served.
+        chance: the source of all random draws.
+        key: a valid API key; None if the service has no keys.
+        model: the name of a served model.
     """
 
     def __init__(self, chance: random.Random, key: str | None, model: str) -> None:
         self.chance, self.key, self.model = chance, key, model
 
     def json_body(self) -> bytes:
-        """A JSON document, mostly of the right shape."""
+        """A JSON document, usually an object with valid and invalid fields of a completion request."""
         chance = self.chance
         document: object = {chance.choice(_FIELDS): chance.choice(_VALUES) for _ in range(chance.randrange(6))}
         if isinstance(document, dict):
             document = {"model": self.model, "prompt": "Hello", "max_tokens": 2} | document
             if "messages" in document:
                 document.pop("prompt")
-            for name in ("n", "best_of", "max_tokens", "min_tokens"):  # valid, but as long as the model's context
+            for name in ("n", "best_of", "max_tokens", "min_tokens"):  # large values are valid, but take too long
                 if isinstance(document.get(name), int | float) and document[name] > 4:
                     document[name] = chance.choice((3, 1.5, "7"))
         if chance.random() < 0.1:
@@ -65,7 +65,7 @@ class Sender:
         return json.dumps(document).encode()
 
     def body(self) -> bytes:
-        """Anything."""
+        """The body of a request: JSON, deeply nested or damaged JSON, random bytes, or a body that is too large."""
         chance = self.chance
         kind = chance.random()
         if kind < 0.5:
@@ -75,14 +75,14 @@ class Sender:
         if kind < 0.7:
             return chance.randbytes(chance.choice((0, 1, 1000, 100_000)))
         if kind < 0.72:
-            return b"x" * 17_000_000  # over the limit
+            return b"x" * 17_000_000  # above the size limit
         changed = bytearray(self.json_body())
         for _ in range(chance.choice((1, 4, 32))):
             changed[chance.randrange(len(changed))] = chance.randrange(256)
         return bytes(changed[: chance.randrange(len(changed) + 1)])
 
     def request(self) -> tuple[bytes, bool]:
-        """The bytes, and whether they are one complete valid request with the right key."""
+        """The bytes of a complete HTTP request with a random body, and whether it has a valid key."""
         chance = self.chance
         body = self.body()
         method = chance.choice(("POST",) * 6 + ("GET", "PUT", "DELETE", "HEAD", "OPTIONS"))
@@ -98,7 +98,7 @@ class Sender:
         return head + body, authorized
 
     def broken(self) -> bytes:
-        """Not HTTP, or not all of it."""
+        """The bytes of an incomplete or invalid HTTP request."""
         chance, (whole, _) = self.chance, self.request()
         head, _, body = whole.partition(b"\r\n\r\n")
         kind = chance.randrange(6)
@@ -122,7 +122,17 @@ class Sender:
 
 
 def exchange(address: tuple[str, int], data: bytes, chance: random.Random, *, half_close: bool) -> bytes:
-    """Everything that the service sends until it closes; empty where it closed without a word."""
+    """Send bytes to the service, and return what it sends back until it closes the connection.
+
+    Args:
+        address: host and port.
+        data: the bytes; sometimes they are sent slowly, in small parts.
+        chance: the source of random draws.
+        half_close: whether to close the sending side of the connection after `data`.
+
+    Returns:
+        The response; empty if the service closed the connection without one.
+    """
     found = bytearray()
     with socket.create_connection(address, timeout=_HANG_S) as connection:
         try:
@@ -142,7 +152,7 @@ def exchange(address: tuple[str, int], data: bytes, chance: random.Random, *, ha
 
 
 def slow_loris(address: tuple[str, int], count: int = 20) -> int:
-    """Open connections that send half a head and no more; how many the service ended by itself."""
+    """Open connections that send only a part of a request's headers; returns how many the service closed."""
     held = [socket.create_connection(address, timeout=_HANG_S) for _ in range(count)]
     for connection in held:
         connection.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nX-Slow: ")
@@ -156,7 +166,7 @@ def slow_loris(address: tuple[str, int], count: int = 20) -> int:
 
 
 def resident_mb(pid: int) -> float:
-    """Memory of a process."""
+    """Resident memory of a process, in MB."""
     found = re.search(r"VmRSS:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text(encoding="utf-8"))
     return 0.0 if found is None else int(found[1]) / 1000
 
@@ -164,7 +174,19 @@ def resident_mb(pid: int) -> float:
 def fuzz(
     url: str, count: int, seed: int, key: str | None, model: str, memory: Callable[[], float]
 ) -> dict[str, object]:
-    """Send `count` requests, one by one; what came back, and what must not have."""
+    """Send random requests one after the other.
+
+    Args:
+        url: address of the service.
+        count: number of requests.
+        seed: seed of the random draws.
+        key: a valid API key; None if the service has no keys.
+        model: the name of a served model.
+        memory: returns the memory of the service in MB.
+
+    Returns:
+        The number of responses by status, other figures, and the list of `faults`.
+    """
     parts = urlsplit(url)
     address = (parts.hostname or "127.0.0.1", parts.port or 80)
     chance = random.Random(seed)

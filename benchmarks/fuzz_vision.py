@@ -1,10 +1,11 @@
-"""Random requests against the vision server: none may be its fault, none may stay unanswered, and memory must not grow.
+"""Send random requests to the vision server, and check that it responds to all of them without server errors.
 
     python benchmarks/fuzz_vision.py [EXPORT] [--requests 20000] [--schema 0.25]
 
-Without EXPORT a tiny export is made. A quarter of the requests comes from schemathesis over the OpenAPI document, the
-rest are raw bytes (tests/support/fuzz_requests.py). The last line is JSON; the exit code is 1 when an answer was 5xx
-other than a refusal for load, when one is missing, or when the server does not end well. Samples go to stderr.
+Without EXPORT a tiny model is exported and served. By default, schemathesis generates a quarter of the requests from
+the OpenAPI document; the others are raw bytes (tests/support/fuzz_requests.py). The last line is JSON and includes the
+server's memory over time. The exit code is 1 if a status is 5xx other than 503 (overload), if a response is missing or
+malformed, if the server logs an error, or if it does not end properly. Samples of faults are printed to stderr.
 """
 
 from __future__ import annotations
@@ -30,17 +31,27 @@ from tiny_exports import write_export
 
 from fp8pipe.core.machine import cpu_model, distribution_version
 
-_ROUNDS = 10
+_ROUNDS = 10  # number of parts into which the raw requests are split, to measure memory after each
 
 
 def resident_mb(pid: int) -> int:
-    """Resident memory of a process, megabytes."""
+    """Resident memory of a process, in MiB."""
     status = Path(f"/proc/{pid}/status").read_text()
     return int(status.partition("VmRSS:")[2].split()[0]) // 1024
 
 
 def attack(server, requests, schema):
-    """What came back, and the memory along the way."""
+    """Send all requests to a server.
+
+    Args:
+        server: the running server.
+        requests: total number of requests.
+        schema: share of requests that are generated from the OpenAPI document.
+
+    Returns:
+        The outcome of the raw requests, the number of responses to the others by status, and the server's resident
+        memory over time, in MiB.
+    """
     name = httpx.get(f"{server.url}/v1/artifact").json()["name"]
     model = httpx.get(f"{server.url}/v2/models/{name}").json()
     raw, memory = Outcome(), [resident_mb(server.process.pid)]
@@ -56,7 +67,7 @@ def attack(server, requests, schema):
 
 
 def main() -> int:
-    """Run it and print JSON."""
+    """Start a server, send the requests, print the result as JSON, and return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("export", nargs="?")
     parser.add_argument("--requests", type=int, default=20_000)

@@ -1,4 +1,4 @@
-"""A server on a Unix socket that answers everything at once, so that what a proxy adds can be seen alone."""
+"""A server on a Unix socket that responds to every request immediately, to measure the latency of a proxy alone."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ _ANSWER = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length:
 
 
 class Answering(asyncio.Protocol):
-    """One connection."""
+    """One connection, whose requests all get the same response."""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """As asyncio says."""
+        """Called by asyncio when the connection is open."""
         self.transport = cast(asyncio.Transport, transport)
         self.parser = httptools.HttpRequestParser(self)
 
     def data_received(self, data: bytes) -> None:
-        """As asyncio says."""
+        """Called by asyncio with received bytes."""
         self.parser.feed_data(data)
 
     def on_message_complete(self) -> None:
-        """A request is whole."""
+        """Called by the parser when a request is complete; sends the response."""
         self.transport.write(_ANSWER)
 
 

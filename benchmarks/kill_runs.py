@@ -1,14 +1,15 @@
-"""Kill a run at random moments, continue it, and compare every digest with the run that was left alone.
+"""Kill a run at random times, resume it, and compare all digests with those of an uninterrupted run.
 
     python benchmarks/kill_runs.py --recipe recipes/end-to-end.yaml --kills 20 --jobs 2 --work runs/kills \\
         --set smollm2.steps=3 --set smollm2.rank=8 --set smollm2.heldout_limit=4 --set smollm2.final_merge_batches=1 \\
         --set smollm2.save_every=1 --set digits.images=8 --set digits.calibration=gaussian \\
         --set 'digits.distill={steps: 8, save_every: 2}' --set 'smollm2.gates=[]' --set 'digits.gates=[]'
 
-Gates on how good the models are would refuse runs that are so short.
+The gates of the models are removed, as models from such short runs would not pass them.
 
-SIGKILL goes to the process of `fp8pipe run` alone: that its stages and engines end too is part of what is tried. The
-moment is drawn uniformly over the time that a whole run takes; a run that ends before it is compared and begun anew.
+SIGKILL is sent only to the process of `fp8pipe run`, to test that its stages and engines end as well. The time of each
+kill is uniformly distributed over the duration of a whole run. If a run completes before its time has come, its digests
+are compared and a new run is started.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ def command(options, directory):
 
 
 def contents(directory):
-    """Content digest by stage, and the sha256 of every file that is not volatile."""
+    """The content digest of every stage of a run, and the sha256 of every file that is not volatile, by name."""
     found = {}
     for stage in json.loads((directory / "run.json").read_text())["stages"]:
         found[stage["name"]] = stage["content"]
@@ -46,7 +47,7 @@ def contents(directory):
 
 
 def running(directory):
-    """The stage that was running when the kill came: the last one that was begun and has no record."""
+    """The name of the stage that was running when the run was killed: the last one started that is not recorded."""
     try:
         ended = {stage["name"] for stage in json.loads((directory / "run.json").read_text())["stages"]}
     except OSError:
@@ -56,7 +57,7 @@ def running(directory):
 
 
 def main():
-    """Run once, then kill and continue; exit 1 when a digest differs."""
+    """Run the recipe once, then kill and resume runs of it; returns 1 if a digest differs."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", type=Path, required=True)
     parser.add_argument("--kills", type=int, default=20)
@@ -67,7 +68,7 @@ def main():
     options = parser.parse_args()
     shutil.rmtree(options.work, ignore_errors=True)
     options.work.mkdir(parents=True)
-    directory = options.work / "run"  # one place for all, since places are part of some settings
+    directory = options.work / "run"  # the same directory for all runs, as some settings contain its path
     started = time.monotonic()
     subprocess.run(command(options, directory), check=True, stderr=subprocess.DEVNULL)
     length, expected = time.monotonic() - started, contents(directory)
@@ -95,7 +96,7 @@ def main():
 
 
 def report(directory, expected):
-    """How many digests differ, each named."""
+    """Compare a completed run with the expected digests, print the names of those that differ, and return how many."""
     found = contents(directory)
     wrong = sorted(name for name in expected | found if expected.get(name) != found.get(name))
     print(f"ended: {len(found)} digests, differing: {', '.join(wrong) or 'none'}", flush=True)

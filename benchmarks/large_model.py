@@ -1,15 +1,16 @@
-"""Memory and time of the commands that read a large checkpoint, beside `cp` and `sha256sum` of the same bytes.
+"""Measure memory and time of the commands that read a large checkpoint, compared with `cp` and `sha256sum` of it.
 
     python benchmarks/large_model.py --work DIR                  # Llama-3.1-8B's shape: 16 GB, and 35 GB of disk in all
     python benchmarks/large_model.py --work DIR --shape small    # 1.6 GB, to try the script
 
-The checkpoint is synthetic: bf16 shards of at most 5 GB as `save_pretrained` writes them, every tensor from one pool of
-normal values, a tiny tokenizer. Every command runs in a process of its own, round by round after `cp` and `sha256sum`,
-and the files that it reads are dropped from the page cache before it begins.
+The checkpoint is synthetic: bf16 shards of at most 5 GB as `save_pretrained` writes them, with tensors taken from one
+pool of normally distributed values, and a tiny tokenizer. In every round, `cp` and `sha256sum` run first and the other
+commands after them, each in its own process. The files that a command reads are dropped from the page cache before it
+starts.
 
-Printed are seconds on the clock, seconds of processor time, the peak of resident memory (`VmHWM`, which counts mapped
-files) and of anonymous memory (`RssAnon`), both asked for every 10 ms, and how the seconds compare with `cp` and
-`sha256sum` together.
+For each command the script prints wall time and processor time in seconds, the peaks of resident memory (`VmHWM`, which
+includes mapped files) and of anonymous memory (`RssAnon`), both sampled every 10 ms, and the ratio of its wall time to
+that of `cp` and `sha256sum` together.
 """
 
 from __future__ import annotations
@@ -32,11 +33,11 @@ SHAPES = {
               "num_key_value_heads": 4, "vocab_size": 32000},
 }  # fmt: skip
 SHARD_BYTES = 5_000_000_000
-POOL = 1 << 26
+POOL = 1 << 26  # number of values in the pool from which tensors are taken
 
 
 def tensors(shape):
-    """Names and shapes, in the order in which transformers writes them."""
+    """Yield the name and shape of every tensor, in the order in which transformers writes them."""
     hidden, inner = shape["hidden_size"], shape["intermediate_size"]
     keys = hidden // shape["num_attention_heads"] * shape["num_key_value_heads"]
     yield "model.embed_tokens.weight", (shape["vocab_size"], hidden)
@@ -53,7 +54,12 @@ def tensors(shape):
 
 
 def make(root, shape):
-    """Write the checkpoint, unless a finished one is there."""
+    """Write a synthetic checkpoint to the directory `root`, unless it already contains a complete one.
+
+    Args:
+        root: the directory.
+        shape: a value of `SHAPES`.
+    """
     if (root / "config.json").is_file():
         return
     root.mkdir(parents=True, exist_ok=True)
@@ -80,7 +86,13 @@ def make(root, shape):
 
 
 def write_shard(path, shard, data):
-    """One safetensors file; tensor i takes the pool's values from a place of its own on."""
+    """Write one safetensors file.
+
+    Args:
+        path: the file.
+        shard: (name, shape, number of bytes) of each tensor.
+        data: the bytes of the pool; each tensor takes its values from another position on.
+    """
     header, place = {"__metadata__": {"format": "pt"}}, 0
     for name, size, bytes_ in shard:
         header[name] = {"dtype": "BF16", "shape": size, "data_offsets": [place, place + bytes_]}
@@ -108,7 +120,7 @@ def write_tokenizer(root):
 
 
 def forget(*roots):
-    """Drop files from the page cache."""
+    """Drop the files below some directories from the page cache."""
     for file in (file for root in roots for file in root.rglob("*") if file.is_file()):
         descriptor = os.open(file, os.O_RDONLY)
         os.fsync(descriptor)
@@ -117,7 +129,15 @@ def forget(*roots):
 
 
 def measure(command, *reads):
-    """Seconds, processor seconds, peaks of resident and anonymous memory, bytes."""
+    """Run a command with a cold page cache.
+
+    Args:
+        command: the command line.
+        *reads: directories whose files are dropped from the page cache first.
+
+    Returns:
+        Wall time and processor time in seconds, and the peaks of resident and of anonymous memory in bytes.
+    """
     forget(*(root for root in reads if root.exists()))
     began, resident, anonymous = time.monotonic(), 0, 0
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)

@@ -1,9 +1,10 @@
-"""Our INT8 and FP8 graphs of a vision transformer beside those of ModelOpt's and ONNX Runtime's own quantizers.
+"""Compare the INT8 and FP8 graphs of a vision transformer with those of ModelOpt's and ONNX Runtime's quantizers.
 
-All start from the same float graph and see the same calibration images (the artifact's). Compared are: bytes of the
-file; in how many products TensorRT for RTX really multiplies in low precision and how many attentions it fuses, read
-from its listing; how many products ONNX Runtime runs on integers; top-1 on held-out images; and the time of a
-call in ONNX Runtime on this CPU, all files in turn, as the ratio to the float graph within a round.
+All quantizers start from the same model and use the same calibration images, those of the artifact. The script compares
+the size of the file; the number of matrix multiplications and convolutions that TensorRT for RTX computes in low
+precision and of attentions that it fuses, as reported for the built engine; the number of these operators that ONNX
+Runtime computes with integers; top-1 accuracy on held-out images; and the processor time of a call in ONNX Runtime on
+this CPU. All files are timed in turn, and the speed-up is the ratio to the float graph in the same round.
 
     fp8pipe quantize-vit --model runs/vit-s --bits w8a8 --distill-steps 0 --images 64 --output runs/vits-w8a8
     fp8pipe quantize-vit --model runs/vit-s --bits wfp8afp8 --distill-steps 0 --calibration artifact:runs/vits-w8a8 \\
@@ -11,7 +12,8 @@ call in ONNX Runtime on this CPU, all files in turn, as the ratio to the float g
     python benchmarks/onnx_peers.py --model runs/vit-s --int8 runs/vits-w8a8 --fp8 runs/vits-fp8 \\
         --pictures runs/cifar10/held-out --modelopt-python MODELOPT/bin/python --work runs/peers
 
-MODELOPT is an environment of its own with `nvidia-modelopt[onnx]` and `requests`; without it its rows are left out.
+MODELOPT is a separate Python environment with `nvidia-modelopt[onnx]` and `requests`. Without `--modelopt-python`, the
+rows of ModelOpt are left out.
 """
 
 from __future__ import annotations
@@ -54,7 +56,7 @@ CAPABILITY = "8.9"
 
 
 def float_graph(model, path):
-    """The unquantized model as ONNX, opset 21, dynamic batch."""
+    """Write the unquantized model as an ONNX graph (opset 21, dynamic batch size); returns the loaded model."""
     vision = load_vision_model(model)
     traced = trace_float(vision.model, read_structure(vision.model, vision.architecture.image_size))
     for index, node in enumerate(traced.model.graph):
@@ -64,18 +66,25 @@ def float_graph(model, path):
 
 
 class Images:
-    """ONNX Runtime's calibration reader."""
+    """A calibration data reader, as ONNX Runtime's quantizer expects it; `pixels` are `(N, 3, H, W)`."""
 
     def __init__(self, pixels):
         self._left = iter([{"pixels": one[None]} for one in pixels])
 
     def get_next(self):
-        """The next image, or None."""
+        """The next image as the input of the model; None after the last one."""
         return next(self._left, None)
 
 
 def onnxruntime_static(graph, pixels, output, symmetric):
-    """`quantize_static`, per channel; symmetric activations are what TensorRT takes."""
+    """Quantize a graph with ONNX Runtime's `quantize_static`, per channel.
+
+    Args:
+        graph: the float graph.
+        pixels: calibration images `(N, 3, H, W)`.
+        output: the file to write.
+        symmetric: whether activations are quantized symmetrically to INT8, as TensorRT requires; otherwise to UINT8.
+    """
     from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_static
 
     extra = {"ActivationSymmetric": symmetric}
@@ -87,7 +96,18 @@ def onnxruntime_static(graph, pixels, output, symmetric):
 
 
 def modelopt(python, graph, pixels, output, mode):
-    """ModelOpt's own command line, in its own environment."""
+    """Quantize a graph with ModelOpt's command line.
+
+    Args:
+        python: the Python interpreter of an environment with ModelOpt.
+        graph: the float graph.
+        pixels: calibration images `(N, 3, H, W)`.
+        output: the file to write.
+        mode: `int8` or `fp8`.
+
+    Raises:
+        RuntimeError: ModelOpt failed.
+    """
     data = output.with_suffix(".npy")
     np.save(data, pixels)
     command = [python, "-m", "modelopt.onnx.quantization", f"--onnx_path={graph}", f"--quantize_mode={mode}",
@@ -98,7 +118,17 @@ def modelopt(python, graph, pixels, output, mode):
 
 
 def engine(path, work, size):
-    """Products by precision, fused attentions, engine bytes; or the builder's refusal."""
+    """Build an engine and describe it.
+
+    Args:
+        path: the graph.
+        work: directory for the engine.
+        size: (height, width) of the images.
+
+    Returns:
+        The number of matrix multiplications and convolutions by precision, the number of fused attentions and the size
+        of the engine in MB; or the builder's error as `refused`.
+    """
     nodes = [node.name for node in ir.load(path).graph if node.op_type in PRODUCTS]
     target = work / "engine"
     shapes = tuple((count, 3, *size) for count in (1, 8, 32))
@@ -112,7 +142,7 @@ def engine(path, work, size):
 
 
 def integer_products(path, ours):
-    """Products on integers in ONNX Runtime's optimized graph; ours with the settings of our manifest."""
+    """The number of operators in ONNX Runtime's optimized graph that multiply integers; for `ours` see `open_cpu`."""
     optimized = path.with_suffix(".optimized.onnx")
     open_cpu(path, ours, optimized=optimized)
     found = sum(node.op_type in INTEGER for node in ir.load(optimized).graph)
@@ -121,7 +151,13 @@ def integer_products(path, ours):
 
 
 def open_cpu(path, ours, optimized=None):
-    """A session on one thread; graphs of others with ONNX Runtime's defaults."""
+    """Open a graph in ONNX Runtime on the CPU with one thread.
+
+    Args:
+        path: the graph.
+        ours: whether to use the session settings of fp8pipe; otherwise ONNX Runtime's defaults.
+        optimized: a file to which ONNX Runtime writes the optimized graph; None for none.
+    """
     if ours:
         return open_session(path, threads=1, write_to=optimized)
     options = onnxruntime.SessionOptions()
@@ -132,13 +168,18 @@ def open_cpu(path, ours, optimized=None):
 
 
 def accuracy(session, pixels, labels):
-    """Top-1."""
+    """Top-1 accuracy of a session on images `(N, 3, H, W)`, as a fraction; `labels` are class indices `(N,)`."""
     outputs = np.concatenate([session.run(["logits"], {"pixels": x})[0] for x in np.array_split(pixels, 16)])
     return float((outputs.argmax(1) == labels).mean())
 
 
 def timed(sessions, rounds):
-    """Medians in ms of a call with one image, and of the ratio to the first session's in the same round."""
+    """Time calls of all sessions in turn, with one image.
+
+    Returns:
+        For each session, the median processor time of a call in ms, and the median speed-up over the first session in
+        the same round.
+    """
     pixels = np.zeros((1, *sessions[0].get_inputs()[0].shape[1:]), np.float32)
     times = [[] for _ in sessions]
     for turn in range(rounds + 1):
@@ -151,7 +192,12 @@ def timed(sessions, rounds):
 
 
 def write_files(options, vision):
-    """Every graph by its row's name, whether it is ours, and what each could not be made for."""
+    """Write all quantized graphs.
+
+    Returns:
+        For each graph by name, its path and whether ONNX Runtime runs it with fp8pipe's session settings; and the
+        errors of the quantizers that failed, by name.
+    """
     work, files, failed = options.work, {"float": (options.work / "float.onnx", False)}, {}
     calibration = probe_images(options.int8, vision.preprocessing).pixels.numpy()
 
@@ -160,7 +206,7 @@ def write_files(options, vision):
         try:
             make(path)
             files[name] = (path, False)
-        except Exception as error:  # a peer's failure is a result
+        except Exception as error:  # the failure of another quantizer is a result, too
             failed[name] = " ".join(str(error).split())[:300]
 
     qdq = export_onnx(options.int8, work / "ours-int8-onnx", build_config(OnnxExportOptions, {"force": True}))
@@ -179,7 +225,7 @@ def write_files(options, vision):
 
 
 def main():
-    """Make all graphs, measure, print a table and one JSON line."""
+    """Write all graphs, measure them, and print a table and a line of JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
     parser.add_argument("--int8", type=Path, required=True, help="artifact with integer codes, for instance w8a8")

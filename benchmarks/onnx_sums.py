@@ -1,8 +1,9 @@
-"""What bounds INT8 in ONNX Runtime on a processor without VNNI: exact or saturating sums, ours and ONNX Runtime's own.
+"""Measure the cost of exact INT8 sums in ONNX Runtime on a processor without VNNI.
 
-Without VNNI pairs of 8-bit products are added in 16 bits, which saturates; `session.x64quantprecision` makes the sums
-exact and costs time. Both graphs are timed both ways, interleaved with the float graph, and the time inside ONNX
-Runtime is split by operator. The files are those that `onnx_peers.py` leaves in its `--work`.
+Without VNNI, pairs of 8-bit products are added in 16 bits, which can saturate; the option `session.x64quantprecision`
+makes the sums exact but takes time. The INT8 graphs of fp8pipe and of ONNX Runtime's `quantize_static` are timed with
+and without this option, in turn with the float graph, and the time in ONNX Runtime is broken down by operator. The
+graphs are those that `onnx_peers.py` writes to its `--work`.
 
     python benchmarks/onnx_sums.py --work runs/peers
 """
@@ -20,7 +21,7 @@ import numpy as np
 import onnxruntime
 
 EXACT = {"session.x64quantprecision": "1"}
-CALLS = 15
+CALLS = 15  # number of profiled calls
 
 
 def session(path, entries, profile=None):
@@ -34,7 +35,14 @@ def session(path, entries, profile=None):
 
 
 def by_operator(path, entries, pixels, work):
-    """Milliseconds a call by operator, largest first."""
+    """Milliseconds per call that ONNX Runtime spends in each type of operator (a `Counter`).
+
+    Args:
+        path: the graph.
+        entries: session configuration entries.
+        pixels: input of the graph.
+        work: directory for the profile.
+    """
     running = session(path, entries, work / "profile")
     for _ in range(CALLS):
         running.run(None, {running.get_inputs()[0].name: pixels})
@@ -47,7 +55,7 @@ def by_operator(path, entries, pixels, work):
 
 
 def main():
-    """Time all, then profile the three that matter."""
+    """Time all variants, then profile the float graph and fp8pipe's INT8 graph with exact sums."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="directory with the graphs of onnx_peers.py")
     parser.add_argument("--rounds", type=int, default=25)

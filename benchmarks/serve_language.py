@@ -1,15 +1,15 @@
-"""What serving a language export costs above vLLM itself, and what it does under an open-loop load.
+"""Measure the overhead of a language service over vLLM alone, and its latency under an open-loop load.
 
     python benchmarks/serve_language.py EXPORT [--pairs 300] [--rate 1 2] [--seconds 20]
     python benchmarks/serve_language.py EXPORT --proxy-only
     python benchmarks/serve_language.py --running URL --socket PATH --pid PID --model NAME [--key KEY]
 
-The overhead is measured on one running engine: the same request alternately through the service and straight into
-the engine's own socket, so that both see the same machine; by a blocking client that does next to nothing itself. First
-with an engine that answers at once, where only the proxy is seen, then with vLLM. The load is open-loop: requests
-start at random times of a given rate whether or not earlier ones have ended, so a slow server does not slow its own
-test. The third form measures a service that already runs, by its address, vLLM's socket and the service's process.
-The last line is JSON.
+The overhead is measured on one running engine: a blocking client with little overhead of its own sends the same request
+alternately through the service and directly to the engine's socket, so that both are measured under the same
+conditions. This is done first with an engine that responds immediately, to measure the proxy alone, and then with vLLM.
+In the open-loop test, requests start at random times with a given mean rate, whether or not earlier requests have been
+answered, so that a slow server does not reduce its own load. The third form measures a service that is already running,
+given its address, vLLM's socket and the process id of the service. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ _INSTANT = Path(__file__).with_name("instant_engine.py")
 
 @dataclass(frozen=True)
 class Target:
-    """A running service."""
+    """A running service: its address, the engine's socket, its process id, the model's name and an API key."""
 
     url: str
     socket: str
@@ -69,13 +69,19 @@ class Target:
 
 
 class Caller:
-    """A blocking client on one connection that is kept."""
+    """A blocking HTTP client that uses one connection for all requests."""
 
     def __init__(self, connection: socket.socket, key: str) -> None:
         self._connection, self._key = connection, key
 
     def call(self, method: str, path: str, document: object = None) -> float:
-        """Seconds from the first byte sent to the last received."""
+        """Send a request and wait for the whole response; returns the time in seconds.
+
+        Args:
+            method: the HTTP method.
+            path: the path of the request.
+            document: the body, sent as JSON; None for no body.
+        """
         body = b"" if document is None else json.dumps(document).encode()
         head = f"{method} {path} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {self._key}\r\n"
         head += f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
@@ -97,19 +103,31 @@ class Caller:
 
 
 def percentiles(times_s: list[float]) -> dict[str, float]:
-    """Milliseconds."""
+    """The 50th, 90th and 99th percentile of times given in seconds, in milliseconds."""
     cuts = statistics.quantiles(times_s, n=100, method="inclusive")
     return {name: round(cuts[i] * 1000, 1) for name, i in (("p50", 49), ("p90", 89), ("p99", 98))}
 
 
 def cpu_s(pid: int) -> float:
-    """Processor time of a process so far: unlike the clock, it does not count waiting for a busy core."""
+    """Processor time of all threads of a process so far, in seconds; this excludes time spent waiting for a core."""
     tasks = Path(f"/proc/{pid}/task").glob("*/schedstat")
     return sum(int(task.read_text(encoding="utf-8").split()[0]) for task in tasks) / 1e9
 
 
 def overhead(target: Target, pairs: int, method: str, path: str, document: object = None) -> dict[str, float]:
-    """Both paths, alternately; each pair in random order. Milliseconds."""
+    """Send pairs of equal requests, one through the service and one directly to the engine, in random order.
+
+    Args:
+        target: the service.
+        pairs: number of measured pairs; some more are sent first to warm up.
+        method: the HTTP method.
+        path: the path of the request.
+        document: the body, sent as JSON; None for no body.
+
+    Returns:
+        In milliseconds: median latency `through` the service and `direct`, their difference `added`, the same
+        difference at the 10th percentile, and the service's processor time per request.
+    """
     parts = urlsplit(target.url)
     served = socket.create_connection((parts.hostname or "", parts.port or 80), timeout=120)
     served.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -120,7 +138,7 @@ def overhead(target: Target, pairs: int, method: str, path: str, document: objec
     with served, direct:
         paths = [(Caller(served, target.key), through), (Caller(direct, ""), straight)]
         for number in range(pairs + min(100, pairs // 4)):
-            if number == min(100, pairs // 4):  # warm
+            if number == min(100, pairs // 4):  # end of the warm-up
                 through.clear(), straight.clear()
                 before = cpu_s(target.pid)
             random.shuffle(paths)
@@ -137,7 +155,17 @@ def overhead(target: Target, pairs: int, method: str, path: str, document: objec
 
 
 async def open_loop(target: Target, rate: float, seconds: float) -> dict[str, object]:
-    """Streamed requests of 16 tokens at random times: whole answers and first tokens, milliseconds."""
+    """Send streamed requests of 16 tokens at random times.
+
+    Args:
+        target: the service.
+        rate: mean number of requests per second.
+        seconds: duration of the test.
+
+    Returns:
+        Numbers of requests and errors, tokens per second, and percentiles in milliseconds of the time to the last byte
+        (`whole_ms`) and to the first (`first_token_ms`).
+    """
     whole: list[float] = []
     first: list[float] = []
     errors = 0
@@ -174,7 +202,12 @@ async def open_loop(target: Target, rate: float, seconds: float) -> dict[str, ob
 
 @contextmanager
 def serving(export: Path, engine: str) -> Iterator[Target]:
-    """A service of `export` on vLLM, or on the script `engine`, once it is ready."""
+    """A context with a running service that is ready.
+
+    Args:
+        export: the export to serve.
+        engine: `vllm`, or the path of a script that is run as the engine.
+    """
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-c", SERVE, str(export), engine, folder]
         environment = {**os.environ, "TMPDIR": folder}
@@ -195,7 +228,7 @@ def serving(export: Path, engine: str) -> Iterator[Target]:
 
 
 def measure(target: Target, options: argparse.Namespace) -> dict[str, object]:
-    """Overhead and load of vLLM."""
+    """Measure the overhead for several kinds of requests, and the open-loop latency, of a service on vLLM."""
     completion = {"model": target.model, "prompt": "Hello", "max_tokens": 1, "temperature": 0}
     stream = completion | {"max_tokens": 16, "ignore_eos": True, "stream": True}
     found: dict[str, object] = {

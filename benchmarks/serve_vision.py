@@ -1,19 +1,19 @@
-"""The vision server under load: against raw ONNX Runtime, open-loop percentiles, overload, and INT8 against float.
+"""Measure the vision server under load: relative to ONNX Runtime alone, open-loop, in overload, and INT8 versus float.
 
     python benchmarks/serve_vision.py all EXPORT [--clients 50] [--rounds 4] [--seconds 15] [--load 0.7]
     python benchmarks/serve_vision.py closed|open|overload|float EXPORT ...
 
-`closed`: keep-alive clients send one preprocessed image each (binary tensors), over and over; in turn with it, raw
-ONNX Runtime runs batches of the size that the server ran most, in as many streams. `open`: requests leave when they
-are due, at a share of the throughput just measured, so that a slow answer does not slow the next request down; from
-clients with a steady pace, and independent of each other (Poisson), beside what a queue that costs nothing would give.
+`closed`: clients repeatedly send one preprocessed image (binary tensor) on keep-alive connections. In turn with that,
+ONNX Runtime alone runs batches of the size that the server ran most often, in as many streams. `open`: requests are
+sent at given times, at a fraction (--load) of the throughput just measured, so that slow responses do not delay later
+requests. They come from clients with a steady pace, or independently (Poisson), and are compared with an ideal queue.
 `overload`: twice the load that the server can handle, then half of it: how many requests are refused, how long the
-others wait, and how soon latencies recover. `float`: the same server with the same weights without quantizers, in turn.
+others wait, and how soon the server recovers. `float`: in turn with the INT8 model, the same model without quantizers.
 `all` runs the four one after the other; a round lasts --seconds, so the whole takes about (4 rounds + 4) times that.
 The last line is JSON.
 
-EXPORT may be `vit-s`: an INT8 ViT-S of random weights is made first, which computes as fast as a trained one. Options
-after --serve go to `fp8pipe serve`.
+EXPORT may be `vit-s`: then an INT8 ViT-S with random weights is exported first, which is as fast as a trained one.
+Options after --serve are passed to `fp8pipe serve`.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from fp8pipe.core.machine import cpu_model, distribution_version
 
 
 def vit_s(folder):
-    """An INT8 export of a ViT-S with random weights, on the grids that `quantize-vit` gives 8 bits: all of INT8."""
+    """Write an INT8 export of a ViT-S with random weights, with the full INT8 range, as `quantize-vit` uses it."""
     import dataclasses
 
     import onnx_ir as ir
@@ -76,7 +76,7 @@ def vit_s(folder):
 
 
 def float_twin(export, folder):
-    """The same weights without quantizers, as an export."""
+    """Write a copy of an export without quantizers, with dequantized weights."""
     import onnx_ir as ir
 
     from exporters.tensorrt.half import dequantize_graph
@@ -92,7 +92,7 @@ def float_twin(export, folder):
 
 
 def body(server):
-    """(path, headers, body, pixels) of one binary request."""
+    """The path, the length of the JSON header, the body and the pixels `(1, 3, H, W)` of one binary request."""
     about = httpx.get(f"{server.url}/v1/artifact").json()
     height, width = about["preprocessing"]["crop"]
     pixels = np.random.default_rng(0).standard_normal((1, 3, height, width), dtype=np.float32)
@@ -104,7 +104,7 @@ def body(server):
 
 
 class Client:
-    """One keep-alive connection, by hand: a client library would take more of two cores than the server."""
+    """A minimal client with one keep-alive connection, as a client library would use more CPU than the server."""
 
     def __init__(self, port, path, head, content):
         self.port = port
@@ -113,7 +113,7 @@ class Client:
         self.streams = None
 
     async def call(self):
-        """The status."""
+        """Send the request, read the whole response, and return its status."""
         if self.streams is None:
             self.streams = await asyncio.open_connection("127.0.0.1", self.port)
         reader, writer = self.streams
@@ -129,7 +129,7 @@ class Client:
 
 
 async def closed_loop(make, clients, seconds):
-    """(statuses, requests per second): every client sends again once it is answered."""
+    """Let each client send a request when its last one is answered; returns (counts by status, requests per second)."""
     statuses, end = Counter(), time.monotonic() + seconds
 
     async def work():
@@ -143,7 +143,7 @@ async def closed_loop(make, clients, seconds):
 
 
 def independent(rate, seconds):
-    """Times of requests that know nothing of each other (Poisson)."""
+    """Times, in seconds, of independent requests (a Poisson process) with `rate` requests per second on average."""
     chance, due, found = random.Random(0), 0.0, []
     while due < seconds:
         found.append(due)
@@ -152,7 +152,7 @@ def independent(rate, seconds):
 
 
 def paced(rate, seconds, clients):
-    """Times of clients that each send at their own steady pace, a tenth early or late."""
+    """Times, in seconds, of requests from clients that each send at a steady pace, up to a tenth early or late."""
     chance, period, found = random.Random(0), clients / rate, []
     for _ in range(clients):
         due = chance.uniform(0, period)
@@ -163,7 +163,7 @@ def paced(rate, seconds, clients):
 
 
 def ideal(dues, streams, service_s):
-    """What a queue that costs nothing would give: first come, first served, every image taking the same time."""
+    """Simulate an ideal first-come-first-served queue without overhead; returns the same tuples as `open_loop`."""
     free, found = [0.0] * streams, []
     for due in dues:
         first = min(range(streams), key=free.__getitem__)
@@ -173,7 +173,7 @@ def ideal(dues, streams, service_s):
 
 
 async def open_loop(make, dues):
-    """(status, when sent, latency; seconds) of each: each leaves when due, whatever became of the others."""
+    """Send each request when it is due; returns (status, due time, latency since then) of each, in seconds."""
     found, idle, tasks = [], [], []
     started = time.monotonic()
 
@@ -191,25 +191,25 @@ async def open_loop(make, dues):
 
 
 def percentiles(found):
-    """Milliseconds of the answered."""
+    """Latency percentiles of the requests with status 200, in milliseconds."""
     times = sorted(latency for status, _, latency in found if status == 200)
     return {f"p{p}_ms": round(1000 * times[min(len(times) - 1, int(len(times) * p / 100))], 1) for p in (50, 90, 99)}
 
 
 def count(found):
-    """How often which status came."""
+    """The number of responses by status."""
     return dict(sorted(Counter(status for status, _, _ in found).items()))
 
 
 def inference(server):
-    """(batches, seconds) so far."""
+    """The server's total (number of batches, seconds of inference) so far."""
     text = httpx.get(f"{server.url}/metrics").text
     found = {line.split(" ")[0]: float(line.split(" ")[1]) for line in text.splitlines() if line[0] != "#"}
     return tuple(found.get(f'fp8pipe_stage_seconds_{what}{{stage="inference"}}', 0.0) for what in ("count", "sum"))
 
 
 def sizes_run(server):
-    """How many batches of which size (upper bounds of buckets) so far."""
+    """The number of batches that the server has run so far, by size (upper bounds of histogram buckets)."""
     found, before = {}, 0
     for line in httpx.get(f"{server.url}/metrics").text.splitlines():
         if line.startswith("fp8pipe_batch_size_bucket") and "Inf" not in line:
@@ -220,7 +220,7 @@ def sizes_run(server):
 
 
 def raw(sessions, pixels, size, seconds):
-    """Images per second of ONNX Runtime alone, in as many streams as there are sessions."""
+    """Images per second of ONNX Runtime alone, with batches of `size` images and one parallel stream per session."""
     batch, started = np.repeat(pixels, size, 0), time.monotonic()
 
     def stream(session):
@@ -240,7 +240,7 @@ def maker(server):
 
 
 def closed(export, arguments):
-    """Server and raw runtime in turn."""
+    """Compare the throughput of the server with that of ONNX Runtime alone, in turn."""
     with running(export, "--no-access-log", *arguments.serve) as server:
         make, pixels = maker(server)
         engine = httpx.get(f"{server.url}/v1/artifact").json()["engine"]
@@ -260,7 +260,7 @@ def closed(export, arguments):
 
 
 def opened(export, arguments):
-    """Percentiles at a share of the throughput, for two kinds of arrival, beside those of an ideal queue."""
+    """Latency percentiles at a fraction of the throughput, for two kinds of arrivals, and those of an ideal queue."""
     with running(export, "--no-access-log", *arguments.serve) as server:
         make, _ = maker(server)
         engine = httpx.get(f"{server.url}/v1/artifact").json()["engine"]
@@ -277,14 +277,14 @@ def opened(export, arguments):
             at = percentiles(found)
             shown[name] = {"requests": len(found), "statuses": count(found), **at,
                            "p99_over_p50": at["p99_ms"] / at["p50_ms"], "batches": int(batches)}  # fmt: skip
-            if batches == len(found):  # one image each, so the ideal queue is known
+            if batches == len(found):  # each batch had one image, so the ideal queue can be simulated
                 best = percentiles(ideal(dues, engine["streams"], seconds / batches))
                 shown[name]["ideal"] = best | {"p99_over_p50": best["p99_ms"] / best["p50_ms"]}
         return {"capacity_per_s": most, "rate": rate, "streams": engine["streams"], **shown}
 
 
 def overload(export, arguments):
-    """Twice the throughput, then half of it. The queue is short: a long one would swallow a short flood."""
+    """Send twice the throughput, then half of it. The queue is short, as a long one would absorb a short overload."""
     queue = str(arguments.clients)
     with running(export, "--no-access-log", "--queue", queue, *arguments.serve) as server:
         make, _ = maker(server)
@@ -303,7 +303,7 @@ def overload(export, arguments):
 
 
 def floats(export, arguments):
-    """INT8 against float, in turn."""
+    """Compare the throughput of the INT8 model with that of the float model, in turn."""
     with tempfile.TemporaryDirectory() as scratch:
         twin = float_twin(export, Path(scratch))
         with running(export, "--no-access-log", *arguments.serve) as a, running(twin, "--no-access-log",
@@ -321,7 +321,7 @@ PARTS = {"closed": closed, "open": opened, "overload": overload, "float": floats
 
 
 def main():
-    """Run one and print JSON."""
+    """Run the chosen measurements and print the results as JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("what", choices=["all", *PARTS])
     parser.add_argument("export")

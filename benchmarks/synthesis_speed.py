@@ -1,13 +1,14 @@
-"""How fast calibration images are made, against a plain implementation of the same losses.
+"""Compare the speed of synthesizing calibration images with that of a plain implementation of the same losses.
 
-The plain one is what the formulas say, written down once more: a tensor of all pairs of heads, queries and keys; the
-model as it is loaded, so that gradients of its parameters are computed too; fp32. Both take the same steps on the same
-images of the same model (same terms, same views, same optimizer), a few steps at a time in turn, so that a noisy
-machine disturbs them alike. Medians of the time of a step, and of the ratio within a round.
+The plain implementation follows the formulas literally: it computes a tensor over all pairs of heads, queries and keys,
+also computes the gradients of the model's parameters, and uses fp32. Both take the same steps on the same images of the
+same model (same terms, same views, same optimizer), a few steps at a time in turn, so that other load on the machine
+affects both. The script prints medians of the time per step and of the ratio within a round.
 
     python benchmarks/synthesis_speed.py --model sample:vit-s --image-size 112 --batch 16 --rounds 7
 
-`--heads` measures instead how much memory the loss keeps for its gradient, for 2 to 32 heads over the same channels.
+With `--heads` it measures instead how much memory the loss keeps for its gradient, for 2 to 32 heads with the same
+total number of channels.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import os
 import time
 from statistics import median
 
-os.environ.setdefault("GOMP_SPINCOUNT", "5000")  # as the commands do: fp8pipe/core/machine.py
+os.environ.setdefault("GOMP_SPINCOUNT", "5000")  # the same setting as in fp8pipe's commands (fp8pipe/core/machine.py)
 
 import torch
 
@@ -37,7 +38,15 @@ from fp8pipe.numerics.bf16 import widen_bf16_products
 
 
 def pairwise(maps, site):
-    """`1 - SSIM^2` over all ordered pairs of heads, as the definition reads: every pair has its own maps."""
+    """The mean of `1 - SSIM^2` over all ordered pairs of heads, computed from the maps of every pair.
+
+    Args:
+        maps: attention logits `(B, H, Q, K)`, where B is images times windows.
+        site: the attention.
+
+    Returns:
+        The loss of each image.
+    """
     patches = maps[:, :, site.prefix_tokens :, site.prefix_tokens :]
     low, high = patches.amin(-1, keepdim=True), patches.amax(-1, keepdim=True)
     scaled = (patches - low) / (high - low + 1e-8)
@@ -52,7 +61,7 @@ def pairwise(maps, site):
 
 
 class Plain:
-    """The same optimisation, written plainly."""
+    """The plain implementation of the losses."""
 
     def __init__(self, vision, structure, config):
         self.vision, self.config, self.names = vision, config, structure.attention_names
@@ -60,7 +69,13 @@ class Plain:
         vision.model.requires_grad_(True)
 
     def losses(self, pixels, shown, labels):
-        """The terms of the default configuration, an image each."""
+        """The sum over images of the terms of the default configuration.
+
+        Args:
+            pixels: the images `(N, 3, H, W)`.
+            shown: the views of the images that the model gets.
+            labels: the classes of the images; None for models without classes.
+        """
         found = []
 
         def attend(name, q, k, v, mask, scale):
@@ -79,7 +94,7 @@ class Plain:
 
 
 def plain_step(plain, canvas, streams, labels, step):
-    """One step: a whole backward pass, as `loss.backward()` makes it."""
+    """One optimizer step of the plain implementation, with a complete backward pass (`loss.backward()`)."""
     pixels = canvas.pixels()
     total = plain.losses(pixels, view(pixels, None, streams, step, plain.config)[0], labels)
     total.backward()
@@ -89,7 +104,7 @@ def plain_step(plain, canvas, streams, labels, step):
 
 
 def our_step(ours, canvas, streams, labels, step):
-    """One step as the product takes it."""
+    """One optimizer step of fp8pipe's implementation."""
     pixels = canvas.pixels()
     shown = view(pixels, None, streams, step, ours.config)[0]
     terms = ours.terms(Scene(pixels, shown, labels, 0.0, {}, None))
@@ -98,7 +113,16 @@ def our_step(ours, canvas, streams, labels, step):
 
 
 def serve_side(side, options, config, pipe):
-    """A process of one side: load, then take steps whenever asked and answer with the seconds of one."""
+    """The main function of one implementation's process.
+
+    For every true value received it takes `options.steps` steps and sends back the mean seconds per step.
+
+    Args:
+        side: `ours` or `plain`.
+        options: the command line.
+        config: the configuration of the synthesis.
+        pipe: connection to the parent process.
+    """
     widen_bf16_products()
     size = None if options.image_size is None else (options.image_size, options.image_size)
     vision = load_vision_model(options.model, size)
@@ -123,9 +147,9 @@ def serve_side(side, options, config, pipe):
 
 
 def compare(options):
-    """Time both in turn; print seconds per step, images per second at the configured steps, and the ratio.
+    """Time both implementations in turn; print the time per step, images per second, and the ratio.
 
-    Each side has a process of its own: the plain one's large tensors change how memory is given out ever after.
+    Each runs in its own process, as the large tensors of the plain one change the behaviour of the memory allocator.
     """
     config = build_config(SynthesisConfig, {})
     context, pipes, seconds = multiprocessing.get_context("spawn"), {}, {"ours": [], "plain": []}
@@ -147,7 +171,7 @@ def compare(options):
 
 
 def memory(options):
-    """MiB kept for the gradient by both losses, and size of the logits, by heads; channels and tokens constant."""
+    """Print the memory that both losses keep for the gradient, in MiB, for different numbers of heads."""
     print("heads  logits  ours  pairwise   MiB kept for the gradient, 4 images, 196 patches")
     for heads in (2, 4, 8, 16, 32):
         site = AttentionSite("a", heads, 768 // heads, 196, 0, (14, 14), 1, False, 196)
@@ -157,7 +181,7 @@ def memory(options):
 
 
 def _kept(function, maps):
-    """MiB of tensors that autograd holds, each storage once."""
+    """MiB of tensors that autograd saves when `function` is called with `maps`; each storage is counted once."""
     storages = {}
 
     def pack(tensor):
@@ -171,7 +195,7 @@ def _kept(function, maps):
 
 
 def main():
-    """Parse and run."""
+    """Parse the command line and run one of the two measurements."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="sample:vit-s")
     parser.add_argument("--image-size", type=int)

@@ -1,15 +1,16 @@
-"""Tokens per second and peak memory of FALQON and its baselines, interleaved step by step in one run.
+"""Measure tokens per second and peak memory of FALQON and its baselines, with interleaved steps.
 
-Each method holds its model in a process of its own, so that peak memory is its own too. The parent lets them make one
-optimizer step in turn, A B C D A B C D ..., so that a machine that slows down slows all of them; the quoted ratios
-are medians of ratios within a round.
+Each method trains in its own process, so that its peak memory can be measured. The parent process lets the methods make
+one optimizer step in turn (A B C D A B C D ...), so that a slowdown of the machine affects all of them. Ratios are
+medians of the ratios within a round.
 
     python benchmarks/training_speed.py --rounds 15
 
-`peak` is the highest resident set of the process; `net` is that less what Python, torch and transformers took before
-the model was loaded. `lora-bf16` is LoRA with adapters held and stepped in bf16, faster than the usual fp32
-adapters under autocast (`lora`) and less precise. All methods share one loop, with its loss and its attention;
-`NAME-fused` runs a method with torch's fused attention instead, as peft and transformers do by themselves.
+`peak` is the largest resident memory of the process during training; `net` is that minus the memory that Python, torch
+and transformers used before the model was loaded. `lora-bf16` is LoRA with adapters stored and updated in bf16, which
+is faster but less precise than the usual fp32 adapters under autocast (`lora`). All methods use fp8pipe's training
+loop, with its loss and its attention; `NAME-fused` runs a method with torch's fused attention instead, the default of
+peft and transformers.
 """
 
 from __future__ import annotations
@@ -29,13 +30,22 @@ FUSED = "-fused"
 
 
 def resident(key):
-    """A field of /proc/self/status in MiB."""
+    """The field `key` of /proc/self/status, such as `VmRSS`, in MiB."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
     return int(line.split()[1]) / 1024
 
 
 def build_trainer(name, options, scratch):
-    """A prepared trainer of the product's own loop."""
+    """Create a `Trainer` whose model is loaded and prepared.
+
+    Args:
+        name: the method (one of `METHODS`), optionally with the suffix `-fused`.
+        options: the command line.
+        scratch: directory for checkpoints and metrics.
+
+    Returns:
+        The trainer, and the resident memory before the model was loaded, in MiB.
+    """
     fused, name = name.endswith(FUSED), name.removesuffix(FUSED)
     from fp8pipe.core.config import build_config
     from fp8pipe.models.language.sources import resolve_model
@@ -69,12 +79,12 @@ def build_trainer(name, options, scratch):
     store = CheckpointStore(Path(scratch) / "checkpoints", 1)
     trainer = Trainer(config, model, method, text.train, text.heldout, store, Path(scratch) / "metrics.jsonl")
     model.train()
-    Path("/proc/self/clear_refs").write_text("5")  # the peak of training, not of preparing
+    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM, so that it is the peak of training only
     return trainer, floor
 
 
 def child(name, options):
-    """Answer each line on stdin with one step's figures."""
+    """The main function of a method's process: for each line on stdin, make a step and print its metrics as JSON."""
     with tempfile.TemporaryDirectory() as scratch:
         trainer, floor = build_trainer(name, options, scratch)
         print(json.dumps({"ready": name}), flush=True)
@@ -85,7 +95,7 @@ def child(name, options):
 
 
 class Contender:
-    """A child process and its figures."""
+    """The process of one method, and the metrics of its steps."""
 
     def __init__(self, name, options):
         command = [sys.executable, __file__, "--child", name, "--rank", str(options.rank)]
@@ -103,25 +113,25 @@ class Contender:
         self.answer()
 
     def answer(self):
-        """The child's next line."""
+        """Read the next line of JSON from the process."""
         line = self.process.stdout.readline()
         if not line:
             raise SystemExit(f"{self.name} ended early with exit code {self.process.wait()}")
         return json.loads(line)
 
     def step(self):
-        """Let the child make one step."""
+        """Let the process make one step, and store its metrics."""
         self.process.stdin.write("step\n")
         self.process.stdin.flush()
         self.steps.append(self.answer())
 
     def median(self, key, skip):
-        """Median of a figure over the counted rounds."""
+        """The median of a metric over all steps but the first `skip`."""
         return median(step[key] for step in self.steps[skip:])
 
 
 def main():
-    """Interleave, then print the table and one JSON line."""
+    """Run all methods in turn, and print a table and a line of JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = [*METHODS, *(name + FUSED for name in METHODS)]
     default = ["live", "lora", "lora-bf16", "qlora", "lora-fused", "qlora-fused"]

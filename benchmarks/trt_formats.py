@@ -1,8 +1,9 @@
-"""Every TensorRT format of vision models, for every GPU that has it: what the builder really made of each.
+"""Build every TensorRT format of vision models for every GPU that supports it, and describe the engines.
 
-Models are quantized on white noise without distillation (precision and size do not depend on it), exported, and built
-with TensorRT for RTX. A row tells products by precision as built, fused attentions, and the engine's bytes: as stored,
-as the runtime reads it, and without the kernels' source text, each over the ideal (the graph's codes, scales, floats).
+Models are quantized with white noise and without distillation (precision and size do not depend on that), exported, and
+built with TensorRT for RTX. A row shows the number of matrix multiplications and convolutions by precision in the
+built engine, the number of fused attentions, and the size of the engine: as stored, as the runtime reads it, and
+without the kernels' source text. Sizes are relative to the ideal size, that of the graph's codes, scales and floats.
 
     python benchmarks/trt_formats.py --models sample:vit-digits runs/vit-s --work runs/formats
 """
@@ -21,7 +22,7 @@ from fp8pipe.numerics.bf16 import widen_bf16_products
 from pipeline.vit.config import QuantizeVitConfig
 from pipeline.vit.stage import quantize_vit
 
-# Precision of the artifact, format (None: its own), compute capabilities.
+# Precision of the artifact, format of the export (None for the default of that precision), compute capabilities.
 ROWS = (
     ("wfp8afp8", None, ("8.9", "12.0", "12.1")),
     ("w8a8", None, ("8.0", "8.6", "8.9", "12.0", "12.1")),
@@ -34,7 +35,7 @@ ROWS = (
 
 
 def artifact_of(model, bits, options):
-    """The quantized model, made once."""
+    """The path of the model's quantized artifact, which is made if it does not exist yet."""
     place = options.work / f"{Path(model.replace(':', '-')).name}-{bits}"
     if not (place / "manifest.json").is_file():
         settings = {"model": model, "bits": bits, "calibration": "gaussian", "images": options.images}
@@ -43,7 +44,7 @@ def artifact_of(model, bits, options):
 
 
 def rows_of(model, options):
-    """One dict per format and compute capability; a refusal is a row, too."""
+    """Yield one dict per format and compute capability; a format that cannot be exported gives a row with `failed`."""
     for bits, format, capabilities in ROWS:
         artifact = artifact_of(model, bits, options)
         name = f"{bits} {format or ''}".strip()
@@ -66,7 +67,7 @@ def rows_of(model, options):
 
 
 def main():
-    """Parse, export everything, print a line each and one JSON line."""
+    """Export and build everything, and print a line for each engine and a line of JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=["sample:vit-digits"])
     parser.add_argument("--images", type=int, default=8, help="white noise, for ranges alone")

@@ -1,12 +1,13 @@
-"""Held-out answer loss of what is exported, by method, update rule and learning rate, over seeds.
+"""Compare the held-out loss of exported models by method, update rule and learning rate, over several seeds.
 
-Every run goes the product's own path: `finetune` into an artifact, `export` to an FP8 checkpoint, and the checkpoint's
-weights evaluated as an engine serves them (FP8 weights, activations cast to FP8 with one dynamic scale per token).
-LoRA's path is the one FALQON replaces: bf16 adapters, merged, then quantized to FP8 by channel.
+Every run makes an artifact (`finetune`) and exports it to an FP8 checkpoint (`export`). The checkpoint is evaluated as
+an engine would serve it: with FP8 weights, and activations cast to FP8 with one dynamic scale per token. Runs with LoRA
+do what FALQON replaces: train bf16 adapters, merge them, and quantize the result to FP8 with one scale per channel.
 
     python benchmarks/update_rules.py --runs live:2e-3 lora:1e-3 released:2e-3 --seeds 0 1 2 --output runs/rules.jsonl
 
-Finished runs are found in the output and not repeated. The last table is the summary; one JSON line a run is kept.
+The output has one line of JSON per run; runs that it already contains are not repeated. The summary table is printed
+last.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from statistics import mean, stdev
 
 from fp8pipe.artifact.kinds import TunedDetails
 
-os.environ.setdefault("GOMP_SPINCOUNT", "5000")  # as the commands do: fp8pipe/core/machine.py
+os.environ.setdefault("GOMP_SPINCOUNT", "5000")  # the same setting as in fp8pipe's commands (fp8pipe/core/machine.py)
 
 import torch
 
@@ -41,14 +42,21 @@ from pipeline.finetune.stage import finetune, load_text
 
 
 def cast_tokens(module, args):
-    """Forward pre-hook: FP8 activations with a dynamic scale per token, as engines compute them."""
+    """A forward pre-hook that rounds a layer's input to FP8 with one dynamic scale per token, as engines do."""
     x = args[0]
     scale = amax_scale(x.float().abs().amax(-1, keepdim=True), E4M3)
     return ((E4M3.cast(x.float() / scale).float() * scale).to(x.dtype),)
 
 
 def configure(method, rate, seed, options):
-    """The run's configuration: the common setting, and what the command line changed (LoRA's alpha is the rank)."""
+    """The configuration of a run; for LoRA and QLoRA, alpha equals the rank.
+
+    Args:
+        method: an update rule of FALQON, `lora` or `qlora`.
+        rate: the peak learning rate.
+        seed: the seed.
+        options: the command line.
+    """
     falqon = method in RULES
     settings = {
         "model": options.model, "data": options.data, "rank": options.rank, "learning_rate": rate, "seed": seed,
@@ -59,7 +67,7 @@ def configure(method, rate, seed, options):
 
 
 def evaluate_export(export, config):
-    """Loss of the exported checkpoint: weights alone, and with cast activations."""
+    """The held-out loss of an exported checkpoint with FP8 weights only, and with FP8 activations, too."""
     model = load_torch_model(export, torch.bfloat16)
     text = load_text(config, resolve_model(config.model))
     batches = [text.heldout.at(i) for i in range(len(text.heldout))]
@@ -70,7 +78,7 @@ def evaluate_export(export, config):
 
 
 def run(method, rate, seed, options):
-    """One run; its figures as a plain dict."""
+    """Train, export and evaluate a model; returns the figures of the run. For the arguments see `configure`."""
     config = configure(method, rate, seed, options)
     with tempfile.TemporaryDirectory(dir=options.output.parent) as scratch:
         started = time.perf_counter()
@@ -90,7 +98,10 @@ def run(method, rate, seed, options):
 
 
 def summarise(rows):
-    """Mean and spread by method and rate; `share` is of the drop from untuned bf16 to the best LoRA as trained."""
+    """Print mean and standard deviation by method and learning rate.
+
+    `share` is the reduction of the loss by tuning and exporting, relative to that of the best LoRA before its export.
+    """
     groups = defaultdict(list)
     for row in rows:
         groups[row["method"], row["rate"]].append(row)
@@ -108,7 +119,7 @@ def summarise(rows):
 
 
 def main():
-    """Parse, run what is missing, print the table."""
+    """Make the runs that are not in the output yet, and print the summary table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--runs", nargs="+", required=True, help="METHOD:LEARNING_RATE; METHOD is an update rule, lora or qlora"

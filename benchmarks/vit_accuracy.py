@@ -1,31 +1,31 @@
-"""Accuracy of quantized vision transformers, by precision and by where the calibration images come from, over seeds.
+"""Compare the accuracy of quantized vision transformers by precision and calibration images, over several seeds.
 
-Every run goes the product's own path: `quantize-vit` into an artifact, whose deployed model is measured on held-out
-images beside its teacher. Rows differ only in their calibration images; all are transformed, rounded and distilled
-alike.
+Every run makes an artifact with `quantize-vit`; the deployed model and its teacher are evaluated on held-out images.
+Runs of one precision differ only in their calibration images; transforms, rounding and distillation are the same.
 
     synthetic   the default synthesis
-    published   MimiQ's own settings (white noise, plain pixels, shifts), at the same number of steps
-    similarity  PSAQ-ViT's patch-similarity entropy in place of MimiQ's term, otherwise as `published`
-    leaves      the dead leaves that the default starts from, not optimised
+    published   MimiQ's own settings (white noise, plain pixels, shifts), with the same number of steps
+    similarity  like `published`, but with PSAQ-ViT's patch-similarity entropy in place of MimiQ's term
+    leaves      the "dead leaves" images from which the default synthesis starts, not optimized
     gaussian    white noise
     real        training images
 
-and options of the default synthesis that are off in it:
+and options of the synthesis that are off by default:
 
-    masked      MaskAQ's entropy and masked difference (weights as published: 1 and 0.1) beside MimiQ's term
+    masked      MaskAQ's entropy and masked difference (weights as published: 1 and 0.1) in addition to MimiQ's term
     priors      SARDFQ's attention priors in place of MimiQ's term
-    regions     SARDFQ's four classes an image with soft labels, in half of the views
+    regions     SARDFQ's four classes per image with soft labels, in half of the views
     sardfq      priors and regions together
-    pruned      half of the patches leave after three blocks
-    plateau     an image stops when its loss falls less than 2 % from one 10 steps to the next
-    shorter     no option, but 38 of 60 steps: what `pruned` would cost
+    pruned      half of the patches are dropped after three blocks
+    plateau     an image is finished when its loss decreases by less than 2 % from one 10 steps to the next
+    shorter     no option, but only 38 of 60 steps, which take as long as `pruned`
 
     python scripts/write_digits.py runs/digits-train --part train; python scripts/write_digits.py runs/digits-test
     python benchmarks/vit_accuracy.py --model sample:vit-digits --train runs/digits-train --test runs/digits-test \\
         --bits w8a8 w4a4 --output runs/vit-digits.jsonl
 
-Runs that the output holds already are not repeated. One JSON line a run; the last table is the summary.
+The output has one line of JSON per run; runs that it already contains are not repeated. The summary table is printed
+last.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from statistics import mean, stdev
 
 from fp8pipe.artifact.kinds import VitDetails
 
-os.environ.setdefault("GOMP_SPINCOUNT", "5000")  # as the commands do: fp8pipe/core/machine.py
+os.environ.setdefault("GOMP_SPINCOUNT", "5000")  # the same setting as in fp8pipe's commands (fp8pipe/core/machine.py)
 
 import torch
 
@@ -73,7 +73,17 @@ SOURCES = {
 
 
 def thin(folder, count, seed, place):
-    """At most `count` images per class of an image folder, as links: a test set of moderate size."""
+    """Make an image folder with at most `count` random images per class of another one, as symbolic links.
+
+    Args:
+        folder: the image folder.
+        count: maximum number of images per class.
+        seed: seed of the random choice.
+        place: the directory to write.
+
+    Returns:
+        `place`.
+    """
     found = read_image_folder(folder)
     order = torch.randperm(len(found.files), generator=torch.Generator().manual_seed(seed)).tolist()
     taken = defaultdict(int)
@@ -88,7 +98,19 @@ def thin(folder, count, seed, place):
 
 
 def run(source, bits, seed, images_of, options, scratch):
-    """One run; its figures as a plain dict. The images of a source and seed are made once, then shared."""
+    """Quantize and evaluate a model; the images of a source and a seed are made once and shared by all precisions.
+
+    Args:
+        source: a key of `SOURCES`.
+        bits: the precision.
+        seed: the seed.
+        images_of: artifacts with images by (source, seed); extended by this run.
+        options: the command line.
+        scratch: directory for the artifact.
+
+    Returns:
+        The figures of the run.
+    """
     method, synthesis = SOURCES[source]
     made = images_of.get((source, seed))
     calibration = f"artifact:{made}" if made else method + (str(options.train) if method == "images:" else "")
@@ -114,7 +136,7 @@ def run(source, bits, seed, images_of, options, scratch):
 
 
 def summary(lines):
-    """A table: one row per source, one column per precision, top-1 in percent over seeds."""
+    """A Markdown table of top-1 accuracy in percent over seeds: one row per source, one column per precision."""
     scores, cost = defaultdict(list), defaultdict(list)
     for line in lines:
         scores[line["source"], line["bits"]].append(100 * line["quantized"])
@@ -138,7 +160,7 @@ def _cell(values):
 
 
 def main():
-    """Parse, run what is missing, print the table."""
+    """Make the runs that are not in the output yet, and print the summary table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
     parser.add_argument("--train", type=Path, required=True, help="image folder that `real` draws from")

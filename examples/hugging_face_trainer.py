@@ -1,4 +1,4 @@
-"""FALQON with transformers' Trainer: the callback flushes after every optimizer step.
+"""FALQON with the Trainer of transformers: a callback merges rows of B into the FP8 codes after each optimizer step.
 
 python examples/hugging_face_trainer.py BASE_MODEL TEXT_FILE OUTPUT
 """
@@ -16,7 +16,15 @@ from fp8pipe import falqon
 
 
 def main(base: str, text: str, output: str, steps: int = 8, length: int = 32) -> None:
-    """Tune `base` on the lines of `text` and write an artifact to `output`."""
+    """Fine-tune a language model on a text file with FALQON, and write an artifact for `fp8pipe export`.
+
+    Args:
+        base: the base model: a directory in Hugging Face format, or a hub ID.
+        text: path of a text file; its tokens are cut into sequences of `length`, and a remainder is dropped.
+        output: directory of the artifact; an existing one is replaced.
+        steps: number of optimizer steps.
+        length: tokens per sequence.
+    """
     tokenizer = AutoTokenizer.from_pretrained(base)
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
     ids = torch.tensor(tokenizer(Path(text).read_text())["input_ids"])
@@ -24,7 +32,8 @@ def main(base: str, text: str, output: str, steps: int = 8, length: int = 32) ->
 
     tuned = falqon.convert(model, rank=8, update_rule_name="live-flush")
     with tempfile.TemporaryDirectory() as scratch:
-        # The Trainer's own checkpoints would hold FALQON's modules under the names of the model's class.
+        # No checkpoints: the Trainer would save FALQON's layers as weights of the original model class, which cannot
+        # be loaded again.
         arguments = TrainingArguments(
             scratch, max_steps=steps, per_device_train_batch_size=2, learning_rate=1e-3, save_strategy="no",
             report_to=[], use_cpu=not torch.cuda.is_available(), disable_tqdm=True,

@@ -1,4 +1,4 @@
-"""FALQON in a plain PyTorch loop: convert, step, merge, save; then `fp8pipe export` takes the artifact.
+"""FALQON in a plain PyTorch training loop: convert the model, train, merge B into the codes, save an artifact.
 
 python examples/own_training_loop.py BASE_MODEL TEXT_FILE OUTPUT
 """
@@ -15,7 +15,15 @@ from fp8pipe import falqon
 
 
 def main(base: str, text: str, output: str, steps: int = 8, length: int = 32) -> None:
-    """Tune `base` on the lines of `text` and write an artifact to `output`."""
+    """Fine-tune a language model on a text file with FALQON, and write an artifact for `fp8pipe export`.
+
+    Args:
+        base: the base model: a directory in Hugging Face format, or a hub ID.
+        text: path of a text file; its tokens are cut into sequences of `length`, and a remainder is dropped.
+        output: directory of the artifact; an existing one is replaced.
+        steps: number of optimizer steps.
+        length: tokens per sequence.
+    """
     tokenizer = AutoTokenizer.from_pretrained(base)
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
     ids = torch.tensor([tokenizer(Path(text).read_text())["input_ids"]])

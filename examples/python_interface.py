@@ -1,4 +1,4 @@
-"""From a vision transformer to a proven export, without the command line.
+"""Quantize, export and validate a vision transformer through the Python API, without the command line.
 
 python examples/python_interface.py WORK_DIRECTORY
 """
@@ -12,7 +12,13 @@ import fp8pipe
 
 
 def main(work: str) -> None:
-    """Quantize a small ViT with no data, export it to ONNX Runtime, and prove that it computes the same."""
+    """Quantize a small ViT without data, export it for ONNX Runtime, and validate the export against the artifact.
+
+    Prints the verdict and every gate.
+
+    Args:
+        work: directory for the artifact and the export; existing ones are replaced.
+    """
     root = Path(work)
     quantized = fp8pipe.quantize_vit(
         "sample:vit-digits", "w8a8", root / "digits", calibration="gaussian", images=8, distill={"steps": 0}, force=True

@@ -34,6 +34,9 @@ def finetune(
         force: replace an existing artifact.
         resume: continue the unfinished run of `output`.
         settings: fields of `FinetuneConfig`.
+
+    Returns:
+        The artifact that was written. Its gates may have failed: see `artifact.manifest.gates`.
     """
     from pipeline.finetune.config import FinetuneConfig
     from pipeline.finetune.stage import finetune as stage
@@ -54,6 +57,9 @@ def quantize_vit(
         force: replace an existing artifact.
         resume: continue the unfinished run of `output`.
         settings: fields of `QuantizeVitConfig`.
+
+    Returns:
+        The artifact that was written. Its gates may have failed: see `artifact.manifest.gates`.
     """
     from pipeline.vit.config import QuantizeVitConfig
     from pipeline.vit.stage import quantize_vit as stage
@@ -70,6 +76,9 @@ def export(artifact: Place, target: str, output: Place, **settings: Any) -> Arti
         target: vllm, onnx, trt, or another registered target.
         output: directory to create.
         settings: fields of the target's option model; `force=True` replaces an existing output.
+
+    Returns:
+        The export. Its gates may have failed: see `artifact.manifest.gates`.
     """
     from exporters.target import call, choose, kind_of_source
 

@@ -1,4 +1,4 @@
-"""FALQON for custom training loops: see `convert`, and `Falqon`, the class of object that it returns."""
+"""FALQON for custom training loops: `convert` prepares a model, and returns a `Falqon` object to train it with."""
 
 from __future__ import annotations
 

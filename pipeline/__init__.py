@@ -1,1 +1,1 @@
-"""The stages that change weights (fine-tuning and quantization), their dry runs, and workflows of stages."""
+"""Stages that change a model's weights (fine-tuning and quantization), their dry runs, and workflows of stages."""

@@ -1,11 +1,11 @@
-"""Classify images with an exported ONNX model: all that a service needs, in one file.
+"""Classify images with an exported ONNX model: everything that an inference service needs, in one file.
 
     python scripts/classify_onnx.py EXPORT image.jpg ... [--top 5]
     python scripts/classify_onnx.py EXPORT FOLDER
 
-FOLDER holds one folder of images per class, with the model's class names; the accuracy is printed. The script needs
-onnxruntime, numpy, Pillow and the files of the export, but neither torch nor this project. Its preprocessing is equal
-to that of the training bit for bit.
+FOLDER contains one subfolder of images per class, named as the model's classes; the accuracy on them is printed. The
+script needs onnxruntime, numpy, Pillow and the files of the export, but neither torch nor this project. Its
+preprocessing gives bit-identical results to the preprocessing of the original model.
 """
 
 from __future__ import annotations
@@ -23,7 +23,11 @@ BATCH = 64
 
 
 def read_rgb(path: Path, recipe: dict) -> Image.Image:
-    """An image of any mode as 8-bit RGB, rotated as its EXIF data says."""
+    """Read an image of any mode as 8-bit RGB, and apply its EXIF orientation.
+
+    Raises:
+        SystemExit: the image cannot be read, or has floating-point pixels.
+    """
     try:
         image = ImageOps.exif_transpose(Image.open(path))
         image.load()
@@ -31,7 +35,7 @@ def read_rgb(path: Path, recipe: dict) -> Image.Image:
         raise SystemExit(f"{path} cannot be read as an image: {error}") from error
     if image.mode == "F":
         raise SystemExit(f"{path}: floating-point pixels have no known range")
-    if image.mode.startswith("I"):  # 16-bit greys: their 8 high bits
+    if image.mode.startswith("I"):  # 16-bit greyscale: keep the 8 high bits
         image = Image.fromarray((np.asarray(image).astype(np.int64).clip(0, 65535) >> 8).astype(np.uint8))
     transparent = "A" in image.getbands() or image.info.get("transparency") is not None
     if recipe.get("transparency") == "white" and transparent:
@@ -41,7 +45,7 @@ def read_rgb(path: Path, recipe: dict) -> Image.Image:
 
 
 def preprocess(image: Image.Image, recipe: dict) -> np.ndarray:
-    """(3, H, W) float32 of an RGB image, by the export's preprocessing.json."""
+    """Preprocess an RGB image as the export's preprocessing.json (`recipe`) specifies; returns (3, H, W) float32."""
     height, width = resized(image, recipe)
     if (image.height, image.width) != (height, width):
         if recipe.get("resizer") == "torchvision":
@@ -59,7 +63,7 @@ def preprocess(image: Image.Image, recipe: dict) -> np.ndarray:
 
 
 def resized(image: Image.Image, recipe: dict) -> tuple[int, int]:
-    """(height, width) of the image before the crop."""
+    """(height, width) to which the image is resized before the crop."""
     side = recipe["resize"]
     if side is None:
         return image.height, image.width
@@ -75,19 +79,31 @@ def resized(image: Image.Image, recipe: dict) -> tuple[int, int]:
 
 
 def resample(image: Image.Image, size: tuple[int, int], kernel: str) -> Image.Image:
-    """The image in another size (height, width), by torchvision's arithmetic: rows, then columns, each in 8 bits."""
+    """Resize an image to (height, width) with torchvision's integer arithmetic.
+
+    The width is resized first, then the height; both results are rounded to 8 bits.
+    """
     planes = np.asarray(image).transpose(2, 0, 1)
     for wanted in reversed(size):
         if planes.shape[2] != wanted:
             weights, places = integer_weights(planes.shape[2], wanted, kernel)
-            sums = planes.astype(np.float64) @ weights  # of integers: exact
+            sums = planes.astype(np.float64) @ weights  # sums of integers, exact in fp64
             planes = np.floor(sums / 2**places + 0.5).clip(0, 255).astype(np.uint8)
         planes = planes.swapaxes(1, 2)
     return Image.fromarray(np.ascontiguousarray(planes.transpose(1, 2, 0)))
 
 
 def integer_weights(given: int, wanted: int, kernel: str) -> tuple[np.ndarray, int]:
-    """Weights (given, wanted) that are integers of at most 15 bits, and their binary places."""
+    """Fixed-point resampling weights for one axis.
+
+    Args:
+        given: length of the axis in the image.
+        wanted: length of the axis after resizing.
+        kernel: bilinear, bicubic or lanczos.
+
+    Returns:
+        Integers of at most 15 bits, `(given, wanted)`, and the number of fractional bits.
+    """
     scale = given / wanted
     stretch = max(scale, 1.0)
     support = {"bilinear": 1, "bicubic": 2, "lanczos": 3}[kernel] * stretch
@@ -112,7 +128,7 @@ def integer_weights(given: int, wanted: int, kernel: str) -> tuple[np.ndarray, i
 
 
 def start(size: int, crop: int, anchor: str) -> int:
-    """Where the crop starts on one axis; negative if the image is smaller than the crop."""
+    """Offset of the crop along one axis, pixels; negative if the image is smaller than the crop."""
     if anchor == "corner":
         return 0
     if size < crop:
@@ -121,7 +137,7 @@ def start(size: int, crop: int, anchor: str) -> int:
 
 
 def open_model(export: Path) -> onnxruntime.InferenceSession:
-    """The export's graph, under the settings that it was checked with (its manifest holds them)."""
+    """Open the export's graph with the session settings recorded in its manifest, with which it was validated."""
     runtime = json.loads((export / "manifest.json").read_text(encoding="utf-8"))["runtime"]
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # errors
@@ -136,13 +152,17 @@ def open_model(export: Path) -> onnxruntime.InferenceSession:
 
 
 def classify(model: onnxruntime.InferenceSession, paths: list[Path], recipe: dict) -> np.ndarray:
-    """Logits, (images, classes)."""
+    """Logits for the images, float32 (images, classes)."""
     pixels = np.stack([preprocess(read_rgb(path, recipe), recipe) for path in paths])
     return model.run(["logits"], {"pixels": pixels})[0]
 
 
 def labelled(folder: Path, classes: list[str]) -> list[tuple[Path, int]]:
-    """The images below `folder`, each with the index of its class."""
+    """The images in the subfolders of `folder`, each with the index of its class.
+
+    Raises:
+        SystemExit: a subfolder is not named as a class of the model, or there are no images.
+    """
     folders = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
     unknown = [path.name for path in folders if path.name not in classes]
     if unknown:
@@ -159,7 +179,7 @@ def labelled(folder: Path, classes: list[str]) -> list[tuple[Path, int]]:
 
 
 def print_accuracy(model: onnxruntime.InferenceSession, folder: Path, classes: list[str], recipe: dict) -> None:
-    """Top-1 and top-5 accuracy on all images of a folder."""
+    """Print top-1 and top-5 accuracy on all images of a folder."""
     images = labelled(folder, classes)
     first = five = 0
     for start in range(0, len(images), BATCH):
@@ -174,7 +194,7 @@ def print_accuracy(model: onnxruntime.InferenceSession, folder: Path, classes: l
 def print_classes(
     model: onnxruntime.InferenceSession, path: Path, classes: list[str], recipe: dict, top: int, activation: str
 ) -> None:
-    """The most probable classes of one image; for a model that predicts values, all values."""
+    """Print the `top` most probable classes of one image; with activation "none", print all output values instead."""
     logits = classify(model, [path], recipe)[0].astype(np.float64)
     if activation == "none":
         print(f"{path}: " + ", ".join(f"{name} {value:.6g}" for name, value in zip(classes, logits, strict=True)))

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# The main path on real models, end to end: the recipe `end-to-end` tunes SmolLM2-135M-Instruct in FP8, exports it and
-# proves with vLLM itself that it serves exactly what was trained; quantizes a ViT to 4 bits with no data, proves it in ONNX
-# Runtime and compiles an engine for TensorRT. Then the tuned model is asked a question, and the exported graph classifies
-# real digits. Both environments must exist (`make demo` sees to it). Everything is written below OUTPUT; a second demo
-# finds it there.
+# The main workflow on real models, end to end. The recipe `end-to-end` tunes SmolLM2-135M-Instruct in FP8, exports it, and
+# proves with vLLM itself that it serves exactly what was trained. It also quantizes a ViT to 4 bits without data, validates
+# it in ONNX Runtime, and builds a TensorRT engine. Then the tuned model is asked a question, and the exported graph
+# classifies real digits. Both Python environments must exist; `make demo` creates them. All output is written to the
+# directory OUTPUT (default runs/demo); a second run reuses it.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 output="${OUTPUT:-runs/demo}"

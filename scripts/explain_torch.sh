@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Say, on stderr, what is needed when pip finds no torch that fits: the set-ups of both environments end here.
+# Print to stderr which package index is needed when pip finds no suitable torch. Called by the set-up of both
+# environments before it fails.
 #
 #   scripts/explain_torch.sh REQUIREMENT        (for example torch==2.13.0)
 case "$1" in

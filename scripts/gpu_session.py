@@ -1,16 +1,16 @@
-"""Measure this project on a GPU in a few minutes: a check against the CPU first, then times, memory and bounds.
+"""Measure this project on a GPU in a few minutes: correctness against the CPU first, then speed and memory.
 
     python scripts/gpu_session.py                            ten minutes at most; writes gpu-session.json
     python scripts/gpu_session.py --minutes 4 --parts environment correctness steps --output first.json
-    python scripts/gpu_session.py --device cpu --tiny        the same code at small shapes, to see that it runs
-    python scripts/gpu_session.py --table gpu-session.json   the record again, as Markdown
+    python scripts/gpu_session.py --device cpu --tiny        the same code with small shapes, to test the script
+    python scripts/gpu_session.py --table gpu-session.json   print an existing record as Markdown
 
-It needs torch, transformers and pydantic, and nothing that would have to be fetched: all weights are random. peft and
-bitsandbytes are used where they are installed. `docs/gpu.md` says what each part measures.
+The script needs torch, transformers and pydantic, but downloads nothing: all weights are random. peft and bitsandbytes
+are used if they are installed. `docs/gpu.md` describes what each part measures.
 
-Parts run in the order of what they are worth, each in a process of its own that is ended when its time is up: a kernel
-that hangs or poisons its CUDA context costs that part's remaining rows and nothing else. The record is written anew
-after each row. Exit code 0 says that every part ran, not that every row is good; a row with an error is in the table.
+The most important parts run first, each in a separate process that is killed when its time is up. If a kernel hangs or
+corrupts its CUDA context, only the remaining rows of that part are lost. The record is rewritten after each row. Exit
+code 0 means that every part finished, not that every check passed; rows with errors are shown in the table.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ import os
 import sys
 from pathlib import Path
 
-os.environ.setdefault("GOMP_SPINCOUNT", "5000")  # as the commands do: fp8pipe/core/machine.py
-# Otherwise asking whether there is a GPU would begin CUDA, and no fork could use it any more.
+os.environ.setdefault("GOMP_SPINCOUNT", "5000")  # as fp8pipe/core/machine.py does for the commands
+# Otherwise, checking for a GPU would initialize CUDA, and forked processes could not use it.
 os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a bare machine has a copy of the tree, not the package
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the package may not be installed, only copied here
 
 from gpu_parts import BEGAN
 from gpu_parts.record import Record
@@ -50,7 +50,7 @@ def _arguments() -> argparse.Namespace:
 
 
 def main() -> int:
-    """Run from the command line; the table goes to stdout, progress to stderr."""
+    """Run from the command line; prints the table to stdout and progress to stderr, and returns the exit code."""
     options = _arguments()
     try:
         if options.table is not None:

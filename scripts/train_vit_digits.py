@@ -1,15 +1,15 @@
-"""Train `sample:vit-digits`: a small ViT on the training part of scikit-learn's digits.
+"""Train `sample:vit-digits`: a small ViT for the training part of scikit-learn's digits data set.
 
     python scripts/train_vit_digits.py --output fp8pipe/models/vision/weights/vit_digits \\
         [--epochs N] [--seed N] [--threads N]
 
-The weights in `fp8pipe/models/vision/weights/vit_digits` are what this script writes with its defaults (another machine
-or number of threads gives other last digits, and so another file of the same accuracy). A timm
-`VisionTransformer`: 24 x 24 pixels, patches of 4, 37 tokens, width 96, 6 heads of 16, 6 layers, 0.67 M
-parameters, kept as float16 (loading widens them again). Whoever replaces them updates the digest in
-`fp8pipe/models/vision/samples.py`.
+The weights in `fp8pipe/models/vision/weights/vit_digits` were written by this script with its default options. On
+another machine, or with another number of threads, the weights differ slightly, at the same accuracy. The model is a
+timm `VisionTransformer`: 24 x 24 pixels, patch size 4, 37 tokens, width 96, 6 heads of 16, 6 layers, 0.67 M parameters.
+They are stored as float16 and converted to float32 when they are loaded. If you replace the weights, update their
+digest in `fp8pipe/models/vision/samples.py`.
 
-Nothing here looks at the held-out part before the last line: the schedule ends at a fixed step, and the last
+The held-out part is used only for the accuracy that is printed at the end: training stops at a fixed step, and the last
 weights are kept.
 """
 
@@ -44,7 +44,7 @@ PEAK_RATE = 2e-3
 
 
 def inputs(part: Digits) -> Tensor:
-    """(N, 3, 24, 24) float32, normalized, through the very preprocessing that the artifact carries."""
+    """The images as model inputs, (N, 3, 24, 24) float32, after the same preprocessing that the artifact contains."""
     from PIL import Image
 
     images = (Image.fromarray(image.permute(1, 2, 0).numpy()) for image in part.images)
@@ -52,7 +52,12 @@ def inputs(part: Digits) -> Tensor:
 
 
 def augment(pixels: Tensor, random: torch.Generator) -> Tensor:
-    """Turn, scale, shear and shift each image a little; outside is black, as in the scans."""
+    """Randomly rotate, scale, shear and shift each image a little, filling with black; vary contrast and brightness.
+
+    Args:
+        pixels: (N, 3, H, W) float32, normalized; not modified.
+        random: source of randomness.
+    """
     count = len(pixels)
 
     def draw(width: float) -> Tensor:
@@ -62,13 +67,16 @@ def augment(pixels: Tensor, random: torch.Generator) -> Tensor:
     rows = [zoom * angle.cos(), zoom * (shear - angle.sin()), draw(0.14), zoom * angle.sin(), zoom * angle.cos()]
     theta = torch.stack([*rows, draw(0.14)], dim=1).view(count, 2, 3)
     grid = functional.affine_grid(theta, list(pixels.shape), align_corners=False)
-    black = -1.0  # what code 0 becomes with mean and deviation 0.5
+    black = -1.0  # the pixel value 0 after normalization with mean 0.5 and standard deviation 0.5
     moved = functional.grid_sample(pixels - black, grid, align_corners=False) + black
     return moved * (1 + draw(0.1))[:, None, None, None] + draw(0.1)[:, None, None, None]
 
 
 def initialize(model: nn.Module, random: torch.Generator) -> None:
-    """Truncated normal weights of deviation 0.02 from one seeded stream, in the order of the names."""
+    """Initialize the weight matrices in place with a truncated normal distribution.
+
+    The standard deviation is 0.1 for the patch embedding and 0.02 for all others.
+    """
     for name, parameter in model.named_parameters():
         if parameter.ndim > 1:
             std = 0.1 if "patch_embed" in name else 0.02
@@ -76,7 +84,15 @@ def initialize(model: nn.Module, random: torch.Generator) -> None:
 
 
 def train(model: nn.Module, pixels: Tensor, labels: Tensor, epochs: int, random: torch.Generator) -> None:
-    """AdamW with a warm-up and a cosine to zero; the last weights count."""
+    """Train the model in place with AdamW, linear warm-up and cosine decay to zero.
+
+    Args:
+        model: the classifier.
+        pixels: (N, 3, 24, 24) float32, normalized.
+        labels: (N,) int64.
+        epochs: number of passes over the images.
+        random: source of randomness for the order and the augmentation.
+    """
     steps = epochs * (len(labels) // BATCH)
     matrices = [p for p in model.parameters() if p.ndim > 1]
     others = [p for p in model.parameters() if p.ndim <= 1]
@@ -105,12 +121,12 @@ def train(model: nn.Module, pixels: Tensor, labels: Tensor, epochs: int, random:
 
 @torch.no_grad()
 def accuracy(model: nn.Module, part: Digits) -> float:
-    """Top-1."""
+    """Top-1 accuracy, 0 to 1."""
     return (model(inputs(part)).argmax(dim=-1) == part.labels).float().mean().item()
 
 
 def main() -> None:
-    """Train, save, and report the held-out accuracy of what was saved."""
+    """Train the model, save it, and print the accuracy of the saved model."""
     parser = argparse.ArgumentParser(description="Train sample:vit-digits.")
     parser.add_argument("--output", type=Path, default=Path("vit_digits"), help="directory to write")
     parser.add_argument("--epochs", type=int, default=60, help="passes over the 1198 images")

@@ -1,8 +1,8 @@
-"""Write the held-out digits (or the training ones) as an image folder of PNGs.
+"""Write the held-out or the training part of scikit-learn's digits as an image folder of PNG files.
 
     python scripts/write_digits.py FOLDER [--part held-out|train]
 
-The held-out part was never seen by `sample:vit-digits`, so its accuracy there is an honest one.
+`sample:vit-digits` was not trained on the held-out part, so that part is suitable for measuring its accuracy.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from fp8pipe.models.vision.samples import digits_split, write_digits
 
 
 def main() -> int:
-    """Parse, write, and say what was written."""
+    """Run from the command line; prints the folder and the number of images, and returns the exit code."""
     parser = argparse.ArgumentParser(description="Write scikit-learn's digits as an image folder.")
     parser.add_argument("folder", type=Path, help="a folder that does not exist yet, or is empty")
     parser.add_argument("--part", choices=("held-out", "train"), default="held-out", help="which images")

@@ -1,1 +1,1 @@
-"""Runs inference engines on exports, to prove that they compute what the artifact says."""
+"""Runs exports in inference engines, to prove that the engines compute what the exported artifact does."""

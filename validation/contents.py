@@ -1,7 +1,7 @@
-"""Checks the metadata of an export against its files and its parent: the checks of `verify`, as one gate.
+"""Checks the metadata of an export against its files and its parent, as `fp8pipe verify` does, in a single gate.
 
-A validation measures what an engine computes. The manifest, the preprocessing and the class names take no part in that
-computation, but whoever deploys an export relies on them, so wrong metadata is as much a defect as a wrong number.
+A validation otherwise measures only what an engine computes. The manifest, the preprocessing and the class names do not
+affect that computation, but users of an export rely on them, so wrong metadata must lead to a rejection, too.
 """
 
 from __future__ import annotations

@@ -15,10 +15,12 @@ __all__ = ["artifact_at_hand", "parent_at_hand"]
 
 
 def parent_at_hand(export: Artifact) -> Path | None:
-    """Find the parent at the path recorded in the manifest or next to the export, and return its directory.
+    """Find the parent at the path recorded in the manifest or next to the export.
 
-    Returns None if no candidate has the digest recorded in the manifest. Nothing is downloaded, so a parent on the Hub
-    is used only if its local directory is given with `--against`.
+    Nothing is downloaded: a parent on the Hub is used only if its local directory is given with `--against`.
+
+    Returns:
+        The directory of the parent; None if no candidate has the digest recorded in the manifest.
     """
     for parent in export.manifest.parents:
         if parent.kind == "model":

@@ -1,8 +1,8 @@
-"""Estimates what `validate`, `bench`, `serve-check` and `serve` would need, for dry runs, which start no engine.
+"""Estimates what `validate`, `bench`, `serve-check` and `serve` need, for dry runs, which start no engine.
 
-For our own processes, the memory of the packages is measured by importing them, and that of the weights is computed
-from the manifest. The memory of vLLM is estimated from its weights and cache, and the plan says that it is an estimate.
-Files are not hashed and weights are not read, so a plan takes seconds for an export of any size.
+For processes of fp8pipe, the memory of imported packages is measured by importing them, and the memory of weights is
+computed from the manifest. The memory of vLLM is estimated from its weights and its cache; the plan says so. Files are
+not hashed and weights are not read, so a plan takes seconds for an export of any size.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def plan_vllm(
         stage: validate, bench, serve-check or serve.
         record: where the record would be written; None if none is.
         vllm_python: Python interpreter of vLLM's environment; found automatically when None.
-        against: the parent, if it is read too.
+        against: the export's parent, if the command reads it.
         form: the serving options; dtype and cache affect the plan.
     """
     copies, itemsize = 1, _ITEMSIZES.get("" if form is None else form.dtype, 2)
@@ -76,7 +76,10 @@ def plan_vllm(
 def plan_onnx(
     artifact: Artifact, stage: str, record: Path | None, *, against: Path | None = None, images: Path | None = None
 ) -> Plan:
-    """The same for ONNX Runtime; the model of `against` is run on images of zeros, to measure its memory.
+    """Plan a command that runs an export in ONNX Runtime and writes a record next to it.
+
+    The model of `against` is run on images of zeros, to measure its memory. For the arguments see `plan_vllm`; `images`
+    is the folder of images that the command would read.
 
     Raises:
         BadArtifactError: `against` is not a valid artifact.
@@ -89,7 +92,10 @@ def plan_onnx(
 def plan_tensorrt(
     artifact: Artifact, stage: str, record: Path | None, *, against: Path | None = None, device: str = "auto"
 ) -> Plan:
-    """The same for TensorRT, whose engines run only on a GPU; `device` does not affect the estimate."""
+    """Plan a command on a TensorRT export, whose engines run only on a GPU; `device` does not affect the estimate.
+
+    For the other arguments see `plan_vllm`.
+    """
     missing = missing_packages(_PACKAGES)
     peak = None if missing else _own_peak(artifact, ("validation.tensorrt.validate",))
     hardware = "a CPU to check the export; a GPU to run its engines"
@@ -116,7 +122,10 @@ def _plan(
 
 
 def _own_peak(artifact: Artifact, modules: Sequence[str], *, against: Path | None = None) -> int | None:
-    """Peak resident memory: these modules imported, a pass of the model of `against`, and copies of the weights."""
+    """Estimate peak resident memory, bytes: imported modules, a forward pass of `against`, and copies of the weights.
+
+    None if memory cannot be measured on this system.
+    """
     if not can_measure():
         return None
     with PhaseMeter() as meter:
@@ -149,7 +158,7 @@ def _weights(artifact: Artifact) -> int:
 
 
 def _vllm_here(vllm_python: str | None) -> tuple[str, tuple[Missing, ...]]:
-    """The hardware that vLLM was built for, and what is missing on this machine."""
+    """The hardware that the installed vLLM was built for, and what this machine lacks to run it."""
     hardware = "a CPU"
     try:
         environment = inspect_environment(find_vllm_python(vllm_python))

@@ -14,9 +14,9 @@ from fp8pipe.core.config import FrozenConfig
 
 
 class EngineRecord(FrozenConfig):
-    """The common header of validation records. It has the manifest's digest, so a changed export is noticed."""
+    """The common header of validation records. The manifest's digest shows whether the export has changed since."""
 
-    # 2: a checksum file is written next to the record.
+    # Since version 2, a checksum file is written next to the record.
     schema_version: int = Field(default=2, description="version of this schema")
     created: str = Field(description="UTC time, ISO 8601")
     export: str = Field(description="name of the export's directory")
@@ -34,7 +34,17 @@ def heading(artifact: Artifact) -> dict[str, Any]:
 
 
 def concluded(record: R, artifact: Artifact, reasons: Sequence[str], rejection: str) -> R:
-    """Write the record next to the export and return it; with `reasons`, raise `ExportRejectedError(rejection)`."""
+    """Write the record next to the export and return it.
+
+    Args:
+        record: the record.
+        artifact: the export.
+        reasons: why the export is rejected; empty if it is accepted.
+        rejection: message of the error for a rejected export.
+
+    Raises:
+        ExportRejectedError: there are `reasons`; the record is attached to the error.
+    """
     path = write_record(record, artifact.root)
     if reasons:
         fix = f"do not deploy this export; the results are in {path}"

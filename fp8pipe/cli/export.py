@@ -1,7 +1,7 @@
-"""`fp8pipe export`: writes an artifact, or a plain checkpoint, in a form that an engine loads; and `fp8pipe lint`.
+"""`fp8pipe export` writes an artifact, or a plain checkpoint, in a format that an engine loads; also `fp8pipe lint`.
 
 `export` is built from the registered targets: their names are the choices of `--target`, and their option models define
-the options. It is rebuilt on each access, so that targets registered by other packages are included.
+the options. The command is rebuilt on each access, so that targets registered by other packages are included.
 """
 
 from __future__ import annotations
@@ -63,10 +63,10 @@ def _export(
     artifact: Path, target: str, output: Path, config: Path | None, force: bool, dry_run: bool, console: Console,
     **given: Any,
 ) -> None:  # fmt: skip
-    """Write ARTIFACT in the form that an engine loads; lint before, reopen and compare after.
+    """Write ARTIFACT in a format that an engine loads; lint it first, then reopen it and compare it with its source.
 
-    ARTIFACT is what `fp8pipe finetune` or `fp8pipe quantize-vit` wrote; for vllm it may be a plain model, too: a
-    Hugging Face directory, a hub id, a .gguf file or sample:NAME.
+    ARTIFACT is the output of `fp8pipe finetune` or `fp8pipe quantize-vit`. For vllm, it may also be an unquantized
+    model: a Hugging Face directory, a hub id, a .gguf file or sample:NAME.
     """
     settings = {} if config is None else read_yaml(config)
     asked = given.get("format") or settings.get("format")
@@ -81,7 +81,17 @@ def _export(
 
 
 def _refuse_foreign(given: dict[str, Any], settings: dict[str, Any], target: ExportTarget, config: Path | None) -> None:
-    """Refuse options and keys that belong to another target, named as the user wrote them, and unknown keys."""
+    """Refuse unknown keys, and options and keys of other targets.
+
+    Args:
+        given: command-line options by parameter name.
+        settings: the keys and values of the file.
+        target: the chosen target.
+        config: the file, named in the message.
+
+    Raises:
+        ConfigurationError: names each of them as the user wrote it.
+    """
     known = {option.path: option.flag for other in targets() for option in options_of(other.options)}
     known |= {name: name for other in targets() for name in other.options.model_fields if name != "force"}
     unknown = [key for key in settings if key not in known]
@@ -142,7 +152,7 @@ def _capabilities(ctx: click.Context, param: click.Parameter, value: tuple[str, 
 )
 @common_options()
 def lint_command(graph: Path, capabilities: tuple[str, ...], no_require: bool, console: Console) -> None:
-    """Lint the ONNX file GRAPH, from any source; all findings at once, exit 13 when one is an error."""
+    """Lint the ONNX file GRAPH, from any source. All findings are listed; any error gives exit code 13."""
     from exporters.graph.runtime import import_onnx_package
 
     import_onnx_package("onnx_ir")
@@ -160,7 +170,7 @@ def lint_command(graph: Path, capabilities: tuple[str, ...], no_require: bool, c
 
 
 def _rows(errors: Sequence[Finding], warnings: Sequence[Finding]) -> list[tuple[str, str, str, str]]:
-    """The number of errors per rule with their effect on an engine build, and every warning."""
+    """Table rows: per rule, its effect on an engine build and the number of errors; then every warning."""
     from exporters.tensorrt.lint import RULES
 
     counts = Counter(found.rule for found in errors)
@@ -169,7 +179,7 @@ def _rows(errors: Sequence[Finding], warnings: Sequence[Finding]) -> list[tuple[
 
 
 def _plain(findings: Sequence[Finding]) -> list[dict[str, Any]]:
-    """Findings as JSON data, with the builder's reaction: refused, wrong, degraded or warning."""
+    """Findings as JSON data, each with its effect on an engine build: refused, wrong, degraded or warning."""
     from exporters.tensorrt.lint import RULES
 
     return [{**dataclasses.asdict(found), "effect": str(RULES[found.rule].effect)} for found in findings]

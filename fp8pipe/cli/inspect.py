@@ -23,13 +23,13 @@ _SHOWN_OPERATORS = 8
 @click.option("--headers", is_flag=True, help="Read headers only: no scales, no share of saturated codes.")
 @common_options()
 def inspect_command(path: Path, list_layers: bool, headers: bool, console: Console) -> None:
-    """Show what PATH is and holds.
+    """Show what PATH is and what it contains.
 
-    PATH is an artifact, a checkpoint of Hugging Face's form (compressed-tensors, ModelOpt, FP8 blocks, GPTQ, AWQ or
-    plain), or a .safetensors, .onnx or .gguf file. Of an artifact: kind, parents, gates, warnings, layers; of all:
-    formats, scales, codes at the ends of their grids, tokenizer, preprocessing. Tensors are read a chunk at a time.
+    PATH is an artifact, a Hugging Face checkpoint (compressed-tensors, ModelOpt, FP8 blocks, GPTQ, AWQ or
+    unquantized), or a .safetensors, .onnx or .gguf file. For an artifact: kind, parents, gates, warnings and layers.
+    For all: formats, scales, share of saturated codes, tokenizer and preprocessing. Tensors are read in chunks.
 
-    Checks that every file of an artifact is there with its size; `fp8pipe verify` re-hashes them.
+    For an artifact, checks that every file exists and has the recorded size; `fp8pipe verify` also hashes the files.
     """
     from fp8pipe.artifact import CHECKSUM_NAME, MANIFEST_NAME, open_artifact
     from fp8pipe.core.errors import BadArtifactError, ConfigurationError, MissingCapabilityError
@@ -90,7 +90,7 @@ def _text(opened: Artifact, list_layers: bool) -> str:
 
 
 def _training(details: dict[str, Any]) -> list[tuple[str, object]]:
-    """Held-out losses and statistics of the final merge, if the manifest has them."""
+    """Table rows of held-out losses and statistics of the final merge, if the manifest has them."""
     named = (("heldout_loss", "held-out loss", " nats per answer token"), ("final_merge", "final merge", ""))
     rows: list[tuple[str, object]] = []
     for key, label, unit in named:
@@ -115,7 +115,7 @@ def _findings(opened: Artifact) -> list[str]:
 
 
 def _layers(manifest: Manifest, list_layers: bool) -> list[str]:
-    """The number of layers by verdict and reason, or every layer."""
+    """Lines that list every layer, or count the converted and the skipped layers by encoding or reason."""
     if list_layers:
         rows = [
             ("converted" if layer.converted else "skipped", layer.name, _shape(layer), _encoded(layer, manifest))
@@ -129,7 +129,7 @@ def _layers(manifest: Manifest, list_layers: bool) -> list[str]:
 
 
 def _encoded(layer: LayerRecord, manifest: Manifest) -> str:
-    """How a layer's weight and input are quantized, or why the layer is not quantized."""
+    """Text on how a layer's weight and input are quantized, or why the layer is not quantized."""
     if layer.weight is None:
         return layer.reason
     from fp8pipe.artifact.manifest import ENCODINGS_SINCE
@@ -141,7 +141,7 @@ def _encoded(layer: LayerRecord, manifest: Manifest) -> str:
 
 
 def _contents_text(contents: Contents, list_layers: bool) -> str:
-    """Formats, facts, the histogram of scales, and every layer if requested."""
+    """Text with formats, facts, the histogram of scales and notes; and every layer if `list_layers` is set."""
     rows: list[tuple[object, ...]] = [("weights as", "scales", "layers", "size", "saturated codes")]
     for format, granularity, count, size, codes, saturated in contents.by_format():
         rows.append((format, granularity or "-", count, format_bytes(size), _share(saturated, codes)))
@@ -201,9 +201,10 @@ def _fact(value: Any) -> str:
 )
 @common_options()
 def report_command(directory: Path, output: Path | None, image: Path | None, console: Console) -> None:
-    """Write a report of DIRECTORY, a run's or an artifact's, as one HTML file without scripts or network.
+    """Write a report on DIRECTORY, a run or an artifact, as one HTML file that needs no scripts and no network.
 
-    It goes to RUN/report.html, or beside an artifact to ARTIFACT.report.html. Nothing else is changed.
+    The default output is RUN/report.html for a run, and ARTIFACT.report.html next to an artifact. Nothing else is
+    changed.
     """
     from fp8pipe.report import write_report
     from fp8pipe.report.sections.verdicts import overall

@@ -1,4 +1,4 @@
-"""`fp8pipe validate`, `bench` and `serve-check`: run an export in its engine and write a record beside it."""
+"""`fp8pipe validate`, `bench` and `serve-check`: run an export in its engine and write a record next to it."""
 
 from __future__ import annotations
 
@@ -43,10 +43,10 @@ def validate_command(
     export: Path, engine: str | None, vllm_python: str | None, against: Path | None, images: Path | None,
     device: DeviceName | None, config: Path | None, dry_run: bool, console: Console, **form: Any,
 ) -> None:  # fmt: skip
-    """Run EXPORT in its engine and compare with its manifest; exit 14 when it does not hold.
+    """Run EXPORT in its engine and compare the results with its manifest; exit 14 if the export is rejected.
 
-    The record is written beside the export, as EXPORT.validation.json. Options of `serve` on a language export name the
-    form of serving that is proved; --config is a file of them.
+    The record is written next to the export, as EXPORT.validation.json. For a language export, serving options (such as
+    the context length) select the configuration that is validated; --config is a YAML file of them.
     """
     from exporters.target import call, choose_engine, engine_device, open_export, targets
     from fp8pipe.artifact.record import ExportRejectedError, record_path
@@ -89,7 +89,7 @@ def bench_command(
 ) -> None:
     """Measure EXPORT in its engine on this machine; the record is EXPORT.bench.json.
 
-    Engines of TensorRT are measured by `fp8pipe validate` on a GPU.
+    TensorRT engines are measured by `fp8pipe validate` on a GPU instead.
     """
     from exporters.target import call, engine_device, open_export
 
@@ -111,7 +111,7 @@ def bench_command(
 @stage_options("config")
 @common_options(dry_run=True)
 def serve_check_command(export: Path, config: Path | None, dry_run: bool, console: Console, **options: Any) -> None:
-    """Start `fp8pipe serve` on EXPORT, ask it, end it; exit 14 when an answer is wrong.
+    """Start `fp8pipe serve` on EXPORT, send requests, and stop it; exit 14 if an answer is wrong.
 
     The record is EXPORT.serve-check.json.
     """
@@ -148,7 +148,11 @@ def _applies(settings: Any, key: str, target: Any) -> bool:
 
 
 def _show_record(console: Console, export: Path, record: Any) -> None:
-    """Print the figures; a rejection exits with code 14."""
+    """Print the figures of a record.
+
+    Raises:
+        GateFailedError: the record's verdict is not ACCEPT.
+    """
     rows = [(row.what, f"{row.value:,.4g} {row.unit}".strip(), row.detail) for row in record.rows]
     # A measurement without gates has no verdict, so its figures must not look as if they had been judged.
     heading = record.verdict if record.gates else "MEASURED"

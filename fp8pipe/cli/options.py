@@ -29,7 +29,7 @@ T = TypeVar("T", bound=FrozenConfig)
 class Option:
     """A model field as a command-line option."""
 
-    path: str  # key of its value; for a field of a nested model dotted, as `synthesis.steps`
+    path: str  # key of its value; dotted for a field of a nested model, such as `synthesis.steps`
     flag: str  # name without leading dashes
     field: FieldInfo
 
@@ -40,7 +40,10 @@ class Option:
 
     @property
     def kind(self) -> tuple[Any, dict[str, Any]]:
-        """The type of a value (a class, a tuple of choices, or `parse_size`), and click's settings if it may repeat."""
+        """The type of a value, and the keyword arguments for click if the option takes several values.
+
+        The type is a class, a tuple of choices, or `parse_size`.
+        """
         kind = _annotation(self.field)
         if get_origin(kind) is not tuple:
             return kind, {}
@@ -89,7 +92,8 @@ def union_options(models: Mapping[str, type[FrozenConfig]]) -> Decorator:
     """Decorator: adds the options of several models, only some of which apply to a run; shared flags appear once.
 
     Args:
-        models: by label, which starts the help text unless a flag applies to all; use "" for models that always apply.
+        models: by label. The label precedes the help text of a flag that does not apply to all models; use "" for a
+            model that always applies.
 
     Raises:
         TypeError: models use the same flag for values of different types, or for different fields.
@@ -126,7 +130,7 @@ def resolve(model: type[T], config: Path | None, options: Mapping[str, object], 
         model: validates the settings.
         config: a YAML file, or None.
         options: by parameter name; None and () count as not given, and options of other models are ignored.
-        more: fields that are set in another way.
+        more: fields that are not options; they take precedence.
 
     Raises:
         UsageError: a required option is missing, and there is no file that could contain it.
@@ -158,7 +162,15 @@ class _Size(click.ParamType[int]):
 
 
 def _click_option(uses: list[tuple[str, Option]], everywhere: int) -> Decorator:
-    """One click option for a flag, from each labelled model that has it; `everywhere` is the number of models."""
+    """The click option for a flag.
+
+    Args:
+        uses: label and option of each model that has the flag.
+        everywhere: the number of all models.
+
+    Raises:
+        TypeError: the models use the flag for different fields or for values of different types.
+    """
     first = uses[0][1]
     kinds, several = [option.kind[0] for _, option in uses], first.kind[1]
     if all(isinstance(kind, tuple) for kind in kinds):  # the union of all models' choices

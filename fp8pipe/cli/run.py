@@ -1,6 +1,6 @@
-"""`fp8pipe run`: runs a recipe from base model to verified exports, resuming after interruptions; and its dry run.
+"""`fp8pipe run` runs a recipe from the base model to verified exports, resumes interrupted runs, and shows dry runs.
 
-`fp8pipe schema`: prints the JSON schema of recipes, with which editors complete and check them.
+`fp8pipe schema` prints the JSON schema of recipes, which editors use to complete and check them.
 """
 
 from __future__ import annotations
@@ -43,10 +43,10 @@ def run_command(
     recipe: Path, output: Path | None, overrides: tuple[str, ...], no_report: bool, dry_run: bool, console: Console,
     **chosen: Any,
 ) -> None:  # fmt: skip
-    """Run the stages of RECIPE that are not up to date, judge all of them, and write a report.
+    """Run the stages of RECIPE that are not up to date, check the gates of all stages, and write a report.
 
-    Exit 14 where a gate did not hold, with the verdict: REGRESSION, ANOMALOUS or INFEASIBLE. Interrupted or killed, the
-    same command goes on from where it was.
+    If a gate fails, the exit code is 14 and the verdict is REGRESSION, ANOMALOUS or INFEASIBLE. After an interruption,
+    the same command continues the run.
     """
     from fp8pipe.cli.stages import stage_commands
     from pipeline.workflow import RunOptions, RunState, WorkflowRunner, load_recipe
@@ -72,7 +72,7 @@ def run_command(
 
 
 def _work_done(state: RunState) -> list[str]:
-    """The results so far that a new report would include."""
+    """The records of the finished stages; a new report is needed if they change."""
     return [record.model_dump_json() for record in state.records.values()]
 
 
@@ -148,7 +148,10 @@ def _show_plan(state: RunState, runner: WorkflowRunner, console: Console) -> Non
 
 
 def _planned(state: RunState, status: StageStatus, old: set[str]) -> dict[str, Any]:
-    """A stage's plan. Inputs from stages in `old` will be regenerated; the plan is made from the current ones."""
+    """A stage's plan as JSON data.
+
+    Stages in `old` will run again before this one; until then, the plan is based on their current outputs.
+    """
     spec = status.spec
     plan, text, code = _own_plan(state, status) if status.run else ({}, "", 0)
     if text and old:
@@ -161,7 +164,7 @@ def _planned(state: RunState, status: StageStatus, old: set[str]) -> dict[str, A
 
 
 def _own_plan(state: RunState, status: StageStatus) -> tuple[dict[str, Any], str, int]:
-    """The command's own dry run, if all its inputs exist: its document, its text and its exit code."""
+    """The JSON document, text and exit code of the command's own dry run; both empty if an input does not exist yet."""
     import yaml
 
     spec = status.spec

@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 def serve_command(export: Path, extra: tuple[str, ...], console: Console, dry_run: bool, **options: Any) -> None:
     """Serve EXPORT over HTTP until SIGTERM, after checking every file against its manifest.
 
-    A validation must have accepted it, with these versions and in this form: its record lies beside EXPORT, or --record
-    names it. With --unvalidated it is served without, and every answer says so.
+    A validation must have accepted the export with the same versions and the same serving options. Its record is read
+    next to EXPORT, or from --record. With --unvalidated no record is needed, and every response is marked accordingly.
 
     For a language export, options of vLLM's own server may follow after `--`.
     """
@@ -66,9 +66,9 @@ def _refuse_foreign(options: dict[str, Any], extra: tuple[str, ...], language: b
 
 
 def _refuse_now(export: Path, config: ServeConfig) -> None:
-    """Fail early on what serving would refuse: missing files, no ACCEPT verdict, an unreadable API key file.
+    """Raise what the server would raise at startup: for missing files, a missing ACCEPT, an unreadable API key file.
 
-    Files are not hashed, which would take as long as for the service itself.
+    Files are not hashed, which would take as long as for the server itself.
     """
     from fp8pipe.artifact import open_artifact
     from fp8pipe.artifact.record import record_path
@@ -158,7 +158,7 @@ def serve_repository_command(
 @click.argument("name", default="")
 @common_options()
 def serve_key_command(name: str, console: Console) -> None:
-    """Make an API key for NAME. The key is shown once; its line goes into the file of --api-key-file."""
+    """Make an API key for NAME. The key is shown only once; add the printed line to the file of --api-key-file."""
     from serving.http.admission import hash_key, is_name, new_key
 
     if name and not is_name(name):

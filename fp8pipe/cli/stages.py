@@ -1,4 +1,4 @@
-"""Describes to the workflow the commands that may be used as stages of a recipe.
+"""The commands that may be used as stages of a recipe, described for the workflow that runs them.
 
 Nothing heavy is imported here: a run with nothing left to do must not wait for torch.
 """
@@ -27,9 +27,9 @@ __all__ = ["stage_commands", "stage_schemas"]
 
 Settings = Mapping[str, Any]
 _VALIDATE: Final = ("export", "engine", "device", "against", "images", "vllm_python")
-# Kinds of artifacts that commands write, for stages that depend on a stage that has not run yet.
+# Kinds of artifact that a command writes, needed to check the settings of a later stage before its input exists.
 _LEFT_BY: Final = {"finetune": TUNED_KINDS, "quantize-vit": (VIT_KIND,)}
-# Models of settings that are written to a file, imported when needed.
+# For each command, the model that validates its settings file; imported when needed.
 _CONFIGS: Final = {
     "finetune": "pipeline.finetune.config:FinetuneConfig", "quantize-vit": "pipeline.vit.config:QuantizeVitConfig",
     "bench": "validation.bench.record:BenchConfig", "serve-check": "validation.bench.record:ServeCheckConfig",
@@ -100,7 +100,7 @@ def _training(name: str, *sources: str) -> StageCommand:
 
 
 def _measurement(name: str, *inline: str) -> StageCommand:
-    """A command that runs an export, and writes a record beside it."""
+    """A command that runs an export and writes a record next to it; `inline` settings are not written to its file."""
 
     def check(settings: Settings, read: Mapping[str, str]) -> None:
         _require_export(settings, read)
@@ -136,7 +136,7 @@ def _check_export(settings: Settings, read: Mapping[str, str]) -> None:
 
 
 def _form(settings: Settings) -> dict[str, Any]:
-    """The settings of `validate` that determine how a language export is served."""
+    """The settings of a `validate` stage that are fields of `ServingForm`: how a language export is served."""
     return {key: value for key, value in settings.items() if key not in _VALIDATE}
 
 
@@ -205,7 +205,10 @@ def _vllm_versions(settings: Settings) -> Mapping[str, str]:
 
 
 def _device_of_engine(settings: Settings) -> str:
-    """Whether there is a GPU: what the engine will find, before it is known which engine that is."""
+    """The device of a stage that runs an engine; for `auto`, whether this machine has a GPU.
+
+    The engine is not known yet, so its own requirements cannot be checked here.
+    """
     asked = settings.get("device") or "auto"
     return resolve_device("auto", GpuNeed("an engine")).name if asked == "auto" else str(asked)
 
@@ -222,5 +225,5 @@ def _versions_in(python: str | None) -> Mapping[str, str]:
 
 
 def _several_processes(settings: Settings) -> Mapping[str, str]:
-    """Environment of an engine with several processes, which spinning OpenMP threads would starve."""
+    """Environment variables for engines with several processes: idle OpenMP threads must not spin and block them."""
     return {"OMP_WAIT_POLICY": "passive"}

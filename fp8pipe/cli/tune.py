@@ -27,7 +27,8 @@ def finetune_command(
 ) -> None:
     """Fine-tune a causal language model in FP8.
 
-    The adapter lives in the FP8 weights (FALQON); the artifact holds the codes that `export` hands to the engine.
+    The adapter is merged into the FP8 weights (FALQON); the artifact contains the codes that `export` writes for the
+    engine.
     """
     settings = resolve(FinetuneConfig, config, options)
     wait_briefly()
@@ -60,7 +61,7 @@ def finetuned_lines(artifact: Artifact) -> list[str]:
 
 
 def next_export(artifact: Artifact) -> str:
-    """The command of the first export target that does not refuse the artifact: the usual target for most models."""
+    """The export command for the first target and format that accept the artifact; else for the first of all."""
     from exporters.target import foresee
 
     forms = foresee(artifact.root, artifact.kind)
@@ -86,8 +87,8 @@ def quantize_vit_command(
 ) -> None:
     """Quantize a vision transformer to low-bit integers or FP8.
 
-    By default no data is needed: calibration images are made from the model alone (MimiQ), and the low-bit model is
-    distilled from the original on them.
+    By default, no data is needed: calibration images are synthesized from the model alone (MimiQ), and used to distill
+    the original model into the low-bit model.
     """
     settings = resolve(QuantizeVitConfig, config, options)
     wait_briefly()

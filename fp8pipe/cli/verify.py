@@ -47,12 +47,12 @@ class VerificationError(BadArtifactError):
 def verify_command(
     directory: Path, parents: tuple[Path, ...], quick: bool, strict: bool, console: Console, **trusted: Any
 ) -> None:
-    """Hash everything in DIRECTORY again, and repeat the cheap gates; exit 12 when anything is found.
+    """Hash everything in DIRECTORY again, and repeat the cheap gates; exit 12 if there are findings.
 
-    DIRECTORY is an artifact, the directory of a run, or any tree that holds some. Every file is hashed, every checksum
-    and record checked, every linter run. Where an export's parent is in the same tree, at the path that the
-    manifest records, beside the export or given with --parents, all numbers and files are compared with it; a note says
-    where none was.
+    DIRECTORY is an artifact, the directory of a run, or any directory that contains artifacts. Every file is hashed,
+    every checksum and record is checked, and every linter is run. If the parent of an export is in the same tree, at
+    the path recorded in the manifest, beside the export or given with --parents, all values and files are compared with
+    it; a note says which exports have no such parent.
     """
     from exporters.verify.whole import verify_tree
     from fp8pipe.artifact.verify import find_tree
@@ -130,10 +130,10 @@ def sign_command(
     directory: Path, key: Path, password_file: Path | None, certificate: Path | None, chain: tuple[Path, ...],
     output: Path | None, console: Console,
 ) -> None:  # fmt: skip
-    """Sign every file in DIRECTORY, which is verified first; works offline.
+    """Sign every file in DIRECTORY, after verifying the directory; works offline.
 
-    Records beside an artifact are signed, too, each as RECORD.sig beside it. Check with: fp8pipe verify DIRECTORY
-    --public-key KEY.pub
+    Records next to an artifact are signed, too: the signature of RECORD is written to RECORD.sig. To check the
+    signatures, run: fp8pipe verify DIRECTORY --public-key KEY.pub
     """
     from fp8pipe.artifact.signature import sign, signature_path
     from fp8pipe.artifact.verify import check_bytes, find_tree
@@ -171,11 +171,11 @@ def push_command(
     directory: Path, repo_id: str, private: bool, revision: str | None, create_pr: bool, unvalidated: bool,
     dry_run: bool, console: Console, **trusted: Any,
 ) -> None:  # fmt: skip
-    """Hash DIRECTORY, and upload it to the hub's repository REPO_ID.
+    """Hash DIRECTORY, and upload it to the repository REPO_ID of the Hugging Face hub.
 
-    An artifact is refused if a file differs, its record is not sound, or with a key one of both is not as it was signed
-    (exit 12), a gate failed, or no validation says ACCEPT (14). The token comes from HF_TOKEN or from
-    `hf auth login`, never from the command line.
+    An artifact is refused with exit code 12 if a file differs from the manifest, its record is invalid, or, with a key,
+    a signature of either does not match; and with exit code 14 if a gate failed or no validation accepted it. The token
+    comes from HF_TOKEN or from `hf auth login`, never from the command line.
     """
     from fp8pipe.artifact.push import Target, plan_push, push
 

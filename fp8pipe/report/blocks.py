@@ -36,7 +36,8 @@ class Missing:
 class Table:
     """Rows under a header; columns listed in `numeric` are right-aligned, with digits of equal width.
 
-    A `folded` table opens on click, and when printed; one with `printed` false is not printed (a chart shows the same).
+    A `folded` table is collapsed until it is clicked or the page is printed. A table with `printed=False` is left out
+    of the printed page, because a chart shows the same values.
     """
 
     head: Sequence[str]
@@ -49,7 +50,7 @@ class Table:
 
 @dataclass(frozen=True, slots=True)
 class Lines:
-    """Sentences, one per line."""
+    """A title and sentences, one per line."""
 
     title: str
     lines: Sequence[Cell]
@@ -108,7 +109,7 @@ class Node:
 
 @dataclass(frozen=True, slots=True)
 class Tree:
-    """A tree that shows which artifact was made from which."""
+    """A tree of artifacts, in which each artifact is a child of the one it was made from."""
 
     roots: Sequence[Node]
 

@@ -1,7 +1,8 @@
-"""The README.md of an export: a model card in the hub's format, for readers who have only this directory.
+"""The README.md of an export: a model card in the Hugging Face hub's format, for readers who have only the export.
 
-It is written before the export's manifest, from what is known by then, and contains no times or local paths. Every
-number comes from a manifest or from a gate that goes into one. Engines ignore the file.
+The card is written before the export's manifest, which lists its checksum, and contains no times or local paths. Every
+number comes from the source's manifest, or from a gate that the export's manifest will contain. Engines ignore the
+file.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ CARD_FILE: Final = "README.md"
 _HUB_ID: Final = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _FRONT: Final = re.compile(r"\A---\s*\n(.*?)\n---\s*(\n|\Z)", re.S)
 _LANGUAGE: Final = "text-generation"
-# Settings of the stage before the export, and their names in the card.
+# Settings recorded in the source artifact's manifest, and their names in the card.
 _CHOICES: Final = {
     "method": "method", "update_rule": "update rule", "rank": "rank", "steps": "steps", "bits": "precision",
     "rounding": "rounding",
@@ -51,11 +52,11 @@ def write_card(
 
     Args:
         writer: the export's writer; its files and gates are read.
-        facts: of the export target.
-        source: directory that the export was made from: an artifact, or a plain model.
+        facts: facts about the export target.
+        source: directory that the export was made from: an artifact, or an unquantized model.
         parent: the parent record of the source.
         format: the export's format.
-        layers: as in the export's manifest.
+        layers: layer records of the export's manifest.
     """
     card = _Card(writer, facts, source, parent, format, layers)
     for failed in failures(card.made.gates if card.made else ()):
@@ -68,7 +69,17 @@ def commit_export(
     writer: ArtifactWriter, facts: CardFacts, artifact: Artifact, options: FrozenConfig, *, format: str,
     layers: Sequence[LayerRecord], **stated: Any,
 ) -> Artifact:  # fmt: skip
-    """Write the card of an export that was made from an artifact with these options, and commit the export."""
+    """Write the card of an export that was made from an artifact with these options, and commit the export.
+
+    Args:
+        writer: the export's writer.
+        facts: facts about the export target.
+        artifact: the artifact that was exported.
+        options: the target's options, recorded in the manifest without `force`.
+        format: the export's format.
+        layers: layer records of the export's manifest.
+        stated: further arguments of `ArtifactWriter.commit`.
+    """
     parent = artifact.as_parent()
     write_card(writer, facts, source=artifact.root, parent=parent, format=format, layers=layers)
     config = options.model_dump(mode="json", exclude={"force"})
@@ -181,7 +192,7 @@ class _Card:
 
 
 def _counted(gate: Gate) -> str:
-    """The count in a gate's words, such as "of 12 in 3 layers", or in parentheses."""
+    """A gate's detail as the end of a sentence: "of 12 in 3 layers" as it is, any other text in parentheses."""
     if not gate.detail:
         return ""
     return f" {gate.detail}" if gate.detail.startswith("of ") else f" ({gate.detail})"
@@ -205,7 +216,7 @@ def _place(origin: str) -> str:
 
 
 def _licence(source: Path, root: Path) -> dict[str, Any]:
-    """The licence from the source's card or configuration; else the licence file in the export; else nothing."""
+    """Front matter for the licence: from the source's card, else its config.json, else a LICENSE file of the export."""
     card, config = source / CARD_FILE, source / "config.json"
     found: dict[str, Any] = _front(card) if card.is_file() else {}
     if not found.get("license") and config.is_file():

@@ -30,7 +30,7 @@ class Point:
 
 @dataclass(frozen=True, slots=True)
 class Series:
-    """A curve; `dashed` distinguishes it from the other one without relying on colour."""
+    """A curve; in a chart with two curves, one is `dashed`, so that they differ in more than colour."""
 
     label: str
     points: Sequence[Point]
@@ -42,8 +42,11 @@ def line_chart(series: Sequence[Series], title: str, low: float | None = None) -
 
     Args:
         series: one or two curves, neither of them empty.
-        title: label of the vertical axis, also the accessible name.
-        low: start of the vertical axis, unless a value is lower; None starts it at the smallest value.
+        title: the accessible name: what the values are.
+        low: start of the vertical axis, unless a value is lower; None starts it just below the smallest value.
+
+    Returns:
+        The SVG element as markup.
     """
     values = [point.figure.value for curve in series for point in curve.points]
     steps = [point.step for curve in series for point in curve.points]
@@ -118,7 +121,10 @@ def grid(cells: Sequence[tuple[str, Figure]], title: str) -> Markup:
 
     Args:
         cells: one value per layer, not empty.
-        title: description of the values, also the accessible name.
+        title: description of the values, used as the accessible name.
+
+    Returns:
+        The SVG element as markup.
     """
     placed = [(*_layer_place(name), name, figure) for name, figure in cells]
     rows = list(dict.fromkeys(row for row, *_ in placed))

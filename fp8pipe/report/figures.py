@@ -1,8 +1,8 @@
-"""Numbers as displayed, each bound to its source; and verdicts, digests and quotations as table cells.
+"""Numbers for display, each with its source; and verdicts, digests and quoted texts as table cells.
 
 Every value in a report is looked up by `Documents` at a source written as `FILE#/a/b/0`: a file relative to the
-report's subject, and a JSON pointer (RFC 6901) within it. In `.jsonl` files, the first part is the line number,
-starting at 0. `*` stands for every element.
+directory of the report's subject, and a JSON pointer (RFC 6901) within that file. In `.jsonl` files, the first part of
+the pointer is the line number, starting at 0. A part `*` selects every element of an object or array.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ class Digest:
 
 @dataclass(frozen=True, slots=True)
 class Quote:
-    """Text taken from a file, including any figures in it, and its source."""
+    """Text copied from a file, and its source; numbers in the text need no source of their own."""
 
     text: str
     source: str
@@ -168,7 +168,7 @@ class Documents:
         return [Quote(str(text), source(file, (*parts, index))) for index, text in enumerate(listed)]
 
     def derived(self, how: Derive, file: str, *parts: Part, form: Form = Form.COUNT) -> Figure | None:
-        """A number computed from all values at a location; None if there are none."""
+        """The number or the sum of the values at a location; None if the location does not exist, or a sum is empty."""
         found = self.get(file, *parts)
         if found is None or (how is Derive.SUM and not found):
             return None

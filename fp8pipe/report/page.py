@@ -18,7 +18,7 @@ __all__ = ["default_output", "render", "write_report"]
 
 
 def default_output(path: Path) -> Path:
-    """`RUN/report.html`; for an artifact `ARTIFACT.report.html` beside it, because the artifact has checksums."""
+    """`RUN/report.html`; for an artifact `ARTIFACT.report.html` next to it, because the artifact has checksums."""
     absolute = Path(os.path.abspath(path))
     if (path / RUN_NAME).is_file():
         return absolute / "report.html"

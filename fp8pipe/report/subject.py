@@ -1,4 +1,4 @@
-"""The subject of a report: the artifacts of a run with their records, or one artifact with the records beside it."""
+"""The subject of a report: the artifacts of a run, or a single artifact, each with the records next to it."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ _RECORDS = ("validation", "bench", "serve-check")
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """A record stored beside an export."""
+    """A record stored next to an export."""
 
     kind: str  # validation, bench or serve-check
     file: str  # its file name, relative to the subject's root
-    finding: str  # why it is not used; empty if it is intact and applies to the export in its current state
-    verdict: Verdict  # its verdict; ANOMALOUS if it is not used
+    finding: str  # why the report ignores it; empty if it is intact and applies to the export in its current state
+    verdict: Verdict  # its verdict; ANOMALOUS if it is ignored
 
     @property
     def current(self) -> bool:
-        """Whether the record is used."""
+        """Whether the record is intact and applies to the export in its current state."""
         return not self.finding
 
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """One opened artifact, and the records beside it."""
+    """One opened artifact, and the records next to it."""
 
     name: str  # directory name, relative to the root; in a run, the stage's name
     artifact: Artifact
@@ -67,9 +67,9 @@ class Item:
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """What the report covers."""
+    """The run or artifact that a report covers, opened and checked."""
 
-    path: Path  # as given
+    path: Path  # the directory as given by the user
     root: Path  # file names are relative to this directory
     run: RunRecord | None  # None for a single artifact
     items: tuple[Item, ...]  # in the recipe's order
@@ -81,7 +81,7 @@ class Subject:
         return (item for item in self.items if item.kind in kinds)
 
     def exports(self) -> list[Item]:
-        """The artifacts that an engine runs or could run."""
+        """The artifacts that are exports, that is, whose kind belongs to an export target."""
         return [item for item in self.items if kind_named(item.kind).target]
 
     def where(self, item: Item) -> str:
@@ -90,10 +90,14 @@ class Subject:
 
 
 def open_subject(path: Path, image: Path | None = None) -> Subject:
-    """Open the directory of a run or an artifact, and check every file, because a report describes the current files.
+    """Open the directory of a run or an artifact, and check the hash of every file.
+
+    Args:
+        path: directory of the run or the artifact.
+        image: an image given by the user, for an attention map.
 
     Raises:
-        BadArtifactError: the directory is neither, or is damaged.
+        BadArtifactError: `path` is neither a run nor an artifact, or is damaged.
     """
     if (path / RUN_NAME).is_file():
         run = read_run(path)

@@ -2,11 +2,12 @@
 
 No GPU has confirmed these estimates. `docs/cost-model.md` has the sources, the residuals, and what is left out.
 
-A step's time is the sum of four parts. Each GEMM takes the longer of its arithmetic and its memory traffic (roofline).
-Attention takes its arithmetic. Elementwise kernels, norms, rotary embeddings and casts take their memory traffic, which
-was counted operator by operator on a real decoder layer, as bytes per value of each width. The optimizer takes its
-memory traffic. If the host launches kernels more slowly than the GPU runs them, the step takes the host's time. The
-same two fractions of data-sheet throughput, for GEMMs and for memory, are used for every device, format and method.
+A step's time is the sum of four parts. The time of each GEMM is that of its arithmetic or of its memory traffic,
+whichever is longer (roofline model). The time of attention is that of its arithmetic. The time of elementwise kernels,
+norms, rotary embeddings and casts is that of their memory traffic, which was counted operator by operator on a real
+decoder layer, in bytes per token and feature. The time of the optimizer is that of its memory traffic. If the host
+launches kernels more slowly than the GPU runs them, the launch time is the step's time. The same two achieved fractions
+of data-sheet throughput, one for GEMMs and one for memory, are used for every device, format and method.
 """
 
 from __future__ import annotations
@@ -17,27 +18,27 @@ from typing import Any, Final
 
 from pipeline.dry_run.devices import GEMM_SHARE, MEMORY_SHARE, Device
 
-LAUNCH_SECONDS: Final = 5e-6  # host time of one eager operator, an assumption
-# From Inductor's schedule of a FALQON decoder layer of LLaMA-7B with checkpointing: the elementwise traffic falls from
-# 25.5 GB to 6.31 GB, and 215 kernels become 35, plus 16 inside the custom operators of GEMMs.
+LAUNCH_SECONDS: Final = 5e-6  # host time to launch one eager operator, an assumption
+# From Inductor's schedule of a FALQON decoder layer of LLaMA-7B with activation checkpointing: compilation reduces the
+# elementwise traffic from 25.5 GB to 6.31 GB, and 215 kernels to 35 plus 16 inside the custom GEMM operators.
 COMPILED_TRAFFIC: Final = 6.31 / 25.5
 COMPILED_KERNELS: Final = 51 / 215
 CONTEXT_BYTES: Final = 500_000_000  # CUDA context and cuBLAS workspaces, an assumption
 
-_BF16: Final = 2  # bytes
-_TRAINED_BYTES: Final = 16  # per trained value: itself, its gradient and AdamW's two moments in fp32
+_BF16: Final = 2  # bytes per bf16 value
+_TRAINED_BYTES: Final = 16  # per trained value: the value, its gradient and AdamW's two moments, all in fp32
 _OPTIMIZER_BYTES: Final = 40  # traffic per trained value and step: AdamW 28, norm and clipping of gradients 12
 _ATTENTION_BACKWARD: Final = 2.5  # relative to forward: recomputed scores and four gradients (FlashAttention)
 
 
 @dataclass(frozen=True, slots=True)
 class Decoder:
-    """The shapes of a decoder with identical layers: attention with `query` and `key` features, and one MLP."""
+    """The shapes of a decoder whose layers are all alike: attention with `query` and `key` features, and one MLP."""
 
     hidden: int
     intermediate: int
     query: int  # heads times head size
-    key: int  # key heads times head size; the same for values
+    key: int  # key heads times head size; values have the same number of features
     layers: int
     vocabulary: int
     tied: bool = False  # the output head shares the embedding's weights
@@ -48,12 +49,13 @@ class Decoder:
         """The shapes from a transformers configuration (of its text model, if it has several models).
 
         Args:
-            settings: a configuration.
-            linear: number of weights in the model's linear layers without the head; shows whether the MLP is gated.
+            settings: a `transformers.PretrainedConfig`.
+            linear: the number of weights in the model's linear layers, without the output head. It determines whether
+                the MLP is gated; if None, a gated MLP is assumed.
 
         Returns:
-            None if the model is no such decoder: attributes are missing, or the number of weights is not `linear` (for
-            instance because of experts, or of layers that differ).
+            The shapes, or None if the model is not such a decoder: the configuration lacks an attribute, or the shapes
+            do not give `linear` weights (for instance because the model has experts or layers that differ).
         """
         text = settings.get_text_config(decoder=True)
         names = ("hidden_size", "num_attention_heads", "num_hidden_layers", "vocab_size")
@@ -73,7 +75,7 @@ class Decoder:
 
     @property
     def stacks(self) -> tuple[tuple[tuple[int, ...], int], ...]:
-        """The linear layers of a decoder layer, grouped by shared input: their `out_features`, and `in_features`."""
+        """The linear layers of one decoder layer, grouped by shared input: (`out_features` of each, `in_features`)."""
         mlp = (self.intermediate,) * (2 if self.gated else 1)
         return (
             ((self.query, self.key, self.key), self.hidden),
@@ -89,7 +91,7 @@ class Decoder:
 
     @property
     def others(self) -> int:
-        """Number of weights in embedding and head."""
+        """Number of weights in the embedding and the output head; counted once if the two are tied."""
         return self.vocabulary * self.hidden * (1 if self.tied else 2)
 
 
@@ -110,13 +112,13 @@ class Step:
 
     @property
     def forwards(self) -> int:
-        """Forward passes through the layers: two with activation checkpointing."""
+        """Forward passes through the layers per micro-batch: two with activation checkpointing, otherwise one."""
         return 2 if self.checkpointing else 1
 
 
 @dataclass(frozen=True, slots=True)
 class Widths:
-    """Coefficients per feature of each width of a layer, such as bytes per feature and token."""
+    """One coefficient, such as bytes per token and feature, for each kind of width in a decoder layer."""
 
     hidden: int
     query: int
@@ -125,18 +127,18 @@ class Widths:
     rank: int = 0
 
     def over(self, shape: Decoder, rank: int) -> int:
-        """The total for one token."""
+        """The total for one token: each coefficient times its width in `shape` (or times the adapter rank), summed."""
         wide = self.hidden * shape.hidden + self.query * shape.query + self.key * shape.key
         return wide + self.intermediate * shape.intermediate + self.rank * rank
 
 
 @dataclass(frozen=True, slots=True)
 class Layers:
-    """Counts for one decoder layer of Llama: elementwise traffic and live memory, in bytes per feature and token."""
+    """Counts for one Llama decoder layer: elementwise memory traffic and live memory, bytes per token and feature."""
 
-    forward: Widths
-    backward: Widths
-    kernels: tuple[int, int]  # forward, backward; without GEMMs
+    forward: Widths  # memory traffic of elementwise kernels in the forward pass
+    backward: Widths  # the same in the backward pass
+    kernels: tuple[int, int]  # number of kernels other than GEMMs in the forward and the backward pass
     saved: Widths  # activations kept from the forward to the backward pass
     peak: Widths  # peak of live memory in the backward pass
 
@@ -147,8 +149,8 @@ FALQON_LAYERS: Final = Layers(
 LORA_LAYERS: Final = Layers(
     Widths(164, 42, 40, 42), Widths(296, 54, 40, 44), (72, 94), Widths(20, 6, 4, 8, 14), Widths(28, 6, 4, 14, 14)
 )
-# Only the model's own operators, without FALQON's casts: the live memory of compiled layers, as compiled casts create
-# no temporary tensors.
+# Counts for the model's own operators only, without FALQON's casts. They give the live memory of compiled layers, as
+# compiled casts create no temporary tensors.
 MODEL_LAYERS: Final = Layers(
     Widths(84, 20, 20, 10), Widths(198, 32, 32, 18), (30, 52), Widths(10, 4, 4, 6), Widths(12, 4, 4, 12)
 )
@@ -156,14 +158,15 @@ MODEL_LAYERS: Final = Layers(
 
 @dataclass(frozen=True, slots=True)
 class Way:
-    """A fine-tuning method, as the cost model sees it.
+    """The properties of a fine-tuning method that determine its costs.
 
     Attributes:
         name: display name.
         weight_bytes: bytes per weight of the linear layers.
-        counted: elementwise work of a layer.
-        fp8: GEMMs with the weights are in FP8, and linear layers that share an input are merged; otherwise bf16 LoRA.
-        live: B takes part in the forward pass (FALQON).
+        counted: elementwise memory traffic and live memory of a decoder layer.
+        fp8: GEMMs with the weights run in FP8, and linear layers with the same input are stacked into one (FALQON);
+            if False, all GEMMs run in bf16 (LoRA, QLoRA).
+        live: B takes part in the forward pass (FALQON only).
         compiled: decoder layers are compiled, one by one.
         decoded: weights are dequantized to bf16 for each GEMM.
     """
@@ -198,11 +201,11 @@ class Product:
 
     @property
     def operations(self) -> int:
-        """FLOP of all `times` executions."""
+        """Floating-point operations of all `times` executions."""
         return 2 * self.rows * self.inner * self.cols * self.times
 
     def seconds(self, device: Device) -> float:
-        """Time of all executions: that of the arithmetic or of the memory traffic, whichever is longer."""
+        """Seconds for all `times` executions: arithmetic or memory traffic, whichever takes longer."""
         operand = 1 if self.fp8 else _BF16
         moved = operand * self.inner * (self.rows + self.cols) + _BF16 * self.rows * self.cols
         arithmetic = self.operations / ((device.fp8_rate if self.fp8 else device.bf16_rate) * GEMM_SHARE)
@@ -218,17 +221,17 @@ class Estimate:
     attention: float
     elementwise: float
     optimizer: float
-    host: float  # launching kernels, concurrently with the rest
+    host: float  # time in which the host launches the kernels, concurrently with their execution
     memory_bytes: int
 
 
 def products_of(shape: Decoder, step: Step, way: Way) -> Iterator[Product]:
-    """The GEMMs of one micro-batch: first those of all decoder layers, then those of the head."""
+    """Yield the GEMMs of one micro-batch, forward and backward: first the decoder layers, then the output head."""
     tokens, rank, again, once = step.tokens, step.rank, step.forwards * shape.layers, shape.layers
-    beside = rank if way.fp8 else 0  # A's rows are stacked below W's
+    beside = rank if way.fp8 else 0  # FALQON stacks the rows of A below those of W in one matrix
     for outs, into in shape.stacks:
         for out in (sum(outs),) if way.fp8 else outs:
-            yield Product(tokens, into, out + beside, again, way.fp8)  # Y = X [W; A]^T
+            yield Product(tokens, into, out + beside, again, way.fp8)  # Y = X W^T, for FALQON X [W; A]^T
             yield Product(tokens, out, into, once, way.fp8)  # dX = G W
             yield Product(out, tokens, rank, once)  # dB = G^T O
             if not way.fp8:
@@ -243,17 +246,18 @@ def products_of(shape: Decoder, step: Step, way: Way) -> Iterator[Product]:
 
 
 def trained_values(shape: Decoder, rank: int, way: Way) -> int:
-    """Number of adapter values that the optimizer updates: B, and for LoRA and QLoRA also A."""
+    """Number of adapter values that the optimizer updates: those of B, and for LoRA and QLoRA those of A, too."""
     values = sum(sum(outs) + (0 if way.fp8 else len(outs) * into) for outs, into in shape.stacks)
     return shape.layers * rank * values
 
 
 def estimate(shape: Decoder, step: Step, way: Way, device: Device) -> Estimate:
-    """Estimate time and memory of an optimizer step on one GPU."""
+    """Estimate time and peak memory of one optimizer step on one GPU."""
     listed = list(products_of(shape, step, way))
     bandwidth = device.bandwidth * MEMORY_SHARE
     products = sum(product.seconds(device) for product in listed)
-    scores = 4 * step.tokens * step.length * shape.query * shape.layers  # mask ignored: attention is slower than GEMMs
+    # FLOP of a forward pass, without the saving from the causal mask: attention kernels are less efficient than GEMMs.
+    scores = 4 * step.tokens * step.length * shape.query * shape.layers
     attention = scores * (step.forwards + _ATTENTION_BACKWARD) / (device.bf16_rate * GEMM_SHARE)
     elementwise = _moved(shape, step, way) / bandwidth
     optimizer = _OPTIMIZER_BYTES * trained_values(shape, step.rank, way) / bandwidth
@@ -271,19 +275,19 @@ def _moved(shape: Decoder, step: Step, way: Way) -> float:
     layer = step.forwards * counted.forward.over(shape, rank) + counted.backward.over(shape, rank)
     moved = step.tokens * shape.layers * layer * (COMPILED_TRAFFIC if way.compiled else 1)
     if way.fp8:
-        return moved + 2 * shape.linear  # codes are transposed for each dX
+        return moved + 2 * shape.linear  # reads and writes the 1-byte codes once, to transpose them for dX
     return moved + ((way.weight_bytes + _BF16) * (step.forwards + 1) * shape.linear if way.decoded else 0)
 
 
 def static_bytes(shape: Decoder, rank: int, way: Way) -> int:
-    """Bytes held throughout training: weights, adapter, gradients, moments."""
-    below = shape.layers * rank * sum(into for _, into in shape.stacks) if way.fp8 else 0  # A's codes
+    """GPU memory that is in use throughout training, in bytes: weights, adapter, gradients and optimizer moments."""
+    below = shape.layers * rank * sum(into for _, into in shape.stacks) if way.fp8 else 0  # codes of FALQON's A
     weights = int(shape.linear * way.weight_bytes) + below + shape.others * _BF16
     return weights + _TRAINED_BYTES * trained_values(shape, rank, way)
 
 
 def memory_bytes(shape: Decoder, step: Step, way: Way) -> int:
-    """Peak GPU memory of a step, in bytes: in the backward pass of a layer, or at the head."""
+    """Peak GPU memory of a step, in bytes; it occurs in the backward pass of the last layer or in the output head."""
     counted = MODEL_LAYERS if way.compiled else way.counted
     saved, peak = (step.tokens * widths.over(shape, step.rank) for widths in (counted.saved, counted.peak))
     boundary = _BF16 * step.tokens * shape.hidden

@@ -1,7 +1,8 @@
-"""GPU data sheets, and the achieved fractions of their figures: the constants behind `pipeline.dry_run.costs`.
+"""GPU data sheets, and the fractions of their figures that kernels achieve: the constants of `pipeline.dry_run.costs`.
 
-RTX 4090: NVIDIA's Ada architecture whitepaper, appendix A. L40S, H100, H200: their data sheets, which state tensor
-throughput with sparsity, halved here. B200: the HGX data sheet. This project has measured none of these figures.
+Sources: for the RTX 4090, NVIDIA's Ada architecture whitepaper, appendix A; for L40S, H100 and H200 their data sheets,
+which state tensor throughput with sparsity and are therefore halved here; for B200 the HGX data sheet. This project has
+measured none of these figures.
 """
 
 from __future__ import annotations
@@ -20,10 +21,10 @@ class Device:
     """A GPU's data sheet; tensor throughput is dense, with fp32 accumulation, in FLOP/s."""
 
     name: str
-    reported: str  # name reported by CUDA; variants with other figures report another name
+    reported: str  # the name that CUDA reports, by which other variants of the GPU are told apart
     fp8_rate: float
     bf16_rate: float
-    bandwidth: float  # bytes/s
+    bandwidth: float  # memory bandwidth, bytes/s
     memory_bytes: int
 
 

@@ -1,7 +1,7 @@
-"""Run a dry run in a separate process, as peak memory is measured per process, and extrapolate from two of them.
+"""Execute dry runs in separate processes (peak memory is measured per process) and extrapolate to the real run.
 
 A dry run has fewer images than the real run. Memory, size and time of each phase are affine functions of that number,
-so two dry runs give them for any number, without hand-tuned constants.
+so two dry runs suffice to extrapolate, without hand-tuned constants.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from fp8pipe.core.errors import (
 from fp8pipe.core.plan import PhaseMeter
 
 _JOB, _ANSWER, _REFUSAL = "job.json", "answer.json", "refusal.json"
-# Errors that the command itself would raise for the same settings, recognized by their exit code.
+# Errors that the real command would raise for the same settings. The parent process recognizes them by exit code.
 _REFUSALS: Final = (ConfigurationError, MissingCapabilityError, BadArtifactError, OutOfMemoryError)
 _LAST: Final = 400  # characters of a failed dry run's stderr to show
 
@@ -38,9 +38,10 @@ class Measured:
     Attributes:
         peaks: for each phase, the largest resident memory, bytes.
         seconds: for each phase, the wall time of each of its occurrences.
-        child_peak: largest resident memory of a process that the dry run started, bytes.
-        sizes: sizes of its output, by name, bytes.
-        facts: other results that the stage's dry run returns.
+        child_peak: largest resident memory of any process that the dry run started, bytes.
+        sizes: sizes on disk, bytes: `step` (checkpoints of steps), `kept` (the rest of the measured part of the
+            artifact) and `output` (the finished artifact).
+        facts: other results returned by the dry run of the stage.
     """
 
     peaks: dict[str, int]
@@ -55,8 +56,8 @@ class Scaled:
     """Extrapolates from dry runs with one or two numbers of images to the real number.
 
     Attributes:
-        runs: (number, measurements) of each dry run.
-        n: the real number.
+        runs: (number of images, measurements) of each of the one or two dry runs.
+        n: the number of images in the real run.
     """
 
     runs: tuple[tuple[int, Measured], ...]
@@ -71,7 +72,7 @@ class Scaled:
         return list(self.runs[-1][1].peaks)
 
     def seconds(self, phase: str, *, least: bool = False) -> float:
-        """Mean (or minimum) wall time of one occurrence of a phase, seconds."""
+        """Wall time of one occurrence of a phase, seconds: the mean over all occurrences, or the minimum if `least`."""
         how = min if least else fmean
         points = [(n, how(m.seconds[phase])) for n, m in self.runs if m.seconds.get(phase)]
         return self._at_n(points) if points else 0.0
@@ -95,11 +96,17 @@ class Scaled:
 
 
 def dry_run(module: str, job: Mapping[str, Any], folder: Path) -> Measured:
-    """Run `python -m module`, which calls `perform`, on a job of plain data, in the scratch folder `folder`.
+    """Execute a dry run as `python -m module` and return its measurements.
+
+    Args:
+        module: a module whose main program calls `perform`.
+        job: the job, as JSON-serializable data.
+        folder: scratch directory for the job, the artifact and the answer; created if missing.
 
     Raises:
-        OutOfMemoryError: the dry run itself was killed for lack of memory.
-        ConfigurationError, MissingCapabilityError, BadArtifactError: the stage rejects the job, as the command would.
+        OutOfMemoryError: the dry run was killed for lack of memory.
+        ConfigurationError, MissingCapabilityError, BadArtifactError: the stage rejects the job, as the real command
+            would.
         Fp8PipeError: the dry run failed in another way; the error includes the end of its stderr.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -120,12 +127,12 @@ def dry_run(module: str, job: Mapping[str, Any], folder: Path) -> Measured:
 
 
 class CheckpointMeter(PhaseMeter):
-    """Measures phases, and the size of checkpoints before they are deleted.
+    """Measures the phases of a stage, and the size of its checkpoints before the stage deletes them.
 
     Args:
-        partial: the unfinished artifact.
-        last: the phase at whose beginning all checkpoints exist.
-        kept: the part of the artifact whose size, without the checkpoints of steps, is measured.
+        partial: directory of the unfinished artifact.
+        last: name of the phase at whose beginning all checkpoints exist; sizes are measured then.
+        kept: path below `partial` whose size, without the checkpoints of steps, is measured as `sizes["kept"]`.
     """
 
     def __init__(self, partial: Path, last: str, kept: str = ".") -> None:
@@ -142,11 +149,18 @@ class CheckpointMeter(PhaseMeter):
 
 
 def perform(run: Callable[[dict[str, Any], Path], tuple[CheckpointMeter, dict[str, Any]]]) -> int:
-    """Perform a dry run in this process; returns its exit code. `dry_run` reads a stage's error from a file.
+    """Perform a dry run in this process: the counterpart of `dry_run`, which starts the process.
 
-    `run` takes the job and the path of the artifact, and returns the measurements and facts.
+    The scratch directory is the process's first argument. The measurements, or an error of the stage, are written to
+    a file there.
+
+    Args:
+        run: called with the job and the path of the artifact; returns the measurements and facts.
+
+    Returns:
+        The exit code of the process.
     """
-    import fp8pipe.cli  # noqa: F401 (uses memory in the real run, too)
+    import fp8pipe.cli  # noqa: F401 (imported because the real command's memory use includes it)
     from fp8pipe.numerics.bf16 import widen_bf16_products
 
     folder = Path(sys.argv[1])
@@ -169,5 +183,5 @@ def perform(run: Callable[[dict[str, Any], Path], tuple[CheckpointMeter, dict[st
 
 
 def size_of(path: Path) -> int:
-    """Bytes of all files below `path`."""
+    """Total size in bytes of all files below the directory `path`."""
     return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())

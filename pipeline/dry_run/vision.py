@@ -1,6 +1,6 @@
 """A dry run of quantization: the real stage, model and batch size, with few images and few steps.
 
-`pipeline.vit.plan` starts it as a separate process.
+`pipeline.vit.plan` starts this module as a separate process.
 """
 
 from __future__ import annotations
@@ -19,18 +19,26 @@ from pipeline.vit.evaluate import read_evaluation_folder
 from pipeline.vit.stage import quantize
 
 STEPS: Final = 2  # the first one allocates the optimizer state
-PICTURES: Final = 64  # images in the evaluation: one batch
+PICTURES: Final = 64  # number of labelled images in the evaluation: one batch
 
 
 def small(config: QuantizeVitConfig, images: int) -> QuantizeVitConfig:
-    """The configuration reduced to `images` images and few steps."""
+    """A copy of the configuration with only `images` images and at most two steps of synthesis and of distillation."""
     synthesis = config.synthesis.model_copy(update={"steps": min(STEPS, config.synthesis.steps)})
     distill = config.distill.model_copy(update={"steps": min(STEPS, config.distill.steps), "save_every": 0})
     return config.model_copy(update={"images": images, "synthesis": synthesis, "distill": distill})
 
 
 def run(job: dict[str, Any], output: Path) -> tuple[CheckpointMeter, dict[str, Any]]:
-    """Quantize with the job's `config` and its number of `images`."""
+    """Run the quantization stage on few images and collect its measurements.
+
+    Args:
+        job: `config`, the fields of a `QuantizeVitConfig`, and `images`, the number of images.
+        output: path of the artifact to write.
+
+    Returns:
+        The measurements by phase, and as a fact the number of labelled `pictures` in the real evaluation.
+    """
     config = build_config(QuantizeVitConfig, job["config"])
     with CheckpointMeter(output.with_name(f"{output.name}.partial"), "deploy") as meter:
         enter_phase("load")

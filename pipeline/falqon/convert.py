@@ -1,7 +1,7 @@
-"""Convert a causal LM's linear layers into FALQON layers, and record for each layer what was done and why.
+"""Replace a causal LM's linear layers with FALQON layers, and record for each layer what was done and why.
 
-Layers are skipped because of their role in the model's structure (such as the output head), never because of their
-name or shape, so the result does not depend on whether, say, the head's width happens to suit an FP8 GEMM.
+Layers are skipped because of their role in the model (such as the output head), never because of their name or shape.
+So the result does not depend, for example, on whether the vocabulary size is a multiple of 16, as FP8 GEMMs need.
 """
 
 from __future__ import annotations
@@ -26,11 +26,13 @@ from pipeline.falqon.observed import Losses
 from pipeline.falqon.rules import Initialisation, UpdateRule
 
 _LOG = logging.getLogger(__name__)
-_SHOWN = 3  # layers in a message
+_SHOWN = 3  # maximum number of layers that an error message lists
 
 
 def read_convertible(model: nn.Module, rank: int) -> ModelStructure:
-    """Check that the model's linear layers can take an adapter of `rank`, and return its structure after a probe pass.
+    """Check that the model can be converted with adapters of the given rank, and return its structure.
+
+    A probe pass through the model determines which linear layers share an input.
 
     Raises:
         ConfigurationError: the model does not run on token ids alone, is already quantized, or has no linear layer
@@ -82,17 +84,18 @@ def convert_model(
     Args:
         model: a causal LM in its training dtype. Weights to convert may be on another device than the rest
             (`pipeline.finetune.streaming`); codes go to the device of the input embedding.
-        rule: determines the scale rule, whether B is live, and whether layers that share an input are stacked.
+        rule: determines the scale rule, whether B takes part in the forward pass, and whether layers that share an
+            input are stacked.
         rank: number of rows of A in every layer.
         initialisation: how A is initialised.
-        seed: seeds the random draws of each layer.
+        seed: determines the random draws of every layer.
         base: where codes and scales are written as they are computed, and found if an earlier process computed them;
             None keeps them in memory.
-        losses: runs a few training batches and yields the loss of each; the `gradient` initialisation needs it.
+        losses: runs a few training batches and yields the loss of each; needed by the `gradient` initialisation.
 
     Returns:
-        The FALQON layers with the linear layers that each one replaces, and one record per linear layer, converted or
-        not.
+        The FALQON layers with the linear layers that each one replaces, and one record for every linear layer of the
+        model, whether converted or not.
 
     Raises:
         ConfigurationError: nothing to convert, an already quantized model, or a rank that is too large.
@@ -121,7 +124,7 @@ def convert_model(
         generator = torch.Generator().manual_seed(seed + indices[first])
         how = initialisation if first in rows or not rows else Initialisation.RANDOMIZED_SVD
         a = adapter_directions(weight, rank, how, rule.scale, generator, rows.get(first))
-        # W and A share one scale. A is far smaller than W, so W gets the same codes as when quantized on its own.
+        # W and A share one scale. A's values are far smaller, so W gets the same codes as if it were quantized alone.
         codes, scale = quantize_stacked([weight, a], E4M3, rule.scale)
         inverse = {} if scale.inverse_scale is None else {"inverse_scale": scale.inverse_scale}
         return {"codes": codes, "scale": scale.value, **inverse}
@@ -185,7 +188,7 @@ class FalqonGroup:
 
     @property
     def name(self) -> str:
-        """Key of the group in saved states: the path of its first member."""
+        """The module path of the first member, used as the group's key in saved states."""
         return self.members[0]
 
 

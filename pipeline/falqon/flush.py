@@ -1,13 +1,14 @@
 """Merge B into the FP8 codes, in place: selected rows after a step, all rows at the end of training.
 
-W and A share one scale, so in code units (values divided by the scale) the new row is
-`round(codes(W)[i] + B[i] codes(A))`, and no scale is needed. A flush reads and writes only the k selected rows,
-k * in_features bytes instead of the whole matrix.
+W and A share one scale. So in code units (values divided by the scale), row i of W becomes
+`round(codes(W)[i] + B[i] codes(A))`, without any scale. A flush reads and writes only the k selected rows: k *
+in_features bytes instead of the whole matrix.
 
-The final merge decides what is deployed, so its rounding is chosen for the output, not for the weight. Rounding
-`T = W + B A` to the nearest code loses nearly all of a small update, as W is already on the grid and every change
-below half a quantization step is rounded away. `compensated` rounding (`fp8pipe.numerics.quantizers`) instead keeps
-`|| X (Q - T)^T ||` small for the layer's real inputs. A row whose target is on the grid is stored exactly.
+The final merge determines the deployed weights, so its rounding minimizes the error of the layer's output rather than
+that of the weights. Rounding `T = W + B A` to the nearest code loses nearly all of a small update, as W is already on
+the FP8 grid and every change below half a quantization step is rounded away. Instead, `compensated` rounding
+(`fp8pipe.numerics.quantizers`) chooses codes Q that keep `|| X (Q - T)^T ||` small for the layer's real inputs X. A row
+whose target values are all on the grid is stored exactly.
 """
 
 from __future__ import annotations
@@ -29,24 +30,24 @@ from pipeline.falqon.rules import FinalMerge, Rounding, UpdateRule
 from pipeline.finetune.compiled import uncompiled
 
 _LOG = logging.getLogger(__name__)
-_COLUMNS = 128  # per block of GPTQ's solver
-# As a fraction of the mean of H's diagonal. In LLMs a few outlier channels dominate that mean: GPTQ's usual 0.01 would
-# reduce all other channels to round-to-nearest.
+_COLUMNS = 128  # columns per block in GPTQ's solver
+# Damping of GPTQ's Hessian H, as a fraction of the mean of its diagonal. In LLMs a few outlier channels dominate that
+# mean, so that GPTQ's usual 0.01 would amount to round-to-nearest for all other channels.
 _DAMPING = 0.001
-_MOMENT_BYTES = 1 << 29  # limit on the second moments held at once
+_MOMENT_BYTES = 1 << 29  # maximum total size of the second moments in memory at the same time
 
 Inputs = Callable[[], Iterable[dict[str, Tensor]]]
 
 
 @dataclass(frozen=True, slots=True)
 class FlushReport:
-    """What one flush did to one layer (or, summed, to several layers).
+    """The effect of one flush on one layer; reports can be added to summarize several layers.
 
     Attributes:
         rows: number of merged rows.
         codes: number of codes in those rows.
         changed: number of codes that changed.
-        saturated: number of targets beyond the grid's largest value.
+        saturated: number of target values beyond the largest value of the grid.
         intended_square: sum of the squared intended changes, in code units.
         applied_square: sum of the squared applied changes (after rounding), in code units.
         inner: inner product of intended and applied changes.
@@ -64,7 +65,12 @@ class FlushReport:
         return FlushReport(*(getattr(self, f) + getattr(other, f) for f in self.__slots__))
 
     def health(self) -> dict[str, float]:
-        """`changed` and `saturated`, as fractions of codes; `norm_ratio` and `cosine` of applied to intended change."""
+        """Relative figures, for logs and manifests.
+
+        Returns:
+            `changed` and `saturated` as fractions of all codes; `norm_ratio`, the norm of the applied change divided by
+            that of the intended change; `cosine`, the cosine of the angle between the two changes.
+        """
         codes = max(self.codes, 1)
         norms = (self.intended_square * self.applied_square) ** 0.5
         ratio = (self.applied_square / self.intended_square) ** 0.5 if self.intended_square else 0.0
@@ -79,19 +85,21 @@ class FlushReport:
 def select_rows(layer: FalqonLinear, count: int) -> Tensor:
     """Indices of the `count` rows with the largest L1 norm of B, ascending.
 
-    Ties go to the lowest index. With the published scale (`ScaleRule.EXACT`, the rule `released`) `torch.topk` breaks
-    them, as in the published code; this matters because after AdamW's first step nearly all norms are equal.
+    Of rows with equal norms, those with the lowest indices are selected. With the scale of the published code
+    (`ScaleRule.EXACT`, used by the update rule `released`), the choice is left to `torch.topk`, as in that code. This
+    matters because nearly all norms are equal after AdamW's first step.
     """
     scores = layer.lora_B.detach().abs().sum(dim=-1)
     if count >= scores.numel():
         return torch.arange(scores.numel(), device=scores.device)
     if layer.code_scale.rule is ScaleRule.EXACT:
-        return torch.topk(scores, k=count).indices.sort().values  # exactly k: another k may break ties differently
+        # As in the published code with exactly this k, since another k may select different rows of equal norm.
+        return torch.topk(scores, k=count).indices.sort().values
     if scores.device.type == "cpu":
         values, rows = torch.topk(scores, count + 1)
         if not count or values[count - 1] != values[count]:  # no tie at the cut-off
             return rows[:count].sort().values
-    # The same rows, without a GPU synchronization.
+    # Selects the same rows as the CPU path above, without a GPU synchronization.
     return torch.sort(scores, descending=True, stable=True).indices[:count].sort().values
 
 
@@ -115,9 +123,12 @@ def flush_rows(
     Args:
         layer: changed in place.
         rows: int64 row indices.
-        rule: determines rounding, error feedback and what is cleared.
-        generator: a CPU generator, needed for stochastic rounding.
-        measure: whether to fill in the report (one more pass over the rows).
+        rule: determines the rounding, whether the rounding error is fed back into B, and which rows of B are cleared.
+        generator: a CPU generator for stochastic rounding; None uses torch's global one.
+        measure: whether to fill in the report, which takes one more pass over the rows.
+
+    Returns:
+        A report of the flush; all zeros unless `measure`.
     """
     if rows.numel() == 0:
         return FlushReport()
@@ -128,7 +139,8 @@ def flush_rows(
     old = layer.weight_codes.view(torch.uint8)[rows]
     target = target_rows(layer, rows)
     new = stochastic_round(target, generator) if rule.rounding is Rounding.STOCHASTIC else E4M3.cast(target)
-    layer.codes.view(torch.uint8).index_copy_(0, rows, new.view(torch.uint8))  # in place: A's rows share the storage
+    # In place, as the rows of A are in the same tensor.
+    layer.codes.view(torch.uint8).index_copy_(0, rows, new.view(torch.uint8))
     report = flush_report(old.view(E4M3.dtype).float(), target, new.float()) if measure else FlushReport()
     _clear(layer, rows, rule, target - new.float() if rule.error_feedback else None)
     return report
@@ -141,18 +153,20 @@ def _clear(layer: FalqonLinear, rows: Tensor, rule: UpdateRule, residual: Tensor
     elif residual is None:
         b.index_fill_(0, rows, 0.0)
     else:
-        # Least squares: the combination of A's rows closest to the rounding residual.
+        # Least squares: B's new rows are those for which B A is closest to the rounding residual.
         a = layer.adapter_codes.float()
         solved = torch.linalg.solve(a @ a.t(), a @ residual.t())  # (r, r), (r, k)
         b[rows] = solved.t().to(b.dtype)
 
 
 def stochastic_round(target: Tensor, generator: torch.Generator | None) -> Tensor:
-    """Round to E4M3 up or down with probabilities that make the result unbiased; saturating.
+    """Round each value to the next lower or higher E4M3 value, with probabilities that make the expectation exact.
+
+    Values beyond the range of E4M3 are clamped to it.
 
     Args:
         target: fp32 code units.
-        generator: a CPU generator; its draws are moved to the target's device.
+        generator: a CPU generator, whose draws are moved to the target's device; None uses torch's global one.
 
     Returns:
         float8_e4m3fn codes, same shape.
@@ -181,9 +195,9 @@ def flush_report(old: Tensor, target: Tensor, new: Tensor) -> FlushReport:
 
 @torch.no_grad()
 def preview(layer: FalqonLinear) -> FlushReport:
-    """Report what a flush of every row, rounded to nearest, would do now; changes nothing."""
+    """Report the effect that flushing every row of B with rounding to nearest would have; changes nothing."""
     every = torch.arange(layer.out_features, device=layer.codes.device)
-    blocks = every.split(row_blocks(layer.weight_codes)[0].shape[0])  # six fp32 copies at once
+    blocks = every.split(row_blocks(layer.weight_codes)[0].shape[0])  # as each row needs six fp32 copies
     return sum((_rounded_rows(layer, rows)[1] for rows in blocks), FlushReport())
 
 
@@ -191,14 +205,14 @@ def preview(layer: FalqonLinear) -> FlushReport:
 def merge_all(
     model: nn.Module, layers: dict[str, FalqonLinear], how: FinalMerge, inputs: Inputs
 ) -> dict[str, FlushReport]:
-    """Merge all of B in every layer at the end of training; afterwards the codes hold the whole update.
+    """Merge all of B into the codes of every layer at the end of training, after which B is zero.
 
     Args:
-        model: run on `inputs` for the second moments; layers merge in order, so later ones see the codes of
-            earlier ones.
-        layers: by name, in module order; changed in place, B cleared.
+        model: the model that contains the layers. For compensated rounding it is run on `inputs` to collect second
+            moments, group by group, so that later groups get the inputs that result from the merged earlier layers.
+        layers: by name, in module order; changed in place.
         how: the rounding of the merge.
-        inputs: returns a fresh iterator over the model's inputs.
+        inputs: called once for each group of layers; returns an iterable over keyword arguments of the model.
 
     Returns:
         A report of the merge for each layer.
@@ -232,8 +246,8 @@ def _all_rows(layer: FalqonLinear, moments: Tensor | None) -> tuple[Tensor, Flus
 
     Args:
         layer: not changed.
-        moments: `(in, in)` fp32, X^T X up to a factor: rounding minimizes the error of `X target^T` for inputs with
-            these second moments; None rounds to the nearest code.
+        moments: `(in, in)` fp32, proportional to X^T X: rounding minimizes the error of `X target^T` for inputs X with
+            these second moments. None rounds to the nearest code.
     """
     every = torch.arange(layer.out_features, device=layer.codes.device)
     if moments is None:
@@ -255,7 +269,16 @@ def _rounded_rows(layer: FalqonLinear, rows: Tensor) -> tuple[Tensor, FlushRepor
 
 
 def _groups(widths: Sequence[int]) -> Iterator[list[int]]:
-    """Indices of consecutive layers whose second moments fit the budget together; `widths` are their `in_features`."""
+    """Split layers into groups of consecutive ones whose fp32 second moments together fit into `_MOMENT_BYTES`.
+
+    A layer whose moments alone exceed that limit is a group of its own.
+
+    Args:
+        widths: `in_features` of each layer.
+
+    Returns:
+        An iterator over groups of indices into `widths`.
+    """
     group: list[int] = []
     used = 0
     for place, width in enumerate(widths):
@@ -270,12 +293,15 @@ def _groups(widths: Sequence[int]) -> Iterator[list[int]]:
 
 
 def held_moments(widths: Sequence[int]) -> int:
-    """Peak bytes of second moments during a compensated merge; `widths` are the layers' `in_features`."""
+    """Peak memory of second moments during a compensated merge, bytes; `widths` are the `in_features` of the layers."""
     return max((sum(4 * widths[place] ** 2 for place in group) for group in _groups(widths)), default=0)
 
 
 def _second_moments(model: nn.Module, layers: dict[str, FalqonLinear], inputs: Inputs) -> dict[str, Tensor]:
-    """`X^T X` of each layer's input, summed over all batches."""
+    """`X^T X` of each layer's input X, summed over all batches: fp32 `(in, in)`, by name.
+
+    A layer that no token reached, such as an expert, has no entry.
+    """
     moments: dict[str, Tensor] = {}
 
     def observe(name: str, x: Tensor) -> None:

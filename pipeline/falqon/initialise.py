@@ -1,16 +1,18 @@
 """The adapter's A: directions in input space along which the weights may move.
 
-FALQON takes them from the SVD of the weights' own quantization error E = W - dequantize(quantize(W)): A is
-`S_r^(1/2) V_r^T` and B starts at zero, since the quantized backbone already holds the negative of E (arXiv 2510.24061,
-section 4). The error's spectrum is nearly flat, so a randomized range finder captures as much energy at a fraction
-of the cost. `random` is the other option of the released code. `gradient` takes the directions along which the loss
-initially falls fastest; A is frozen, and with these directions it performs about as well as a trained A.
+The FALQON paper (arXiv 2510.24061, section 4) takes them from the SVD of the weights' own quantization error
+E = W - dequantize(quantize(W)): A is `S_r^(1/2) V_r^T`, and B starts at zero, since the quantized weights already
+contain the negative of E (`svd`). The error's spectrum is nearly flat, so a randomized range finder captures as much of
+its energy at a fraction of the cost (`randomized-svd`). The released code also has `random`. `gradient` takes the
+directions along which the loss initially falls fastest; a frozen A with these directions performs about as well as a
+trained A.
 
-They are the leading right singular vectors of dL/dW = G^T X. Neither dW nor all of X is ever stored: a few batches
-run forward and backward through the base model twice. The first run sketches the range of dW^T as `X^T (G S)` with a
-thin random S; the second projects dW onto that range, `G^T (X Q)`, and the SVD of the projection gives the leading
-directions (Halko, Martinsson, Tropp 2011, algorithms 4.1 and 5.1). Initialising an adapter from the gradient is
-LoRA-GA's idea (arXiv 2407.05000).
+The directions of `gradient` are the leading right singular vectors of dL/dW = G^T X, where X is a layer's input and G
+the gradient of its output. Neither dL/dW nor all of X is ever stored: a few batches run forward and backward through
+the base model twice. The first run sketches the range of (dL/dW)^T as `X^T (G S)` with a thin random S. The second run
+projects dL/dW onto an orthonormal basis Q of that range, `G^T (X Q)`; the SVD of the projection gives the directions
+(Halko, Martinsson, Tropp 2011, algorithms 4.1 and 5.1). Initialising an adapter from the gradient was proposed by
+LoRA-GA (arXiv 2407.05000).
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ from pipeline.falqon.sums import Sums
 
 _OVERSAMPLING = 16  # extra columns of the range finder (Halko, Martinsson, Tropp 2011, section 4.2)
 _POWER_ITERATIONS = 3
-_SKETCH_FACTOR = 3  # columns of the gradient's sketch per direction: oversampling, as there are no power iterations
+_SKETCH_FACTOR = 3  # sketch columns per direction of the gradient: oversampled, as there are no power iterations
 
 
 def quantization_error(weight: Tensor, rule: ScaleRule) -> Tensor:
@@ -59,7 +61,8 @@ def adapter_directions(
         how: the initialisation.
         rule: the scale rule whose quantization error is decomposed.
         generator: a CPU generator for the random draws, so that a seed determines A.
-        gradient_rows: `(rank, in)` orthonormal rows, needed only by `gradient`.
+        gradient_rows: `(rank, in)` with orthonormal rows, the leading directions of the gradient; needed only by the
+            `gradient` initialisation.
 
     Raises:
         ValueError: the rank is out of range, or `gradient_rows` is missing for `gradient`.
@@ -74,8 +77,8 @@ def adapter_directions(
     if how is Initialisation.GRADIENT:
         if gradient_rows is None:
             raise ValueError("the gradient initialisation needs the gradient's directions")
-        # The rows get the typical norm that the error's SVD gives, so that the same learning rate suits both: the root
-        # of a typical singular value, which for a flat spectrum is ||E|| / sqrt(min(out, in)).
+        # The rows are scaled to the norm that rows from the SVD typically have, so that the same learning rate suits
+        # both: the square root of a typical singular value, which for a flat spectrum is ||E|| / sqrt(min(out, in)).
         length: Tensor = (error.norm() / min(weight.shape) ** 0.5).sqrt()
         return gradient_rows.to(length.device) * length
     if how is Initialisation.SVD:
@@ -88,13 +91,16 @@ def adapter_directions(
 
 
 def _randomized_right_vectors(matrix: Tensor, rank: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Leading singular values and right singular vectors, by subspace iteration on a random sketch of the rows."""
+    """Leading singular values, `(width,)`, and right singular vectors, `(width, in)`, with width >= rank.
+
+    Computed by subspace iteration on a random sketch of the matrix's row space.
+    """
     width = min(rank + _OVERSAMPLING, *matrix.shape)
     sketch = torch.randn(matrix.shape[0], width, generator=generator).to(matrix.device)
     basis = torch.linalg.qr(matrix.t() @ sketch).Q  # (in, width)
     for _ in range(_POWER_ITERATIONS):
         basis = torch.linalg.qr(matrix.t() @ torch.linalg.qr(matrix @ basis).Q).Q
-    # matrix ~ (matrix basis) basis^T; the small SVD rotates the basis onto singular vectors.
+    # matrix ~ (matrix basis) basis^T; the SVD of the thin product in parentheses rotates the basis to singular vectors.
     _, values, rotation = torch.linalg.svd(matrix @ basis, full_matrices=False)
     return values, rotation @ basis.t()
 
@@ -105,9 +111,10 @@ def gradient_sketches(
     """Leading input directions of each group's gradient.
 
     Args:
-        model: unconverted, in its training dtype; restored to its state on return.
+        model: the model before conversion, in its training dtype; unchanged on return.
         groups: module paths; the members of a group share their input and get one set of directions.
-        losses: runs the batches and yields the loss of each, with its graph; called twice, for the same batches.
+        losses: runs the batches and yields the loss of each, with its autograd graph; called twice, and must use the
+            same batches each time.
         rank: number of directions per group.
         seed: seed of the random test matrices.
 
@@ -117,7 +124,7 @@ def gradient_sketches(
 
     Raises:
         ConfigurationError: no token of the batches reached a layer that is not an expert, or gradients are not finite.
-        OutOfMemoryError: the disk for temporary files is too full for the sums.
+        OutOfMemoryError: the disk for temporary files has no room for the sketches.
     """
     device = next(model.parameters()).device
     names = [name for group in groups for name in group]
@@ -140,7 +147,7 @@ def gradient_sketches(
             for group in groups:
                 parts = torch.cat([sums.at(name) for name in group])
                 if in_experts(model, group[0]) and not bool(parts.any()):
-                    continue  # no gradient to take directions from
+                    continue  # its gradient is zero, so it has no directions
                 try:
                     _, _, rotation = torch.linalg.svd(parts, full_matrices=False)
                 except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
@@ -159,9 +166,10 @@ def _not_finite(name: str) -> ConfigurationError:
 
 
 class _Sketch:
-    """`X^T (G S)`, with the same random S of a module in all batches, so that the sum sketches the summed gradient.
+    """Computes the sketch `X^T (G S)` of a module's gradient for one batch.
 
-    S is as large as the sketch, so it is not stored but regenerated for each batch.
+    S is random but the same for all batches of a module, so that the sum over batches is a sketch of the summed
+    gradient. As S is as large as the sketch, it is not stored but drawn again for each batch.
     """
 
     def __init__(self, rank: int, seed: int) -> None:

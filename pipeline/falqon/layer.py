@@ -1,24 +1,26 @@
-"""The FALQON linear layer: FP8 weights and adapter in one matrix, one GEMM for both.
+"""The FALQON linear layer: FP8 weights W and the adapter's A in one matrix, so that one GEMM computes both products.
 
-`codes` holds M = [W; A] as E4M3, shape (out + r, in), with one scale. A forward pass is one FP8 GEMM
-`X [W; A]^T = [Y | O_A]`. Instead of X, only the thin O_A = X A^T is saved for the backward pass:
+`codes` is M = [W; A] in E4M3, shape (out + r, in), with one scale. The forward pass is the FP8 GEMM
+`X [W; A]^T = [Y | O_A]`. Instead of the input X, only the thin O_A = X A^T is saved for the backward pass, in which G
+is the gradient of Y:
 
     dX = G W            (FP8, G cast to E5M2)
-    dB = G^T O_A        (B, out x r, is the only trainable tensor; no dW is ever formed)
+    dB = G^T O_A        (B, out x r, is the only trainable tensor; no dW is ever computed)
 
-In the paper's rules (section 4 of arXiv 2510.24061, and the released code) B stays outside the forward pass and is
-merged into W's codes after each optimizer step, so the update of a single step must survive rounding to FP8. In a
-`live` layer B takes part in the forward pass until it is merged:
+In the paper (section 4 of arXiv 2510.24061) and its released code, B is not used in the forward pass but merged into
+W's codes after each optimizer step, so the update of a single step must survive rounding to FP8. In a `live` layer, B
+takes part in the forward pass until it is merged:
 
     Y  = X W^T + O_A B^T            dX = [G | G B] [W; A]
 
-Both extra products have an inner or outer dimension of only r, and dX is still one GEMM. This is LoRA with a frozen A,
-whose update can accumulate in B until it is large enough to survive rounding. Neither form saves X.
+The two extra products, O_A B^T and G B, have a dimension of only r, and dX is still one GEMM. This is LoRA with a
+frozen A; the update accumulates in B until it is large enough to survive rounding. X is not saved in this case either.
 
-One layer can replace several linear layers that read the same tensor (q/k/v, gate/up): their weights are stacked in
-W, and they share cast, scale, A, O_A and every GEMM. Because of the shared scale, engines that fuse such layers keep
-the codes unchanged. Which layers share an input is observed in a forward pass, not guessed from names, so it works for
-any architecture; if the layers ever get different inputs, each runs the stacked layer itself and is still correct.
+One layer can replace several linear layers with the same input (q/k/v, gate/up): their weights are stacked in W, and
+they share the input's cast, the scale, A, O_A and every GEMM. Because of the shared scale, engines that fuse such
+layers can use the codes unchanged. Which layers share an input is observed in a forward pass rather than derived from
+their names, so this works for any architecture. If the layers ever get different inputs, each of them runs the stacked
+layer by itself, and the results are still correct.
 """
 
 from __future__ import annotations
@@ -39,15 +41,15 @@ class FalqonLinear(nn.Module):
     """A linear layer `y = x W^T (+ x A^T B^T) + bias` on FP8 codes, trainable through B alone.
 
     Args:
-        codes: `(out + rank, in)` float8_e4m3fn, W's rows first; kept without a copy.
-        scale: a scalar, shared by all codes; its rule is used for activations and gradients too.
+        codes: `(out + rank, in)` float8_e4m3fn, W's rows first; used without copying.
+        scale: the scalar scale of all codes; its rule also applies to activations and gradients.
         rank: number of rows of A.
-        parts: number of rows of each linear layer stacked in W; default: one layer with all rows.
+        parts: number of rows of each linear layer that is stacked in W; default: a single layer with all rows.
         bias: `(out,)` or None, frozen.
         live: whether B takes part in the forward pass.
 
     Raises:
-        ValueError: `parts` do not sum to the rows of W, or the layer is live and its scales are not powers of two.
+        ValueError: `parts` do not add up to the rows of W, or the layer is live but its scales are not powers of two.
     """
 
     codes: Tensor
@@ -81,7 +83,7 @@ class FalqonLinear(nn.Module):
         self.register_buffer("codes", codes)
         self.register_buffer("scale", scale.value)
         self.register_buffer("inverse_scale", scale.inverse_scale)
-        # The scale repeated for each column of a GEMM, padded to a multiple of 16; cached, as the scale never changes.
+        # The scale, repeated for each column of a GEMM (padded to a multiple of 16); cached, as it never changes.
         columns = None if scale.inverse_scale is not None else scale.value.expand(max(codes.shape) + 15).contiguous()
         self.register_buffer("columns", columns, persistent=False)
         self.register_buffer("one", None if columns is None else torch.ones_like(scale.value), persistent=False)
@@ -90,7 +92,7 @@ class FalqonLinear(nn.Module):
 
     @property
     def code_scale(self) -> Scale:
-        """The scale of W's and A's codes."""
+        """The scale that W's and A's codes share."""
         return Scale(self.scale, self.inverse_scale, self.columns, self.one)
 
     @property
@@ -100,7 +102,7 @@ class FalqonLinear(nn.Module):
 
     @property
     def adapter_codes(self) -> Tensor:
-        """A's codes, `(rank, in)` float8_e4m3fn, a view; its scale is W's."""
+        """A's codes, `(rank, in)` float8_e4m3fn, a view; they have the same scale as W's."""
         return self.codes[self.out_features :]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -109,7 +111,10 @@ class FalqonLinear(nn.Module):
         return y
 
     def forward_parts(self, x: Tensor, parts: tuple[int, ...]) -> tuple[Tensor, ...]:
-        """Like `forward`, with the output split into `parts` columns: views of one tensor."""
+        """Like `forward`, but with the output split along its last dimension into the widths `parts`.
+
+        Without a bias, the returned tensors share one buffer.
+        """
         flat = x.reshape(-1, self.in_features)
         if self.observer is not None:
             self.observer(flat)
@@ -119,7 +124,7 @@ class FalqonLinear(nn.Module):
         return tuple(y.view(*x.shape[:-1], width) for y, width in zip(outputs, parts, strict=True))
 
     def extra_repr(self) -> str:
-        """Shape, rank and mode, so that printing a model shows each layer's precision."""
+        """Shape, rank, format and mode of the layer, shown when the model is printed."""
         mode = "live" if self.live else "merged"
         out = "+".join(map(str, self.parts))
         return f"in={self.in_features}, out={out}, rank={self.rank}, e4m3, {self.code_scale.rule}, {mode}"
@@ -133,7 +138,7 @@ class _FalqonProduct(torch.autograd.Function):
         y, o = backend(x).forward(x, layer.codes, layer.code_scale, layer.rank, b if layer.live else None)
         ctx.layer = layer
         ctx.save_for_backward(o, b)
-        # Detached, so that autograd does not treat them as views: a model may modify a part in place (OLMo clips q).
+        # Detached, so that autograd does not treat them as views: a model may modify one in place (OLMo clips q).
         return tuple(part.detach() for part in y.split(parts, 1))
 
     @staticmethod
@@ -149,11 +154,11 @@ class _FalqonProduct(torch.autograd.Function):
 
 
 class StackedOutput:
-    """Runs a stacked layer once for all its parts and gives each part its columns of the output."""
+    """Runs a stacked layer once for all its parts, and returns to each part its own columns of the output."""
 
     def __init__(self, layer: FalqonLinear) -> None:
         self.layer = layer
-        self._source: Tensor | None = None  # the input of `_outputs`, while some outputs are left
+        self._source: Tensor | None = None  # the input that gave `_outputs`; None once all outputs are returned
         self._version = -1
         self._grad_mode = False
         self._outputs: dict[int, Tensor] = {}
@@ -172,17 +177,22 @@ class StackedOutput:
 
 
 def _version(x: Tensor) -> int:
-    """How often `x` was modified in place; torch.compile cannot trace this counter, so -1 is returned while compiling.
+    """Autograd's counter of in-place modifications of `x`, or -1 under torch.compile, which cannot trace it.
 
-    This is safe: in the probe pass that found the groups, no shared input was modified between the layers reading it.
+    The constant is safe: layers are grouped only if, in the probe pass, their shared input was not modified between
+    them.
     """
     return -1 if torch.compiler.is_compiling() else x._version
 
 
 class FalqonPart(nn.Module):
-    """Stands in the model for one linear layer whose weight is part of the rows of a stacked `FalqonLinear`.
+    """Replaces one of the linear layers whose weights are stacked in a `FalqonLinear`.
 
-    Only the first part registers the stacked layer (as submodule `stacked`), so its parameters appear once.
+    Only the first part registers the stacked layer (as submodule `stacked`), so that its parameters appear once.
+
+    Args:
+        output: shared by all parts of the stacked layer.
+        index: the index of this part.
     """
 
     def __init__(self, output: StackedOutput, index: int) -> None:

@@ -1,4 +1,4 @@
-"""FALQON as a training method: conversion, the flush after each step, health, state, and the final merge."""
+"""FALQON's implementation of the training-method interface (`pipeline.finetune.method.Method`)."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from pipeline.falqon.rules import Initialisation, UpdateRule
 from pipeline.finetune.method import Method
 from pipeline.finetune.weights import Deployed, Weights
 
-_HEALTH_LAYERS = 8  # layers measured per log line, in rotation, so that this costs only a fraction of a step
+_HEALTH_LAYERS = 8  # approximate number of layers measured per log line, so that it costs only a fraction of a step
 
 
 class FalqonMethod(Method):
-    """Trains B inside FP8 layers; after `finish` the weights are FP8 codes only.
+    """Trains B of FALQON layers; `finish` merges it, after which the weights consist of FP8 codes only.
 
     Args:
         rule: the update rule.
         rank: number of rows of A.
-        rows: rows flushed per layer and step; None means `rank`.
+        rows: rows of B that are flushed per layer and step; None means `rank`.
         initialisation: how A is initialised.
         seed: seed of the initialisation and of stochastic rounding.
     """
@@ -42,7 +42,14 @@ class FalqonMethod(Method):
     def prepare(
         self, model: nn.Module, base: BaseFiles | None = None, losses: Losses | None = None
     ) -> list[LayerRecord]:
-        """Convert the model in place; see `convert_model`."""
+        """Convert the model in place; for the arguments see `Method.prepare`.
+
+        Returns:
+            One record per linear layer, converted or not.
+
+        Raises:
+            ConfigurationError: the model cannot be converted (see `convert_model`).
+        """
         settings = self.rule, self.rank, self.initialisation, self.seed
         self.groups, records = convert_model(model, *settings, base=base, losses=losses)
         self.layers = {group.name: group.layer for group in self.groups}
@@ -50,11 +57,15 @@ class FalqonMethod(Method):
         return records
 
     def parameters(self) -> dict[str, nn.Parameter]:
-        """B of every layer; nothing else trains."""
+        """B of every layer, the only trained tensors."""
         return {f"{name}.lora_B": layer.lora_B for name, layer in self.layers.items()}
 
     def after_step(self, step: int, measure: bool) -> FlushReport | None:
-        """Flush after optimizer step `step`; returns None if the rule does not flush every step."""
+        """Flush rows of every layer after optimizer step `step`, if the rule flushes every step.
+
+        Returns:
+            The summed report, filled in only if `measure`; None if the rule does not flush.
+        """
         if not self.rule.flush_every_step:
             return None
         total = FlushReport()
@@ -65,7 +76,7 @@ class FalqonMethod(Method):
         return total
 
     def health(self, step: int) -> FlushReport:
-        """What a flush with rounding to nearest would do to the pending update of a few layers, in rotation."""
+        """Report what flushing B with rounding to nearest would do now, for a few layers that change with `step`."""
         layers = list(self.layers.values())
         stride = max(1, len(layers) // _HEALTH_LAYERS)
         return sum((preview(layer) for layer in layers[step % stride :: stride]), FlushReport())
@@ -85,7 +96,7 @@ class FalqonMethod(Method):
                 layer.codes.view(torch.uint8).copy_(state[f"{name}.codes"].view(torch.uint8))
 
     def deployed_weights(self) -> Weights:
-        """Codes in the checkpoint's orientation and fp32 scalar scales, keyed by linear layer."""
+        """FP8 codes in the checkpoint's orientation and fp32 scalar scales, by module path of the linear layer."""
         weights: Weights = {}
         for group in self.groups:
             parts = group.layer.weight_codes.view(torch.uint8).split(group.layer.parts)
@@ -95,7 +106,7 @@ class FalqonMethod(Method):
         return weights
 
     def adapter(self) -> dict[str, Tensor]:
-        """A's codes and scale, and B, for each FALQON layer."""
+        """The codes and scale of A, and B, for each FALQON layer, as `NAME.lora_A`, `.lora_A_scale` and `.lora_B`."""
         tensors: dict[str, Tensor] = {}
         for name, layer in self.layers.items():
             tensors[f"{name}.lora_A"] = layer.adapter_codes.clone()
@@ -104,5 +115,5 @@ class FalqonMethod(Method):
         return tensors
 
     def finish(self, model: nn.Module, inputs: Inputs) -> dict[str, FlushReport]:
-        """Merge all that is left in B; returns a report for each FALQON layer."""
+        """Merge B into the codes with the rule's final merge; returns a report for each FALQON layer."""
         return merge_all(model, self.layers, self.rule.final, inputs)

@@ -1,9 +1,9 @@
-"""Pairs of input and output gradient of a model's linear layers, observed in backward passes and freed at once.
+"""Observe the input and the output gradient of each linear layer in backward passes; each pair is freed after use.
 
-The unconverted model takes twice the memory of the converted one, so there is no room for its activations: decoder
-layers run under activation checkpointing here, even if training does not use it. (transformers does so only in
-training mode, but the model is in evaluation mode to switch dropout off.) Inputs are therefore observed when a decoder
-layer is recomputed, just before its backward pass. The results are bit-identical to those without checkpointing.
+Before conversion a model takes twice the memory, so there may be no room for its activations. Decoder layers therefore
+run with activation checkpointing here, even if training does not use it. (transformers supports it only in training
+mode, but the model is in evaluation mode here, without dropout.) Inputs are observed when a decoder layer is
+recomputed, just before its backward pass. The results are bit-identical to those without checkpointing.
 """
 
 from __future__ import annotations
@@ -28,7 +28,10 @@ _CACHES = ("past_key_values", "layer_past")  # arguments of decoder layers
 
 @dataclass(slots=True)
 class _Cell:
-    """Collects the input and the output gradient of one layer call, in any order, then projects and frees both."""
+    """Collects the input and the output gradient of one call of a layer, in either order.
+
+    As soon as both are there, `project` is called with them and they are freed.
+    """
 
     project: Callable[[Tensor, Tensor], None]
     x: Tensor | None = None
@@ -42,7 +45,12 @@ class _Cell:
 
 @dataclass(slots=True)
 class _Repeated:
-    """The checkpointed layer that is running, if any: its cells in call order, and an iterator if it is recomputed."""
+    """State of the decoder layer that is running under checkpointing, if any.
+
+    Attributes:
+        cells: the cells of the linear layers called in its first run, in call order; None outside such a layer.
+        again: iterates over these cells while the layer is recomputed; None in the first run.
+    """
 
     cells: list[_Cell] | None = None
     again: Iterator[_Cell] | None = None
@@ -50,7 +58,7 @@ class _Repeated:
 
 @dataclass(slots=True)
 class _Run:
-    """One run of a checkpointed layer, called a second time when it is recomputed in the backward pass."""
+    """One run of a checkpointed layer: called in the forward pass, and again for recomputation in the backward pass."""
 
     forward: Callable[..., Any]
     state: _Repeated
@@ -68,14 +76,15 @@ class _Run:
 
 
 def observe(model: nn.Module, names: Sequence[str], losses: Losses, project: _Project, sums: Sums) -> None:
-    """Sum `project(X, G, name)` of each linear layer over all batches.
+    """Compute `project(X, G, name)` for each linear layer, summed over all batches.
 
     Args:
-        model: restored to its state on return.
+        model: unchanged on return.
         names: module paths of the layers.
-        losses: runs the batches and yields the loss of each, with its graph.
-        project: called with a layer's input `(tokens, in)`, the gradient of its output `(tokens, out)` and its path.
-        sums: receives the sums, keyed by path.
+        losses: runs the batches and yields the loss of each, with its autograd graph.
+        project: called with a layer's input X `(tokens, in)`, the gradient G of its output `(tokens, out)` and its
+            module path.
+        sums: receives the sums, by module path.
 
     Raises:
         ConfigurationError: no token of the batches reached some layer.
@@ -87,7 +96,7 @@ def observe(model: nn.Module, names: Sequence[str], losses: Losses, project: _Pr
 
     def on_forward(name: str, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
         x = args[0].detach().reshape(-1, args[0].shape[-1])
-        if state.again is not None:  # recomputed: the hook is on the first run's output, use its cell
+        if state.again is not None:  # recomputation: the gradient hook is on the first run's output; use its cell
             cell = next(state.again)
             cell.x = x
             cell.meet()
@@ -122,7 +131,7 @@ def observe(model: nn.Module, names: Sequence[str], losses: Losses, project: _Pr
 
 @contextmanager
 def _checkpointed(model: nn.Module, state: _Repeated) -> Iterator[None]:
-    """Apply activation checkpointing, also in evaluation mode, to the layers for which transformers supports it."""
+    """A context in which the layers that support activation checkpointing use it, in evaluation mode, too."""
     layers = _outermost(model)
 
     def run(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -133,7 +142,7 @@ def _checkpointed(model: nn.Module, state: _Repeated) -> Iterator[None]:
     try:
         for layer in layers:
             layer.forward = partial(run, layer.forward)
-        with set_checkpoint_early_stop(False):  # recompute up to each layer's last linear
+        with set_checkpoint_early_stop(False):  # so that recomputation reaches the last linear layer of each layer
             yield
     finally:
         for layer in layers:

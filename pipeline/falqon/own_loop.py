@@ -1,4 +1,4 @@
-"""FALQON for your own training loop: convert a model, train it, merge, and save an artifact for export.
+"""FALQON for custom training loops: convert a model, train it, merge the update, and save an artifact for export.
 
 ```python
 falqon = fp8pipe.falqon.convert(model, rank=64)
@@ -58,14 +58,14 @@ def convert(
     """Replace the linear layers of a causal language model with FALQON layers, in place.
 
     Args:
-        model: as transformers loads it, in bf16 or fp32, on its device.
+        model: a transformers model in bf16 or fp32, on the device on which it will be trained.
         rank: adapter rank, the number of rows of A in every layer.
-        update_rule_name: how updates enter the FP8 codes.
-        rows: rows of B flushed per layer and step, for rules that flush every step; default: `rank`.
+        update_rule_name: name of the rule by which updates are merged into the FP8 codes.
+        rows: rows of B that are flushed per layer and step, for rules that flush every step; default: `rank`.
         initialisation: how A is initialised; default: `gradient` if `losses` is given, else `randomized-svd`.
         seed: seed of the initialisation and of stochastic rounding.
-        losses: returns the losses of a few training batches, each a scalar with a graph to backpropagate; needed by
-            the `gradient` initialisation.
+        losses: a function that returns an iterable over the losses of a few training batches, each a scalar with its
+            autograd graph; called twice. Needed by the `gradient` initialisation.
 
     Returns:
         A handle to the converted model; pass only its `parameters()` to the optimizer.
@@ -97,9 +97,9 @@ class Falqon:
 
     Attributes:
         model: the converted model, the same object that was passed in.
-        method: its FALQON layers and their update rule.
-        records: one per linear layer: converted, or skipped with the reason.
-        steps: optimizer steps so far.
+        method: the training method, with the FALQON layers and their update rule.
+        records: one record per linear layer: converted, or skipped with the reason.
+        steps: number of completed optimizer steps.
     """
 
     def __init__(self, model: nn.Module, method: FalqonMethod, records: list[Any]) -> None:
@@ -112,24 +112,24 @@ class Falqon:
         return list(self.method.parameters().values())
 
     def after_step(self) -> FlushReport | None:
-        """Flush B into the codes if the update rule does so at this step; call it after every optimizer step.
+        """Flush rows of B into the codes if the update rule flushes every step; call this after every optimizer step.
 
         Returns:
-            Counts of the flush, or None if the rule did not flush.
+            A report of the flush without measurements (all zeros), or None if the rule does not flush every step.
         """
         report = self.method.after_step(self.steps, measure=False)
         self.steps += 1
         return report
 
     def final_merge(self, batches: Iterable[dict[str, Tensor]] = ()) -> dict[str, FlushReport]:
-        """Merge what is left in B into the codes, after which B is zero.
+        """Merge the update that is still in B into the codes, after which B is zero.
 
         Args:
-            batches: keyword arguments for the model, about 32 training sequences in all, on which rounding errors are
-                compensated (with GPTQ's solver).
+            batches: keyword arguments of the model, about 32 training sequences in all. Rounding errors are compensated
+                for their layer inputs, with GPTQ's solver.
 
         Returns:
-            For each layer, a report of the merge: changed codes, and intended against applied change.
+            A report for each layer: the number of changed codes, and the applied relative to the intended change.
 
         Raises:
             ConfigurationError: the update rule compensates rounding errors on layer inputs, but `batches` is empty.
@@ -149,11 +149,11 @@ class Falqon:
         return self._merged
 
     def save(self, base: str | Path, output: str | Path, *, force: bool = False) -> Artifact:
-        """Write an artifact for `fp8pipe export`: the base checkpoint with the trained FP8 codes as its weights.
+        """Write an artifact for `fp8pipe export`: the base checkpoint with the trained FP8 codes in place of weights.
 
         Args:
-            base: what the model was loaded from: a directory, a hub id, a .gguf file or sample:NAME.
-            output: the artifact's directory.
+            base: the checkpoint that the model was loaded from: a directory, a hub id, a .gguf file or sample:NAME.
+            output: directory of the artifact.
             force: replace an existing artifact.
 
         Raises:
@@ -190,9 +190,9 @@ class Falqon:
             )  # fmt: skip
 
     def callback(self) -> Any:
-        """A `TrainerCallback` for transformers' Trainer that calls `after_step`.
+        """A `TrainerCallback` for transformers' Trainer that calls `after_step` after every optimizer step.
 
-        Call `final_merge` and `save` yourself when training has ended.
+        It does not call `final_merge` and `save`, which must be called after training.
         """
         from transformers import TrainerCallback
 

@@ -1,8 +1,8 @@
-"""How the optimizer's update of B is merged into the FP8 codes: named rules, each a frozen set of choices.
+"""Update rules: named ways to merge the optimizer's update of B into the FP8 codes.
 
-The weights are exactly on the FP8 grid, so an update below half a quantization step is rounded away (E4M3's half step
-is 3 to 6 % of a weight's value). The rules differ in when they round, in what they do with the rounding residual, and
-in whether the pending update takes part in the forward pass. The measurements behind the default are in
+The weights are exactly on the FP8 grid, so an update of less than half a quantization step (3 to 6 % of a weight's
+value in E4M3) is rounded away. The rules differ in when they round, in what they do with the rounding residual, and in
+whether the pending update takes part in the forward pass. The measurements that led to the default are in
 `docs/update-rules.md`.
 """
 
@@ -16,7 +16,7 @@ from fp8pipe.numerics.kinds import ScaleRule
 
 
 class Initialisation(StrEnum):
-    """How A is initialised."""
+    """How the adapter's A is initialised; the choices are described in `initialise.py`."""
 
     SVD = "svd"
     RANDOMIZED_SVD = "randomized-svd"
@@ -25,14 +25,14 @@ class Initialisation(StrEnum):
 
 
 class Rounding(StrEnum):
-    """How a flush rounds the target to the grid."""
+    """How a flush after a step rounds the updated weights to the FP8 grid."""
 
     NEAREST = "nearest"
     STOCHASTIC = "stochastic"
 
 
 class FinalMerge(StrEnum):
-    """What happens to the update still buffered in B when training ends."""
+    """How the update that is still in B is rounded when it is merged at the end of training."""
 
     NEAREST = "nearest"
     COMPENSATED = "compensated"
@@ -40,18 +40,19 @@ class FinalMerge(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class UpdateRule:
-    """One way to merge B into the codes.
+    """A way to merge B into the FP8 codes.
 
     Attributes:
         name: the name by which users select the rule.
         live: B takes part in the forward pass until it is merged.
-        flush_every_step: rows are merged after every optimizer step.
+        flush_every_step: selected rows are merged after every optimizer step; otherwise B is merged only at the end.
         clear_all: a flush clears all of B; otherwise only the flushed rows.
-        rank_rows: flush `rank` rows regardless of `--rows` (the released code never leaves its warm-up).
-        rounding: rounding of the per-step flush.
-        error_feedback: the rounding residual goes back into B, projected onto A.
-        scale: scale rule of weights and activations; `EXACT` also breaks ties as the published code does.
-        stacked: layers that read the same tensor share scale, A and GEMMs.
+        rank_rows: flush `rank` rows regardless of `--rows`, as the released code does (its warm-up never ends).
+        rounding: rounding of the flush after each step.
+        error_feedback: the rounding residual is projected onto A and stored in B, to be merged by a later flush.
+        scale: scale rule of weights and activations; with `EXACT`, ties in row selection are resolved as in the
+            released code.
+        stacked: linear layers with the same input share scale, A and GEMMs.
         final: rounding of the final merge.
         initialisation: how A is initialised by default.
     """
@@ -103,10 +104,10 @@ DEFAULT_RULE = "live"
 
 
 def update_rule(name: str) -> UpdateRule:
-    """The rule called `name`.
+    """The update rule called `name`.
 
     Raises:
-        ConfigurationError: no such rule.
+        ConfigurationError: there is no rule of that name.
     """
     if name not in RULES:
         raise ConfigurationError(

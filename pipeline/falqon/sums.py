@@ -1,7 +1,7 @@
-"""Sums of the gradient's sketches, kept in a temporary file so that they take no device memory and no process memory.
+"""Sums of gradient sketches, kept in a temporary file so that they occupy neither device memory nor process memory.
 
-Over all layers they come to an eighth of the model's size. The operating system caches the file in free memory. It is
-created where `tempfile` puts files (`TMPDIR`), has no name, and is deleted when it is closed.
+The sums of all layers together take an eighth of the model's size. The operating system caches the file in free memory.
+The file is created in the directory of `tempfile` (`TMPDIR`), has no name, and is deleted when it is closed.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from fp8pipe.core.errors import OutOfMemoryError
 
 
 class Sums:
-    """fp32 tensors by name, in an unnamed temporary file; a context manager.
+    """Stores fp32 tensors by name in an unnamed temporary file; a context manager that closes and deletes the file.
 
     Args:
         device: the device on which `at` returns tensors.
 
     Raises:
-        OutOfMemoryError: by every method that writes, if the file's disk is full.
+        OutOfMemoryError: raised by `add` if the disk of the file is full.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -46,7 +46,12 @@ class Sums:
         return name in self._places
 
     def add(self, name: str, part: Tensor) -> None:
-        """Add `part`, of any float dtype and on any device, to the tensor of that name, or store it as a new one."""
+        """Add `part` to the stored tensor called `name`, or store it under that name if there is none yet.
+
+        Args:
+            name: name of the sum.
+            part: any float dtype, on any device; always of the same shape for one name.
+        """
         part = part.to("cpu").float()
         if name not in self._places:
             self._places[name] = self._end, part.shape
@@ -56,7 +61,7 @@ class Sums:
         self._write(name, part.contiguous())
 
     def at(self, name: str) -> Tensor:
-        """The tensor called `name`, on the device."""
+        """The tensor called `name`, fp32, on the device given to the constructor."""
         return self._read(name).to(self._device)
 
     def _read(self, name: str) -> Tensor:

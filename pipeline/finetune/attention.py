@@ -1,9 +1,10 @@
-"""Attention for training on a CPU, as plain GEMMs, because the backward pass of torch's fused kernel is slow there.
+"""Attention for training on a CPU, computed with plain GEMMs, as the backward pass of torch's fused kernel is slow.
 
-The backward pass of torch's CPU flash attention is far slower than the GEMMs it consists of; for short rows it takes a
-fifth of a whole training step. Here a layer's scores are computed in the forward pass, freed, and recomputed in the
-backward pass, so memory use is that of the fused kernel plus one layer's scores. Query heads that share a key head are
-stacked as rows of one GEMM, so keys and values are never repeated. Rows too long for this go to the fused kernel.
+The backward pass of torch's CPU flash attention is far slower than the GEMMs it consists of: for short sequences it
+takes a fifth of a whole training step. Here the scores of a layer are computed in the forward pass, freed, and
+recomputed in the backward pass, so memory use is that of the fused kernel plus the scores of one layer. Query heads
+that share a key head are stacked as rows of one GEMM, so keys and values are never repeated. The fused kernel is still
+used for sequences whose scores would take too much memory.
 
 The formula is `softmax(scale Q K^T + mask) V` (arXiv 1706.03762, section 3.2.1).
 """
@@ -21,11 +22,15 @@ from fp8pipe.models.compat import import_transformers
 
 NAME = "fp8pipe-cpu"
 _MAX_SCORES = 1 << 25  # values of one layer's scores: 64 MB in bf16
-_PLAIN = {"use_cache", "position_ids", "is_causal"}  # keyword arguments that do not change the formula
+_PLAIN = {"use_cache", "position_ids", "is_causal"}  # keyword arguments that do not affect the result here
 
 
 class _Attention(torch.autograd.Function):
-    """Grouped-query attention; q `(G, R, d)` already scaled, k and v `(G, L, d)`, bias `(G, R, L)` or broadcastable."""
+    """Grouped-query attention for G = batch size x key heads.
+
+    Its inputs are q `(G, R, d)`, already scaled, whose R rows are the L positions of all query heads that share a key
+    head; k and v `(G, L, d)`; and the additive mask `bias`, `(batch size or 1, L, L)`.
+    """
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
@@ -48,20 +53,25 @@ def _probabilities(q: Tensor, k: Tensor, bias: Tensor) -> Tensor:
     groups, rows, _ = q.shape
     scores = torch.bmm(q, k.transpose(1, 2))
     batch, heads_rows, length = bias.shape
-    # The mask is the same for every head: for the addition the scores are viewed as (B, heads, L, L).
+    # The mask is the same for every head, so it is added to a view of the scores as (B or 1, heads, L, L).
     scores.view(batch, -1, heads_rows, length).add_(bias.unsqueeze(1))
     return torch.softmax(scores.view(groups, rows, length), -1)
 
 
 class _Bias:
-    """Caches the additive form of the latest mask, as all layers of a forward pass get the same mask object."""
+    """Converts a boolean mask to an additive one, cached because all layers of a forward pass get the same mask."""
 
     def __init__(self) -> None:
         self._source: weakref.ref[Tensor] | None = None
         self._bias: Tensor | None = None
 
     def of(self, mask: Tensor | None, query: Tensor) -> Tensor:
-        """`(B or 1, L, L)` in the query's dtype: 0 where a key is visible, the dtype's lowest value elsewhere."""
+        """The additive mask, `(B or 1, L, L)` in the query's dtype: 0 where a key is visible, else the lowest value.
+
+        Args:
+            mask: `(B or 1, 1, L, L)` bool, True where a key is visible; None for a causal mask.
+            query: `(B, H, L, d)`.
+        """
         if mask is None:
             length = query.shape[2]
             return _additive(torch.ones(1, length, length, dtype=torch.bool).tril(), query.dtype)
@@ -87,9 +97,23 @@ def attend(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' attention interface: query `(B, H, L, d)`, key and value `(B, K, L, d)`; returns `(B, L, H, d)`."""
+    """An attention function for transformers' `AttentionInterface`.
+
+    Args:
+        module: the attention layer.
+        query: `(B, H, L, d)`.
+        key: `(B, K, L, d)`, where K divides H.
+        value: `(B, K, L, d)`.
+        attention_mask: `(B or 1, 1, L, L)` bool, True where a key is visible; None for causal attention.
+        dropout: dropout probability.
+        scaling: factor of the scores; default: `d ** -0.5`.
+        **kwargs: other options of transformers; those with an effect are left to the fused kernel.
+
+    Returns:
+        The output, `(B, L, H, d)`, and None in place of the attention weights.
+    """
     batch, heads, length, width = query.shape
-    # Only for plain causal self-attention on a CPU whose scores are not too large to materialize.
+    # Anything but plain self-attention on a CPU with scores of limited size is left to the fused kernel.
     fits = (
         query.device.type == "cpu"
         and dropout == 0.0
@@ -121,10 +145,13 @@ def attend(
 
 
 def use_matmul_attention(model: nn.Module) -> bool:
-    """Make a transformers model that uses fused attention train with `attend`; returns False if it cannot.
+    """Switch a transformers model from fused attention (`sdpa`) to `attend`.
 
     Args:
         model: on a CPU; only its attention implementation is changed.
+
+    Returns:
+        False, with the model unchanged, if it does not use `sdpa` or does not support other implementations.
     """
     transformers = import_transformers()
     pretrained: Any = model

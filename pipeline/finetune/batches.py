@@ -1,19 +1,19 @@
 """Batches as a function of the step number, so that a resumed run gets the same batches as an uninterrupted one.
 
 There is no iterator and no state: ``at(step)`` depends only on the examples, the seed and the step. Examples are
-grouped into rows once (with packing: first fit, in a random order drawn from the seed; without: one per row). Each
-epoch takes all rows in a random order drawn from (seed, epoch) and splits them into ``len(batches)`` batches whose
+assigned to rows once: with packing by first fit, in a random order drawn from the seed; without packing one per row.
+Each epoch takes all rows in a random order drawn from (seed, epoch) and splits them into ``len(batches)`` batches whose
 sizes differ by at most one, so that no epoch ends with a batch of only a few tokens.
 
-Packing puts several short examples into one row. They must not attend to each other: their ``position_ids`` restart
-at zero, from which many transformers models build the block-diagonal causal mask, **but only if attention_mask is
-None and the model creates no cache**: with ``use_cache=True``, the default of most configurations, such a model
-silently lets the examples of a row attend to each other. Callers of the model must therefore pass
-``use_cache=False``. Whether a given model keeps the examples apart is tested by ``packing.py``.
+Packing puts several short examples into one row. They must not attend to each other, so their ``position_ids`` restart
+at zero. From that, many transformers models build a block-diagonal causal mask, **but only if attention_mask is None
+and the model creates no cache**: with ``use_cache=True``, the default of most configurations, such a model silently
+lets the examples of a row attend to each other. Callers of the model must therefore pass ``use_cache=False``.
+``packing.py`` tests whether a given model isolates the examples of a row from each other.
 
 Rows are padded on the right to a multiple of 16 tokens (FP8 GEMMs need that alignment). Under a causal mask no real
-token attends to padding on its right, so no attention mask is needed; in a packed row the padding is a segment of its
-own.
+token attends to padding on its right, so no attention mask is needed. In a packed row the padding has positions that
+start at zero, like another example.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from fp8pipe.core.errors import ConfigurationError
 from fp8pipe.models.language.text import IGNORED, Encoded
 
 ALIGNMENT: Final = 16
-# Stream ids that are combined with the seed: grouping and epoch order are drawn independently.
+# Combined with the seed, so that the assignment to rows and the order of each epoch use independent random streams.
 _GROUPING, _EPOCH = 0, 1
 
 
@@ -50,7 +50,8 @@ class Batch:
 
     Attributes:
         input_ids: (B, L) int64, padded with the pad id; L is a multiple of 16.
-        labels: (B, L) int64, not shifted; -100 for prompts, padding and each example's first token.
+        labels: (B, L) int64, aligned with `input_ids` (not shifted); -100 for prompts, padding and the first token of
+            each example.
         position_ids: (B, L) int64; restart at 0 with each packed example.
         tokens: number of real tokens (without padding).
         answer_tokens: number of tokens that enter the loss.
@@ -68,13 +69,13 @@ class Batch:
 
 
 class Batches:
-    """The batches of every epoch.
+    """The batches of all epochs, computed on demand.
 
     Args:
         encoded: the examples, each at most ``sequence_length`` tokens long.
         batch_size: maximum number of rows per batch.
         sequence_length: maximum number of tokens per row (before padding to a multiple of 16).
-        seed: any integer >= 0.
+        seed: determines the random order; at least 0.
         packing: put several examples into a row.
         pad_id: token id used for padding.
 
@@ -105,11 +106,15 @@ class Batches:
         return len(self._rows)
 
     def unpacked(self) -> Batches:
-        """The same examples, one per row."""
+        """Batches of the same examples without packing, one example per row."""
         return Batches(self._encoded, self._batch_size, self._sequence_length, self._seed, False, self._pad_id)
 
     def at(self, step: int) -> Batch:
-        """The batch of `step` (from 0), which belongs to epoch ``step // len(self)``."""
+        """The batch of `step` (from 0), which belongs to epoch ``step // len(self)``.
+
+        Raises:
+            ValueError: `step` is negative.
+        """
         if step < 0:
             raise ValueError(f"step {step} is negative")
         epoch, within = divmod(step, self._steps)
@@ -143,8 +148,8 @@ class Batches:
                 position_ids[r, at:end] = torch.arange(end - at)
                 at = end
             lengths.append(at)
-            # The padding of a packed row is a segment of its own. Otherwise positions continue, so that the row stays
-            # one segment (no mask is built), but are clamped to the positions that the model has.
+            # In a packed row the padding has positions like another example. Otherwise positions continue, so that
+            # models do not build a block-diagonal mask, but not beyond the last position that the model supports.
             counted_on = torch.arange(at, width).clamp(max=self._sequence_length - 1)
             position_ids[r, at:] = torch.arange(width - at) if self._packing else counted_on
         examples = tuple(i for row in rows for i in row)
@@ -153,9 +158,17 @@ class Batches:
 
 
 def first_fit(lengths: Sequence[int], order: Sequence[int], capacity: int) -> list[list[int]]:
-    """First-fit packing: each index, in ``order``, goes into the first row with room for it, or opens a new row.
+    """First-fit packing: each example is put into the first row with enough free space, or else into a new row.
 
-    A max-tree over the free space of each row finds that row in O(log n).
+    A tree of maxima over the rows' free space finds that row in O(log n).
+
+    Args:
+        lengths: length of each example, in tokens.
+        order: the indices of the examples in the order in which they are placed.
+        capacity: maximum length of a row, in tokens; no example may be longer.
+
+    Returns:
+        The indices of the examples in each row.
     """
     size = 1 << max(len(lengths) - 1, 0).bit_length()  # leaves: the maximum number of rows
     room = [capacity] * (2 * size)

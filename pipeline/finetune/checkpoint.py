@@ -1,8 +1,9 @@
-"""Training checkpoints: safetensors files, written atomically, rotated, and sufficient for a bit-identical resume.
+"""Training checkpoints: safetensors files that are written atomically and suffice for a bit-identical resume.
 
-A checkpoint holds what steps change: the trained parameters, the codes if a rule flushes into them, and the optimizer
-state. Data order, learning rate and stochastic rounding are functions of the step, so for these the step number is the
-only state. Codes and scales of the converted base lie next to the checkpoints (`pipeline.falqon.base_files`).
+A checkpoint holds everything that steps change: the trained parameters, the codes if the update rule changes them after
+steps, and the optimizer state. Data order, learning rate and stochastic rounding are functions of the step number, so
+they need no other state. Codes and scales of the converted base lie next to the checkpoints
+(`pipeline.falqon.base_files`). Only the newest checkpoints are kept.
 """
 
 from __future__ import annotations
@@ -21,26 +22,31 @@ from fp8pipe.artifact import disk_guard
 from fp8pipe.artifact.writer import sync
 from fp8pipe.core.errors import BadArtifactError, ConfigurationError
 
-ENCODED_TEXT: Final = "the encoded training text"  # its key among the recorded inputs of a run
+ENCODED_TEXT: Final = "the encoded training text"  # key of its sha256 among the recorded inputs of a run
 _PREFIX = "step-"
 _STATE, _TENSORS, _RUN = "state.json", "state", "run.json"
 _SUFFIX = ".safetensors"
-_SHARD_BYTES = 1 << 30  # limits host memory: safetensors copies all tensors of a file from the GPU at once
+_SHARD_BYTES = 1 << 30  # limits host memory use, as safetensors copies all tensors of a file from the GPU at once
 
 
 class CheckpointStore:
     """The checkpoints of one run, in one directory.
 
     Args:
-        root: `.../checkpoints`; created by the first write.
-        keep: number of newest checkpoints to keep.
+        root: the directory; created by the first write.
+        keep: how many of the newest checkpoints to keep.
     """
 
     def __init__(self, root: Path, keep: int) -> None:
         self.root, self.keep = root, keep
 
     def begin(self, config: dict[str, Any], inputs: dict[str, str] | None = None) -> None:
-        """Record the run's configuration and the sha256 of its input files by name, once preparation is complete."""
+        """Record the settings of a new run, for `check_config` in a resumed run, once preparation is complete.
+
+        Args:
+            config: the resolved configuration.
+            inputs: sha256 of the input files and of the encoded text, by name.
+        """
         self.root.mkdir(parents=True, exist_ok=True)
         _atomic_text(self.root / _RUN, json.dumps({"config": config, "inputs": inputs or {}}, indent=1, sort_keys=True))
 
@@ -52,7 +58,7 @@ class CheckpointStore:
         """Refuse to resume a run that was started with another configuration or other inputs.
 
         Raises:
-            ConfigurationError: names every field, or every file, that differs.
+            ConfigurationError: something differs; the message lists every such field, or every such file.
         """
         run = json.loads((self.root / _RUN).read_text())
         stored = run["config"]
@@ -79,7 +85,7 @@ class CheckpointStore:
                 fix="restore what changed (a fixed date in the chat template), or start anew (--force, or another "
                 "--output)",
             )
-        changed = [name for name in changed if name != ENCODED_TEXT]  # it differs because a file does
+        changed = [name for name in changed if name != ENCODED_TEXT]  # a consequence of the changed file
         if changed:
             raise ConfigurationError(
                 f"{', '.join(changed)} changed since the run in {self.root.parent} was started",
@@ -93,7 +99,16 @@ class CheckpointStore:
         return sorted(int(path.parent.name.removeprefix(_PREFIX)) for path in found)
 
     def save(self, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> Path:
-        """Write the checkpoint after `step` completed steps, then delete checkpoints beyond `keep`."""
+        """Write a checkpoint, then delete the oldest ones if there are more than `keep`.
+
+        Args:
+            step: number of completed steps.
+            tensors: trained tensors and optimizer state.
+            state: JSON-serializable state, such as the history of metrics.
+
+        Returns:
+            The directory of the checkpoint.
+        """
         target = self.root / f"{_PREFIX}{step:08d}"
         scratch = self.root / f"writing-{step:08d}"
         shutil.rmtree(scratch, ignore_errors=True)
@@ -125,7 +140,7 @@ class CheckpointStore:
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, names: dict[nn.Parameter, str]) -> dict[str, Tensor]:
-    """The optimizer's state as flat tensors `optimizer/NAME/KEY`; numbers become 0-d tensors."""
+    """The optimizer's state as tensors called `optimizer/PARAMETER/KEY`; numbers become 0-d tensors."""
     return {
         f"optimizer/{name}/{key}": (value if isinstance(value, Tensor) else torch.tensor(value)).detach()
         for parameter, name in names.items()
@@ -137,10 +152,15 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, names: dict[nn.Parameter
 def restore_optimizer(
     optimizer: torch.optim.Optimizer, names: dict[nn.Parameter, str], tensors: dict[str, Tensor]
 ) -> None:
-    """Inverse of `optimizer_tensors`, using the optimizer's own `load_state_dict`.
+    """Restore the state that `optimizer_tensors` returned, with the optimizer's own `load_state_dict`.
 
-    That method handles device and dtype of each entry: fused AdamW needs `step` on the parameter's device, other
-    optimizers on the CPU; bitsandbytes must not cast some of its tensors.
+    That method gives each entry the device and dtype that the optimizer needs: fused AdamW needs `step` on the
+    parameter's device, other optimizers need it on the CPU, and some tensors of bitsandbytes must not be cast.
+
+    Args:
+        optimizer: changed in place.
+        names: the names of its parameters, as given to `optimizer_tensors`.
+        tensors: the tensors of a checkpoint; those of other names are ignored.
     """
     groups = optimizer.state_dict()["param_groups"]
     places = {names[p]: place for place, p in enumerate(p for g in optimizer.param_groups for p in g["params"])}
@@ -172,7 +192,11 @@ def _write_shards(folder: Path, stem: str, tensors: dict[str, Tensor]) -> None:
 
 
 def _load_shards(folder: Path, stem: str) -> dict[str, Tensor]:
-    """Read the tensors that `_write_shards` wrote."""
+    """Read the tensors that `_write_shards` wrote.
+
+    Raises:
+        FileNotFoundError: a shard is missing.
+    """
     files = sorted(folder.glob(f"{stem}*{_SUFFIX}"))
     count = int(files[0].stem.rpartition("-of-")[2]) if files and "-of-" in files[0].stem else 1
     if len(files) != count:

@@ -1,13 +1,14 @@
 """Compile decoder layers one by one with torch.compile, on CUDA, to fuse the elementwise kernels between the GEMMs.
 
-A graph per decoder layer, shared by all of them, compiles in seconds, whereas a graph of the whole model takes minutes.
-Activation checkpointing stays outside the compiled layer and works as usual. Torch's own switch,
-`TORCH_COMPILE_DISABLE=1`, turns compilation off.
+The graph of one decoder layer, reused for all layers, compiles in seconds; a graph of the whole model takes minutes.
+Activation checkpointing is applied around the compiled layer and works as usual. Compilation can be turned off with
+torch's own environment variable, `TORCH_COMPILE_DISABLE=1`.
 
-Compilation must not change rounding: a fused kernel would keep in fp32 what uncompiled operators round to bf16, and
-could then round to a different FP8 value. So these bf16 roundings are emulated. With them, FP8 casts with power-of-two
-scales give the same codes on every GPU. On compute capability 8.9, Triton's cast goes through fp16, which would round
-twice with other scales, so methods with such scales are not compiled.
+Compilation must not change rounding. A fused kernel would keep intermediate results in fp32 that separate operators
+round to bf16, so a value could later be rounded to a different FP8 code. These bf16 roundings are therefore emulated in
+fused kernels. FP8 casts with power-of-two scales then give the same codes on every GPU. With other scales this is not
+so on compute capability 8.9, where Triton casts via fp16 and thus rounds twice; methods with such scales are not
+compiled.
 """
 
 from __future__ import annotations
@@ -34,14 +35,15 @@ OPTIONS: dict[str, Any] = {"emulate_precision_casts": True}
 
 
 def compile_layers(model: nn.Module, *, exact_casts: bool) -> bool:
-    """Compile each decoder layer of `model`, which is prepared and on its device, on its next call.
+    """Make each decoder layer of `model` compile when it is next called.
 
     Args:
-        model: a transformers model; on a CPU it is not changed.
-        exact_casts: whether all FP8 scales are powers of two.
+        model: a transformers model, prepared by the training method and on its device; unchanged if layers cannot be
+            compiled, as on a CPU or in fp32.
+        exact_casts: whether all FP8 scales are powers of two; if not, layers are not compiled.
 
     Returns:
-        Whether layers are compiled. If only a prerequisite is missing on a GPU, a warning says which.
+        Whether layers will be compiled. If a GPU only lacks a prerequisite, a warning names it.
     """
     first = next(model.parameters())
     if not first.is_cuda or first.dtype != torch.bfloat16 or not exact_casts:
@@ -49,7 +51,7 @@ def compile_layers(model: nn.Module, *, exact_casts: bool) -> bool:
     if missing := _missing(first.get_device()):
         _LOG.warning("decoder layers run uncompiled, which takes longer: %s", missing)
         return False
-    # All layers share one code object, and each kind of layer in a model counts as a recompilation of it.
+    # All decoder layers share one code object, of which each kind of layer in a model is another compilation.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
     fall_back()
     torch.compiler.assume_constant_result(cuda.capability)
@@ -62,17 +64,17 @@ def compile_layers(model: nn.Module, *, exact_casts: bool) -> bool:
 
 
 def fall_back() -> None:
-    """From now on, a layer that fails to compile runs uncompiled, and torch's log says so.
+    """Configure torch.compile to run a layer uncompiled, with a message in torch's log, if it fails to compile.
 
-    The backward pass is compiled together with the forward pass: if it failed later, at its first call, there would be
-    no fallback.
+    The backward pass is compiled together with the forward pass. If it were compiled only when first called, a failure
+    then would end the run, as the forward pass would already have run compiled.
     """
     torch._dynamo.config.suppress_errors = True
     torch._functorch.config.force_non_lazy_backward_lowering = True
 
 
 def uncompiled() -> AbstractContextManager[Any]:
-    """A context in which compiled layers run uncompiled."""
+    """A context in which all compiled layers run uncompiled."""
     # Importing torch._dynamo takes a second and 80 MB; if it has not been imported, nothing is compiled.
     return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
 
@@ -98,7 +100,7 @@ def wrap_layer(layer: Any, compiled: Callable[..., Any]) -> None:
 
 
 def _missing(index: int) -> str | None:
-    """What torch.compile lacks to compile for a GPU, or None."""
+    """The reason why torch.compile cannot compile for the GPU with that index; None if it can."""
     if os.environ.get("TORCH_COMPILE_DISABLE") == "1":
         return "TORCH_COMPILE_DISABLE=1 is set"
     if cuda.capability(index) < FP8_CAPABILITY:

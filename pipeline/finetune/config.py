@@ -16,7 +16,7 @@ from fp8pipe.core.config import CONFIG_ONLY, Flag, FrozenConfig
 from fp8pipe.core.devices import DEVICE_HELP, DeviceName, GpuNeed
 from pipeline.falqon.rules import DEFAULT_RULE, RULES, Initialisation, UpdateRule, update_rule
 
-# Only FALQON uses FP8 tensor cores; its baselines compute in bf16.
+# Only FALQON uses FP8 tensor cores; the baselines LoRA and QLoRA compute in bf16.
 FALQON_NEED: Final = GpuNeed("falqon", (8, 0), "bf16; FP8 products from 8.9 on")
 LORA_NEED: Final = GpuNeed("lora and qlora", (8, 0), "bf16")
 _FALQON_ONLY = ("update_rule", "rows", "initialisation")
@@ -31,9 +31,14 @@ class Schedule(StrEnum):
 
 
 def learning_rate_at(step: int, *, peak: float, steps: int, warmup: int, schedule: Schedule) -> float:
-    """The learning rate of optimizer step `step` (from 0) of `steps`.
+    """The learning rate of optimizer step `step`, counted from 0.
 
-    Warm-up is linear and reaches `peak` at step `warmup`; cosine and linear schedules then decay to zero at `steps`.
+    Args:
+        step: the step.
+        peak: the learning rate at the end of warm-up.
+        steps: total number of steps; cosine and linear schedules decay to zero at this step.
+        warmup: number of warm-up steps, in which the learning rate rises linearly to reach `peak` at step `warmup`.
+        schedule: the schedule after warm-up.
     """
     if step < warmup:
         return peak * (step + 1) / (warmup + 1)
@@ -46,10 +51,10 @@ def learning_rate_at(step: int, *, peak: float, steps: int, warmup: int, schedul
 
 
 class FinetuneConfig(FrozenConfig):
-    """What to train, on what, and how.
+    """The configuration of a fine-tuning run: base model, training text, method, and training options.
 
-    Defaults that depend on the method are filled in, so that the manifest records the values that were used. Options
-    that do not apply to the method are None, and setting one is an error.
+    Defaults that depend on other options are filled in, so that the manifest records the values that were used. Options
+    that do not apply to the method are None; setting one of them is an error.
     """
 
     renamed: ClassVar[Mapping[str, str]] = {"settle_batches": "final_merge_batches"}
@@ -113,7 +118,7 @@ class FinetuneConfig(FrozenConfig):
     @model_validator(mode="before")
     @classmethod
     def _fill_in(cls, values: Any) -> Any:
-        """Fill in the defaults that depend on other settings; None counts as not given."""
+        """Fill in the defaults that depend on other options; an option that is None counts as not given."""
         if not isinstance(values, dict):
             return values
         given = {key: value for key, value in values.items() if value is not None}
@@ -133,7 +138,7 @@ class FinetuneConfig(FrozenConfig):
 
     @model_validator(mode="after")
     def _refuse_what_does_not_apply(self) -> Self:
-        """Reject options without effect: they show a misunderstanding, better found before hours of training."""
+        """Reject options without effect, so that a misunderstanding is found before hours of training."""
         found = []
         if self.method == "falqon":
             if self.lora_alpha is not None:
@@ -150,12 +155,12 @@ class FinetuneConfig(FrozenConfig):
 
     @property
     def rule(self) -> UpdateRule:
-        """FALQON's update rule."""
+        """The update rule of FALQON; the default rule for other methods, which do not use it."""
         return update_rule(self.update_rule or DEFAULT_RULE)
 
     @property
     def gpu_need(self) -> GpuNeed:
-        """What the method requires of a GPU."""
+        """The GPU features that the method requires."""
         return FALQON_NEED if self.method == "falqon" else LORA_NEED
 
 

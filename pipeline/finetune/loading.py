@@ -1,4 +1,4 @@
-"""Load the base model for training: in the configured dtype, on the device, one tensor at a time.
+"""Load the base model for training, in the configured dtype and on the configured device.
 
 On a CPU, weights stay mapped from the checkpoint's files, which takes no memory that the system could not reclaim, if
 they are stored in the configured dtype, one tensor each. A model that is too large for the GPU is loaded in the same
@@ -38,11 +38,19 @@ _END_BYTES: Final = 1 << 20
 
 
 def load_model(config: FinetuneConfig, source: ModelSource) -> nn.Module:
-    """Load the base model in the configured dtype, on its device, with stacked experts split into linear layers."""
+    """Load the base model, with stacked experts split into linear layers.
+
+    Args:
+        config: determines dtype, device and gradient checkpointing.
+        source: the resolved base model; if it is quantized, its weights are dequantized.
+
+    Raises:
+        ConfigurationError: transformers cannot load it as a causal language model.
+    """
     settings, base = load_config(source.path), read_base(source.path)
     kind = model_class(settings)
     streamed = _streamed(config, kind, settings)
-    # transformers would load a quantized base into quantized modules of its own; it gets dequantized tensors instead.
+    # For a quantized base, transformers would create its own quantized modules; so it is given dequantized tensors.
     weights = {"config": settings, "state_dict": base.state()} if base.stored is not None else {}
     try:
         model = kind.from_pretrained(
@@ -115,7 +123,10 @@ def weights_digest(root: Path) -> str:
 
 
 def placement(device: str) -> dict[str, Any]:
-    """Options of `from_pretrained` that load tensors straight to the GPU, with only a few in host memory at once."""
+    """Options for `from_pretrained` to load tensors directly to the GPU, so that host memory holds only a few at once.
+
+    Empty for the CPU, and, with a warning, if the package accelerate is not installed.
+    """
     if device == "cpu":
         return {}
     if find_spec("accelerate") is None:  # transformers requires it for device_map, though it is not used

@@ -1,7 +1,7 @@
-"""The training loop: one optimizer step at a time, the same for every method, resumable from every checkpoint.
+"""The training loop, which is the same for every method and can be resumed from every checkpoint.
 
-Apart from the stored tensors, everything that a step needs is a function of its number: batches, learning rate, random
-draws. A run that is killed at any moment and resumed gives the same bits as an uninterrupted run.
+Batches, learning rate and random draws are functions of the step number, so that a checkpoint need not contain them. A
+run that is killed at any time and resumed is bit-identical to an uninterrupted run.
 """
 
 from __future__ import annotations
@@ -35,16 +35,16 @@ Metrics = dict[str, Any]
 
 
 class Trainer:
-    """Runs the steps of one configuration.
+    """Trains a model with one configuration.
 
     Args:
         config: the resolved configuration.
-        model: prepared by `method`, on its device.
+        model: the model, prepared by `method` and on its device.
         method: the training method (FALQON, LoRA or QLoRA).
         train: training batches.
         heldout: held-out batches.
-        store: stores the checkpoints.
-        metrics_file: JSON lines file, one line per log line or evaluation.
+        store: the store of the run's checkpoints.
+        metrics_file: JSON Lines file with one line for each log line and each evaluation.
     """
 
     def __init__(
@@ -109,7 +109,7 @@ class Trainer:
             group["lr"] = rate
         losses, answers, tokens = self._accumulate()
         norms = torch.nn.utils.clip_grad_norm_(list(self.names), config.clip_norm, foreach=True)
-        # Read together, for a single GPU synchronization.
+        # All values are read together, so that there is only one GPU synchronization.
         *parts, norm = torch.stack([*losses, norms]).cpu().tolist()
         loss = reduce(add, parts, 0.0)
         if not (math.isfinite(loss) and math.isfinite(norm)):
@@ -129,7 +129,12 @@ class Trainer:
         }  # fmt: skip
 
     def _accumulate(self) -> tuple[list[Tensor], int, int]:
-        """Forward and backward over the micro-batches; returns their terms of the mean loss, answer tokens, tokens."""
+        """Run the forward and backward passes of the step's micro-batches.
+
+        Returns:
+            The contribution of each micro-batch to the step's mean loss (scalars), the number of answer tokens, and the
+            number of all real tokens.
+        """
         config = self.config
         first = self.step * config.gradient_accumulation
         batches = [self.train_batches.at(first + i) for i in range(config.gradient_accumulation)]
@@ -146,7 +151,7 @@ class Trainer:
         return losses, answers, sum(batch.tokens for batch in batches)
 
     def _health(self) -> Metrics:
-        """Metrics of this step's flush, or of a hypothetical flush of the pending update."""
+        """Metrics of this step's flush, or, if there was none, of a hypothetical flush of the pending update."""
         report = self._flushed if self._flushed is not None else self.method.health(self.step)
         if report is None:
             return {}
@@ -160,7 +165,7 @@ class Trainer:
         self.record({"step": self.step, "heldout_loss": loss})
 
     def record(self, figures: Metrics) -> None:
-        """Append a line of metrics to the history and the metrics file, and log it."""
+        """Append metrics, by name, to the history and to the metrics file, and log them."""
         self.history.append(figures)
         with self.metrics_file.open("a") as handle:
             handle.write(json.dumps(figures) + "\n")
@@ -202,7 +207,7 @@ class Trainer:
         return True
 
     def calibration_inputs(self) -> list[dict[str, Tensor]]:
-        """The first training batches, `final_merge_batches` sequences in all."""
+        """Model inputs from the first training batches: about `final_merge_batches` sequences, for the final merge."""
         count = math.ceil(self.config.final_merge_batches / self.config.batch_size)
         batches = (self.train_batches.at(i) for i in range(count))
         return [model_inputs(batch, self.config.device) for batch in batches]
@@ -227,7 +232,13 @@ def _brief(value: Any) -> str:
 
 
 def plot_run(history: list[dict[str, Any]], path: Path, title: str) -> None:
-    """Plot training and held-out loss, and below them how well the update survives rounding to FP8; PNG at `path`."""
+    """Plot a run's training and held-out loss, and below them the metrics of its flushes, if any, to a PNG file.
+
+    Args:
+        history: the lines of metrics of the run.
+        path: the PNG file.
+        title: title of the plot.
+    """
     import matplotlib
 
     matplotlib.use("Agg")

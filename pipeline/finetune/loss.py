@@ -1,8 +1,8 @@
-"""The loss in training and on held-out text: cross-entropy on answer tokens only, without storing fp32 logits.
+"""The loss for training and held-out text: cross-entropy on answer tokens only, without storing fp32 logits.
 
-Only positions that predict an answer token go through the output head, and the gradient of the logits is computed in
-chunks during the forward pass, in the logits' own dtype. With a vocabulary of 50,000, logits are most of the activation
-memory of a small model. All methods use this loss.
+With a vocabulary of 50,000, the logits take most of a small model's activation memory. Therefore only positions that
+predict an answer token go through the output head, and the gradient of the logits is computed chunk by chunk in the
+forward pass and stored in the dtype of the logits. All methods use this loss.
 """
 
 from __future__ import annotations
@@ -23,7 +23,10 @@ _CHUNK_VALUES = 1 << 23  # fp32 values per chunk: 32 MB
 
 
 class _SummedCrossEntropy(torch.autograd.Function):
-    """Sum over rows of -log softmax(logits)[target] / normaliser; rows whose target is IGNORED contribute nothing."""
+    """Sum over rows of -log softmax(logits)[target] / normaliser; rows whose target is IGNORED are left out.
+
+    Its inputs are `logits` (rows, V), `targets` (rows,) int64 and a number `normaliser`; the result is an fp32 scalar.
+    """
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, targets: Tensor, normaliser: float) -> Tensor:
@@ -39,7 +42,7 @@ class _SummedCrossEntropy(torch.autograd.Function):
             if grad is not None:
                 chunk = log_probs.exp_()
                 chunk.scatter_add_(1, picked, torch.full_like(picked, -1, dtype=chunk.dtype))
-                # Normalised before rounding: a factor 1/N applied in bf16 would be off by up to 0.4 %.
+                # Divided by N before rounding to bf16, as a factor 1/N in bf16 would have an error of up to 0.4 %.
                 grad[part] = chunk.mul_(keep.unsqueeze(1) / normaliser).to(grad.dtype)
         ctx.grad = grad
         return (total / normaliser).float()
@@ -54,17 +57,18 @@ class _SummedCrossEntropy(torch.autograd.Function):
 def answer_loss(model: nn.Module, inputs: dict[str, Tensor], labels: Tensor, normaliser: float = 1.0) -> Tensor:
     """Summed negative log-likelihood (nats) of the answer tokens, divided by `normaliser`.
 
-    In training mode the model's own auxiliary loss is added with its usual weight, if the configuration enables one.
+    In training mode, the model's auxiliary loss (load balancing of experts) is added with the weight from the model's
+    configuration, if that configuration enables it.
 
     Args:
         model: a causal LM of transformers.
-        inputs: `input_ids` `(B, L)` and any other inputs of the model.
-        labels: `(B, L)` int64; -100 for tokens that belong to no answer. Best on the CPU: on a GPU, reading them
-            would synchronize.
+        inputs: `input_ids` `(B, L)` int64 and any other inputs of the model, on its device.
+        labels: `(B, L)` int64, not shifted; -100 for tokens outside answers. They should be on the CPU, as selecting
+            positions by labels on a GPU needs a synchronization.
         normaliser: usually the number of answer tokens in all micro-batches of the optimizer step.
 
     Returns:
-        fp32 scalar with its graph.
+        An fp32 scalar with its autograd graph.
     """
     shifted = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED).reshape(-1)
     rows = (shifted != IGNORED).nonzero().squeeze(1)
@@ -78,22 +82,27 @@ def answer_loss(model: nn.Module, inputs: dict[str, Tensor], labels: Tensor, nor
     auxiliary = getattr(outputs, "aux_loss", None)
     if not model.training or not isinstance(auxiliary, Tensor):
         return loss
-    # The auxiliary loss is a mean: weighted by this call's share of the answer tokens, so that the micro-batches of a
-    # step sum to a mean, too.
+    # The auxiliary loss is a mean, so it is weighted by this micro-batch's share of the step's answer tokens: the sum
+    # over all micro-batches is then a mean, too.
     return loss + _auxiliary_weight(model) * (rows.numel() / normaliser) * auxiliary.to(loss)
 
 
 def _auxiliary_weight(model: nn.Module) -> float:
-    """Weight of the routers' load-balancing loss, which models compute if `output_router_logits` is set."""
+    """Weight of the load-balancing loss of expert routers, which models return if `output_router_logits` is set."""
     settings: Any = model.config
     return float(getattr(settings.get_text_config(decoder=True), "router_aux_loss_coef", 0.0))
 
 
 @contextmanager
 def head_on_rows(model: nn.Module, rows: Tensor) -> Iterator[None]:
-    """A context in which the output head gets only the given rows of its flattened input, as `(1, rows, hidden)`.
+    """A context in which the output head computes logits for selected positions only.
 
-    Selecting at the input of the head keeps everything that the model does to its logits afterwards (scaling, softcap).
+    The selection is made at the input of the head, so whatever the model does to its logits afterwards (scaling,
+    softcapping) still applies.
+
+    Args:
+        model: a causal LM of transformers; its logits have shape `(1, len(rows), V)` in the context.
+        rows: int64 indices into the flattened `(B * L)` positions, on the model's device.
     """
     head = model.get_output_embeddings()  # type: ignore[operator]
 
@@ -109,12 +118,12 @@ def head_on_rows(model: nn.Module, rows: Tensor) -> Iterator[None]:
 
 
 def answer_count(labels: Tensor) -> int:
-    """The number of answer tokens that a model can predict, which excludes the first token of a sequence."""
+    """The number of answer tokens in `labels` `(B, L)` that enter the loss; the first token of a row never does."""
     return int((labels[:, 1:] != IGNORED).sum())
 
 
 def model_inputs(batch: Batch, device: torch.device | str) -> dict[str, Tensor]:
-    """The model's inputs from a batch, on `device`."""
+    """`input_ids` and `position_ids` of a batch as keyword arguments of a model, on `device`."""
     return {"input_ids": batch.input_ids.to(device), "position_ids": batch.position_ids.to(device)}
 
 
@@ -131,12 +140,15 @@ def heldout_loss(
         model: a causal LM; its training mode is restored afterwards.
         batches: iterated over once.
         device: the model's device.
-        context: context of the forward passes, e.g. autocast.
+        context: context of the forward passes, such as autocast; None for none.
+
+    Returns:
+        The loss; 0 if there are no answer tokens.
     """
     was_training = model.training
     model.eval()
     total, count = 0.0, 0
-    # Uncompiled: compiling another graph, without gradients and for other shapes, would cost more time than it saves.
+    # Layers run uncompiled: compiling them without gradients and for other shapes would cost more time than it saves.
     with context or nullcontext(), uncompiled():
         for batch in batches:
             total += float(answer_loss(model, model_inputs(batch, device), batch.labels))

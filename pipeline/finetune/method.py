@@ -1,10 +1,10 @@
-"""The interface between the training loop and a method, so that FALQON and its baselines run in the same loop.
+"""The interface of training methods, with which FALQON and its baselines run in the same loop, and the baselines.
 
-The warnings about a later export are here too, as they depend on the method.
+The baselines are LoRA on bf16 weights and QLoRA on NF4 weights, for a fair comparison with FALQON, which itself needs
+neither peft nor bitsandbytes. Both use peft in its usual setup, with fp32 adapter weights and bf16 compute by autocast,
+on every linear layer that FALQON would convert. Their result is merged bf16 weights, which an export may quantize.
 
-The baselines are LoRA on bf16 weights and QLoRA on NF4. Both use peft with its usual setup: fp32 adapter weights, bf16
-compute by autocast, on every linear layer that FALQON would convert. The result is merged bf16 weights, which an export
-may then quantize. The baselines exist for a fair comparison; FALQON itself does not depend on peft or bitsandbytes.
+`export_warnings` is defined here as well, as whether a tuned model can be exported depends on the method.
 """
 
 from __future__ import annotations
@@ -30,16 +30,19 @@ from pipeline.falqon.observed import Losses
 from pipeline.finetune.weights import Deployed, Weights
 
 _INSTALL = "pip install 'fp8pipe[train]'"
-_SHOWN = 3  # names in a warning
+_SHOWN = 3  # maximum number of kinds of findings that a warning lists
 
 
 def export_warnings(base: Path, method: str, trained: Collection[str]) -> list[str]:
-    """What the default export of the tuned model will refuse, reported before training starts; empty for most models.
+    """Warn before training starts if the default export of the tuned model would fail.
 
     Args:
         base: the model's directory; only file headers are read.
-        method: the training method.
-        trained: the linear layers that will be trained, by their names in the checkpoint.
+        method: the training method: `falqon`, `lora` or `qlora`.
+        trained: names in the checkpoint of the linear layers that will be trained.
+
+    Returns:
+        One warning with the reasons and the exports that will work; an empty list for most models.
 
     Raises:
         ConfigurationError: no export of the tuned model would be possible.
@@ -79,43 +82,62 @@ class Method(Protocol):
     def prepare(
         self, model: nn.Module, base: BaseFiles | None = None, losses: Losses | None = None
     ) -> list[LayerRecord]:
-        """Change `model` in place so that only the method's parameters train.
+        """Change `model` in place so that only the method's parameters are trained.
 
         Args:
-            model: as loaded.
+            model: the model as loaded.
             base: where results are written that the seed alone does not determine, and read by a resumed run.
             losses: runs a few training batches on the unprepared model and yields the loss of each.
+
+        Returns:
+            One record per linear layer, trained or not.
         """
 
     def parameters(self) -> dict[str, nn.Parameter]:
-        """The trained parameters, by names that stay the same in a resumed run."""
+        """The trained parameters by name; a resumed run must use the same names."""
 
     def forward_context(self) -> AbstractContextManager[Any]:
         """The context of every forward pass (autocast, or none)."""
         return nullcontext()
 
     def after_step(self, step: int, measure: bool) -> FlushReport | None:
-        """Called after each optimizer step; returns a report if it flushed, filled in only if `measure`."""
+        """Called after each optimizer step.
+
+        Args:
+            step: number of the step, from 0.
+            measure: whether to fill in the report.
+
+        Returns:
+            A report if the method flushed its update into the weights, otherwise None.
+        """
         return None
 
     def health(self, step: int) -> FlushReport | None:
-        """How much of the pending update would survive a flush now; None if the method has no flush."""
+        """Report how much of the pending update a flush would apply now; None if the method has no flush."""
         return None
 
     def step_state(self) -> dict[str, Tensor]:
-        """The tensors that steps change, apart from the optimizer state."""
+        """The tensors that steps change, apart from the optimizer state; stored in every checkpoint."""
 
     def load_step_state(self, state: dict[str, Tensor]) -> None:
         """Restore `step_state` in place."""
 
     def finish(self, model: nn.Module, inputs: Inputs) -> dict[str, FlushReport]:
-        """Bring the weights into their deployed form; returns a report per layer if there is a final merge."""
+        """Merge the adapter into the weights at the end of training.
+
+        Args:
+            model: the trained model, changed in place.
+            inputs: returns an iterable over keyword arguments of the model, for methods that calibrate the merge.
+
+        Returns:
+            A report of the final merge for each layer; empty if the method does not report it.
+        """
 
     def deployed_weights(self) -> Weights:
-        """The weights as they are served, by module path; call it after `finish`."""
+        """The final weights in the checkpoint's orientation, by module path; call it after `finish`."""
 
     def adapter(self) -> dict[str, Tensor]:
-        """The adapter's tensors, saved with the weights for reference; empty if it is not kept."""
+        """The adapter's tensors, which are saved next to the weights; empty if the adapter is not saved."""
         return {}
 
 
@@ -137,7 +159,7 @@ class LoraMethod(Method):
     def prepare(
         self, model: nn.Module, base: BaseFiles | None = None, losses: Losses | None = None
     ) -> list[LayerRecord]:
-        """Insert the adapters in place; A follows from the seed, so neither `base` nor `losses` is needed."""
+        """Insert the adapters in place; `base` and `losses` are not used, as A follows from the seed."""
         structure = read_convertible(model, self.rank)
         records = left_out_records(structure)
         peft = import_package("peft", "the lora and qlora baselines need peft", _INSTALL)
@@ -161,11 +183,11 @@ class LoraMethod(Method):
         return {name: p for name, p in self._peft.named_parameters() if p.requires_grad}
 
     def forward_context(self) -> AbstractContextManager[Any]:
-        """bf16 autocast: adapter weights are stored in fp32, GEMMs run in bf16."""
+        """bf16 autocast, in which GEMMs run in bf16 although adapter weights are stored in fp32."""
         return torch.autocast(next(iter(self.parameters().values())).device.type, dtype=torch.bfloat16)
 
     def step_state(self) -> dict[str, Tensor]:
-        """The adapters."""
+        """A and B of every layer."""
         return {name: p.detach() for name, p in self.parameters().items()}
 
     def load_step_state(self, state: dict[str, Tensor]) -> None:
@@ -180,7 +202,7 @@ class LoraMethod(Method):
         return {}
 
     def deployed_weights(self) -> Weights:
-        """The merged bf16 weights, in the checkpoint's orientation, keyed by linear layer."""
+        """The merged bf16 weights, in the checkpoint's orientation, by module path."""
         weights: Weights = {}
         for name in self.names:
             weight = self._peft.base_model.model.get_submodule(name).weight.detach()
@@ -210,7 +232,7 @@ def _to_nf4(model: nn.Module, name: str, weight: Tensor) -> None:
 
 @torch.no_grad()
 def _merge(model: nn.Module, name: str) -> None:
-    """Replace the adapted layer with a plain one whose weight is `W + B A alpha / rank`, added in fp32."""
+    """Replace a layer with an adapter by a plain one with bf16 weight `W + B A alpha / rank`, added in fp32."""
     layer: Any = model.get_submodule(name)
     base = layer.get_base_layer()
     weight = base.weight

@@ -38,7 +38,7 @@ _PACKING: Final = {
     "off": "off: this model does not keep the examples of a row apart",
 }
 _MAPPED: Final = "mapped: weights in memory that the system drops and reads again from their files when it is short"
-_NOT_PROBED: Final = "only if the model keeps the examples of a row apart, which is found out once it is loaded"
+_NOT_PROBED: Final = "only if the model keeps the examples of a row apart, which is tested once it is loaded"
 
 
 @dataclass(frozen=True, slots=True)

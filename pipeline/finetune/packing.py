@@ -1,15 +1,16 @@
-"""Test whether a model keeps packed examples apart, by running it once after loading.
+"""Test whether a model isolates packed examples from each other, with a few forward passes after loading.
 
-A packed row holds several examples whose positions restart at zero. Many architectures build a mask from the positions
-that lets no example attend to another. Others do not: ALiBi or learned positions that ignore them, recurrent layers and
-convolutions whose state runs through the whole row, classes that do not use positions for their mask. So one row of the
-run's own width is tried before the first step: changing the tokens of its first example must not change the logits of
-the others, and each example's logits must be the same as those of the example alone, wherever it is in the row. Both
-differences are measured relative to the effect that an example's first token has on its own later logits, so that small
-weights cannot hide a leak, and compared with the numerical noise of computing the same row in another shape.
+A packed row contains several examples whose positions restart at zero. Many architectures derive a mask from these
+positions, so that no example attends to another. Others do not: models with ALiBi or with learned positions that ignore
+`position_ids`, recurrent layers and convolutions whose state runs through the whole row, and classes whose masks do not
+depend on positions. So one row of the run's own width is tested before the first step. Changing the tokens of its first
+example must not change the logits of the others, and the logits of an example must be the same as those of the example
+alone, wherever it is in the row. Both differences are measured relative to the effect that an example's first token has
+on its own later logits, so that small weights cannot hide an influence, and are compared with the numerical noise of
+computing the same logits in another shape.
 
-If examples leak, transformers' own masks (one per kind of layer, sliding windows included, in the format of the model's
-attention) are tried in the same way. If these do not help either, packing is turned off.
+If examples influence each other, the test is repeated with transformers' own masks (one per kind of layer, including
+sliding windows, in the format of the model's attention). If these do not help either, packing is turned off.
 """
 
 from __future__ import annotations
@@ -27,14 +28,15 @@ from fp8pipe.models.compat import import_transformers
 from pipeline.finetune.batches import Batch
 from pipeline.finetune.loss import head_on_rows
 
-_FIRST, _SPREAD, _LAST = 16, 8, 8  # positions of an example that are compared
-# Tolerances, relative to an example's own effect (see above). A neighbour does not change an isolated example at all,
-# except through experts, whose tokens are grouped differently; running an example alone changes shapes and last bits.
+_FIRST, _SPREAD, _LAST = 16, 8, 8  # number of compared positions at an example's start, spread over it, and at its end
+# Tolerances, relative to the effect of an example's own first token (see above). `moved`: other examples in the row do
+# not change an isolated example at all, except that experts may group its tokens differently. `apart`: running an
+# example alone changes tensor shapes, and thereby the last bits of results.
 _MOVED: Final = {torch.float32: 1e-5}
 _MOVED_IN_HALF: Final = 5e-3
 _APART: Final = {torch.float32: 1e-3}
 _APART_IN_HALF: Final = 0.1
-_NOISE_MOVED, _NOISE_APART, _MOST = 2, 8, 0.5  # multiples of the measured noise; the upper limit
+_NOISE_MOVED, _NOISE_APART, _MOST = 2, 8, 0.5  # tolerances as multiples of the measured noise, and their upper limit
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,9 +44,9 @@ class _Row:
     """A packed row and its variants.
 
     Attributes:
-        examples: int64 `(length,)` each; the first is a short one that can be replaced; the second is the longest.
-        first: a replacement of the first example, of the same shape but with a different token everywhere.
-        second: the second example with a different first token.
+        examples: int64 `(length,)` each; the first one is short, the second is the longest.
+        first: a replacement of the first example: the same shape, with a different token at every position.
+        second: a replacement of the second example, with a different first token only.
     """
 
     examples: list[Tensor]
@@ -58,18 +60,19 @@ class _Row:
 
     @property
     def compared(self) -> tuple[int, ...]:
-        """Indices of the compared examples: at the row's start, after the short one, and at the row's end."""
+        """Indices of the compared examples: the first, the second and the last one of the row."""
         return tuple(sorted({0, 1, len(self.examples) - 1}))
 
 
 @dataclass(frozen=True, slots=True)
 class _Alone:
-    """Results for examples that are run alone, and the numerical noise of such results.
+    """Results of examples that are run alone, without packing, and their numerical noise.
 
     Attributes:
-        logits: of each compared example at its compared positions, fp32 `(positions, V)`.
+        logits: for each compared example, by index, the logits at its compared positions, fp32 `(positions, V)`.
         own: largest change of the second example's later logits when its first token changes.
-        noise: largest difference between two ways to compute the same logits, relative to `own`.
+        noise: largest difference between the second example's logits computed alone and in a batch of two, relative
+            to `own`.
     """
 
     logits: dict[int, Tensor]
@@ -78,11 +81,14 @@ class _Alone:
 
 
 def find_packing(model: nn.Module, batch: Batch) -> PackingFacts:
-    """Find out how packed rows must be given to the model, and how much examples affect each other without a mask.
+    """Test whether packed examples are isolated by positions alone, only with a mask, or not at all.
 
     Args:
-        model: as loaded, on its device; restored to its state on return.
-        batch: the run's first batch, packed: the probe uses its width, its longest example's length and its tokens.
+        model: the model as loaded, on its device; unchanged on return.
+        batch: the run's first packed batch. The test uses its width, the length of its longest example and its tokens.
+
+    Returns:
+        The result, with the measured influence of examples on each other without a mask.
     """
     row, training = _make_row(batch), model.training
     model.eval()
@@ -103,14 +109,20 @@ def find_packing(model: nn.Module, batch: Batch) -> PackingFacts:
 
 
 def packing_warning(found: PackingFacts | None) -> str:
-    """The warning if packing was requested but is turned off; otherwise empty."""
+    """A warning if packing was requested but had to be turned off; otherwise an empty string."""
     if found is None or not found.reason:
         return ""
     return f"packing is off: each row holds one example, so a step sees fewer tokens; {found.reason}"
 
 
 def give_masks(model: nn.Module) -> RemovableHandle:
-    """From now on, add a mask that isolates examples to each call of the model with positions but without a mask."""
+    """Register a hook that gives the model a mask that isolates examples, derived from `position_ids`.
+
+    Calls that have no `position_ids`, or that have an `attention_mask` already, are not changed.
+
+    Returns:
+        A handle whose `remove` removes the hook.
+    """
 
     def add(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
         positions = kwargs.get("position_ids")
@@ -122,16 +134,16 @@ def give_masks(model: nn.Module) -> RemovableHandle:
 
 
 def _masks(model: Any, position_ids: Tensor) -> Any:
-    """The mask that isolates examples, built from `(B, L)` positions: one, or a mapping with one per kind of layer."""
+    """Masks that isolate examples, built from `(B, L)` positions: one mask, or a dict with one per kind of layer."""
     import_transformers()
     from transformers.masking_utils import create_masks_for_generate
 
-    shape = position_ids.new_empty((*position_ids.shape, 0), dtype=model.dtype)  # of the embeddings, without values
+    shape = position_ids.new_empty((*position_ids.shape, 0), dtype=model.dtype)  # in place of the input embeddings
     return create_masks_for_generate(model.config, shape, None, None, position_ids=position_ids)
 
 
 def _make_row(batch: Batch) -> _Row:
-    """A row as wide as the batch, of random tokens from the batch, with no example longer than its longest one."""
+    """A row of random tokens from the batch, as wide as the batch, with no example longer than the batch's longest."""
     pool = batch.input_ids.unique()
     if len(pool) < 2:
         pool = torch.cat([pool, (pool + 1) % 2])
@@ -185,8 +197,13 @@ def _run_alone(model: nn.Module, row: _Row) -> _Alone:
 
 
 def _leak(model: nn.Module, row: _Row, alone: _Alone) -> tuple[float, float]:
-    """How much replacing the first example changes the logits of the others, and how much logits in the row differ from
-    those of examples run alone; both relative to an example's own effect."""
+    """Measure how much the examples of a row influence each other, relative to the effect of an example's own token.
+
+    Returns:
+        `moved`, the largest change of the other examples' logits when the first example is replaced, and `apart`, the
+        largest difference between logits in the row and those of the same examples run alone; both divided by
+        `alone.own`, and NaN if that is zero.
+    """
     starts = torch.tensor([0, *map(len, row.examples)]).cumsum(0).tolist()
     wanted = {index: starts[index] + _places(len(row.examples[index])) for index in row.compared}
     rows = torch.cat(list(wanted.values()))
@@ -196,25 +213,25 @@ def _leak(model: nn.Module, row: _Row, alone: _Alone) -> tuple[float, float]:
     moved = (after - before)[sizes[0] :].abs().max()
     parts = zip(before.split(sizes), alone.logits.values(), strict=True)
     apart = torch.stack([(packed - single).abs().max() for packed, single in parts]).max()
-    own = alone.own or math.nan  # without such an effect a leak cannot be detected
+    own = alone.own or math.nan  # if tokens have no effect on later ones, an influence cannot be detected
     return float(moved) / own, float(apart) / own
 
 
 def _leak_with_masks(model: nn.Module, row: _Row, alone: _Alone) -> tuple[float, float] | None:
-    """`_leak` with masks; None if the model accepts no such mask."""
+    """`_leak` with masks that isolate examples; None if the model does not accept such masks."""
     handle = give_masks(model)
     try:
         return _leak(model, row, alone)
     except torch.OutOfMemoryError:
         raise
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
-        return None  # different classes fail differently on an unexpected mask
+        return None  # model classes raise different errors for masks that they do not accept
     finally:
         handle.remove()
 
 
 def _apart(model: Any, leak: tuple[float, float], alone: _Alone) -> bool:
-    """Whether both figures of `_leak` are within noise; NaN is not."""
+    """Whether both results of `_leak` are within the tolerances, that is, examples are isolated; false for NaN."""
     moved, apart = leak
     least_moved, least_apart = _MOVED.get(model.dtype, _MOVED_IN_HALF), _APART.get(model.dtype, _APART_IN_HALF)
     return (

@@ -45,7 +45,7 @@ def plan_finetune(config: FinetuneConfig, output: Path | None = None) -> Plan:
 
     Args:
         config: the resolved configuration.
-        output: the artifact's directory.
+        output: directory of the artifact; None if the user has not named one.
 
     Raises:
         ConfigurationError: the run itself would reject the model, the text or the rank.
@@ -119,7 +119,10 @@ def _packages(config: FinetuneConfig) -> tuple[str, ...]:
 def _on_gpus(
     config: FinetuneConfig, settings: Any, shapes: Sequence[tuple[int, int]]
 ) -> tuple[Mapping[str, Any], tuple[str, ...]]:
-    """The estimates of `pipeline.dry_run.costs` for a step on GPUs, and notes on them."""
+    """Estimates of `pipeline.dry_run.costs` for a step on GPUs, by name, and notes that explain them.
+
+    The estimates are empty, with a note on the reason, for models and settings that the cost model does not cover.
+    """
     shape = Decoder.of_config(settings, sum(out * into for out, into in shapes))
     if shape is None:
         return {}, ("no GPU estimate: the layers are not those of a plain decoder (attention and one MLP, all alike)",)
@@ -147,14 +150,17 @@ def _on_gpus(
 
 
 def _ways(config: FinetuneConfig) -> tuple[Way, Way | None]:
-    """The method whose costs are estimated, uncompiled and compiled."""
+    """The configured method in the cost model: without compilation, and compiled if it can be compiled."""
     if config.method != "falqon":
         return LORA if config.method == "lora" else QLORA, None
     return (LIVE, LIVE_COMPILED) if config.rule.live else (MERGED, MERGED_COMPILED)
 
 
 def _devices(asked: str) -> tuple[Sequence[Device], tuple[str, ...]]:
-    """The GPU that would be used, if it is in the table of data sheets; otherwise all GPUs of the table, and why."""
+    """The GPUs to estimate for, and notes on the choice.
+
+    This is the GPU that the run would use, if its data sheet is known; otherwise all GPUs with known data sheets.
+    """
     here = machine.gpus()[:1] if asked == "cuda" else []
     known = [device for gpu in here if (device := device_reported(gpu.name)) is not None]
     if here and not known:
@@ -169,5 +175,5 @@ def _step_seconds(shape: Decoder, step: Step, way: Way, devices: Sequence[Device
 
 
 def _adapter(config: FinetuneConfig, shapes: Sequence[tuple[int, int]]) -> int:
-    """The number of trained parameters."""
+    """The number of trained parameters, from the shapes (out, in) of the linear layers."""
     return sum(out if config.method == "falqon" else out + into for out, into in shapes) * config.rank

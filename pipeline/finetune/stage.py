@@ -1,7 +1,7 @@
-"""The fine-tuning stage: base model and text in, one artifact out.
+"""The fine-tuning stage, which makes an artifact from a base model and training text.
 
-The order matters: everything that can be checked in advance is checked before the model is loaded, and the deployed
-weights are written, read back and compared before the artifact gets its final name.
+Everything that can be checked in advance is checked before the model is loaded. The deployed weights are written, read
+back and compared before the artifact gets its final name.
 """
 
 from __future__ import annotations
@@ -76,17 +76,17 @@ _CHECKPOINTS, _METRICS, _PLOT = "checkpoints", "metrics.jsonl", "plot.png"
 
 @dataclass(frozen=True, slots=True)
 class TrainingText:
-    """The user's text as batches.
+    """The training text as batches, with everything that was learned while reading it.
 
     Attributes:
         train: training batches.
         heldout: held-out batches, each used once per evaluation.
-        facts: counts for the manifest.
-        template: the chat template that rendered the text.
+        facts: numbers of records, for the manifest.
+        template: the chat template with which the text was rendered.
         digests: sha256 of the local files that were read, by name, and of the encoded text, under ENCODED_TEXT.
-        warnings: what was dropped or set to a default.
-        ending: how answers end, so that engines stop there.
-        packing: how examples of a row are kept apart; None until the model has been tested.
+        warnings: warnings, for instance about dropped records.
+        ending: the token that ends answers, at which engines must stop.
+        packing: how examples of a row are isolated from each other; None until the model has been tested.
     """
 
     train: Batches
@@ -100,11 +100,11 @@ class TrainingText:
 
 
 def finetune(config: FinetuneConfig, output: Path, *, force: bool = False, resume: bool = False) -> Artifact:
-    """Run the stage.
+    """Fine-tune a model and write the result as an artifact.
 
     Args:
         config: the resolved configuration.
-        output: the artifact's directory; must not exist unless `force`.
+        output: directory of the artifact; must not exist unless `force` is set.
         force: replace an existing artifact.
         resume: continue the unfinished run of `output`, if there is one.
 
@@ -112,7 +112,7 @@ def finetune(config: FinetuneConfig, output: Path, *, force: bool = False, resum
         The finished artifact (kind `falqon` or `lora-merged`).
 
     Raises:
-        Fp8PipeError: see the error's message; checkpoints written so far are kept in `OUTPUT.partial`.
+        Fp8PipeError: the stage failed; checkpoints written so far are kept in `OUTPUT.partial`.
     """
     config = on_device(config)
     check_place(output, force=force, resume=resume)
@@ -136,7 +136,10 @@ def tune(
     force: bool = False,
     resume: bool = False,
 ) -> Artifact:
-    """The part of the stage after the text is loaded; see `finetune`. It marks the phases that a plan measures."""
+    """Run the rest of the stage after the text has been loaded; for the arguments see `finetune`.
+
+    It calls `enter_phase` at the beginning of each phase, by which dry runs measure memory and time.
+    """
     kind = FALQON_KIND if config.method == "falqon" else LORA_KIND
     with ArtifactWriter(output, kind=kind, stage="finetune", force=force, resume=resume) as writer:
         for warning in [*read_base(source.path).warnings(), *text.warnings]:
@@ -167,6 +170,10 @@ def tune(
 
 def load_text(config: FinetuneConfig, source: ModelSource) -> TrainingText:
     """Read, split, encode and batch the training text.
+
+    Args:
+        config: the resolved configuration.
+        source: the base model, for its tokenizer, chat template and number of positions.
 
     Raises:
         ConfigurationError: the data is empty, malformed, without answers, or has examples with more tokens than the
@@ -210,13 +217,16 @@ def load_text(config: FinetuneConfig, source: ModelSource) -> TrainingText:
 
 
 def _named_files(data: str) -> list[tuple[str, Path]]:
-    """The local files of the training text: a single file under the name the user gave, several under their own."""
+    """Name and path of each local file of the training text; the name of a single file is the user's argument."""
     files = data_files(data) or []
     return [(data, files[0])] if len(files) == 1 else [(str(file), file) for file in files]
 
 
 def _keep_apart(config: FinetuneConfig, model: nn.Module, text: TrainingText) -> TrainingText:
-    """The text with packing only if the model keeps the examples of a row apart, if need be with a mask."""
+    """The text with the packing result, and without packing if the model cannot isolate the examples of a row.
+
+    If the model needs masks for that, a hook that adds them is registered.
+    """
     if not config.packing:
         return replace(text, packing=PackingFacts(how="off"))
     found = find_packing(model, text.train.at(0))
@@ -242,7 +252,7 @@ def _prepare(
 ) -> list[LayerRecord]:  # fmt: skip
     described = config.model_dump(mode="json")
     if config.packing and text.packing is not None and text.packing.how != "positions":
-        described["packing"] = text.packing.how  # a run must not be resumed with different packing
+        described["packing"] = text.packing.how  # so that a run cannot be resumed with different packing
     inputs = text.digests | {f"the weights of {config.model}": weights_digest(source.path)}
     if started := store.started():
         store.check_config(described, inputs)
@@ -270,7 +280,7 @@ def _deploy(
     records: list[LayerRecord],
     names: dict[str, str],
 ) -> Artifact:
-    """Final merge, evaluation of the deployed weights, writing and reading back, manifest."""
+    """Merge the adapter, evaluate the deployed weights, write them, read them back, and commit the artifact."""
     model, method = trainer.model, trainer.method
     enter_phase("final merge")
     flushed = method.finish(model, trainer.calibration_inputs)
@@ -285,7 +295,7 @@ def _deploy(
         writer.warn(f"this model cannot be exported with an FP8 key/value cache: {missing}")
     enter_phase("write")
     transposed = write_deployed(writer, source.path, method.deployed_weights(), method.adapter(), names)
-    if text.template.origin == "plain":  # the model was trained with it, so it must be served with it
+    if text.template.origin == "plain":  # not the base model's own template, so it must be stored for serving
         (writer.root / "chat_template.jinja").write_text(text.template.template, encoding="utf-8")
     if text.ending.settings is not None:  # engines must stop at the token that ends the trained answers
         (writer.root / GENERATION_FILE).write_text(text.ending.text, encoding="utf-8")

@@ -1,7 +1,7 @@
-"""Write the result of training to an artifact: trained weights in the base checkpoint's layout, read back and compared.
+"""Write trained weights to an artifact in the layout of the base checkpoint, read them back and compare them.
 
-Everything that was not trained (embeddings, norms, tokenizer) is copied byte for byte, shard by shard, so that memory
-use stays near one shard. If the base is quantized, its weights that were not trained are copied as dequantized floats.
+Everything that was not trained (embeddings, norms, tokenizer) is copied byte for byte, one shard at a time, so that
+memory use is about one shard. If the base is quantized, its weights that were not trained are written dequantized.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ from pipeline.falqon.flush import FlushReport
 
 
 class Deployed(NamedTuple):
-    """A weight as it is served, in the checkpoint's orientation.
+    """A weight of the final model, in the checkpoint's orientation.
 
     Attributes:
         values: FP8 codes, or a float weight.
-        scale: fp32 scalar, `codes * scale`; None for a float weight.
+        scale: fp32 scalar; the weight is `codes * scale`. None for a float weight.
         transposed: whether the checkpoint stores the weight as (in, out).
     """
 
@@ -49,7 +49,12 @@ Weights = dict[str, Deployed]  # by module path, or by checkpoint name without `
 
 
 def write_checkpoint(base: Path, root: Path, weights: Weights) -> None:
-    """Copy the base checkpoint to the directory `root`, with `weights` in place of the tensors they name.
+    """Copy the base checkpoint to the directory `root`, but with the trained weights in place of the original ones.
+
+    Args:
+        base: directory of the base checkpoint.
+        root: an existing directory.
+        weights: the trained weights, by their names in the checkpoint without `.weight`.
 
     Experts that the base holds stacked are stacked again if all weights are floats, so that transformers loads them;
     codes have a scale for each expert and are stored one by one.
@@ -74,7 +79,7 @@ def write_checkpoint(base: Path, root: Path, weights: Weights) -> None:
                 tensors |= {n: trained[n].cpu().contiguous() for n in own if n in trained}
             else:
                 tensors[name] = read_tensor(entry)
-        if not tensors:  # a file that holds only scales
+        if not tensors:  # the base's file holds only scales
             continue
         if split and all(weight.scale is None for weight in weights.values()):
             tensors = join_stacks(tensors)
@@ -88,7 +93,7 @@ def write_checkpoint(base: Path, root: Path, weights: Weights) -> None:
 
 
 def count_differing(root: Path, weights: Weights) -> int:
-    """Reopen a written checkpoint and count the bytes in which it differs from `weights` and their scales.
+    """Reopen a written checkpoint and count the bytes of weights and scales in it that differ from `weights`.
 
     Raises:
         BadArtifactError: a weight is missing, or there is a scale for a weight that is not quantized.
@@ -105,7 +110,7 @@ def count_differing(root: Path, weights: Weights) -> int:
 
 
 def _tensors(weights: Weights) -> dict[str, Tensor]:
-    """Weights and scales by their names in the checkpoint."""
+    """All tensors of `weights` by their names in the checkpoint: each weight, and its scale (fp32) if it has one."""
     tensors: dict[str, Tensor] = {}
     for name, (values, scale, _) in weights.items():
         tensors[f"{name}.weight"] = values
@@ -124,14 +129,16 @@ _ADAPTER = "adapter.safetensors"
 def write_deployed(
     writer: ArtifactWriter, base: Path, deployed: Weights, adapter: Mapping[str, Tensor], names: Mapping[str, str]
 ) -> list[str]:
-    """Write the base checkpoint with the trained weights, and the adapter; a gate compares the bytes read back.
+    """Write the base checkpoint with the trained weights, and the adapter to a separate file.
+
+    The weights are read back; a gate of the artifact requires that no byte differs.
 
     Args:
-        writer: the artifact's writer.
-        base: the base checkpoint.
-        deployed: weights by module path.
-        adapter: the adapter's tensors, written to a separate file.
-        names: the trained layers' names in the checkpoint, by module path.
+        writer: the writer of the artifact.
+        base: directory of the base checkpoint.
+        deployed: the trained weights, by module path.
+        adapter: the adapter's tensors by name; no file is written if empty.
+        names: names of the trained layers in the checkpoint, by module path.
 
     Returns:
         Names of the weights that are stored as (in, out).
@@ -146,12 +153,17 @@ def write_deployed(
 
 
 def renamed(records: Sequence[LayerRecord], names: Mapping[str, str]) -> list[LayerRecord]:
-    """The layer records with the checkpoint's names."""
+    """The layer records with module paths replaced by names in the checkpoint, to which `names` maps them."""
     return [record.model_copy(update={"name": names.get(record.name, record.name)}) for record in records]
 
 
 def merge_facts(flushed: Mapping[str, FlushReport], names: Mapping[str, str]) -> dict[str, Any]:
-    """The report of the final merge as fields of `TunedDetails`; empty if there was none."""
+    """The reports of the final merge as fields of `TunedDetails`; empty if there was no final merge.
+
+    Args:
+        flushed: reports by module path.
+        names: names in the checkpoint, by module path.
+    """
     if not flushed:
         return {}
     whole = sum(flushed.values(), FlushReport())

@@ -1,1 +1,1 @@
-"""Low-bit vision transformers: calibrated ranges, a trainable student, its distillation, and the stage."""
+"""Quantization of vision transformers to few bits: calibrated ranges, and distillation of a quantized student."""

@@ -1,8 +1,8 @@
-"""Augmentation of calibration images for the student: mirroring, cropping, blurring and changes of lighting.
+"""Augmentation of calibration images: mirroring, cropping, blurring and changes of contrast, brightness and saturation.
 
 There are few images, and each is used many times. Mirroring and cropping add variety; blurring and changes of lighting
-also cover what synthetic images lack. All random draws are made on the host, from the seed alone, and images are
-changed on their own device, so a GPU gets the same views as a CPU, without GPU synchronizations.
+make synthetic images more similar to photographs. All random draws are made on the host and depend only on the seed;
+images are changed on their own device. So a GPU gets the same views as a CPU, without GPU synchronizations.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from fp8pipe.core.devices import to_device
 from pipeline.vit.config import DistillConfig
 
 _REACH: Final = 3  # radius of a blur kernel, in standard deviations
-_FIRST_VIEWS: Final = 2  # stream id combined with the seed; 0 and 1 are used by the distiller
+_FIRST_VIEWS: Final = 2  # combined with the seed to get an independent random stream; the distiller uses 0 and 1
 _SHARPEST: Final = 0.05  # standard deviation, in pixels, below which a blur changes nothing
-_TOGETHER: Final = 32  # number of images that a GPU changes at once
+_TOGETHER: Final = 32  # number of images per batch on a GPU
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +43,7 @@ class Draws:
 
 
 def draw(shape: torch.Size, generator: torch.Generator, config: DistillConfig) -> Draws:
-    """Make the random draws for images of `shape` `(N, 3, H, W)`."""
+    """Make the random draws for the augmentation of images of `shape` `(N, 3, H, W)`, with a CPU generator."""
     count, side = shape[0], min(shape[-2:])
     crops, blurs, lights = torch.rand(count, 4, generator=generator), None, None
     if config.blur:
@@ -54,12 +54,19 @@ def draw(shape: torch.Size, generator: torch.Generator, config: DistillConfig) -
 
 
 def first_views(pixels: Tensor, config: DistillConfig, seed: int, device: torch.device | None = None) -> Tensor:
-    """One view of each synthetic image `(N, 3, H, W)`, used to calibrate ranges, initial codes and transforms.
+    """One random view of each synthetic image, used to calibrate ranges, initial codes and transforms.
 
-    Synthetic images have fine detail that photographs lack, and calibration on unchanged ones would fit that detail.
-    Photographs are used unchanged. If `augment` is off, the images themselves are returned.
+    Synthetic images have fine detail that photographs lack, to which calibration on unchanged images would adapt. For
+    photographs this function is not called.
 
-    Images and views are on the host; the work is done on `device`, on a GPU in small batches.
+    Args:
+        pixels: normalized images `(N, 3, H, W)`, on the host.
+        config: determines the augmentation; if `augment` is off, the images themselves are returned.
+        seed: seed of the random draws.
+        device: the device that computes the views, on a GPU in small batches; None for the CPU.
+
+    Returns:
+        The views `(N, 3, H, W)`, on the host.
     """
     if not config.augment:
         return pixels
@@ -74,12 +81,12 @@ def first_views(pixels: Tensor, config: DistillConfig, seed: int, device: torch.
 
 
 def augment(pixels: Tensor, generator: torch.Generator, config: DistillConfig) -> Tensor:
-    """A random view of each normalized image `(N, 3, H, W)`, on any device, at the same size."""
+    """A random view of each normalized image `(N, 3, H, W)`, of the same size and on the device of `pixels`."""
     return changed(pixels, draw(pixels.shape, generator, config))
 
 
 def changed(pixels: Tensor, draws: Draws) -> Tensor:
-    """Apply `draws` to `pixels`, on their device."""
+    """Augment the images `pixels` `(N, 3, H, W)` as given by `draws`, on their device."""
     shown = crop(pixels, draws.crops, draws.smallest)
     if draws.blurs is not None:
         shown = blur(shown, draws.blurs, draws.reach)
@@ -87,11 +94,12 @@ def changed(pixels: Tensor, draws: Draws) -> Tensor:
 
 
 def crop(pixels: Tensor, draws: Tensor, smallest: float) -> Tensor:
-    """Mirror and crop `(N, 3, H, W)`, and resize to the same size.
+    """Mirror and crop images, and resize them to their original size.
 
     Args:
-        pixels: the images.
-        draws: `(N, 4)` in [0, 1), on the host: size, mirroring (below a half), horizontal and vertical position.
+        pixels: images `(N, 3, H, W)`.
+        draws: `(N, 4)` in [0, 1), on the host: the size of the crop, whether to mirror (if below 0.5), and the
+            horizontal and vertical position of the crop.
         smallest: side of the smallest crop, relative to the image's side; 1 turns cropping off.
     """
     scale = smallest + (1 - smallest) * draws[:, 0]
@@ -103,15 +111,18 @@ def crop(pixels: Tensor, draws: Tensor, smallest: float) -> Tensor:
 
 
 def blur_reach(deviations: Tensor, shape: torch.Size) -> int:
-    """Kernel radius, in pixels, for the strongest of the blurs, limited by images of `shape`."""
+    """The kernel radius, in pixels, that the strongest blur needs; smaller than the sides of images of `shape`."""
     return min(math.ceil(_REACH * float(deviations.max())), shape[-2] - 1, shape[-1] - 1)
 
 
 def blur(pixels: Tensor, deviations: Tensor, reach: int | None = None) -> Tensor:
-    """Convolve each image `(N, 3, H, W)` with its own Gaussian, with reflected edges.
+    """Convolve each image with its own Gaussian kernel, with reflection at the edges.
 
-    `deviations` `(N,)` are in pixels, on the host; `reach` is the kernel radius, by default `blur_reach` of these
-    deviations. Batches of one set must use the same radius to give the same results as a single batch.
+    Args:
+        pixels: images `(N, 3, H, W)`.
+        deviations: standard deviations `(N,)` in pixels, on the host.
+        reach: kernel radius in pixels; default: `blur_reach` of these deviations. If a set of images is split into
+            batches, all of them must use the same radius to give the same results as a single batch.
     """
     count, channels, height, width = pixels.shape
     reach = blur_reach(deviations, pixels.shape) if reach is None else reach
@@ -127,7 +138,13 @@ def blur(pixels: Tensor, deviations: Tensor, reach: int | None = None) -> Tensor
 
 
 def relight(pixels: Tensor, changes: Tensor) -> Tensor:
-    """Change each image's contrast, brightness and saturation by `changes` `(N, 3)`, on the host; 0 is no change."""
+    """Change contrast, brightness and saturation of each image `(N, 3, H, W)`.
+
+    Args:
+        pixels: normalized images.
+        changes: `(N, 3)`, on the host: relative change of contrast, added brightness (in normalized units), relative
+            change of saturation; 0 leaves an image unchanged.
+    """
     moved = to_device(changes, pixels.device)
     contrast, brightness, colourfulness = (moved[:, i, None, None, None] for i in range(3))
     mean = pixels.mean((1, 2, 3), keepdim=True)

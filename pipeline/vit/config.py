@@ -18,7 +18,7 @@ VIT_NEED: Final = GpuNeed("quantize-vit", (8, 0), "bf16")
 
 
 def parse_image_size(value: Any) -> tuple[int, int]:
-    """Parse `224` or `96x32` to (height, width) in pixels.
+    """Parse an image size such as `224` or `96x32` to (height, width) in pixels.
 
     Raises:
         ValueError: the value has another form, or a side is out of range.
@@ -31,12 +31,12 @@ def parse_image_size(value: Any) -> tuple[int, int]:
 
 
 def _spelled(value: Any) -> str | None:
-    """The normalized spelling that is stored: `HEIGHTxWIDTH`."""
+    """The image size in the form `HEIGHTxWIDTH`, in which the configuration stores it."""
     return None if value is None else "{}x{}".format(*parse_image_size(value))
 
 
 class TransformsConfig(FrozenConfig):
-    """Which equivalent transforms to apply to the model before quantization; none of them changes its outputs."""
+    """The equivalent transforms to apply to the model before quantization; none of them changes its outputs."""
 
     rotate_residual: bool = Field(True, description="Rotate the residual stream, where the model allows it.")
     rotate_heads: bool = Field(True, description="Rotate queries, keys and values within each head.")
@@ -44,7 +44,7 @@ class TransformsConfig(FrozenConfig):
 
 
 class DistillConfig(FrozenConfig):
-    """How the student is distilled."""
+    """Options of the student's distillation."""
 
     steps: Annotated[int, Flag("distill-steps")] = Field(
         200, ge=0, description="Optimizer steps of distillation; 0 deploys with the measured ranges."
@@ -72,7 +72,7 @@ class DistillConfig(FrozenConfig):
 
 
 class QuantizeVitConfig(FrozenConfig):
-    """Which model to quantize, to which precision, with which calibration images."""
+    """The configuration of `quantize-vit`: model, precision, calibration images, and options of each part."""
 
     model: str = Field(description="Vision model: directory, timm:NAME or sample:NAME.")
     bits: str = Field(description="wXaY with 2 to 8 bits each, wfp8afp8, or wnvfp4anvfp4.")
@@ -119,17 +119,17 @@ class QuantizeVitConfig(FrozenConfig):
 
     @property
     def activation(self) -> Literal["softmax", "sigmoid", "none"] | None:
-        """The activation that turns outputs into probabilities; None for the one that the model's files name."""
+        """The configured activation of the model's outputs; None to use the one in the model's files."""
         return None if self.head_activation == "auto" else self.head_activation
 
     @property
     def size(self) -> tuple[int, int] | None:
-        """(height, width) of `image_size`."""
+        """(height, width) in pixels given by `image_size`; None to use that of the checkpoint."""
         return None if self.image_size is None else parse_image_size(self.image_size)
 
     @property
     def gpu_need(self) -> GpuNeed:
-        """What synthesis and distillation require of a GPU: bf16, unless it is turned off for both."""
+        """The GPU features that synthesis and distillation require: bf16, unless it is turned off for both."""
         return VIT_NEED if self.synthesis.bf16 or self.distill.bf16 else GpuNeed(VIT_NEED.work)
 
     @property

@@ -1,19 +1,20 @@
-"""Distillation: the student learns its teacher's outputs and attention-head outputs on calibration images.
+"""Distillation: train the student to reproduce its teacher's outputs and attention outputs on calibration images.
 
-The model outputs are compared by the temperature-softened KL divergence (arXiv 1503.02531), the head outputs by MimiQ's
-head-wise structural loss (arXiv 2407.20021, section 4): for each head and channel of attn.v, the contrast-and-structure
-part of SSIM over the patch tokens. A constant shift is not penalized, a wrong pattern is.
+The outputs of the models are compared by the temperature-softened KL divergence (arXiv 1503.02531), and the outputs of
+attention heads (softmax probabilities times values) by MimiQ's head-wise structural loss (arXiv 2407.20021, section 4):
+for each head and channel, the contrast-and-structure part of SSIM over the patch tokens. It penalizes a wrong pattern
+over the tokens, but not a constant shift.
 
-Teacher and student get the same augmented images (`augment`): synthetic images have more fine detail and stronger
-colours than photographs, and ranges and weights learned on them alone suit photographs poorly. MimiQ also blurs,
+Teacher and student get the same augmented images (`augment`), as synthetic images have more fine detail and stronger
+colours than photographs: ranges and weights trained on unchanged ones would suit photographs poorly. MimiQ also blurs,
 jitters and mirrors.
 
 Training runs on the student's device. Images stay on the host, and a step does not synchronize with a GPU: losses are
 read together every few steps, so on a GPU a diverging run is stopped a few steps late.
 
-Which images a step uses and how they are augmented depends only on the seed and the step, so a run that is killed and
-resumed gives the same bits as an uninterrupted run. The model after the last step is reported and deployed: selecting
-the best step by labelled data would not be data-free.
+The images of a step and their augmentation depend only on the seed and the step number, so a run that is killed and
+resumed is bit-identical to an uninterrupted run. The model after the last step is reported and deployed: selecting the
+best step would need labelled data.
 """
 
 from __future__ import annotations
@@ -44,22 +45,22 @@ from pipeline.vit.student import Student
 _LOG = logging.getLogger(__name__)
 Figures = dict[str, float]
 _FIGURES: Final = ("loss", "answer", "structure")
-_READ_EVERY: Final = 10
-_ORDER, _AUGMENTATION = 0, 1  # stream ids combined with the seed
-_C2 = 0.03**2  # SSIM's second constant
+_READ_EVERY: Final = 10  # number of steps whose losses are read together on a GPU
+_ORDER, _AUGMENTATION = 0, 1  # combined with the seed to get independent random streams
+_C2 = 0.03**2  # the second constant of SSIM, which stabilizes the division
 
 
 class Distiller:
-    """Trains a student.
+    """Trains a student to reproduce the outputs of its teacher.
 
     Args:
         student: the student; trained in place.
         teacher: the float model.
         structure: the structure of both models.
         pixels: normalized calibration images `(N, 3, H, W)` fp32, on the host.
-        config: steps, learning rates, loss weights.
+        config: options such as steps, learning rates and loss weights.
         seed: seed of image order and augmentation.
-        store: stores the checkpoints; None for no checkpoints.
+        store: the store of checkpoints; None to write none.
     """
 
     def __init__(
@@ -89,7 +90,14 @@ class Distiller:
         self._prefix = {site.name: site.prefix_tokens for site in structure.attentions if not site.pools}
 
     def run(self, on_step: Callable[[Figures], None] = lambda figures: None) -> list[Figures]:
-        """Train to the last step; returns the metrics of every step.
+        """Train from the current step to the last.
+
+        Args:
+            on_step: called with the metrics of every step; on a GPU for several steps at a time.
+
+        Returns:
+            The metrics of every step from the first on: `step`, `loss` and its terms `answer` (outputs) and
+            `structure` (attention outputs).
 
         Raises:
             ConfigurationError: the loss became NaN or infinite; the last checkpoint is kept.
@@ -109,7 +117,7 @@ class Distiller:
         return self.history
 
     def _read(self, unread: list[Tensor]) -> Iterator[Figures]:
-        """The metrics of the last steps; raises if a loss is NaN or infinite."""
+        """Yield the metrics of the last steps; raises ConfigurationError if a loss is NaN or infinite."""
         first = self.step - len(unread) + 1
         for step, values in enumerate(torch.stack(unread).tolist(), first):
             figures = {"step": step, **dict(zip(_FIGURES, values, strict=True))}
@@ -124,7 +132,11 @@ class Distiller:
             yield figures
 
     def one_step(self) -> Tensor:
-        """One optimizer step; returns the loss and its output and structure terms, `(3,)` fp32 on the device."""
+        """Run one optimizer step.
+
+        Returns:
+            The loss, its output term and its (unweighted) structure term: `(3,)` fp32, on the device.
+        """
         enter_phase("step")
         config = self.config
         factor = learning_rate_at(
@@ -151,7 +163,7 @@ class Distiller:
         return torch.stack([loss.detach(), answer.detach(), structure.detach()])
 
     def _distance(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """The distance between the models' outputs, depending on what the outputs mean."""
+        """The loss between the models' outputs `(N, C)`, by their kind: features, classes, labels or values."""
         if self.structure.is_backbone:
             return feature_distance(student, teacher)
         activation = self.teacher.architecture.activation
@@ -163,7 +175,7 @@ class Distiller:
 
     @torch.no_grad()
     def _teach(self, pixels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """The teacher's output, and attn.v of every attention, computed by the fused kernel."""
+        """The teacher's outputs, and the output `(B, H, N, d)` of every attention, by name."""
         maps: dict[str, Tensor] = {}
         fused = functional.scaled_dot_product_attention
 
@@ -212,14 +224,26 @@ def _order(seed: int, epoch: int, count: int) -> Tensor:
 
 
 def distillation(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """`T^2 KL(softmax(teacher/T) || softmax(student/T))`, mean over images; both `(N, C)`, fp32 result."""
+    """`T^2 KL(softmax(teacher/T) || softmax(student/T))`, mean over images: the loss for classes.
+
+    Args:
+        student: logits `(N, C)`.
+        teacher: logits `(N, C)`.
+        temperature: T.
+
+    Returns:
+        An fp32 scalar.
+    """
     soft = functional.log_softmax(student.float() / temperature, dim=1)
     target = functional.log_softmax(teacher.float() / temperature, dim=1)
     return functional.kl_div(soft, target, reduction="batchmean", log_target=True) * temperature**2
 
 
 def label_distillation(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """The same for independent labels: `T^2 KL` of their Bernoulli distributions, summed over labels."""
+    """`distillation` for independent labels: T^2 times the KL divergence of their Bernoulli distributions.
+
+    The divergence is summed over labels and averaged over images.
+    """
     s, t = student.float() / temperature, teacher.float() / temperature
     log_t, log_not_t = functional.logsigmoid(t), functional.logsigmoid(-t)
     divergence = log_t.exp() * (log_t - functional.logsigmoid(s))
@@ -228,27 +252,32 @@ def label_distillation(student: Tensor, teacher: Tensor, temperature: float) -> 
 
 
 def value_distance(student: Tensor, teacher: Tensor) -> Tensor:
-    """Squared error of values `(N, C)` relative to the teacher's variance over images (for one image: its square)."""
+    """The loss for regression outputs `(N, C)`: mean squared error relative to the teacher's variance over images.
+
+    For a single image, which has no variance, it is relative to the teacher's mean square.
+    """
     s, t = student.float(), teacher.float()
     varying = t - t.mean(0) if len(t) > 1 else t
     return (s - t).square().mean() / varying.square().mean().clamp(min=1e-12)
 
 
 def feature_distance(student: Tensor, teacher: Tensor) -> Tensor:
-    """`1 - cosine`, mean over images, for backbones that output features `(N, C)` instead of logits."""
+    """The loss for backbones, whose outputs are features `(N, C)`: `1 - cosine similarity`, mean over images."""
     return (1 - functional.cosine_similarity(student.float(), teacher.float(), dim=1)).mean()
 
 
 def head_structure(student: Tensor, teacher: Tensor, prefix_tokens: int) -> Tensor:
-    """`1 - mean S` with `S = (2 cov + C2) / (var_t + var_s + C2)` over patch tokens.
+    """The structural loss of an attention's outputs: `1 - mean S`, `S = (2 cov + C2) / (var_t + var_s + C2)`.
+
+    Covariance and variances are those over the patch tokens; the mean is over images, heads and channels.
 
     Args:
-        student: attn.v `(B, H, N, d)`; B is images times windows.
-        teacher: the same for the teacher; gets no gradient.
+        student: the student's attention output `(B, H, N, d)`, where B is images times windows.
+        teacher: the teacher's attention output, of the same shape; gets no gradient.
         prefix_tokens: number of leading tokens that are not patches and are excluded.
 
     Returns:
-        fp32 scalar: 0 for equal or shifted maps, about 1 for independent, about 2 for negated ones.
+        An fp32 scalar: 0 for equal or shifted outputs, about 1 for independent, about 2 for negated ones.
     """
     s = student[:, :, prefix_tokens:].float()
     t = teacher.detach()[:, :, prefix_tokens:].float()

@@ -1,4 +1,4 @@
-"""Top-1 and top-5 accuracy on labelled images, of the teacher and the student."""
+"""Evaluate models, such as teacher and quantized model, on labelled images: top-1 and top-5 accuracy."""
 
 from __future__ import annotations
 
@@ -21,11 +21,15 @@ _ROWS = 64
 
 
 def read_evaluation_folder(source: str | Path, classes: tuple[str, ...] | None) -> ImageFolder:
-    """The labelled images of `source`, a folder or `sample:digits`; its subfolders must be classes of the model.
+    """Read a folder of labelled images and check that it suits the model.
+
+    Args:
+        source: a folder with one subfolder per class, named as the model's class, or `sample:digits`.
+        classes: the model's class names; None if its outputs are not mutually exclusive classes.
 
     Raises:
-        ConfigurationError: `source` is no image folder, the model does not have several classes (`classes` is None),
-            a subfolder is no class of the model, or an image is damaged.
+        ConfigurationError: `source` is no image folder, `classes` is None, a subfolder is not named as a class, or an
+            image is damaged.
     """
     if classes is None:
         raise ConfigurationError(
@@ -55,8 +59,15 @@ def accuracy(
 ) -> dict[str, Any]:  # fmt: skip
     """Top-1 and top-5 accuracy of every model on the same images.
 
-    Each model maps pixels `(N, 3, H, W)` to logits `(N, C)`, in the order of `classes`, both on `device`. Returns the
-    number of `images`, and for each model `top1` and `top5` as fractions.
+    Args:
+        models: by name, functions that map normalized pixels `(N, 3, H, W)` to logits `(N, C)`, both on `device`.
+        folder: the labelled images.
+        preprocessing: the preprocessing of all models.
+        classes: names of the C classes, in the order of the logits.
+        device: the device of the models.
+
+    Returns:
+        The number of `images`, and for each model `top1` and `top5` as fractions.
 
     Raises:
         ConfigurationError: an image cannot be read; the error names it.

@@ -1,14 +1,15 @@
-"""Initial values of a student: the grid of every weight and activation, its scale, and the first rounding of weights.
+"""Initial values of a student: number formats, scales of weights and activations, and weights prepared for rounding.
 
-Every activation range is the one with the smallest squared rounding error on a sample of the values. The search shrinks
-the observed range at both ends together, then at each end alone, because few distributions here are symmetric: GELU's
-minimum is -0.17, that of probabilities is zero.
+The range of each activation is the one with the smallest squared rounding error on a sample of its values. The search
+shrinks the observed range at both ends together, then at each end separately, because few distributions are symmetric:
+GELU's minimum is -0.17, that of probabilities is zero.
 
-The first rounding of weights is compensated: the columns of a weight that are not yet rounded absorb the error of those
-that are, by Optimal Brain Surgeon's update with the layer's own second moments, column by column (GPTQ, arXiv
-2210.17323). The moments come from the inputs that the deployed layer will read, rounded to its activation grid. The
-result is each weight as it was just before it was rounded. Rounding it to nearest gives the compensated codes, and a
-student that starts from it retains how close each weight is to the next code.
+Weights are rounded with error compensation (GPTQ, arXiv 2210.17323): columns are rounded one after the other, and the
+error of each is compensated in the columns that are not yet rounded, by Optimal Brain Surgeon's update with the second
+moments of the layer's inputs. These are the inputs of the deployed layer, rounded to its activation grid. The functions
+here return each weight with all compensations, as it was just before it was rounded. Rounding it to nearest gives the
+compensated codes; and a student that starts from these unrounded values retains how close each of them is to the next
+code.
 """
 
 from __future__ import annotations
@@ -41,24 +42,30 @@ from fp8pipe.numerics.quantizers import (
 )
 from pipeline.vit.student import WeightFormat
 
-_SAMPLE: Final = 1 << 15  # number of sampled values from which a site's range is chosen
-_SHRINKS: Final = tuple(0.97**i for i in range(0, 90, 3))  # 1 down to 0.07
-_WEIGHT_SHRINKS: Final = tuple(1.0 - 0.02 * i for i in range(35))  # 1 down to 0.32
+_SAMPLE: Final = 1 << 15  # maximum number of values sampled from each batch at an activation site
+_SHRINKS: Final = tuple(0.97**i for i in range(0, 90, 3))  # factors tried for activation ranges, from 1 down to 0.07
+_WEIGHT_SHRINKS: Final = tuple(1.0 - 0.02 * i for i in range(35))  # factors tried for weight scales, from 1 to 0.32
 _TINY: Final = 1e-8
 
 
 def choose_quantizer(values: Tensor, bits: int, kind: Kind) -> Quantizer:
-    """`choose_range`; for NVFP4, the tensor scale with which block scales can represent the largest magnitude."""
+    """The quantizer for an activation site, chosen from a sample of its values (fp32, 1-d).
+
+    For integers and E4M3 it is that of `choose_range`. For NVFP4, whose block scales are computed at run time, only the
+    tensor scale is chosen: the one with which block scales can represent the largest magnitude.
+    """
     if kind is Kind.NVFP4:
         return BlockQuantizer(tensor_scale(float(values.abs().max())))
     return choose_range(values, bits, kind)
 
 
 def choose_range(values: Tensor, bits: int, kind: Kind = Kind.INT) -> ActivationQuantizer:
-    """The range with the smallest squared rounding error on `values`, a sample of the site's values: fp32, 1-d.
+    """The quantizer whose range has the smallest squared rounding error on a sample of an activation site's values.
 
-    Integer grids have at most `2^bits` codes (2 to 8 bits), within INT8 and including zero. For E4M3, the scale maps
-    the largest magnitude to 448.
+    Args:
+        values: the sample, fp32, 1-d.
+        bits: 2 to 8 bits; an integer grid has at most `2^bits` codes, within INT8 and including zero.
+        kind: integers or E4M3. For E4M3 there is no search; the scale maps the largest magnitude to 448.
     """
     smallest, largest = min(0.0, float(values.min())), max(0.0, float(values.max()))
     if kind is Kind.E4M3:
@@ -81,13 +88,14 @@ def choose_range(values: Tensor, bits: int, kind: Kind = Kind.INT) -> Activation
 
 
 def range_quantizer(low: float, high: float, bits: int) -> ActivationQuantizer:
-    """The grid of `bits` that covers `low`..`high` (low <= 0 <= high) and has a code for zero.
+    """The integer quantizer of `bits` bits that covers the range `low`..`high` (low <= 0 <= high) and represents zero.
 
-    At 8 bits, a range with both signs gets all codes of INT8: the same scale clips less, and engines need no Clip
-    operator, which would prevent them from fusing attention.
+    With 8 bits, a range with both signs gets all codes of INT8. This clips less with the same scale, and engines need
+    no Clip operator, which would prevent them from fusing attention.
     """
     levels = 2**bits - 1
-    # Codes must fit INT8 with zero as code 0, so at 8 bits a range of one sign has half the codes and a larger step.
+    # Codes must fit into INT8 with 0 as the code of zero, so with 8 bits a range of one sign has half the codes only,
+    # and a larger step.
     step = _storable(max((high - low) / levels, high / INT8_MAX, low / INT8_MIN, _TINY))
     if low < 0 and levels == INT8_MAX - INT8_MIN:
         return ActivationQuantizer(step, INT8_MIN, INT8_MAX)
@@ -102,10 +110,16 @@ def _storable(value: float) -> float:
 def sample_sites(
     vision: VisionModel, structure: VitStructure, batches: Iterable[Tensor], seed: int
 ) -> dict[str, Tensor]:
-    """A sample of the values at every activation site of the float model, from normalized pixels `(N, 3, H, W)`.
+    """Sample the values at every activation site of the float model.
 
-    Returns for each site up to 32,768 fp32 values per batch, including minimum and maximum of the batch. `seed` is the
-    seed of the sampling.
+    Args:
+        vision: the float model.
+        structure: its structure.
+        batches: normalized pixels `(N, 3, H, W)`, on the model's device.
+        seed: seed of the sampling.
+
+    Returns:
+        For each site up to 32,768 fp32 values per batch, including minimum and maximum of the batch.
     """
     plain = QuantizedVit(vision.model, vision.architecture, vision.preprocessing, structure, {}, {})
     wanted = set(activation_sites(structure))
@@ -131,7 +145,10 @@ def _sample(values: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def choose_step(weight: Tensor, form: WeightFormat) -> Tensor:
-    """Per-channel scales `(out,)` fp32 with the smallest squared rounding error."""
+    """Scales `(out,)` fp32, one per output channel, for a weight `(out, ...)`.
+
+    Integer scales are those with the smallest squared rounding error; E4M3 scales map the largest magnitude to 448.
+    """
     flat = weight.detach().flatten(1).float()
     amax = flat.abs().amax(1).clamp(min=_TINY)
     if form.kind is Kind.E4M3:
@@ -149,7 +166,7 @@ def choose_step(weight: Tensor, form: WeightFormat) -> Tensor:
 
 
 def choose_steps(vision: VisionModel, formats: Mapping[str, WeightFormat]) -> dict[str, Tensor | BlockScales]:
-    """The scales of every linear layer in `formats`: by `choose_step`, or for NVFP4 by `choose_block_scales`."""
+    """The weight scales of every linear layer in `formats`, by layer name: per channel, or per block for NVFP4."""
     found: dict[str, Tensor | BlockScales] = {}
     for name, form in formats.items():
         weight = vision.model.get_submodule(name).get_parameter("weight")
@@ -157,8 +174,9 @@ def choose_steps(vision: VisionModel, formats: Mapping[str, WeightFormat]) -> di
     return found
 
 
-_DAMPING: Final = 0.01  # relative to the mean second moment: keeps error from moving to channels that never vary
-_COLUMNS: Final = 64  # per block of GPTQ's solver
+# Relative to the mean second moment; prevents errors from being moved to input channels that never vary.
+_DAMPING: Final = 0.01
+_COLUMNS: Final = 64  # columns per block in GPTQ's solver
 _NEAREST_FROM_BITS: Final = 8  # from this bit width on, round-to-nearest is accurate enough
 
 
@@ -168,9 +186,16 @@ def second_moments(
     activations: Mapping[str, Quantizer],
     batches: Iterable[Tensor],
 ) -> dict[str, Tensor]:
-    """Second moments `(in, in)` fp32 (mean of x x^T) of the quantized input of each group of linear layers.
+    """Second moments (mean of x x^T) of the quantized inputs of linear layers, measured on the float model.
 
-    Measured on the float model with normalized pixels `(N, 3, H, W)`; by input group, without the patch embedding.
+    Args:
+        vision: the float model.
+        structure: its structure.
+        activations: quantizers by activation site.
+        batches: normalized pixels `(N, 3, H, W)`, on the model's device.
+
+    Returns:
+        `(in, in)` fp32 for each group of linear layers with the same input, without the patch embedding.
     """
     sums: dict[str, Tensor] = {}
     counts = dict.fromkeys((site.input_group for site in structure.linears if site.kind == "linear"), 0)
@@ -191,7 +216,7 @@ def second_moments(
 
 
 def compensate(weight: Tensor, step: Tensor | BlockScales, bits: int, moments: Tensor) -> Tensor:
-    """Each weight with its compensation, as it is just before it is rounded.
+    """A weight matrix with the rounding errors of earlier columns compensated in later ones, not yet rounded.
 
     Args:
         weight: `(out, in)`.
@@ -224,7 +249,18 @@ def compensate_model(
     steps: Mapping[str, Tensor | BlockScales],
     moments: Mapping[str, Tensor],
 ) -> int:
-    """Replace the weights of linear layers below 8 bits with those of `compensate`, in place; returns their number."""
+    """Replace the weights of linear layers of fewer than 8 bits with those of `compensate`, in place.
+
+    Args:
+        model: the float model; changed in place.
+        structure: its structure.
+        formats: weight formats by layer.
+        steps: weight scales by layer.
+        moments: second moments by input group.
+
+    Returns:
+        The number of changed layers.
+    """
     done = 0
     for site in structure.linears:
         form = formats.get(site.name)
@@ -242,9 +278,14 @@ _EDGE_BITS = 8
 def weight_formats(structure: VitStructure, precision: Precision, edges: str) -> dict[str, WeightFormat]:
     """The weight format of every linear layer.
 
-    `edges="8bit"` keeps patch embedding and head at 8 bits, `same` gives them the precision of the other layers. They
-    hold about 1 % of the weights, but the patch embedding's errors affect all later layers, and the head's the output
-    directly. With NVFP4 they are always in FP8, as the pixels of a patch do not form blocks.
+    Patch embedding and head contain about 1 % of the weights, but errors of the patch embedding affect all later
+    layers, and those of the head directly affect the output.
+
+    Args:
+        structure: the structure of the model.
+        precision: the requested precision.
+        edges: `8bit` to keep patch embedding and head at 8 bits, `same` to give them the requested precision. With
+            NVFP4 they are always in FP8, as the pixels of a patch do not form blocks.
     """
     if precision.kind is Kind.NVFP4:
         blocks = _block_groups(structure)
@@ -258,7 +299,7 @@ def weight_formats(structure: VitStructure, precision: Precision, edges: str) ->
 
 
 def activation_bits(structure: VitStructure, precision: Precision, edges: str) -> dict[str, int]:
-    """Bit width of every activation site, including the input image of the patch embedding."""
+    """The bit width of every activation site, including the input image; for `edges` see `weight_formats`."""
     ends = {f"{name}.input" for name in _ends(structure)} if edges == "8bit" else set()
     return {site: _EDGE_BITS if site in ends else precision.activation_bits for site in activation_sites(structure)}
 
@@ -266,8 +307,8 @@ def activation_bits(structure: VitStructure, precision: Precision, edges: str) -
 def activation_kinds(structure: VitStructure, precision: Precision) -> dict[str, Kind]:
     """The number format of every activation site.
 
-    With NVFP4, only inputs of linear layers use it; operands of attentions are FP8, as no engine has NVFP4 kernels for
-    them.
+    With the precision NVFP4, only inputs of linear layers are in NVFP4. Operands of attentions are in FP8, as no engine
+    has NVFP4 kernels for them.
     """
     if precision.kind is not Kind.NVFP4:
         return dict.fromkeys(activation_sites(structure), precision.kind)
@@ -276,7 +317,7 @@ def activation_kinds(structure: VitStructure, precision: Precision) -> dict[str,
 
 
 def _block_groups(structure: VitStructure) -> set[str]:
-    """Groups of linear layers that can use NVFP4: inputs are whole blocks, and neither patch embedding nor head."""
+    """Input groups of the linear layers that can use NVFP4: whole blocks of inputs, no patch embedding, no head."""
     ends = _ends(structure)
     groups = {site.input_group for site in structure.linears if site.shape[1] % BLOCK == 0}
     return groups - {site.input_group for site in structure.linears if site.name in ends or site.kind != "linear"}

@@ -1,4 +1,4 @@
-"""Plan a quantization run (`--dry-run`): its structure from the model, memory, disk and time from dry runs."""
+"""Plan a quantization run (`--dry-run`): layers from the model, and memory, disk and time from small dry runs."""
 
 from __future__ import annotations
 
@@ -26,7 +26,11 @@ _SMALLER: Final = "a smaller distill.batch_size or synthesis.batch_size, or fewe
 
 
 def plan_quantize_vit(config: QuantizeVitConfig, output: Path | None = None) -> Plan:
-    """Plan a run by running the stage with few images and steps in a scratch folder; nothing else is written.
+    """Plan a run by running the stage with few images and steps in a temporary directory; nothing else is written.
+
+    Args:
+        config: the resolved configuration.
+        output: directory of the artifact; None if the user has not named one.
 
     Raises:
         ConfigurationError: the run itself would reject the model, the bits or the calibration.
@@ -72,7 +76,11 @@ _Needs = tuple[int, int, int, dict[str, float], tuple[str, ...]]
 
 
 def _measured(config: QuantizeVitConfig) -> _Needs:
-    """Peak memory, peak disk use, output size, seconds per part and notes, from dry runs with few images."""
+    """Plan from dry runs with few images, extrapolated to all images.
+
+    Returns:
+        Peak memory, peak disk use and output size (bytes), time of each part (seconds), and notes.
+    """
     counts = _image_counts(config)
     runs = []
     with tempfile.TemporaryDirectory(prefix="fp8pipe-dry-run-") as scratch:
@@ -94,7 +102,7 @@ def _measured(config: QuantizeVitConfig) -> _Needs:
 
 
 def _image_counts(config: QuantizeVitConfig) -> tuple[int, ...]:
-    """The number of images in each dry run: one full batch and two, or all images if there are no more."""
+    """The number of images in each dry run: one and two full batches, or all images if there are no more than two."""
     largest = max(_BATCH, config.distill.batch_size, config.synthesis.batch_size)
     few = math.ceil(largest / _BATCH) * _BATCH
     return (config.images,) if config.images <= 2 * few else (few, 2 * few)
@@ -113,7 +121,13 @@ def _seconds(config: QuantizeVitConfig, scaled: Scaled, saves: int) -> dict[str,
 
 
 def _estimated(config: QuantizeVitConfig, parameters: int, pixels: int) -> _Needs:
-    """Peak memory, disk use and output size, estimated from sizes alone, without activations."""
+    """The same figures as `_measured`, estimated from sizes alone: without activations and time.
+
+    Args:
+        config: the resolved configuration.
+        parameters: number of the model's parameters.
+        pixels: number of values per image.
+    """
     images = config.images * pixels
     note = "memory and disk are estimated from sizes, without activations: this system does not report peak memory"
     written = parameters * 2 + images

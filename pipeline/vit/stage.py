@@ -1,4 +1,7 @@
-"""The stage `quantize-vit`: calibration images, ranges, distillation, and an artifact that is verified by a rebuild."""
+"""The stage `quantize-vit`: make calibration images, calibrate and distill a student, and write it as an artifact.
+
+The artifact is verified: a new process rebuilds the model from its files, and the outputs must be bit-identical.
+"""
 
 from __future__ import annotations
 
@@ -66,12 +69,19 @@ _BATCH = 32
 
 
 def quantize_vit(config: QuantizeVitConfig, output: Path, *, force: bool = False, resume: bool = False) -> Artifact:
-    """Run the stage; returns the finished artifact (kind `vit`).
+    """Quantize a vision transformer and write the result as an artifact.
 
-    Its directory `output` must not exist unless `force` allows replacing it; `resume` continues an unfinished run.
+    Args:
+        config: the resolved configuration.
+        output: directory of the artifact; must not exist unless `force` is set.
+        force: replace an existing artifact.
+        resume: continue the unfinished run of `output`, if there is one.
+
+    Returns:
+        The finished artifact (kind `vit`).
 
     Raises:
-        Fp8PipeError: see the error's message; finished images and checkpoints are kept in `OUTPUT.partial`.
+        Fp8PipeError: the stage failed; finished images and checkpoints are kept in `OUTPUT.partial`.
     """
     config = on_device(config)
     check_place(output, force=force, resume=resume)
@@ -96,14 +106,15 @@ def quantize(
     force: bool = False,
     resume: bool = False,
 ) -> Artifact:
-    """The part of the stage after the model is loaded; see `quantize_vit`. It marks the phases that a plan measures.
+    """Run the rest of the stage after the model has been loaded; see `quantize_vit`.
 
-    The model is moved to the configured device; images stay on the host.
+    It calls `enter_phase` at the beginning of each phase, by which dry runs measure memory and time. The model is moved
+    to the configured device; images stay on the host. `folder` holds the labelled images to evaluate on, if any.
     """
     device = torch.device(config.device)
     with plain_convolutions(device):
         structure = read_structure(vision.model, vision.architecture.image_size)
-        given = read_images(image_request(config), vision, structure)  # an error here leaves no output
+        given = read_images(image_request(config), vision, structure)  # before any output, as this may raise an error
         placed = replace(vision, model=vision.model.to(device))
         return _write(config, placed, structure, given, folder, output, force=force, resume=resume)
 
@@ -112,7 +123,7 @@ def _write(
     config: QuantizeVitConfig, vision: VisionModel, structure: VitStructure, given: ImageSet | None,
     folder: ImageFolder | None, output: Path, *, force: bool, resume: bool,
 ) -> Artifact:  # fmt: skip
-    """Make and write the artifact; inputs have been checked."""
+    """Make and write the artifact from inputs that have been checked."""
     with ArtifactWriter(output, kind=VIT_KIND, stage="quantize-vit", force=force, resume=resume) as writer:
         store = CheckpointStore(writer.root / _CHECKPOINTS, keep=2)
         described = config.model_dump(mode="json")
@@ -142,14 +153,18 @@ def _make(config: QuantizeVitConfig, vision: VisionModel, structure: VitStructur
 def _train(
     config: QuantizeVitConfig, vision: VisionModel, structure: VitStructure, images: ImageSet, store: CheckpointStore
 ) -> tuple[Student, list[dict[str, float]], Transformed]:
-    """Equivalent transforms, ranges and initial codes from the images, then distillation."""
+    """Apply equivalent transforms, initialise a student from the images, and distill it.
+
+    Returns:
+        The student, the metrics of its steps, and the transformed teacher.
+    """
     enter_phase("transforms")
     pixels = vision.preprocessing.normalize(images.images)
     device = torch.device(config.device)
     measured = pixels if _are_pictures(images) else first_views(pixels, config.distill, config.seed, device)
     if config.precision.kind is Kind.INT:
         transformed = apply_transforms(vision, structure, measured, config.conditioning, config.seed)
-    else:  # a floating-point grid does not benefit from uniform magnitudes
+    else:  # floating-point formats do not benefit from channels of similar magnitude
         transformed = Transformed(vision, (), ("equivalent transforms: left out, FP8 has its own exponents",))
     enter_phase("ranges")
     student = begin_student(config, transformed.vision, structure, measured)
@@ -162,10 +177,16 @@ def _train(
 
 
 def begin_student(config: QuantizeVitConfig, vision: VisionModel, structure: VitStructure, pixels: Tensor) -> Student:
-    """A student before training: calibrated activation ranges and weight scales, with compensated weights.
+    """Create a student with calibrated activation ranges and weight scales, and with compensated weights.
 
-    Made from the (transformed) float model, which is not changed, on that model's device, with normalized calibration
-    images `(N, 3, H, W)` on the host.
+    Args:
+        config: the resolved configuration.
+        vision: the (transformed) float model; not changed.
+        structure: its structure.
+        pixels: normalized calibration images `(N, 3, H, W)`, on the host.
+
+    Returns:
+        The untrained student, on the device of the float model.
     """
     device = next(vision.model.parameters()).device
     bits = activation_bits(structure, config.precision, config.edges)
@@ -203,7 +224,7 @@ def _finish(
         writer.gate(gate)
     enter_phase("agree")
     device = torch.device(config.device)
-    quantized = quantized.to(device)  # it was written and rebuilt on the CPU
+    quantized = quantized.to(device)  # so far on the CPU, for writing and for the comparison with the rebuilt model
     similarity = _agreement(vision, quantized, pixels, structure, device)
     writer.gate(similarity)
     if not similarity.passed:
@@ -228,7 +249,7 @@ def _finish(
         layers=layer_records(quantized, rule=ScaleRule.LEARNED if config.distill.steps else ScaleRule.CALIBRATED),
         details=VitDetails(
             precision=str(config.precision), edges=config.edges, images=len(images.images),
-            image_method="images" if _are_pictures(images) else images.method,  # without a local path
+            image_method="images" if _are_pictures(images) else images.method,  # so that no local path is recorded
             image_losses={name: sum(v) / len(v) for name, v in images.losses.items() if v},
             seconds={name: round(value, 1) for name, value in seconds.items()},
             transforms=TransformFacts(done=list(conditioned.steps), left_out=list(conditioned.notes)),
@@ -245,7 +266,7 @@ def _are_pictures(images: ImageSet) -> bool:
 
 
 def _code_gate(quantized: QuantizedVit) -> Gate:
-    """No weight may use more codes than its bit width allows: a 4-bit weight has at most 16."""
+    """A gate that no weight has more distinct codes than its bit width allows, such as 16 for a 4-bit weight."""
     above = sum(len(w.codes.view(torch.uint8).unique()) > 2**w.bits for w in quantized.weights.values())
     return Gate(name="weights with too many codes", value=above)
 
@@ -254,7 +275,7 @@ def _code_gate(quantized: QuantizedVit) -> Gate:
 def _agreement(
     vision: VisionModel, quantized: QuantizedVit, pixels: Tensor, structure: VitStructure, device: torch.device
 ) -> Gate:
-    """How well the deployed model agrees with its teacher on the calibration images."""
+    """A gate on how well the deployed model agrees with its teacher on the calibration images."""
     teacher = torch.cat([vision_outputs(vision.model, batch).cpu() for batch in parts_on(pixels, _BATCH, device)])
     student = torch.cat([quantized(batch).cpu() for batch in parts_on(pixels, _BATCH, device)])
     if structure.is_backbone:
@@ -288,8 +309,14 @@ save_file({"logits": logits.contiguous()}, Path(sys.argv[2]) / "answer.safetenso
 
 @torch.no_grad()
 def _rebuild_gate(quantized: QuantizedVit, pixels: Tensor, root: Path) -> Gate:
-    """A fresh process rebuilds the model from the written files; its logits must equal this model's bit for bit."""
-    scratch = root / _CHECKPOINTS  # removed when the artifact is finished
+    """A gate that the model, rebuilt from the written files in a new process, gives bit-identical logits.
+
+    Args:
+        quantized: the model that was written, on the CPU.
+        pixels: normalized images `(N, 3, H, W)` to compare on.
+        root: the directory with the written files.
+    """
+    scratch = root / _CHECKPOINTS  # deleted when the artifact is finished
     save_file({"pixels": pixels.contiguous()}, scratch / "probe.safetensors")
     command = [sys.executable, "-P", "-c", _FRESH, str(root), str(scratch), str(torch.get_num_threads())]
     ended = subprocess.run(command, capture_output=True, text=True)

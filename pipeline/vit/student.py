@@ -1,12 +1,12 @@
-"""The trainable student: the teacher's weights with fake quantization and learnable scales ("steps", as in LSQ).
+"""The trainable student: the teacher's weights with fake quantization and learnable scales (called steps, as in LSQ).
 
-It shares sites, formulas and module names with `QuantizedVit`. `deploy` freezes it: the deployed model computes the
-same bits as the student in fp32 evaluation.
+It has the same quantization sites, formulas and module names as `QuantizedVit`, to which `deploy` converts it. The
+deployed model's outputs are bit-identical to those of the student in fp32 evaluation.
 
-The forward pass is exactly the deployed formula. The backward pass uses a straight-through estimator for values inside
-the range, and for each step the gradient of LSQ (arXiv 1902.08153, equation 3): `code - x/s` inside the range, the
-clipping code outside. Steps are trained as logarithms, so that they stay positive and one learning rate suits steps of
-every magnitude.
+The forward pass computes exactly the formulas of the deployed model. The backward pass uses a straight-through
+estimator for values inside the range. For the step s of a value x, it uses the gradient of LSQ (arXiv 1902.08153,
+equation 3): `code - x/s` inside the range, the code of the limit outside. Steps are trained as logarithms, so that they
+stay positive and one learning rate suits steps of every magnitude.
 """
 
 from __future__ import annotations
@@ -33,21 +33,21 @@ from fp8pipe.numerics.quantizers import ActivationQuantizer, WeightCodes, neares
 
 
 def _step(log_step: Tensor) -> Tensor:
-    """The step from its logarithm, rounded as it will be stored; the gradient passes straight through the rounding."""
+    """The step from its logarithm, rounded as it will be stored, with a straight-through gradient for the rounding."""
     exact = log_step.exp()
     return storable_scale(exact).detach() + (exact - exact.detach())
 
 
 @dataclass(frozen=True, slots=True)
 class WeightFormat:
-    """The format of a linear layer's weight: bits (2 to 8) and kind."""
+    """The format of a linear layer's weight: bit width (2 to 8) and kind of number."""
 
     bits: int
     kind: Kind = Kind.INT
 
 
 class _RoundedWeight(nn.Module):
-    """Parametrization of a weight with one learnable step per output channel."""
+    """Parametrization that fake-quantizes a weight with one learnable step per output channel."""
 
     def __init__(self, step: Tensor, form: WeightFormat, dims: int) -> None:
         super().__init__()
@@ -78,10 +78,10 @@ class _RoundedActivation(nn.Module):
 
 
 class _RoundedBlockWeight(nn.Module):
-    """Parametrization of a weight `(out, in)` in NVFP4, with fixed block scales.
+    """Parametrization that fake-quantizes a weight `(out, in)` to NVFP4, with fixed block scales.
 
-    Scales are not trained: distillation changes a weight by a fraction of a code step, whereas a change of scale would
-    change all sixteen weights of a block.
+    Scales are not trained: distillation changes a weight by a fraction of the distance between codes, whereas a change
+    of a scale would change all sixteen weights of its block.
     """
 
     def __init__(self, scales: BlockScales) -> None:
@@ -92,7 +92,7 @@ class _RoundedBlockWeight(nn.Module):
         return fake_blocks(weight, self.scales.product)
 
     def mean_step(self) -> Tensor:
-        """The mean distance between neighbouring codes from -6 to 6: 12 / 14 of the scale."""
+        """The mean distance between neighbouring values: 12/14 of the scale, as 14 steps cover 12 times the scale."""
         return self.scales.product.mean() * (12.0 / 14.0)
 
 
@@ -118,9 +118,9 @@ class Student(nn.Module):
     Args:
         vision: the teacher; its model is copied, on the same device.
         structure: the model's structure.
-        formats: the weight format of each linear layer to quantize; others stay float.
-        steps: per-channel steps `(out,)` fp32 for each of them, or block scales for NVFP4.
-        activations: initial quantizers by site.
+        formats: weight formats by name of the linear layer; layers without an entry are not quantized.
+        steps: for each of these layers, per-channel steps `(out,)` fp32, or block scales for NVFP4.
+        activations: initial quantizers by activation site.
     """
 
     def __init__(
@@ -150,7 +150,8 @@ class Student(nn.Module):
                 )
                 parametrize.register_parametrization(layer, "weight", rounded, unsafe=True)
             layer.register_forward_pre_hook(self._on_input(f"{site.input_group}.input"))
-        self.on_attention: Callable[[str, Tensor], None] | None = None  # called with attn.v of every attention
+        # Called with the name and the output (probabilities times values) of every attention.
+        self.on_attention: Callable[[str, Tensor], None] | None = None
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Logits or features `(N, C)` for normalized pixels `(N, 3, H, W)`."""
@@ -158,12 +159,12 @@ class Student(nn.Module):
             return vision_outputs(self.model, pixels)
 
     def quantize(self, site: str, x: Tensor) -> Tensor:
-        """`x` fake-quantized by the quantizer of `site`; unchanged if the site has none."""
+        """Fake-quantize `x` with the quantizer of the activation site `site`; unchanged if the site has none."""
         rounded = self._by_site.get(site)
         return x if rounded is None else rounded.forward(x)
 
     def trained_weights(self) -> list[nn.Parameter]:
-        """The model's own parameters: latent weights, biases, norms, embeddings."""
+        """All parameters except steps: unrounded weights, biases, norms, embeddings."""
         return [p for n, p in self.model.named_parameters() if not n.endswith("log_step")]
 
     def trained_steps(self) -> list[nn.Parameter]:
@@ -172,15 +173,18 @@ class Student(nn.Module):
 
     @torch.no_grad()
     def mean_step(self) -> float:
-        """The mean code step of all weights, the scale of a change that matters; 1 if no weight is quantized."""
+        """The mean distance between neighbouring codes of the weights, averaged over layers, to scale learning rates.
+
+        It is 1 if no weight is quantized.
+        """
         steps = [self._rounded(name).mean_step() for name in self.formats]
         return float(torch.stack(steps).mean()) if steps else 1.0
 
     @torch.no_grad()
     def deploy(self) -> QuantizedVit:
-        """The deployed model, with codes instead of latent weights, on the CPU.
+        """Create the deployed model, with codes instead of unrounded weights, on the CPU.
 
-        Steps are computed on the student's device, as `exp` may differ in its last bit on another.
+        Steps are computed on the student's device, as `exp` may give a different last bit on another device.
         """
         weights: dict[str, Codes] = {}
         plain = copy.deepcopy(self.vision.model).cpu()
@@ -221,12 +225,12 @@ class Student(nn.Module):
         return output
 
 
-# Values up to half a step beyond the largest code, 6, round to it; the last step, from 4 to 6, is 2.
+# Values up to half a step beyond 6, the largest E2M1 value, are still inside; the last step, from 4 to 6, is 2.
 _INSIDE_E2M1: Final = 7.0
 
 
 class _Fake(torch.autograd.Function):
-    """`clamp(round(x / s), low, high) * s`; s is a scalar, or broadcasts over output channels."""
+    """`clamp(round(x / step), low, high) * step`, with gradients for x and step; step is broadcast to x."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, step: Tensor, low: int, high: int) -> Tensor:
@@ -239,8 +243,8 @@ class _Fake(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
         (units, step), (low, high), (grad,) = ctx.saved_tensors, ctx.limits, grads
-        # The range includes half a step beyond the outermost codes, where values still round to them. The kernel of
-        # hardtanh's backward pass applies this in one pass over memory, where a mask takes five.
+        # The range includes half a step beyond the outermost codes, where values are still rounded to them. The kernel
+        # of hardtanh's backward pass applies these limits in one pass over memory; a mask would take five.
         through = torch.ops.aten.hardtanh_backward(grad, units, low - 0.5, high + 0.5)
         slope = nearest_codes(units, low, high).mul_(grad).addcmul_(units, through, value=-1)
         dims = [d for d in range(step.dim()) if step.shape[d] == 1] if step.dim() else None
@@ -249,7 +253,7 @@ class _Fake(torch.autograd.Function):
 
 
 class _StraightThrough(torch.autograd.Function):
-    """Straight-through estimator: returns `rounded`, and passes the gradient to `x` where it is inside the range."""
+    """Straight-through estimator: returns `rounded`; passes the gradient on to `x` where the mask `inside` is True."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, rounded: Tensor, inside: Tensor) -> Tensor:
@@ -268,11 +272,12 @@ def fake_quantize(x: Tensor, step: Tensor, low: int, high: int, kind: Kind = Kin
     Args:
         x: fp32, any shape.
         step: positive fp32, scalar or with x's number of dimensions and size 1 except along output channels.
-        low, high: smallest and largest integer code.
-        kind: integer codes, or E4M3, whose step gets no gradient, as its relative precision does not depend on it.
+        low: smallest integer code.
+        high: largest integer code.
+        kind: integers or E4M3. With E4M3, `step` gets no gradient, as the relative precision does not depend on it.
 
     Returns:
-        fp32, shape of `x`; bit-identical to the deployed quantizer with this step.
+        fp32, of the shape of `x`; bit-identical to the deployed quantizer with this step.
     """
     x = x.float()
     if kind is not Kind.E4M3:
@@ -284,9 +289,14 @@ def fake_quantize(x: Tensor, step: Tensor, low: int, high: int, kind: Kind = Kin
 
 
 def fake_blocks(x: Tensor, scale: Tensor) -> Tensor:
-    """Fake-quantize `x` `(..., n)`, n a multiple of 16, to NVFP4, in fp32, with a gradient for `x`.
+    """Fake-quantize `x` to NVFP4, with a gradient for `x`.
 
-    `scale` `(..., n / 16)` fp32 is `block_scale * tensor_scale`. Bit-identical to the deployed model.
+    Args:
+        x: `(..., n)`, where n is a multiple of 16.
+        scale: `block_scale * tensor_scale` of each block, fp32 `(..., n / 16)`.
+
+    Returns:
+        fp32 `(..., n)`; bit-identical to the deployed model.
     """
     x = x.float()
     with torch.no_grad():

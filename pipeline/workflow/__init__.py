@@ -1,8 +1,8 @@
-"""Workflows: run the stages of a recipe in order, each once, each as the command a user would type.
+"""Workflows: run the stages of a recipe in order, each as the command that a user would type.
 
-`recipe.py` reads the recipe, `state.py` and `keys.py` determine which stages are up to date, `runner.py` runs stages,
-`gates.py` checks their output against thresholds. Each stage is a separate process: its memory is freed, a crash in it
-is an exit code, and the command in the report is exactly the one that ran.
+`recipe.py` reads the recipe, `state.py` and `keys.py` determine which stages are up to date, `runner.py` runs the
+others, and `gates.py` checks their output against thresholds. Each stage is a separate process, so that its memory is
+freed, a crash does not end the run, and the report contains exactly the command that ran.
 """
 
 from pipeline.workflow.recipe import GateSpec, Recipe, StageSpec, load_recipe

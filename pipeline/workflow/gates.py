@@ -1,7 +1,7 @@
-"""Evaluate gates: the recipe's thresholds on figures that stages wrote, and the gates that stages evaluated themselves.
+"""Evaluate the gates of a stage: the recipe's thresholds on its figures, and gates that the stage evaluated itself.
 
-REGRESSION: a finite figure is on the wrong side of its threshold. ANOMALOUS: a figure is missing or not finite, or two
-things that must be equal differ. INFEASIBLE: the stage could not run on this machine.
+Verdicts of failed gates: REGRESSION if a finite figure is on the wrong side of its threshold; ANOMALOUS if a figure is
+missing or not finite, or if two things that must be equal differ; INFEASIBLE if the stage cannot run on this machine.
 """
 
 from __future__ import annotations
@@ -19,25 +19,32 @@ from pipeline.workflow.recipe import GateSpec, StageSpec
 
 __all__ = ["figure_at", "inside", "judge", "said_by_gates", "verdict_of_failure"]
 
-# Exit codes caused by this machine or by the stage's input or output, not by mistakes in the recipe.
+# Exit codes of failures caused by this machine (infeasible) or by the stage's input or output (anomalous), and not by
+# mistakes in the recipe.
 _INFEASIBLE: Final = frozenset((11, 13, 15))
 _ANOMALOUS: Final = frozenset((12, 14))
 
 
 def verdict_of_failure(exit_code: int) -> Verdict | None:
-    """The verdict for a failed stage's exit code; None if the run itself must end with that exit code."""
+    """The verdict that corresponds to a failed stage's exit code; None if the run must fail with that exit code."""
     if exit_code in _INFEASIBLE:
         return Verdict.INFEASIBLE
     return Verdict.ANOMALOUS if exit_code in _ANOMALOUS else None
 
 
 def said_by_gates(exit_code: int, artifact: Path) -> bool:
-    """Whether the exit code only reports failed gates, and the artifact that was written contains those gates."""
+    """Whether a stage's exit code only means that gates failed, and the artifact it wrote contains these gates."""
     return exit_code == GateFailedError.exit_code and bool(failures(read_manifest(artifact).gates))
 
 
 def _written(output: Path) -> tuple[Path, dict[str, Any], VerdictRecord | None]:
-    """What a stage wrote: the file, its content, and, if the output is a verdict record and no artifact, that record.
+    """Read the manifest of an artifact, or a verdict record.
+
+    Args:
+        output: the directory of an artifact, or the file of a verdict record.
+
+    Returns:
+        The file that was read, its content, and the verdict record (None for an artifact).
 
     Raises:
         BadArtifactError: there is no output, or it is damaged.
@@ -49,7 +56,10 @@ def _written(output: Path) -> tuple[Path, dict[str, Any], VerdictRecord | None]:
 
 
 def figure_at(document: Any, path: str) -> float | None:
-    """The number at a dotted path (`details.accuracy.quantized.top1`, `canary.0.tokens`); None if there is none."""
+    """The number in `document` at a dotted path such as `details.accuracy.quantized.top1` or `canary.0.tokens`.
+
+    None if there is no number at that path.
+    """
     here = document
     for part in path.split("."):
         if isinstance(here, Mapping) and part in here:
@@ -62,9 +72,16 @@ def figure_at(document: Any, path: str) -> float | None:
 
 
 def judge(spec: StageSpec, directory: Path, outputs: Mapping[str, Path]) -> list[Gate]:
-    """All gates of a finished stage: those in its output, one for its record's verdict, and those of the recipe.
+    """Evaluate all gates of a finished stage.
 
-    `directory` is the run's directory, used to state the source of figures; `outputs` are all stages' outputs by name.
+    Args:
+        spec: the stage.
+        directory: the directory of the run, to which the sources of figures are given relative.
+        outputs: the output of every stage, by name.
+
+    Returns:
+        The gates in the stage's output, a gate for the verdict if that output is a verdict record, and the gates of the
+        recipe. If the output cannot be read, a failed gate takes the place of the first two.
     """
     try:
         path, document, record = _written(outputs[spec.name])
@@ -94,7 +111,15 @@ def _recorded(record: VerdictRecord, source: str) -> Gate:
 
 
 def _judged(gate: GateSpec, where: str, document: Any, directory: Path, outputs: Mapping[str, Path]) -> Iterator[Gate]:
-    """One gate for each bound (`at_least`, `at_most`)."""
+    """Yield one gate for each bound of a recipe's gate (`at_least`, `at_most`).
+
+    Args:
+        gate: the gate as given in the recipe.
+        where: the file with the stage's figures, relative to the directory of the run.
+        document: the content of that file.
+        directory: the directory of the run.
+        outputs: the output of every stage, by name.
+    """
     value, source = figure_at(document, gate.figure), f"{where}#{gate.figure}"
     for operation, other in (("-", gate.minus), ("/", gate.over)):
         if other is None:
@@ -127,5 +152,5 @@ def _held(output: Path) -> tuple[Path, dict[str, Any]]:
 
 
 def inside(path: Path, directory: Path) -> str:
-    """The path relative to `directory` if it is inside it, otherwise unchanged."""
+    """`path` relative to `directory` if it is inside that directory, otherwise unchanged."""
     return path.relative_to(directory).as_posix() if path.is_relative_to(directory) else str(path)

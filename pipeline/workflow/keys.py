@@ -1,8 +1,8 @@
-"""Cache keys of stages: a digest over everything that determines a stage's output, so that it need not run twice.
+"""Cache keys of stages: digests of everything that determines a stage's output, so that it is not computed twice.
 
-The key covers the command, its settings as given in the recipe, the contents of the stages it reads, the bytes of its
-inputs from outside the run, and the versions of fp8pipe, of the packages that affect results, and of the stage's
-engine. A file's hash is cached and reused while its size and modification time are unchanged.
+The key covers the command, its settings as given in the recipe, the contents of the outputs of other stages that it
+reads, the bytes of its inputs from outside the run, and the versions of fp8pipe, of the packages that affect results,
+and of the stage's engine. A file's hash is cached, and reused while its size and modification time do not change.
 """
 
 from __future__ import annotations
@@ -37,10 +37,11 @@ def stage_key(
     """The key of a stage.
 
     Args:
-        spec: the stage; names of stages do not enter the key, only their contents do.
-        contents: content digests of the stages it reads, by the setting that references them.
+        spec: the stage. References to other stages are left out of its settings, so the key does not depend on the
+            names of these stages, but only on their contents.
+        contents: content digests of the outputs of the stages it reads, by the setting that references them.
         sources: digests of its inputs from outside the run, by setting.
-        versions: versions of the packages and engines that it uses.
+        versions: versions of the packages and engines that it uses, by name.
     """
     settings = replace_references(spec.settings, lambda prefix, stage: None)
     fields = {"command": spec.command, "settings": settings, "reads": dict(contents), "sources": dict(sources)}
@@ -48,7 +49,10 @@ def stage_key(
 
 
 def file_states(path: Path) -> dict[str, tuple[int, int]]:
-    """Size (bytes) and modification time (ns) of every file below a directory `path`, or of a file `path`, as `.`."""
+    """Size (bytes) and modification time (ns) of every file below a directory, by relative path.
+
+    If `path` is a file, the result has the single key `.`.
+    """
     if path.is_file():
         state = path.stat()
         return {".": (state.st_size, state.st_mtime_ns)}
@@ -62,7 +66,11 @@ def file_states(path: Path) -> dict[str, tuple[int, int]]:
 
 
 class SourceDigests:
-    """Digests of a user's inputs, cached in the file `memory`; if it is unreadable, everything is hashed again."""
+    """Digests of a user's inputs.
+
+    Args:
+        memory: the JSON file in which hashes are cached; if it cannot be read, everything is hashed again.
+    """
 
     def __init__(self, memory: Path) -> None:
         self._memory = memory
@@ -72,7 +80,15 @@ class SourceDigests:
             self._known = {}
 
     def digest(self, source: str) -> str:
-        """An artifact's content digest, a hash over the bytes of another path, or `source` itself if it is no path."""
+        """The digest of an input.
+
+        Args:
+            source: a setting's value: a path, optionally with the prefix `images:` or `artifact:`, or a name.
+
+        Returns:
+            The content digest of an artifact, or a digest of the bytes of another file or directory, after the prefix;
+            or `source` itself if there is no such path.
+        """
         for prefix in _PREFIXES:
             if source.startswith(prefix):
                 return prefix + self.digest(source.removeprefix(prefix))
@@ -85,7 +101,7 @@ class SourceDigests:
         return source
 
     def save(self) -> None:
-        """Save the cache for the next run."""
+        """Save the cached hashes for the next run."""
         self._memory.parent.mkdir(parents=True, exist_ok=True)
         partial = self._memory.with_suffix(".partial")
         partial.write_text(json.dumps(self._known), encoding="utf-8")

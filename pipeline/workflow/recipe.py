@@ -15,7 +15,8 @@ stages:
       - {name: size, figure: details.payload_bytes, at_most: 5000000, reason: fits the device}
 ```
 
-`stage:NAME` stands for the output of that stage. All other keys of a stage are settings of its command.
+The value `stage:NAME` refers to the output of that stage. The keys of a stage, except `command`, `gates` and `after`,
+are settings of its command.
 """
 
 from __future__ import annotations
@@ -41,14 +42,14 @@ __all__ = [
 
 # Keys of a stage's entry that are not settings of its command.
 _NO_SETTINGS: Final = ("command", "gates", "after")
-# A reference is a whole value, optionally with a prefix: `stage:model`, `artifact:stage:model`.
+# A reference to a stage is a whole value, optionally with a prefix: `stage:model`, `artifact:stage:model`.
 _REFERENCE: Final = re.compile(r"((?:[a-z]+:)?)stage:(.+)", re.DOTALL)
 _NAME: Final = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
 _TOP_KEYS: Final = ("name", "description", "stages")
 
 
 class GateSpec(FrozenConfig):
-    """A condition on a figure in a stage's output."""
+    """A gate of a recipe: bounds for a figure in a stage's output, or for its difference or ratio to another figure."""
 
     name: str = Field(min_length=1, description="what the gate requires, in a few words")
     figure: str = Field(
@@ -63,7 +64,7 @@ class GateSpec(FrozenConfig):
     @field_validator("figure", "minus", "over")
     @classmethod
     def _of_today(cls, value: str | None) -> str | None:
-        """Recipes written before manifest schema 3 use `extra` instead of `details`."""
+        """Replace `extra`, which recipes from before manifest schema 3 use, by `details`."""
         return value if value is None else re.sub(r"(^|#)extra\.", r"\1details.", value)
 
     @model_validator(mode="after")
@@ -83,8 +84,8 @@ class StageSpec:
     command: str
     settings: Mapping[str, Any]  # settings of the command, as written, with unresolved references
     gates: tuple[GateSpec, ...] = ()
-    after: tuple[str, ...] = ()  # stages that must finish before it, although it does not read them
-    reads: Mapping[str, str] = field(default_factory=dict)  # stages it reads, by the setting that references them
+    after: tuple[str, ...] = ()  # stages that must finish first although this stage does not read their output
+    reads: Mapping[str, str] = field(default_factory=dict)  # stages whose output it reads, by dotted setting
 
     @property
     def needs(self) -> tuple[str, ...]:
@@ -94,7 +95,7 @@ class StageSpec:
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """A recipe, validated as far as possible without knowing the commands; its stages are in topological order."""
+    """A recipe with its stages in topological order; settings of commands have not been validated yet."""
 
     name: str
     description: str
@@ -112,7 +113,7 @@ class Recipe:
         return stages[name]
 
     def plain(self) -> dict[str, Any]:
-        """The recipe as data, with every override applied."""
+        """The recipe as plain data (dicts, lists, strings, numbers), with all overrides applied."""
         stages: dict[str, Any] = {}
         for spec in self.stages:
             entry: dict[str, Any] = {"command": spec.command, **spec.settings}
@@ -129,7 +130,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
 
     Args:
         path: a YAML file.
-        overrides: `STAGE.KEY=VALUE`, with values parsed as YAML; they take precedence over the file.
+        overrides: strings of the form `STAGE.KEY=VALUE`, with VALUE parsed as YAML; they override the file.
 
     Raises:
         ConfigurationError: the recipe is unreadable or malformed, an override or a reference names an unknown stage,
@@ -148,10 +149,14 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def recipe_of(values: Mapping[str, Any], where: str) -> Recipe:
-    """Build a recipe from plain data; `where` is the source named in error messages.
+    """Build a recipe from plain data.
+
+    Args:
+        values: the content of a recipe file.
+        where: the source of the data, for error messages.
 
     Raises:
-        ConfigurationError: as `load_recipe`.
+        ConfigurationError: for the same reasons as `load_recipe`.
     """
     unknown = [key for key in values if key not in _TOP_KEYS]
     if unknown:
@@ -202,7 +207,11 @@ def _stage(name: str, entry: Any, where: str) -> StageSpec:
 
 
 def _ordered(specs: Mapping[str, StageSpec], where: str) -> list[str]:
-    """Stage names in topological order, as close to the order of the file as possible."""
+    """Stage names in topological order, as close to their order in the recipe as possible.
+
+    Raises:
+        ConfigurationError: stages depend on each other in a cycle.
+    """
     sorter = graphlib.TopologicalSorter({name: spec.needs for name, spec in specs.items()})
     try:
         sorter.prepare()
@@ -246,17 +255,23 @@ def _no_stage(name: str, known: Sequence[str], where: str = "") -> Configuration
 
 
 def references(settings: Mapping[str, Any]) -> dict[str, str]:
-    """Names of the stages that settings reference, keyed by the dotted name of the setting."""
+    """Names of the stages that the settings reference, by the dotted name of the setting."""
     return {dotted: match[2] for dotted, value in _leaves(settings) if (match := _matched(value))}
 
 
 def substitute(settings: Mapping[str, Any], paths: Mapping[str, Path]) -> dict[str, Any]:
-    """The settings with references replaced by the paths of the stages' outputs."""
+    """The settings with references replaced by paths; `paths` are the outputs of stages by name."""
     return replace_references(settings, lambda prefix, stage: f"{prefix}{paths[stage]}")
 
 
 def replace_references(settings: Mapping[str, Any], replacement: Callable[[str, str], Any]) -> dict[str, Any]:
-    """The settings with references replaced by `replacement(prefix, stage)`."""
+    """The settings with references replaced.
+
+    Args:
+        settings: the settings of a stage, which may be nested.
+        replacement: called with the prefix of a reference (such as `artifact:`, or empty) and the name of the stage;
+            returns the new value of the setting.
+    """
 
     def replaced(value: Any) -> Any:
         if isinstance(value, Mapping):
@@ -270,9 +285,11 @@ def replace_references(settings: Mapping[str, Any], replacement: Callable[[str, 
 
 
 def settings_differing(former: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """The changed settings of a stage, in readable form such as `rounds 5 -> 10`.
+    """Descriptions of a stage's changed settings, such as `rounds 5 -> 10`.
 
-    `former` is the stage's entry in an earlier resolved recipe, `now` its present settings.
+    Args:
+        former: the stage's entry in the recipe of an earlier run.
+        now: the stage's present settings.
     """
     before = dict(_leaves({name: value for name, value in former.items() if name not in _NO_SETTINGS}))
     after = dict(_leaves(now))

@@ -1,6 +1,6 @@
 """Run a recipe: start its stages in order, resume interrupted ones, evaluate their gates, and record each stage.
 
-A stage is a process under a supervisor (`fp8pipe/core/guard.py`); its log is saved and shown, its JSON result read.
+A stage is a process under a supervisor (`fp8pipe/core/guard.py`). Its log is saved and shown to the user.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ __all__ = ["WorkflowRunner"]
 LOGS, RECIPE_NAME = "logs", "recipe.yaml"
 _POLL_S: Final = 0.05
 _INTERRUPT_S: Final = 60.0
-# Processes of a killed run end within a moment, but hold its lock until then; a new run waits this long for them.
+# A new run waits this long for the lock, as the processes of a killed run keep it until they have ended.
 _LOCK_S: Final = 15.0
 
 Show = Callable[[str, str], None]
@@ -49,7 +49,7 @@ Show = Callable[[str, str], None]
 
 @dataclass(frozen=True, slots=True)
 class _Ended:
-    """How a stage ended."""
+    """The result of a stage's process."""
 
     code: int
     seconds: float  # wall time
@@ -63,9 +63,9 @@ class _StageProcess:
     Args:
         command: the command line; `--json` is added.
         log: the file to which its stderr is appended.
-        environment: default environment variables, overridden by those of this process.
+        environment: default environment variables; those of this process take precedence.
         show: called with every line of its stderr.
-        lock: file descriptor of the run's lock, which its supervisor inherits.
+        lock: file descriptor of the run's lock, which the supervisor of the stage inherits.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class _StageProcess:
         self._answer, self._report = log.with_suffix(".json"), log.with_suffix(".ended")
         self._report.unlink(missing_ok=True)
         with self._answer.open("wb") as answer:
-            # The stage is in its own process session, so Ctrl-C reaches only the run, which forwards it once.
+            # The stage has its own process session, so Ctrl-C reaches only the run, which interrupts the stage once.
             self._process, self._held = start_guarded(
                 [*command, "--json"], report=self._report, pass_fds=(lock,), stdin=subprocess.DEVNULL,
                 stdout=answer, stderr=subprocess.PIPE, env={**environment, **os.environ},
@@ -96,7 +96,7 @@ class _StageProcess:
         return ended
 
     def interrupt(self, seconds: float) -> None:
-        """Send SIGINT, as Ctrl-C does; kill all its processes if it has not ended after `seconds`."""
+        """Send SIGINT, as Ctrl-C does; kill all processes of the stage if it has not ended after `seconds`."""
         self._process.send_signal(signal.SIGINT)
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(seconds)
@@ -104,7 +104,7 @@ class _StageProcess:
         self._process.wait()
 
     def close(self) -> None:
-        """Close the supervisor's pipe, on which it kills all processes of the stage that still run."""
+        """Close the pipe to the supervisor, which then kills all processes of the stage that are still running."""
         if self._held >= 0:
             os.close(self._held)
             self._held = -1
@@ -118,7 +118,7 @@ class _StageProcess:
 
 
 class WorkflowRunner:
-    """Runs a recipe in its directory; `show` is called with a stage's name and a line of output for the user."""
+    """Runs the stages of a recipe; `show` is called with a stage's name and a line of output for the user."""
 
     def __init__(self, state: RunState, show: Show) -> None:
         self.state, self._show = state, show
@@ -127,7 +127,7 @@ class WorkflowRunner:
         self._lock = -1
 
     def check(self, stages: Sequence[StageSpec]) -> None:
-        """Validate the settings of these stages by building their typed configurations.
+        """Validate the settings of these stages, with the checks of their commands.
 
         Raises:
             ConfigurationError: a single error that lists the mistakes of all stages.
@@ -149,12 +149,12 @@ class WorkflowRunner:
         """Run the stages that are not up to date, evaluate all gates, and write the record after every stage.
 
         Returns:
-            The record; failed gates are part of its verdict and raise no error.
+            The record of the run. Failed gates are reported by its verdict, not by an error.
 
         Raises:
-            ConfigurationError: a command rejects its settings; all mistakes are listed, before any stage is run.
-            Fp8PipeError: a stage failed for a reason that is not expressed by a verdict; the record contains it, too.
-            InterruptedRunError: Ctrl-C; the running stages have been stopped and can be resumed.
+            ConfigurationError: a command rejects its settings; all mistakes are listed before any stage is run.
+            Fp8PipeError: a stage failed for a reason that no verdict covers; the record contains the error, too.
+            InterruptedRunError: the user pressed Ctrl-C; running stages have been stopped and can be resumed.
         """
         with self._locked():
             self.check([status.spec for status in self.state.statuses() if status.run])
@@ -192,7 +192,7 @@ class WorkflowRunner:
             time.sleep(_POLL_S if self._running else 0)
 
     def _begin(self, status: StageStatus) -> bool:
-        """Start a stage, or record it if it is up to date; returns whether it was started."""
+        """Start a stage, or only evaluate and record it if it is up to date; returns whether it was started."""
         name = status.spec.name
         if status.run:
             self._show(name, f"{status.spec.command}: {status.why}")
@@ -203,7 +203,7 @@ class WorkflowRunner:
         return False
 
     def _start(self, status: StageStatus) -> _StageProcess:
-        """Start a stage; it resumes if there is an unfinished run with the same key."""
+        """Start the process of a stage, which resumes an unfinished run with the same key if there is one."""
         state, spec = self.state, status.spec
         command, output = state.commands[spec.command], state.outputs[spec.name]
         _write_yaml(state.settings_file(spec), state.filed_settings(spec))
@@ -211,7 +211,7 @@ class WorkflowRunner:
         if output.is_dir():
             extra.append("--force")
         elif output.is_file():
-            remove_checked(output)  # an old record must not be mistaken for the new one
+            remove_checked(output)  # so that an old verdict record is not taken for the new one
         log = state.directory / LOGS / f"{spec.name}.log"
         log.parent.mkdir(exist_ok=True)
         log.unlink(missing_ok=True)
@@ -221,7 +221,7 @@ class WorkflowRunner:
         )  # fmt: skip
 
     def _prepare(self, spec: StageSpec, command: StageCommand, key: str) -> bool:
-        """Delete unfinished output of another configuration; returns whether an unfinished run can be resumed."""
+        """Delete the unfinished output of a run with another key; returns whether an unfinished run can be resumed."""
         marker, partial = self.state.marker(spec), self.state.partial(spec)
         if partial.is_dir() and not self.state.started_with(spec, key):
             shutil.rmtree(partial)
@@ -234,7 +234,7 @@ class WorkflowRunner:
         if result.code and error is None:
             what = f"the process of the stage {spec.name} died"
             error = {"type": "Died", "exit_code": result.code, "what": what, "why": "", "fix": ""}
-        # A record is an output even if it says REJECT. Old records were removed; an old manifest has an older mtime.
+        # A verdict record counts as output even if it is REJECT. An old one was removed; an old manifest is older.
         manifest, began = output / MANIFEST_NAME, self.state.marker(spec).stat().st_mtime_ns
         anew = manifest.is_file() and manifest.stat().st_mtime_ns >= began
         if anew and said_by_gates(result.code, output):
@@ -243,7 +243,7 @@ class WorkflowRunner:
         return self._described(status, started, result.seconds, result.peak_rss_bytes, error, written)
 
     def _adopted(self, status: StageStatus) -> StageRecord:
-        """The record of a stage that finished after its run had died, before the run could write it."""
+        """A record for a stage whose process finished although its run had died and could not record it."""
         marker = self.state.marker(status.spec).stat().st_mtime
         manifest = (self.state.outputs[status.spec.name] / MANIFEST_NAME).stat().st_mtime
         started = datetime.fromtimestamp(marker, UTC).isoformat(timespec="seconds")
@@ -266,7 +266,7 @@ class WorkflowRunner:
         )  # fmt: skip
 
     def _judge(self, spec: StageSpec, record: StageRecord, note: str = "") -> None:
-        """Evaluate a stage's gates and write the run's record; after a failed verdict no further stage is started."""
+        """Evaluate a stage's gates and write the run's record; if the verdict is a failure, no more stages start."""
         state = self.state
         code = int(record.error["exit_code"]) if record.error else 0
         gates = judge(spec, state.directory, state.outputs) if record.files else []
@@ -292,7 +292,7 @@ class WorkflowRunner:
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
-        """Hold the run's lock. Stages inherit its file descriptor, so it is held as long as any of them is alive."""
+        """A context that holds the run's lock; stages inherit its file descriptor, so it lasts until all have ended."""
         folder = self.state.directory / STAGES
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / ".lock").open("w") as file:
@@ -309,7 +309,7 @@ class WorkflowRunner:
 
 
 def _document(path: Path) -> dict[str, Any]:
-    """The JSON object that a process wrote to `path`; empty if there is none."""
+    """The JSON object in the file `path`; empty if the file is missing or contains something else."""
     try:
         found = json.loads(path.read_bytes())
     except (OSError, ValueError):
@@ -318,7 +318,7 @@ def _document(path: Path) -> dict[str, Any]:
 
 
 def _content(output: Path, key: str) -> str:
-    """The content digest of a stage's output; empty if it is damaged, which a failed gate reports."""
+    """The content digest of a stage's output; empty if that is damaged, which is reported by a failed gate."""
     try:
         return content_of(output, key)
     except BadArtifactError:

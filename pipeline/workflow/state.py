@@ -1,4 +1,4 @@
-"""The state of a run: its recipe, its directory, the outputs that exist already, and so which stages are up to date."""
+"""The state of a run: its recipe, its directory and the outputs in it, from which follows which stages must run."""
 
 from __future__ import annotations
 
@@ -26,23 +26,24 @@ Settings = Mapping[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class StageCommand:
-    """A command that stages can run: which settings it takes, what it reads, where it writes.
+    """A command that stages can run, described by functions of the stage's settings.
 
     Attributes:
-        name: its name on the command line.
+        name: name of the command on the command line.
         sources: settings that may name models, data and artifacts from outside the run.
-        check: builds the typed configuration and raises a ConfigurationError that lists every mistake. Called with the
-            settings and, for each setting that references a stage, the command of that stage.
+        check: validates the settings; raises a ConfigurationError that lists every mistake. Called with the settings
+            and, for each setting that references a stage, the command of that stage.
         arguments: returns the command line after `fp8pipe`. Called with the settings (references replaced by paths),
-            the output, and the file that holds the settings.
-        output: returns the path that it writes. Called with the settings, the run's directory and the stage's name.
-        inline: settings that `arguments` puts on the command line; the file holds the others.
-        resumable: whether it accepts --resume.
-        program: the program that gets the command line; fp8pipe itself by default.
-        environment: returns environment variables for it, which variables set by the user override.
+            the path of the output, and the path of the settings file.
+        output: returns the path of the output. Called with the settings, the run's directory and the stage's name.
+        inline: settings that `arguments` puts on the command line; the others are in the settings file.
+        resumable: whether the command accepts --resume.
+        program: the program that gets the command line; by default fp8pipe itself.
+        environment: returns default environment variables, which those set by the user override. Called with the
+            settings.
         versions: returns the versions of engines outside this Python environment. Called with the settings.
-        device: returns the device it would use now, on which its output may depend. Called with the settings; None for
-            commands without a `device` setting.
+        device: returns the device that the command would use now, on which its output may depend. Called with the
+            settings; None for commands without a `device` setting.
     """
 
     name: str
@@ -60,9 +61,9 @@ class StageCommand:
 
 @dataclass(frozen=True, slots=True)
 class RunOptions:
-    """Which part of a recipe to run."""
+    """Options that determine which stages of a recipe are run."""
 
-    first: str | None = None  # outputs of earlier stages are reused, even if their settings have changed
+    first: str | None = None  # outputs of the stages before it are reused, even if their settings have changed
     last: str | None = None  # run only this stage and the stages it depends on
     force: tuple[str, ...] = ()  # stages to run even if nothing has changed
     jobs: int = 1  # maximum number of stages that run in parallel
@@ -73,10 +74,10 @@ class StageStatus:
     """Whether a stage must run, and why."""
 
     spec: StageSpec
-    run: bool  # whether it would run
-    why: str
-    key: str  # empty if it depends on a stage that has yet to run
-    adopt: bool = False  # its output is complete, only its record is missing
+    run: bool  # whether the stage must run
+    why: str  # the reason, for the user
+    key: str  # the stage's cache key; empty if it depends on a stage that has not run yet
+    adopt: bool = False  # the output is complete, and only the record is missing
 
 
 class RunState:
@@ -106,11 +107,11 @@ class RunState:
         self.records = {stage.name: stage for stage in self._former.stages} if self._former else {}
 
     def settings(self, spec: StageSpec) -> dict[str, Any]:
-        """A stage's settings, with references replaced by paths."""
+        """A stage's settings, with references to other stages replaced by the paths of their outputs."""
         return substitute(spec.settings, self.outputs)
 
     def filed_settings(self, spec: StageSpec) -> dict[str, Any]:
-        """The settings that the command reads from a file; the others are on its command line."""
+        """Those settings of a stage that its command reads from the settings file, not from the command line."""
         inline = self.commands[spec.command].inline
         return {key: value for key, value in self.settings(spec).items() if key not in inline}
 
@@ -119,15 +120,15 @@ class RunState:
         return self.directory / STAGES / f"{spec.name}.yaml"
 
     def marker(self, spec: StageSpec) -> Path:
-        """The file that holds the key with which the stage was last started."""
+        """The file with the cache key of the stage's last start; deleted once the stage is recorded without error."""
         return self.directory / STAGES / f"{spec.name}.key"
 
     def started_with(self, spec: StageSpec, key: str) -> bool:
-        """Whether the stage was started with this key, but has not been recorded since."""
+        """Whether the stage was last started with this key and has not been recorded since."""
         return self.marker(spec).is_file() and self.marker(spec).read_text(encoding="utf-8") == key
 
     def partial(self, spec: StageSpec) -> Path:
-        """The directory in which its command writes an unfinished artifact."""
+        """The directory in which the stage's command writes an artifact before it is finished."""
         return partial_of(self.outputs[spec.name])
 
     def arguments(self, spec: StageSpec) -> list[str]:
@@ -146,7 +147,7 @@ class RunState:
         return tuple(spec for spec in self.recipe.stages if spec.name in needed)
 
     def statuses(self) -> list[StageStatus]:
-        """For every requested stage, in order, whether it would run now, and why."""
+        """The status of every requested stage, in order: whether it would run now, and why."""
         found: list[StageStatus] = []
         pending: set[str] = set()
         for spec in self.wanted():
@@ -158,7 +159,7 @@ class RunState:
         return found
 
     def status(self, spec: StageSpec) -> StageStatus:
-        """Whether a stage must run; all stages that it reads must have finished.
+        """Whether a stage must run now; all stages whose output it reads must have finished.
 
         Raises:
             ConfigurationError: its output is to be reused (`--from`), but it is missing or was changed.
@@ -181,7 +182,7 @@ class RunState:
         return StageStatus(spec, bool(why), why or "up to date", key)
 
     def key(self, spec: StageSpec) -> str:
-        """The stage's key, from the current state of its inputs."""
+        """The stage's cache key, computed from the current state of its inputs."""
         contents = {
             dotted: self.records[name].content if name in self.records else "" for dotted, name in spec.reads.items()
         }
@@ -195,9 +196,9 @@ class RunState:
         return stage_key(self._placed(spec), contents, sources, own | engine)
 
     def _placed(self, spec: StageSpec) -> StageSpec:
-        """The stage with its `device` setting replaced by the device that it would use, or removed if that is the CPU.
+        """The stage with its `device` setting replaced by the device that it would use now, or removed for the CPU.
 
-        So `auto` gives the same key as the device it resolves to, and on the CPU the same key as no `device` setting.
+        So `auto` gives the same key as the device to which it resolves, and the CPU the same key as no `device`.
         """
         device = self.commands[spec.command].device
         if device is None:
@@ -207,7 +208,7 @@ class RunState:
         return replace(spec, settings=others if found == "cpu" else {**others, "device": found})
 
     def _stale(self, spec: StageSpec, record: StageRecord | None, key: str) -> str:
-        """Why a stage must run; empty if it need not."""
+        """The reason why a stage must run; an empty string if it is up to date."""
         if record is None:
             return "unfinished" if self.started_with(spec, key) and self.partial(spec).is_dir() else "not yet run"
         if record.error is not None:
@@ -217,7 +218,7 @@ class RunState:
         return "" if self._intact(record) else "its output was changed or removed"
 
     def _changed(self, spec: StageSpec) -> str:
-        """What has changed since the last run, as far as its record shows."""
+        """A description of what has changed since the last run, as far as the record of that run shows it."""
         former = self._former.resolved.get("stages", {}).get(spec.name) if self._former else None
         differing = [] if former is None else settings_differing(former, spec.settings)
         if differing:
@@ -231,10 +232,13 @@ class RunState:
         return "settings, inputs, the device or the engine's versions have changed"
 
     def _intact(self, record: StageRecord) -> bool:
-        """Whether an output is unmodified: by file sizes and modification times, or by hashes if those have changed."""
+        """Whether a stage's output is unmodified since it was recorded.
+
+        File sizes and modification times are compared first; only if they have changed, hashes are.
+        """
         output = self.outputs[record.name]
         try:
-            if output.is_file():  # a record is small, so it is always read
+            if output.is_file():  # a verdict record, which is small, so it is always read
                 return content_of(output, record.key) == record.content
             if file_states(output) == {name: tuple(state) for name, state in record.files.items()}:
                 return output.is_dir()
@@ -243,7 +247,10 @@ class RunState:
             return False
 
     def _left_unrecorded(self, spec: StageSpec, key: str) -> bool:
-        """Whether a complete output, newer than the stage's start, was left by a run that died before recording it."""
+        """Whether the stage completed with this key in a run that died before it recorded the stage.
+
+        Then the output is valid, and newer than the start of the stage.
+        """
         marker, manifest = self.marker(spec), self.outputs[spec.name] / MANIFEST_NAME
         if not (manifest.is_file() and self.started_with(spec, key)):
             return False
@@ -287,7 +294,13 @@ class RunState:
 
 
 def content_of(output: Path, key: str) -> str:
-    """The content digest of an artifact, or for a record, whose bytes include timestamps, one of its key and verdict.
+    """The content digest of a stage's output.
+
+    For a verdict record, whose bytes include timestamps, it is a digest of the stage's key and the verdict.
+
+    Args:
+        output: the directory of an artifact, or the file of a verdict record.
+        key: the cache key of the stage.
 
     Raises:
         BadArtifactError: `output` is neither an artifact nor a valid record.

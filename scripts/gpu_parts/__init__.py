@@ -1,8 +1,8 @@
-"""The parts of `scripts/gpu_session.py`: what is measured on a GPU, one module each."""
+"""The parts of `scripts/gpu_session.py`: each module measures one aspect of the project on a GPU."""
 
 from __future__ import annotations
 
 import time
 from typing import Final
 
-BEGAN: Final = time.monotonic()  # before anything large is imported: that is part of the time that --minutes gives
+BEGAN: Final = time.monotonic()  # taken before the large imports, since --minutes includes their time

@@ -1,4 +1,4 @@
-"""What a part is given: where to measure, how long it has, and a guard around each row."""
+"""The context passed to each part: device, time limit, and a wrapper that measures and reports one row."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from gpu_parts.record import Row
 
 
 class LeftOut(Exception):
-    """A row that is not measured here, with the reason."""
+    """Raised by the function that measures a row if it cannot be measured here; the message is the reason."""
 
 
 @dataclass(frozen=True, slots=True)
 class Context:
-    """One part's surroundings.
+    """The device, time limit and output of one part.
 
     Attributes:
-        device: where to measure.
-        tiny: small shapes and few rounds.
-        ends: `time.monotonic()` at which the part's process is ended.
-        emit: takes a finished row.
+        device: device to measure.
+        tiny: whether to use small shapes and few rounds, to test the script.
+        ends: `time.monotonic()` at which the part's process is killed.
+        emit: called with each finished row.
     """
 
     device: torch.device
@@ -36,20 +36,20 @@ class Context:
 
     @property
     def on_cuda(self) -> bool:
-        """Whether a GPU is measured."""
+        """Whether the device is a GPU."""
         return self.device.type == "cuda"
 
     def left(self) -> float:
-        """Seconds that remain."""
+        """Seconds until the part's process is killed."""
         return self.ends - time.monotonic()
 
     def row(self, name: str, find: Callable[[], dict[str, Any]], needs: float = 0.0) -> None:
-        """Emit what `find` returns under a name; or why there is nothing.
+        """Measure one row and emit its results, or the reason why there are none.
 
         Args:
-            name: of the row.
-            find: measures it; whatever it raises is recorded, and the next row is tried.
-            needs: seconds that it takes about; with less left it is not begun.
+            name: name of the row.
+            find: measures the row; returns its figures. If it raises, the error is emitted instead.
+            needs: estimated duration, seconds; if less time is left, the row is skipped.
         """
         began = time.monotonic()
         if self.left() < needs:
@@ -61,10 +61,10 @@ class Context:
             found = find()
         except LeftOut as reason:
             found = {"left_out": str(reason)}
-        except Exception as error:  # a failure is a finding here, and must not take the other rows with it
+        except Exception as error:  # recorded as the result of this row, so that the other rows are still measured
             found = {"error": _said(error), "where": traceback.format_exc(limit=-4)}
         self.emit({"name": name, **found, "took": round(time.monotonic() - began, 2)})
-        if self.on_cuda:  # a model that was measured, or did not fit, must not crowd the next one
+        if self.on_cuda:  # free the memory of this row's model for the next row
             gc.collect()
             torch.cuda.empty_cache()
 

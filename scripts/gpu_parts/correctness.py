@@ -1,7 +1,8 @@
-"""Whether the device computes what the CPU does: scales, casts, layers, flushes, and a tiny model that trains.
+"""Check that the device computes what the CPU does: scales, casts, layers, flushes, and training of a tiny model.
 
-Codes must be the same bit for bit. Products must lie within `oracle.py`'s bound of an fp64 product of those codes; the
-CPU's own are held against it too. Where sums of other orders end in codes, the share that differs is stated.
+Codes must be bit-identical. Matrix multiplications on both devices must be within the error bound of `oracle.py` of an
+fp64 multiplication of the same codes. Where sums are rounded to codes, another summation order may change a code, so
+the share of differing codes is reported.
 """
 
 from __future__ import annotations
@@ -39,12 +40,12 @@ def run(context: Context) -> None:
 
 
 def passed(found: bool) -> dict[str, Any]:
-    """The verdict of a row."""
+    """The entry of a row that says whether its check passed."""
     return {"passed": bool(found)}
 
 
 def _scales(device: torch.device) -> dict[str, Any]:
-    """Both rules over every positive bf16 number, zero and infinity among them, and many fp32 numbers."""
+    """Compare the scales of both rules for every non-negative bf16 number, infinity included, and many fp32 numbers."""
     every = torch.arange(1 << 15, dtype=torch.int32).to(torch.int16).view(torch.bfloat16).float()
     random = torch.Generator().manual_seed(0)
     wide = torch.randn(1 << 18, generator=random).abs() * torch.exp2(60 * torch.randn(1 << 18, generator=random))
@@ -58,17 +59,20 @@ def _scales(device: torch.device) -> dict[str, Any]:
 
 
 def difficult_rows(columns: int) -> Tensor:
-    """bf16 rows that a cast must get right: Gaussian ones of all sizes, zeros, tiny and huge ones, and one outlier."""
+    """bf16 test rows `(96, columns)` for casts.
+
+    Gaussian rows of varying magnitude; also rows of zeros, of tiny and of huge values, and one with an outlier.
+    """
     random = torch.Generator().manual_seed(columns)
     rows = torch.randn(96, columns, generator=random) * torch.exp2(16 * torch.randn(96, 1, generator=random))
     rows[0], rows[1], rows[2] = 0.0, 1e-38 * rows[1].sign(), 1e30 * rows[2].sign()
     rows[3, 0] = 1e6
-    rows[4:8] *= torch.exp2(8 * torch.randn(4, columns, generator=random))  # subnormal codes beside large ones
+    rows[4:8] *= torch.exp2(8 * torch.randn(4, columns, generator=random))  # subnormal and large codes in one row
     return rows.bfloat16()
 
 
 def _codes(device: torch.device, grid: FloatGrid, rule: ScaleRule) -> dict[str, Any]:
-    """Casts of a matrix, with one scale or one per row, at odd and aligned widths."""
+    """Compare casts of a matrix at odd and aligned widths; per row with power-of-two scales, else with one scale."""
     differing, count = 0, 0
     for columns in (1, 37, 256, 1000):
         x = difficult_rows(columns)
@@ -81,7 +85,7 @@ def _codes(device: torch.device, grid: FloatGrid, rule: ScaleRule) -> dict[str, 
 
 
 def _layer(case: Case, context: Context) -> dict[str, Any]:
-    """Forward and backward, on the CPU and on the device, each against fp64."""
+    """Compare forward and backward pass of a layer, on the CPU and on the device, each with the fp64 reference."""
     layer, x, grad = make(case)
     found: dict[str, Any] = {}
     for where, device in {"cpu": torch.device("cpu"), "device": context.device}.items():
@@ -98,7 +102,10 @@ def _layer(case: Case, context: Context) -> dict[str, Any]:
 
 
 def _flush(name: str, device: torch.device) -> dict[str, Any]:
-    """Rows of B into codes: exact updates must give the same bits; of ordinary ones, sums may round to another code."""
+    """Compare flushes of 24 rows of B into the codes on the CPU and on the device.
+
+    Updates that are exact in fp32 must give the same bits; for others, another summation order may change a code.
+    """
     rule = update_rule(name)
     form = next(form for form in FORMS if form[2] is rule.scale and not form[1])
     found: dict[str, Any] = {}
@@ -116,6 +123,6 @@ def _flush(name: str, device: torch.device) -> dict[str, Any]:
         found[f"{kind}_differing"] = codes_differing(layer, other)
         found["b_agrees"] = found.get("b_agrees", True) and torch.equal(layer.lora_B.cpu(), other.lora_B.cpu())
     found["of"] = 24 * 256
-    # One code in a thousand: a sum lands within 2^-20 of a boundary between codes far more rarely than that.
+    # At most one code in a thousand may differ: a sum is within 2^-20 of a rounding boundary far less often than that.
     agree = found["exact_differing"] == 0 and found["b_agrees"]
     return {**found, **passed(agree and found["ordinary_differing"] <= 1e-3 * found["of"])}

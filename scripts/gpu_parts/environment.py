@@ -1,4 +1,4 @@
-"""What the other figures belong to: GPU, driver, clocks, memory, libraries, and what is installed beside them."""
+"""The environment of the measurements: machine, GPU, driver, clocks, memory, and versions of the packages."""
 
 from __future__ import annotations
 
@@ -50,7 +50,11 @@ def _gpu(context: Context) -> dict[str, Any]:
 
 
 def gpu_state(context: Context) -> dict[str, Any]:
-    """Driver, clocks, power and temperature at this moment, as nvidia-smi says them."""
+    """Current driver version, clocks, power and temperature, as reported by nvidia-smi.
+
+    Raises:
+        LeftOut: the device is a CPU, or nvidia-smi is not installed.
+    """
     if not context.on_cuda or shutil.which("nvidia-smi") is None:
         raise LeftOut("nvidia-smi is not installed")
     command = ["nvidia-smi", f"--query-gpu={','.join(_ASKED)}", "--format=csv,noheader", "--id=0"]

@@ -1,8 +1,8 @@
-"""Kernels beside what bounds them: products beside the tensor cores' rate, passes over memory beside its bandwidth.
+"""Speed of single kernels, compared with the hardware limit: tensor core rate for GEMMs, memory bandwidth for others.
 
-Products have LLaMA-7B's shapes: of each layer (stacked as FALQON has them) the forward product and the one for the
-input's gradient. Passes are counted with the bytes that they cannot avoid: a cast reads two bytes a value and writes
-one. The bandwidth beside them is that of a copy on the same device, and the data sheet's where it is known.
+GEMMs have the shapes of LLaMA-7B: for each layer (fused as in FALQON), the forward GEMM and the GEMM for the gradient
+of the input. For memory-bound kernels, only unavoidable traffic is counted: a cast reads two bytes per value and writes
+one. The bandwidth is compared with that of a copy on the same device, and with the data sheet's if it is known.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from gpu_parts.timing import timed
 from pipeline.dry_run.devices import Device, device_reported
 
 _TOKENS, _RANK, _HIDDEN, _WIDE = 8448, 64, 4096, 11008
-# (inputs, outputs) of the stacked layers: q/k/v, attention's output, gate/up, down.
+# (input features, output features) of the fused layers: q/k/v, attention output, gate/up, down.
 _LAYERS: Final = {
     "qkv": (_HIDDEN, 3 * _HIDDEN), "out": (_HIDDEN, _HIDDEN), "gate, up": (_HIDDEN, 2 * _WIDE),
     "down": (_WIDE, _HIDDEN),
 }  # fmt: skip
 _TINY: Final = {"qkv": (32, 96)}
-_CALLS: Final = 10  # of a kernel in a round
+_CALLS: Final = 10  # calls of a kernel per round
 
 
 def run(context: Context) -> None:
@@ -53,7 +53,7 @@ def run(context: Context) -> None:
         for what, form in _FORMS.items():
             context.row(f"gradient {name}, {what}", partial(form, context, tokens, out, into, E5M2))
     context.row("state under load", lambda: gpu_state(context))
-    for width in widths:  # last: each is compiled anew
+    for width in widths:  # at the end, since each width has to be compiled
         name = f"cast e4m3 {tokens} x {width}, torch.compile"
         context.row(
             name, partial(_cast, context, _by_compiler, tokens, width, E4M3), needs=0.0 if context.tiny else 15.0
@@ -76,7 +76,7 @@ def _launch(context: Context) -> dict[str, Any]:
 
 
 def _moved(context: Context, moved: int, taken: dict[str, Any]) -> dict[str, Any]:
-    """Gigabytes per second of `moved` bytes, and the share of the data sheet's."""
+    """Add the bandwidth to a timing: GB/s for `moved` bytes, and its share of the data sheet's bandwidth."""
     rate, sheet = moved / taken["seconds"], _sheet(context)
     share = None if sheet is None else rate / sheet.bandwidth
     return {**taken, "bytes": moved, "gb_per_second": rate / 1e9, "of_data_sheet": share}
@@ -101,7 +101,13 @@ def _bf16(context: Context, rows: int, inner: int, cols: int, grid: FloatGrid) -
 
 
 def _scaled(*, per_row: bool, fast: bool, after: bool = False) -> Callable[..., dict[str, Any]]:
-    """A product by `torch._scaled_mm`, with scales of rows or of tensors; `after`: a pass of its own scales rows."""
+    """A function that measures a GEMM with `torch._scaled_mm`.
+
+    Args:
+        per_row: one scale per row of the inputs; otherwise one scale per tensor.
+        fast: whether to use the tensor cores' fast accumulation.
+        after: apply per-row scales to the output in a separate elementwise kernel.
+    """
 
     def measure(context: Context, rows: int, inner: int, cols: int, grid: FloatGrid) -> dict[str, Any]:
         x, w = (torch.randn(n, inner, device=context.device, dtype=torch.bfloat16) for n in (rows, cols))
@@ -162,7 +168,7 @@ _CASTS: Final[dict[str, Callable[[Tensor, FloatGrid], tuple[Tensor, Scale]]]] = 
 
 
 def _cast(context: Context, cast: Any, rows: int, columns: int, grid: FloatGrid) -> dict[str, Any]:
-    """One scale per row; the codes must be those of torch's eager cast."""
+    """Measure a cast with one scale per row; its codes must be identical to those of torch's eager cast."""
     x = torch.randn(rows, columns, device=context.device, dtype=torch.bfloat16)
     same = torch.equal(cast(x, grid)[0].view(torch.uint8), _by_torch(x, grid)[0].view(torch.uint8))
     return {**_moved(context, 3 * x.numel(), _timed(context, lambda: cast(x, grid))), "passed": same}

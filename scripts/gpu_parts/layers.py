@@ -1,4 +1,4 @@
-"""FALQON layers of random weights, alike on the CPU and on a device."""
+"""FALQON layers with random weights, identical on the CPU and on a device."""
 
 from __future__ import annotations
 
@@ -16,7 +16,17 @@ from pipeline.falqon.layer import FalqonLinear
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """The shape and form of a layer, and how many tokens it sees."""
+    """The shape of a layer, its variant, and the number of input tokens.
+
+    Attributes:
+        form: name of the variant, from `FORMS`.
+        live: whether the forward pass adds `B A x` to the output.
+        rule: how scales are computed.
+        out: output features.
+        into: input features.
+        rank: rank of A and B.
+        tokens: number of input tokens.
+    """
 
     form: str
     live: bool
@@ -28,7 +38,7 @@ class Case:
 
     @property
     def name(self) -> str:
-        """For people."""
+        """A readable description of the layer."""
         return f"{self.form}, {self.into} to {self.out}, rank {self.rank}, {self.tokens} tokens"
 
 
@@ -37,18 +47,21 @@ FORMS: Final = (
     ("released", False, ScaleRule.EXACT),
     ("merged", False, ScaleRule.POWER_OF_TWO),
 )
-# All widths multiples of 16, as FP8 products want them, and none: padding is part of what is checked.
+# (out, into, rank, tokens). FP8 GEMMs need widths that are multiples of 16; `_ODD` has none, to check padding.
 _ALIGNED, _ODD, _WIDE = (192, 256, 16, 64), (50, 36, 7, 13), (4096, 4096, 64, 256)
 
 
 def cases(tiny: bool) -> list[Case]:
-    """Layers to check; in a real session also one as wide as LLaMA-7B's."""
+    """The layers to check; without `tiny`, they include layers as wide as those of LLaMA-7B."""
     shapes = (_ALIGNED, _ODD) if tiny else (_ALIGNED, _ODD, _WIDE)
     return [Case(*form, *shape) for shape in shapes for form in FORMS]
 
 
 def make(case: Case, seed: int = 0) -> tuple[FalqonLinear, Tensor, Tensor]:
-    """A layer on the CPU with Gaussian weights, A and B, and bf16 input and gradient, whose tokens differ in size."""
+    """A layer on the CPU with Gaussian weights, A and B; its input; and the gradient of its output.
+
+    Both are bf16, `(tokens, into)` and `(tokens, out)`, and their tokens differ in magnitude.
+    """
     random = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
@@ -63,12 +76,12 @@ def make(case: Case, seed: int = 0) -> tuple[FalqonLinear, Tensor, Tensor]:
 
 
 def moved(layer: FalqonLinear, device: torch.device) -> FalqonLinear:
-    """A copy on a device."""
+    """A copy of the layer on a device."""
     return copy.deepcopy(layer).to(device)
 
 
 def exact_updates(layer: FalqonLinear, seed: int = 0) -> None:
-    """Give B halves and zeros: then all of `B codes(A)` is exact in fp32, in any order of the sum.
+    """Set the elements of B to -1/2, 0 or 1/2, so that `B codes(A)` is exact in fp32 in any summation order.
 
     A's codes are multiples of 2^-9 up to 448, so with a rank of at most 64 the sums are multiples of 2^-10 below 2^14.
     """
@@ -78,5 +91,5 @@ def exact_updates(layer: FalqonLinear, seed: int = 0) -> None:
 
 
 def codes_differing(one: FalqonLinear, other: FalqonLinear) -> int:
-    """How many codes are not the same byte."""
+    """Number of codes whose bytes differ between two layers of the same shape."""
     return int((one.codes.cpu().view(torch.uint8) != other.codes.cpu().view(torch.uint8)).sum())

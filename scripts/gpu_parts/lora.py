@@ -1,7 +1,7 @@
-"""LoRA where peft is not installed: the same arithmetic, so that a bare machine has something to compare with.
+"""LoRA with the arithmetic of peft, as a baseline on machines without peft.
 
-As peft 0.21 has it without dropout: fp32 A and B, and under autocast `W x + B (A x) alpha / rank`, x being cast to fp32
-first. `tests/scripts/test_gpu_session.py` holds outputs and gradients against peft's, bit for bit.
+As in peft 0.21 without dropout, A and B are fp32, and under autocast the output is `W x + B (A x) alpha / rank`, with x
+cast to fp32 first. `tests/scripts/test_gpu_session.py` compares outputs and gradients with those of peft, bit for bit.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pipeline.finetune.method import LoraMethod
 
 
 class PlainLora(nn.Module):
-    """A frozen linear layer with an adapter beside it."""
+    """A frozen linear layer plus a LoRA adapter."""
 
     def __init__(self, base: nn.Linear, rank: int, scaling: float) -> None:
         super().__init__()
@@ -30,18 +30,18 @@ class PlainLora(nn.Module):
         nn.init.zeros_(self.lora_B.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Apply both to `(..., in)`."""
+        """Apply layer and adapter to x `(..., in)`; returns `(..., out)`."""
         plain: Tensor = self.base(x)
         return plain + self.lora_B(self.lora_A(x.float())) * self.scaling
 
 
 class PlainLoraMethod(LoraMethod):
-    """LoRA on bf16 weights without peft, for measuring; it cannot be merged or saved."""
+    """LoRA on bf16 weights without peft, for measurements only: it can be neither merged nor saved."""
 
     def prepare(
         self, model: nn.Module, stored: dict[str, Tensor] | None = None, losses: Losses | None = None
     ) -> list[LayerRecord]:
-        """Insert the adapters in place."""
+        """Insert adapters into the model in place; returns the records of the layers that get none."""
         structure = read_convertible(model, self.rank)
         model.requires_grad_(False)
         torch.manual_seed(self.seed)

@@ -1,18 +1,18 @@
-"""What a FALQON layer must compute, in fp64 from its operands' codes, and how far from that fp32 sums and bf16 may be.
+"""The reference for FALQON layers: outputs and gradients in fp64 from the operands' codes, with error bounds.
 
-The operands are those that the CPU rounds; that a GPU rounds to the same codes is a check of its own. Then the only
-freedom of a correct product is the order of its sum and the roundings to bf16 on the way, so each output has a bound:
+The operands are quantized on the CPU; whether a GPU computes the same codes is checked separately. A correct
+implementation may then differ only in its summation order and in roundings to bf16, so each output has an error bound:
 
-* A sum of n products in fp32 errs by at most n 2^-23 times the sum of their magnitudes, whichever way it rounds.
-* FP8 tensor cores of Hopper keep about 14 bits: they align 32 products and the sum so far to the largest of them and
-  cut off the rest (DeepSeek-V3 technical report, section 3.3.2); other GPUs keep more. Each such addition is allowed
-  2^-13 of the sum of all magnitudes. Cutting off could cost more in theory, were most of the 32 just too small to be
-  kept; with operands that look like noise it costs a small part of that.
-* Each rounding to bf16, which has 8 significant bits, errs by at most 2^-8 of its value.
-* Errors of errors, and scales that are applied in fp32, are small beside these: all bounds are widened by 1 %.
+* A sum of n products in fp32 has an error of at most n 2^-23 times the sum of their magnitudes, in any rounding mode.
+* FP8 tensor cores of Hopper keep about 14 bits: they align 32 products and the accumulator to the largest of them and
+  truncate (DeepSeek-V3 technical report, section 3.3.2); other GPUs keep more. For each such addition, the bound allows
+  2^-13 of the sum of all magnitudes. In theory, truncation could lose more, if most of the 32 products were just too
+  small to be kept; with noise-like operands it loses a small part of that.
+* Each rounding to bf16, which has 8 significant bits, has an error of at most 2^-8 of the value.
+* Second-order errors, and the application of scales in fp32, are small in comparison: all bounds are widened by 1 %.
 
-The bound of a long sum is wide, since it holds for the worst case. It finds a wrong scale, row or operand, not a lost
-bit. So the root of the mean squared error is recorded beside it: that is what two implementations differ by.
+The bound of a long sum is wide, since it covers the worst case. It detects a wrong scale, row or operand, but not a
+lost bit. Therefore the root mean square error is recorded, too, which shows by how much two implementations differ.
 """
 
 from __future__ import annotations
@@ -32,13 +32,18 @@ _SECOND_ORDER: Final = 1.01
 
 @dataclass(frozen=True, slots=True)
 class Expected:
-    """An exact value, and how far from it an output may be; both fp64 of the output's shape."""
+    """The exact value of an output and its error bound; both fp64, with the output's shape."""
 
     value: Tensor
     bound: Tensor
 
     def compare(self, found: Tensor) -> dict[str, float]:
-        """`of_bound`, the largest error as a share of its bound (1 is the limit); `rms`, relative to the value's."""
+        """Compare an output with the exact value.
+
+        Returns:
+            `of_bound`: the largest error relative to its bound (1 is the limit); `rms`: the root mean square error
+            relative to the root mean square of the exact value.
+        """
         error = (found.double().cpu() - self.value).abs()
         worst = (error / (_SECOND_ORDER * self.bound).clamp(min=1e-300)).max()
         return {"of_bound": float(worst), "rms": float(error.square().mean().sqrt() / _rms(self.value))}
@@ -49,30 +54,33 @@ def _rms(value: Tensor) -> Tensor:
 
 
 def share(count: int, fp8_cores: bool) -> float:
-    """Error of a sum of `count` products, relative to the sum of their magnitudes, at most."""
+    """Error bound of a sum of `count` products, relative to the sum of their magnitudes."""
     return (-(-count // 32) + 1) * 2.0**-13 if fp8_cores else count * 2.0**-23
 
 
 def rounded(x: Tensor, grid: FloatGrid, rule: ScaleRule) -> Tensor:
-    """`x` (tokens, width) as the products of a layer read it: on the grid, one scale a row with powers of two; fp64."""
+    """`x` `(tokens, width)` as it enters a layer's GEMM: quantized to `grid` and decoded to fp64.
+
+    There is one scale per row for power-of-two scales, else one scale for the tensor.
+    """
     codes, scale = quantize(x, grid, rule, per_row=rule is ScaleRule.POWER_OF_TWO)
     return decoded(codes, scale)
 
 
 def decoded(codes: Tensor, scale: Scale) -> Tensor:
-    """The values of codes, fp64."""
+    """Decode codes with their scale; returns fp64."""
     wide = codes.double()
     return wide * scale.value.double() if scale.inverse_scale is None else wide / scale.inverse_scale.double()
 
 
 def expected(layer: FalqonLinear, x: Tensor, grad: Tensor, fp8_cores: bool) -> dict[str, Expected]:
-    """Output `y`, `dx` and `db` of a layer on the CPU.
+    """The expected output `y` and gradients `dx` and `db` of a layer.
 
     Args:
-        layer: without bias, on the CPU.
-        x: `(tokens, in)` bf16, on the CPU.
-        grad: `(tokens, out)` bf16, of the output.
-        fp8_cores: whether what is compared sums as the FP8 tensor cores of a GPU do.
+        layer: a layer without bias, on the CPU.
+        x: input, `(tokens, in)` bf16, on the CPU.
+        grad: gradient of the output, `(tokens, out)` bf16, on the CPU.
+        fp8_cores: whether the bounds must allow for accumulation in FP8 tensor cores.
     """
     rule = layer.code_scale.rule
     w, a = (decoded(codes, layer.code_scale) for codes in (layer.weight_codes, layer.adapter_codes))
@@ -89,7 +97,7 @@ def expected(layer: FalqonLinear, x: Tensor, grad: Tensor, fp8_cores: bool) -> d
         y = y + o @ b.t()
         beside = grad.double() @ b
         beside_bound = share(layer.out_features, False) * grad.double().abs() @ b.abs() + _BF16 * beside.abs()
-        # On a CPU they are further terms of the same sum, on a GPU a sum of their own.
+        # A CPU adds these terms to the same sum, a GPU computes a separate sum: the bound covers both.
         dx_bound += (beside_bound + out * beside.abs()) @ a.abs() + _BF16 * dx.abs()
         dx = dx + beside @ a
     y_bound += _BF16 * y.abs()
@@ -98,10 +106,10 @@ def expected(layer: FalqonLinear, x: Tensor, grad: Tensor, fp8_cores: bool) -> d
 
 
 def _adapter(rule: ScaleRule, grad: Tensor, back: Tensor, o: Tensor, o_bound: Tensor) -> Expected:
-    """dB = G^T O: in bf16, or of casts of both (E5M2 and E4M3, one scale each) with exact scales."""
+    """The expected dB = G^T O: G and O in bf16, or with exact scales quantized to E5M2 and E4M3, one scale each."""
     if rule is ScaleRule.EXACT:
-        # O is rounded to its grid after its own error, so it may be a whole step of 2^-3 away; below the normal numbers
-        # steps are 2^-9 of 448 in the largest value's units.
+        # O is quantized after it was computed with an error, so its code may be off by a whole step: 2^-3 of the value,
+        # or, for subnormal codes, 2^-9 / 448 of the largest value.
         left, o_bound = back, o_bound + 2.0**-3 * o.abs() + o.abs().max() * 2.0**-9 / 448
     else:
         left = grad.double()

@@ -1,4 +1,4 @@
-"""The record of a session: one JSON file, whole after every row, whatever becomes of the process that wrote it."""
+"""The record of a GPU run: one JSON file, replaced atomically after every row, so that no finished row is lost."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ Row = dict[str, Any]
 
 
 class Record:
-    """A session's rows by part, and the file they are in.
+    """The rows of a GPU run by part, and the file that stores them.
 
     Args:
-        path: of the file.
-        data: what it holds.
+        path: path of the JSON file.
+        data: contents of the file.
     """
 
     def __init__(self, path: Path, data: dict[str, Any]) -> None:
@@ -26,7 +26,7 @@ class Record:
 
     @classmethod
     def begin(cls, path: Path, options: dict[str, Any]) -> Record:
-        """A new record of a session with these options, written at once: a place that cannot be written shows now."""
+        """Create a record with the command-line options; it is written now, so that an unwritable path fails early."""
         told = {name: str(value) if isinstance(value, Path) else value for name, value in options.items()}
         began = datetime.now(UTC).isoformat(timespec="seconds")
         record = cls(path, {"schema": SCHEMA, "began": began, "options": told, "parts": {}})
@@ -35,10 +35,10 @@ class Record:
 
     @classmethod
     def read(cls, path: Path) -> Record:
-        """The record in a file.
+        """Read a record from its file.
 
         Raises:
-            BadArtifactError: there is none, or it is no record of this schema.
+            BadArtifactError: the file cannot be read, or is not a record of this schema version.
         """
         fix = "name a file that scripts/gpu_session.py wrote"
         try:
@@ -52,17 +52,17 @@ class Record:
         return cls(path, data)
 
     def part(self, name: str, **facts: Any) -> None:
-        """Begin a part, or add facts about it."""
+        """Start a part, or add `facts` to one that was started, and write the file."""
         self.data["parts"].setdefault(name, {"rows": []}).update(facts)
         self.write()
 
     def row(self, part: str, row: Row) -> None:
-        """Add a row to a part."""
+        """Add a row to a part, and write the file."""
         self.data["parts"][part]["rows"].append(row)
         self.write()
 
     def write(self) -> None:
-        """Replace the file by the present state."""
+        """Replace the file, atomically, with the current state."""
         scratch = self.path.with_name(f"{self.path.name}.writing")
         scratch.write_text(json.dumps(self.data, indent=1) + "\n", encoding="utf-8")
         scratch.replace(self.path)

@@ -1,8 +1,8 @@
-"""Running the parts one after another, each in a forked process that is ended when its time is up.
+"""Runs the parts one after another, each in a forked process that is killed when its time is up.
 
-The parent imports the libraries once and never touches CUDA, so that a fork can; should a fork find no device all the
-same, parts are begun as fresh processes instead. Shares are of the whole time and add up: what a part does not use, the
-next one has.
+The parent imports the libraries once and never initializes CUDA, because a forked process could not use CUDA then. If a
+forked process still finds no device, the parts are started as new processes instead. Each part has a deadline, given as
+a share of the total time, so time that a part does not use is available to the next one.
 """
 
 from __future__ import annotations
@@ -25,30 +25,33 @@ from fp8pipe.numerics.bf16 import widen_bf16_products
 from gpu_parts.context import Context
 from gpu_parts.record import Record, Row
 
-# Module of each part, in order of worth, and the share of all time by which it has ended.
+# The module of each part, most important first, and the share of the total time after which it must have ended.
 PARTS: Final = {"environment": 0.08, "correctness": 0.30, "steps": 0.70, "kernels": 0.85, "vision": 0.99}
-STARTS: Final = ("fork", "spawn")  # how processes begin; the next where one finds no device
-# What several parts would import anyway, each for itself: an optimizer brings the first.
+STARTS: Final = ("fork", "spawn")  # start methods; the second is used if forked processes find no device
+# Modules that several parts import; an optimizer imports the first.
 _SHARED: Final = ("torch._dynamo", "transformers.models.llama.modeling_llama")
 _NO_DEVICE: Final = "no device"
 
 
 def run_session(record: Record, parts: Sequence[str], device: str, *, tiny: bool, minutes: float, began: float) -> bool:
-    """Run parts into a record; whether each of them ran to its end.
+    """Run parts and write their rows to a record.
 
     Args:
-        record: gets the rows.
+        record: receives the rows.
         parts: names from `PARTS`; they run in the order of that table.
         device: cuda or cpu.
-        tiny: small shapes and few rounds.
-        minutes: wall time of all, imports too.
-        began: `time.monotonic()` when that time began.
+        tiny: whether to use small shapes and few rounds.
+        minutes: total wall time, including imports.
+        began: `time.monotonic()` at the start of that time.
+
+    Returns:
+        Whether every part finished.
 
     Raises:
-        MissingCapabilityError: there is no such device.
+        MissingCapabilityError: no process can use the device.
     """
     chosen = [name for name in PARTS if name in parts]
-    _preload(chosen)  # on a disk that has not read them yet this takes a part's time: what is left is shared out
+    _preload(chosen)  # slow if the files are not in the disk cache, so only the remaining time is divided among parts
     ready = time.monotonic()
     starts, done = list(STARTS), record.data["parts"]
     for name in chosen:
@@ -67,12 +70,12 @@ def run_session(record: Record, parts: Sequence[str], device: str, *, tiny: bool
 
 
 def _preload(parts: Sequence[str]) -> None:
-    """Import once for all processes; whoever needs what cannot be imported says so itself."""
+    """Import modules once for all forked processes; a part that needs a missing module reports the failure itself."""
     import_transformers()
     for name in (*_SHARED, *(f"gpu_parts.{part}" for part in parts)):
         with contextlib.suppress(Exception):
             importlib.import_module(name)
-    gc.freeze()  # forks share these objects, and need not look through them for garbage
+    gc.freeze()  # forked processes share these objects, and their garbage collector can skip them
 
 
 def _run_part(record: Record, name: str, start: str, arguments: tuple[torch.device, bool, float]) -> None:
@@ -82,7 +85,7 @@ def _run_part(record: Record, name: str, start: str, arguments: tuple[torch.devi
     processes: Any = multiprocessing.get_context(start)
     ours, theirs = processes.Pipe(duplex=False)
     child = processes.Process(target=_in_child, args=(name, theirs, *arguments))
-    child.start()  # no daemon: a compiler starts processes of its own
+    child.start()  # not a daemon, since those cannot start processes, as torch.compile does
     theirs.close()
     try:
         told = _receive(record, name, ours, ends)
@@ -99,7 +102,7 @@ def _run_part(record: Record, name: str, start: str, arguments: tuple[torch.devi
 
 
 def _receive(record: Record, name: str, pipe: Connection, ends: float) -> dict[str, Any]:
-    """Take rows until the part says that it is done, and what it says; nothing if it never does."""
+    """Record the rows that a part sends, and return its last message, with its status; empty if there is none."""
     while pipe.poll(max(0.0, ends - time.monotonic())):
         try:
             message: dict[str, Any] = pipe.recv()
@@ -113,7 +116,7 @@ def _receive(record: Record, name: str, pipe: Connection, ends: float) -> dict[s
 
 
 def _in_child(name: str, pipe: Connection, device: torch.device, tiny: bool, ends: float) -> None:
-    """Measure one part, sending rows, and a last message without a name."""
+    """Run one part in this process; sends each row, then a message with its status instead of a row's name."""
     try:
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
@@ -123,7 +126,7 @@ def _in_child(name: str, pipe: Connection, device: torch.device, tiny: bool, end
         torch.manual_seed(0)
         widen_bf16_products()
         importlib.import_module(f"gpu_parts.{name}").run(Context(device, tiny, ends, pipe.send))
-    except Exception as error:  # outside all rows: the parts that follow are still to be run
+    except Exception as error:  # an error outside any row ends this part only; the following parts still run
         pipe.send({"status": "failed", "error": f"{type(error).__name__}: {error}"[:600]})
         return
     pipe.send({"status": "done"})

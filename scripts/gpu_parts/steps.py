@@ -1,10 +1,12 @@
-"""Training steps at LLaMA-7B's shapes: seconds, tokens per second, memory, host syncs, beside what the cost model says.
+"""Training steps with the shapes of LLaMA-7B: time, throughput, memory and host syncs, compared with the cost model.
 
-The step is the product's own (`pipeline.finetune.loop`): forward, backward, clipping, AdamW, flush. Weights are random
-and built on the device; A is random too, since its initialisation is no part of a step. Two and four layers tell what a
-layer costs and what is there once; the whole model is measured where its memory allows.
+The step is that of `fp8pipe finetune` (`pipeline.finetune.loop`): forward, backward, gradient clipping, AdamW, flush.
+Weights are random and created on the device; A is random, too, since its initialization is not part of a step. Models
+of two and of four layers separate the cost per layer from the fixed cost; the full model is measured if it fits into
+memory.
 
-`compiled` is what the product does on CUDA where it can: each decoder layer compiled. The other rows keep it from that.
+In rows named `compiled`, each decoder layer is compiled, as `fp8pipe finetune` does on CUDA where it can. For the other
+rows, compilation is turned off.
 """
 
 from __future__ import annotations
@@ -37,7 +39,7 @@ from pipeline.finetune.config import FinetuneConfig
 from pipeline.finetune.loop import Trainer
 from pipeline.finetune.method import LoraMethod, Method
 
-# LLaMA-7B, and the paper's step: 16 sequences of 528 tokens, rank 64, activations recomputed.
+# LLaMA-7B, and the step of the FALQON paper: 16 sequences of 528 tokens, rank 64, gradient checkpointing.
 _LLAMA_7B: Final = {
     "hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32, "num_key_value_heads": 32,
     "vocab_size": 32000, "max_position_embeddings": 2048,
@@ -52,7 +54,7 @@ _WAYS: Final[dict[str, Way]] = {"live": LIVE, "live, compiled": LIVE_COMPILED, "
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """One row: a way of training, and how many decoder layers the model has."""
+    """One row: a training method, the number of decoder layers, and whether they are compiled."""
 
     method: str
     layers: int
@@ -60,17 +62,17 @@ class Run:
 
     @property
     def way(self) -> str:
-        """The method, and whether it is compiled."""
+        """The method, and whether decoder layers are compiled: a key of `_WAYS`, if the cost model covers it."""
         return f"{self.method}, compiled" if self.compiled else self.method
 
     @property
     def name(self) -> str:
-        """For people."""
+        """The name of the row."""
         return f"{self.way}, {self.layers} layers"
 
 
 def runs(tiny: bool) -> list[Run]:
-    """What is measured, in order of worth."""
+    """The rows to measure, most important first."""
     if tiny:
         return [Run("live", 1), Run("released", 1), Run("lora", 1), Run("qlora", 1)]
     four = [Run("live", 4), Run("lora", 4), Run("live", 4, compiled=True), Run("qlora", 4), Run("released", 4)]
@@ -92,7 +94,7 @@ def run(context: Context) -> None:
 
 
 def _needs(one: Run, context: Context) -> float:
-    """Seconds below which a row is not begun."""
+    """Estimated duration of a row, seconds; it is skipped if less time is left."""
     return 0.0 if context.tiny else 15.0 + (45.0 if one.compiled else 0.0) + (20.0 if one.layers > 4 else 0.0)
 
 
@@ -103,7 +105,7 @@ def _measure(one: Run, context: Context) -> dict[str, Any]:
         if trainer.compiled != one.compiled:
             raise LeftOut("decoder layers are not compiled here; the log says what is missing")
         losses: list[float] = []
-        for _ in range(2):  # the first makes the optimizer's state, and compiles
+        for _ in range(2):  # warm-up: the first step creates the optimizer state, and compiles
             losses.append(trainer.one_step()["loss"])
         reset_peak(context.device)
         taken = timed(trainer.one_step, context.device, rounds=3 if context.tiny else 7, warmup=1)
@@ -120,7 +122,7 @@ def _measure(one: Run, context: Context) -> dict[str, Any]:
 
 
 def _profile(one: Run, context: Context) -> dict[str, Any]:
-    """Which kernels a step spends its time on."""
+    """Profile one training step: the kernels that take the most time."""
     shapes, step = (_TINY, _TINY_STEP) if context.tiny else (_LLAMA_7B, _STEP)
     with tempfile.TemporaryDirectory() as scratch:
         trainer, _ = _trainer(one, shapes, step, context, Path(scratch))
@@ -132,14 +134,26 @@ def _profile(one: Run, context: Context) -> dict[str, Any]:
 def beside_model(
     one: Run, shapes: dict[str, int], step: Step, seconds: float, peak: int | None, sheet: Device | None
 ) -> dict[str, Any]:
-    """The cost model's estimate for the same step, and measured over estimated; empty where it has no estimate."""
+    """The cost model's estimate for the same step, and the ratios of measured to estimated values.
+
+    Args:
+        one: the row.
+        shapes: configuration of the model.
+        step: batch size, sequence length and rank.
+        seconds: measured time of a step.
+        peak: measured peak of allocated memory, bytes; None on a CPU.
+        sheet: data sheet of the device; None if it is unknown.
+
+    Returns:
+        Entries for the row; empty if the cost model does not cover the method or the device.
+    """
     way = _WAYS.get(one.way)
     if way is None or sheet is None:
         return {}
     decoder = Decoder.of_config(import_transformers().LlamaConfig(**shapes, num_hidden_layers=one.layers))
     assert decoder is not None
     found = estimate(decoder, step, way, sheet)
-    # The context is no tensor, so torch's peak does not hold it; it is small beside the rest.
+    # torch's peak does not include the CUDA context, which the estimate includes; it is small in comparison.
     ratio = None if peak is None else peak / found.memory_bytes
     return {
         "estimated_step_seconds": found.seconds, "seconds_over_estimate": seconds / found.seconds,
@@ -150,7 +164,7 @@ def beside_model(
 def _trainer(
     one: Run, shapes: dict[str, int], step: Step, context: Context, scratch: Path
 ) -> tuple[Trainer, str]:  # fmt: skip
-    """The product's trainer on a random model, and by what the method is done."""
+    """The trainer of `fp8pipe finetune` for a random model, and the name of the method's implementation."""
     method, used = _method(one.method, step.rank)
     model = build_model(shapes, one.layers, context.device)
     method.prepare(model)
@@ -168,7 +182,7 @@ def _trainer(
 
 @contextmanager
 def _uncompiled() -> Iterator[None]:
-    """A trainer that is made meanwhile compiles nothing."""
+    """Within the `with` block, trainers are created without compilation."""
 
     os.environ["TORCH_COMPILE_DISABLE"] = "1"
     try:
@@ -189,7 +203,7 @@ def _method(name: str, rank: int) -> tuple[Method, str]:
 
 
 def build_model(shapes: dict[str, int], layers: int, device: torch.device) -> Any:
-    """A Llama of random bf16 weights, made on its device, recomputing activations as the product does."""
+    """A Llama with random bf16 weights, created on the device, with gradient checkpointing as in `fp8pipe finetune`."""
     transformers = import_transformers()
     settings = transformers.LlamaConfig(**shapes, num_hidden_layers=layers, use_cache=False)
     with torch.device(device):
@@ -199,7 +213,7 @@ def build_model(shapes: dict[str, int], layers: int, device: torch.device) -> An
 
 
 def batches(step: Step, vocabulary: int) -> Batches:
-    """Full sequences of random tokens, all of them answers, as the cost model takes them; two batches."""
+    """Two batches of full sequences of random tokens, all of them answer tokens, as the cost model assumes."""
     random = torch.Generator().manual_seed(0)
     drawn = torch.randint(0, vocabulary, (2 * step.batch, step.length), generator=random).tolist()
     examples = [Encoded(ids, [IGNORED, *ids[1:]]) for ids in drawn]

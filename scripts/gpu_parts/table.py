@@ -1,4 +1,4 @@
-"""A record as Markdown: one table per part, what failed and what was left out in words below it."""
+"""A record as Markdown: one table per part, followed by a list of the rows that failed or were skipped."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ _PLAIN: Final = ("name", "took")
 
 
 def table(record: Mapping[str, Any]) -> str:
-    """The Markdown of a record, without a newline at its end."""
+    """Format a record as Markdown, without a trailing newline."""
     options = record["options"]
     shapes = ", tiny shapes" if options.get("tiny") else ""
     lines = [f"Measured on {options.get('device')}{shapes}, begun {record['began']}."]
@@ -88,7 +88,7 @@ def _plain(value: Any) -> str:
 
 
 def _table(rows: list[Row], columns: tuple[_Column, ...]) -> list[str]:
-    """Rows under the columns that any of them fills."""
+    """A Markdown table of the rows; columns that are empty in all rows are omitted."""
     if not rows:
         return []
     shown = [(title, [str(find(row)) for row in rows]) for title, find in columns]
@@ -101,7 +101,7 @@ def _table(rows: list[Row], columns: tuple[_Column, ...]) -> list[str]:
 
 
 def _profile(row: Row) -> list[str]:
-    """The kernels of a profiled step, heaviest first."""
+    """A Markdown table of the kernels of a profiled step, slowest first."""
     busy = row["busy_seconds"]
     head = f"{row['name']}: {row['launched']} kernels, busy for {1000 * busy:.4g} ms"
     lines = ["", head, "", "| kernel | calls | ms | share |", "|---|---|---|---|"]

@@ -1,4 +1,4 @@
-"""How long work takes on a device, how much memory it held, and how often the host waited for it."""
+"""Measures time, peak memory, kernels and host synchronizations of work on a device."""
 
 from __future__ import annotations
 
@@ -17,19 +17,21 @@ from torch.profiler import ProfilerActivity, profile
 def timed(
     work: Callable[[], object], device: torch.device, *, rounds: int, warmup: int = 2, calls: int = 1
 ) -> dict[str, Any]:
-    """Seconds of one call: median, least and most over rounds.
+    """Measure the time of one call: median, minimum and maximum over several rounds.
 
-    On CUDA between two events of the stream, each round ending with the device idle; elsewhere by the clock.
+    On CUDA, the time is measured between two events of the stream, and the device is idle between rounds. On a CPU, it
+    is measured with the clock.
 
     Args:
-        work: what is measured.
-        device: where it runs.
-        rounds: measured ones.
-        warmup: rounds before them.
-        calls: of `work` in a round, for work that is too short to be measured alone.
+        work: the function to measure.
+        device: the device that it uses.
+        rounds: number of measured rounds.
+        warmup: number of rounds before them that are not measured.
+        calls: calls of `work` per round, for work that is too short to be measured alone.
 
     Returns:
-        `seconds`, `least`, `most` of a call; `rounds`; `host_seconds`, the median time until the host had queued it.
+        `seconds`, `least` and `most`: time per call, seconds; `rounds`; `host_seconds`: median time per call until the
+        host has queued the work.
     """
     found, queued = [], []
     for number in range(warmup + rounds):
@@ -44,7 +46,7 @@ def timed(
 
 
 def _round(work: Callable[[], object], device: torch.device, calls: int) -> tuple[float, float]:
-    """Seconds on the device and of the host, all calls together."""
+    """Run one round; returns the seconds that the device and the host took for all calls together."""
     events = [torch.cuda.Event(enable_timing=True) for _ in range(2)] if device.type == "cuda" else []
     synchronize(device)
     began = time.perf_counter()
@@ -60,28 +62,28 @@ def _round(work: Callable[[], object], device: torch.device, calls: int) -> tupl
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until the device has nothing left to do."""
+    """Wait until the device has finished all queued work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def reset_peak(device: torch.device) -> None:
-    """Count the peak of allocated memory from now on."""
+    """Restart the measurement of peak allocated memory."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
 
 
 def peak_bytes(device: torch.device) -> int | None:
-    """Most bytes that tensors held at once since `reset_peak`; None where torch does not count them."""
+    """Peak memory allocated for tensors since `reset_peak`, bytes; None on a CPU, where torch does not count it."""
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
 
 
 def heaviest(work: Callable[[], object], device: torch.device, count: int = 20) -> dict[str, Any]:
-    """What a call spends its time on, as torch's profiler sees it.
+    """Profile one call with torch's profiler.
 
     Returns:
-        `launched`, how many kernels ran (operators on a CPU); `busy_seconds`, the time of all of them; and `kernels`,
-        the `count` that took longest: name, calls, seconds.
+        `launched`: number of kernels that ran (operators on a CPU); `busy_seconds`: their total time; `kernels`: name,
+        calls and seconds of the `count` kernels that took longest.
     """
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
     with profile(activities=activities) as profiler:
@@ -100,10 +102,10 @@ def heaviest(work: Callable[[], object], device: torch.device, count: int = 20) 
 
 @contextmanager
 def counted_syncs(device: torch.device) -> Iterator[list[str]]:
-    """While active, gather where torch makes the host wait for the GPU; empty on a CPU, where nothing waits.
+    """Within the `with` block, collect the source lines at which torch makes the host wait for the GPU.
 
-    These are reads of values, copies to pageable memory, and sizes that depend on values, as
-    `torch.cuda.set_sync_debug_mode` finds them. The list is complete when the context has ended.
+    As detected by `torch.cuda.set_sync_debug_mode`, these are reads of values, copies to pageable memory, and sizes
+    that depend on values. The list is filled when the block ends; on a CPU it stays empty.
     """
     places: list[str] = []
     if device.type != "cuda":

@@ -1,4 +1,4 @@
-"""Some steps of a two-layer Llama on the CPU and on a device, from the same codes, on the same text."""
+"""Trains a two-layer Llama on the CPU and on a device, from the same codes and on the same text, and compares both."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _BATCH, _LENGTH, _VOCABULARY = 8, 48, 64
 
 
 def build(device: torch.device) -> Any:
-    """A Llama of two layers in bf16, random weights from a fixed seed."""
+    """A two-layer Llama in bf16 on `device`, with random weights from a fixed seed."""
     transformers = import_transformers()
     settings = transformers.LlamaConfig(
         vocab_size=_VOCABULARY, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
@@ -28,14 +28,14 @@ def build(device: torch.device) -> Any:
 
 
 def text(seed: int) -> Tensor:
-    """Token ids `(8, 48)` with a rule that can be learned: each row counts in steps of its own."""
+    """Token ids `(8, 48)` in a pattern that can be learned: each row counts up in constant steps, modulo 64."""
     random = torch.Generator().manual_seed(seed)
     start = torch.randint(0, _VOCABULARY, (_BATCH, 1), generator=random)
     return (start + torch.arange(_LENGTH) * torch.randint(1, 4, (_BATCH, 1), generator=random)) % _VOCABULARY
 
 
 def train(method: FalqonMethod, model: Any, device: torch.device, steps: int) -> list[float]:
-    """Losses of the steps; the model ends merged."""
+    """Train for `steps` steps, then merge the adapter into the codes; returns the loss of each step."""
     model.train()
     optimizer = torch.optim.AdamW(list(method.parameters().values()), lr=2e-3, fused=True)
     losses = []
@@ -53,12 +53,13 @@ def train(method: FalqonMethod, model: Any, device: torch.device, steps: int) ->
 
 
 def compare(rule_name: str, device: torch.device, steps: int) -> dict[str, Any]:
-    """Loss curves of both devices and the codes that they end in.
+    """Train with an update rule on the CPU and on the device, and compare loss curves and final codes.
 
     Returns:
-        `loss_difference`, the largest between the curves (nats); first and last loss; `codes_changed`, the share of
-        codes that training changed on the CPU; `codes_agreeing`, the share that both devices end with; and
-        `changes_agreeing`, that share among the codes changed on either.
+        `loss_difference`: largest difference between the loss curves, nats; `first_loss`, `last_loss`: on the device;
+        `codes_changed`: share of codes that training changed on the CPU; `codes_agreeing`: share of final codes that
+        are equal on both; `changes_agreeing`: the same among codes that changed on either; `losses`: both curves;
+        `passed`: whether the curves agree and the loss decreased.
     """
     losses, ends, start = {}, {}, None
     for where, place in {"cpu": torch.device("cpu"), "device": device}.items():
@@ -80,13 +81,13 @@ def compare(rule_name: str, device: torch.device, steps: int) -> dict[str, Any]:
         "loss_difference": difference, "first_loss": first, "last_loss": last,
         "codes_changed": _share(here != start), "codes_agreeing": _share(agreeing),
         "changes_agreeing": _share(agreeing[either]), "losses": losses,
-        # bf16 activations differ in their last bit (2^-8), and steps carry that on.
+        # bf16 activations may differ in their last bit (2^-8), and the differences accumulate over steps.
         "passed": difference <= 0.02 * first and last < first,
     }  # fmt: skip
 
 
 def _codes(method: FalqonMethod) -> Tensor:
-    """All codes of all layers, bytes."""
+    """The weight codes of all layers, uint8, one-dimensional, on the CPU."""
     return torch.cat([layer.weight_codes.cpu().view(torch.uint8).flatten() for layer in method.layers.values()])
 
 

@@ -1,6 +1,6 @@
-"""Images and distillation of a ViT-B of random weights, as `quantize-vit` makes them: seconds per step, memory.
+"""Time and memory of `quantize-vit` for a ViT-B with random weights: image synthesis and distillation.
 
-The model is transformers' ViT, so timm is not needed. Random weights cost what trained ones do.
+The model is the ViT of transformers, so timm is not needed. Random weights take the same time as trained ones.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def run(context: Context) -> None:
 
 
 def _vision(context: Context) -> VisionModel:
-    """The model on its device."""
+    """The model with random weights, on the context's device."""
     shapes = _TINY if context.tiny else _VIT_B
     size = (shapes["image_size"], shapes["image_size"])
     architecture = Architecture(
@@ -59,7 +59,7 @@ def _vision(context: Context) -> VisionModel:
 
 
 class _Steps:
-    """Seconds between the steps of something that tells of each."""
+    """A progress callback that records the time at which each step ends."""
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.ends = device, [time.perf_counter()]
@@ -69,17 +69,20 @@ class _Steps:
         self.ends.append(time.perf_counter())
 
     def median(self, skipped: int = 2) -> float:
-        """Of all but the first, which warm up."""
+        """Median duration of a step in seconds, without the first `skipped` steps, which are warm-up."""
         steps = [b - a for a, b in zip(self.ends, self.ends[1:], strict=False)][skipped:]
         return float(torch.tensor(steps, dtype=torch.float64).median())
 
     def mean(self, skipped: int) -> float:
-        """Of all but the first, where so many are told together."""
+        """Mean duration of a step in seconds, without the first `skipped` steps.
+
+        For work that reports several steps at once, for which single durations mean nothing.
+        """
         return (self.ends[-1] - self.ends[skipped]) / (len(self.ends) - 1 - skipped)
 
 
 def _synthesis(vision: VisionModel, context: Context) -> dict[str, Any]:
-    """A batch of images, with the default settings but the number of steps."""
+    """Measure the synthesis of one batch of images, with default settings except for the number of steps."""
     count, steps = (2, 4) if context.tiny else (16, 12)
     config = build_config(SynthesisConfig, {"steps": steps, "batch_size": count})
     structure = read_structure(vision.model, vision.architecture.image_size)
@@ -95,7 +98,10 @@ def _synthesis(vision: VisionModel, context: Context) -> dict[str, Any]:
 
 
 def _distillation(vision: VisionModel, context: Context) -> dict[str, Any]:
-    """Steps of a student on noise, its weights rounded to nearest: compensated rounding is made once, not in a step."""
+    """Measure distillation steps on random pixels.
+
+    Weights are rounded to nearest, since compensated rounding happens once before distillation and not in each step.
+    """
     count, steps = (4, 4) if context.tiny else (32, 48)
     distill = {"steps": steps, "batch_size": min(count, 16)}
     settings = {"model": "random", "bits": _BITS, "rounding": "nearest", "distill": distill}

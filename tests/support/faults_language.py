@@ -303,6 +303,8 @@ MODEL_FAULTS = (
           manifest("model", config("details", "transposed", value=[W]))),
     Fault("model-format", "model", "manifest.json", "codes are declared as INT8", C.MANIFEST, "number_format",
           manifest("model", config("number_format", "name", value="int8"))),
+    Fault("model-no-format", "model", "manifest.json", "codes are declared in no format", C.MANIFEST, "number_format",
+          manifest("model", config("number_format", value=None))),
 )  # fmt: skip
 
 ENGINE_FAULTS = (

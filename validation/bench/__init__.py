@@ -1,5 +1,4 @@
-"""Measures an export on this machine: speed and size (`bench`), and whether its service works (`serve-check`).
+"""Measures speed and size of an export on this machine (`bench`), and tests its service (`serve-check`).
 
-Validation proves that the numbers are right; this package measures and sends test requests. Both write a record next to
-the export.
+Validation, in the other packages, proves that an export's results are correct. Both write a record next to the export.
 """

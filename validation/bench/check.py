@@ -36,6 +36,13 @@ _PACKAGES = ("onnxruntime", "fastapi", "uvicorn")
 def serve_check(export: Path, config: ServeCheckConfig) -> MeasureRecord:
     """Check the service of an export and write `<export>.serve-check.json` next to it.
 
+    Args:
+        export: directory of the export.
+        config: the requests to send; for a language export also vLLM's serving options.
+
+    Returns:
+        The record; its verdict is REJECT if an answer was wrong or the service did not stop cleanly.
+
     Raises:
         BadArtifactError: the export is damaged, or of a kind that cannot be served.
         ConfigurationError: vLLM's serving options were given for a vision export.
@@ -68,7 +75,13 @@ def serve_check(export: Path, config: ServeCheckConfig) -> MeasureRecord:
 
 @contextmanager
 def _service(export: Path, ready_s: float, options: list[str]) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
-    """Start the service on a free port and wait until it is ready; kill it at the end if it is still running."""
+    """Start the service on a free port, wait until it is ready, and yield its URL and its process.
+
+    The process is killed at the end of the `with` block if it is still running.
+
+    Raises:
+        Fp8PipeError: the service ended, or was not ready within `ready_s` seconds.
+    """
     port = free_port()
     url = f"http://127.0.0.1:{port}"
     command = [sys.executable, "-P", "-m", "fp8pipe", "serve", str(export), "--port", str(port), "--no-access-log"]
@@ -111,7 +124,11 @@ def _identity(url: str, artifact: Artifact) -> Gate:
 
 
 def ask_vision(url: str, artifact: Artifact, config: ServeCheckConfig) -> tuple[int, list[Gate]]:
-    """Send pixels through the Open Inference Protocol; the outputs must be bit-identical to the graph run here."""
+    """Send random pixels through the Open Inference Protocol, and compare the outputs with the graph run in-process.
+
+    Returns:
+        The number of requests; and gates that require all requests to be accepted and all outputs to be bit-identical.
+    """
     from exporters.graph.formats import MODEL_FILE
     from exporters.graph.runtime import open_session
 
@@ -138,7 +155,11 @@ def ask_vision(url: str, artifact: Artifact, config: ServeCheckConfig) -> tuple[
 
 
 def ask_language(url: str, artifact: Artifact, config: ServeCheckConfig) -> tuple[int, list[Gate]]:
-    """Ask every question with and without streaming: the two greedy answers must be equal and not empty."""
+    """Ask every question with and without streaming.
+
+    Returns:
+        The number of requests; and gates that require the two greedy answers to be equal and not empty.
+    """
     model = json.loads(_call(f"{url}/v1/models")[1])["data"][0]["id"]
     empty = differing = 0
     for prompt in config.prompts:

@@ -69,7 +69,17 @@ def write_measure(
     artifact: Artifact, stage: Stage, settings: FrozenConfig, rows: Sequence[Figure], *, packages: Sequence[str],
     gates: Sequence[Gate] = (), not_measured: Sequence[str] = (), versions: Mapping[str, str] | None = None,
 ) -> MeasureRecord:  # fmt: skip
-    """Write a record next to its export, atomically.
+    """Create the record of a measurement and write it next to the export, atomically.
+
+    Args:
+        artifact: the export.
+        stage: bench or serve-check.
+        settings: the resolved settings.
+        rows: the measured values.
+        packages: distributions of this environment whose versions are recorded.
+        gates: comparisons; the verdict is REJECT if one failed.
+        not_measured: what was not measured, and why.
+        versions: further versions, for example those of vLLM's environment.
 
     Raises:
         OutOfMemoryError: the disk is full.

@@ -1,8 +1,8 @@
 """`bench`: speed and size of an export, in ONNX Runtime for vision models and in vLLM for language models.
 
-A vision export is compared with the same graph in floating point: the export without its quantizers, with the same
-operators and dequantized weights. Calls of the two alternate, so that other load on the machine affects both equally,
-and ratios are taken within a round. vLLM is measured from the client side of its OpenAI API.
+The baseline of a vision export is the same graph in floating point: without quantizers, with dequantized weights and
+otherwise the same operators. Calls of both graphs alternate, so that other load on the machine affects both equally,
+and ratios are computed within a round. vLLM is measured by a client of its OpenAI API.
 """
 
 from __future__ import annotations
@@ -80,7 +80,17 @@ def _session(graph: Path, config: BenchConfig) -> Any:
 
 
 def _interleaved(sessions: Mapping[str, Any], pixels: Any, rounds: int, progress: Any) -> dict[str, list[float]]:
-    """Time of every call in milliseconds, alternating between the sessions, after one warm-up call each."""
+    """Run the sessions alternately, after one warm-up call each.
+
+    Args:
+        sessions: ONNX Runtime sessions by name.
+        pixels: the input, (N, 3, H, W) float32.
+        rounds: measured calls per session.
+        progress: advanced after each round.
+
+    Returns:
+        The time of every call in milliseconds, by session name.
+    """
     times: dict[str, list[float]] = {name: [] for name in sessions}
     for round_ in range(rounds + 1):
         for name, session in sessions.items():

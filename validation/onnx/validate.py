@@ -1,11 +1,11 @@
-"""Prove that ONNX Runtime computes what an exported graph says, and that the graph is the quantized model.
+"""Prove that an exported graph is equivalent to the quantized model, and that ONNX Runtime computes it correctly.
 
-The reference is the quantized artifact, which is given, or found by its digest at the path in the manifest or next to
-the export. Every number in the graph is compared with it. Each matrix multiplication, and each part of the graph
-between two of them, is compared on the same inputs, taken from the artifact's model; in addition, classes and outputs
-of the whole network are compared. A folder of images can be used besides the calibration images. Without the artifact
-the graph is its own reference, and the verdict is at best CONSISTENT: the engine computes what the file says, but
-whether the file matches the artifact is unknown.
+The reference is the quantized artifact. It is given by the user, or found by its digest at the path in the manifest or
+next to the export. Every number in the graph is compared with the artifact. Each matrix multiplication, and each part
+of the graph between two of them, is run on inputs taken from the artifact's model, and its outputs are compared. In
+addition, classes and outputs of the whole network are compared, on the calibration images and optionally on a folder of
+images. Without the artifact, the graph is its own reference, and the verdict is at best CONSISTENT: the engine computes
+what the file specifies, but whether the file matches the artifact is unknown.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ if TYPE_CHECKING:
 _LAYER_IMAGES: Final = 4
 _BATCH: Final = 64
 _VERSIONS: Final = ("torch", "onnx", "onnx-ir", "onnxruntime")
-# Class agreement required without the artifact, where the effect of rounding errors cannot be measured on its model.
+# Required share of equal classes without the artifact, whose model would show how many classes rounding errors change.
 _UNKNOWN: Final = 0.9
 _NO_SOURCE: Final = (
     "that the numbers and operators are the artifact's: it was not found, so the file was compared with itself; "
@@ -67,7 +67,7 @@ def validate_onnx(export: Path, *, against: Path | None = None, images: Path | N
     Args:
         export: directory of the export.
         against: the quantized artifact it was made from; found by its digest when None.
-        images: an image folder; everything is compared on up to 500 of its images too. Requires the artifact.
+        images: an image folder; all comparisons are repeated on up to 500 of its images. Requires the artifact.
 
     Returns:
         The record, with the verdict ACCEPT, or CONSISTENT if the artifact was not found.
@@ -149,13 +149,13 @@ class _Judge:
 
     @property
     def activation(self) -> Activation:
-        """The activation that the outputs need, according to the artifact, or to the export without the artifact."""
+        """The activation to apply to the outputs, according to the artifact or, if there is none, to the export."""
         if self.parent is not None:
             return self.parent.architecture.activation
         return self.export.manifest.details_of(OnnxDetails).output.activation
 
     def on_images(self, images: ProbeImages) -> _OnImages:
-        """All comparisons on images; per-layer comparisons, and those between layers, use only the first few."""
+        """Make all comparisons on a set of images; those of single layers and of the parts between them use only 4."""
         few = images.pixels[:_LAYER_IMAGES]
         if self.format is OnnxFormat.QDQ_EXACT:
             return self._exact(images)
@@ -176,7 +176,7 @@ class _Judge:
         return _OnImages(parity, classes, gates)
 
     def _exact(self, images: ProbeImages) -> _OnImages:
-        """The comparison for exact formats: codes and outputs of the whole network must be bit-identical."""
+        """The comparison for exact formats: activation codes and outputs of the network must be bit-identical."""
         found, gates = self._outputs(images), []
         if self.parent is None:
             # The reference is the graph itself with batch size 1 and one thread: summation order must not matter.
@@ -190,7 +190,7 @@ class _Judge:
         return _OnImages([], classes, [*gates, outputs_gate(expected, found)])
 
     def _outputs(self, images: ProbeImages, *, optimize: bool = True) -> Tensor:
-        """Outputs of the engine, optimized as in serving, or with all graph optimizations disabled."""
+        """Outputs of ONNX Runtime, `(N, C)`, with graph optimizations as in serving, or with all of them disabled."""
         session = open_session(self.path, optimize=optimize)
         return _in_batches(lambda x: torch.from_numpy(run(session, {INPUT_NAME: x.numpy()})[OUTPUT_NAME]), images)
 
@@ -201,7 +201,11 @@ class _Judge:
         return {input_name(source): found[str(source.name)] for source in sources}
 
     def record(self, found: list[_OnImages]) -> OnnxValidationRecord:
-        """The record with the verdict on all results: probe images, the image folder, and the metadata."""
+        """Create the record, with the verdict on the results for all images and on the metadata.
+
+        Args:
+            found: the results on the probe images, and then on the image folder, if there is one.
+        """
         stated, unchecked = contents_gate(self.export, None if self.source is None else self.source.root)
         kernels, started = check_kernels(self.path, self.layers), time.perf_counter()
         open_session(self.path)
@@ -238,7 +242,7 @@ def describe(export: Path, record: OnnxValidationRecord) -> str:
 class OnnxValidationRecord(EngineRecord):
     """The record of one validation: what was compared, and the verdict."""
 
-    # 3: the verdict CONSISTENT, what is not proved, and images besides the probe images.
+    # Version 3 added the verdict CONSISTENT, `not_proved`, and images from a folder.
     schema_version: int = Field(default=3, description="version of this schema")
     versions: dict[str, str] = Field(description="versions of the packages involved")
     reference: Literal["artifact", "export"] = Field(

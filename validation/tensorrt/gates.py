@@ -27,7 +27,11 @@ _LAYER_IMAGES: Final = 4
 
 
 def graph_gates(artifact: Artifact, source: Artifact) -> list[Gate]:
-    """Compare the graph with the artifact: its numbers, its matrix multiplications, and everything between them."""
+    """Compare the graph of an export with the quantized artifact `source` that it was made from.
+
+    Returns:
+        Gates on the stored numbers, on the matrix multiplications, and on the parts of the graph between them.
+    """
     details = artifact.manifest.details_of(TrtDetails)
     half, format = Base(details.base) is Base.FP16, TrtFormat(details.format)
     parent = in_format(load_quantized(source.root), format)
@@ -43,7 +47,16 @@ def graph_gates(artifact: Artifact, source: Artifact) -> list[Gate]:
 
 
 def precision_gates(artifact: Artifact, engine: ReadyEngine, report: PrecisionReport) -> list[Gate]:
-    """Gates on matrix multiplications whose precision in the engine differs from the graph's or from the list."""
+    """Check the precision of every matrix multiplication in an engine.
+
+    Args:
+        artifact: the export.
+        engine: the engine, with the precisions listed when it was built.
+        report: the precisions read from the engine itself.
+
+    Returns:
+        Two gates: on the precisions that differ from the graph's, and on those that differ from the list.
+    """
     format, counts = TrtFormat(artifact.manifest.details_of(TrtDetails).format), report.counts()
     wanted = artifact_precisions(read_layers(ir.load(artifact.root / MODEL_FILE)))
     other = () if format.weight_only else report.not_in(wanted)

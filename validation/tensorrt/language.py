@@ -1,7 +1,7 @@
-"""Validation of a language export for TensorRT without running its engines: files, graph and precisions.
+"""Validation of a language model's TensorRT export without running its engines: files, graph and precisions.
 
-These engines take token ids and a key/value cache instead of pixels, so the GPU comparison for vision models does not
-apply to them. They are not executed, and the record says so.
+The inputs of these engines are token ids and a key/value cache instead of pixels, so the GPU comparison for vision
+models cannot be used. The engines are not executed, and the record says so.
 """
 
 from __future__ import annotations
@@ -22,12 +22,15 @@ from fp8pipe.artifact.record import remove_record
 from validation.contents import contents_gate
 from validation.tensorrt.record import EngineReport, TrtValidationRecord, conclude
 
-_TOKENS = (2, 16)  # sequences, and ids of each
+_TOKENS = (2, 16)  # number of sequences, and of token ids per sequence
 _VERSIONS = ("onnx", "onnx-ir", "onnxruntime", "tensorrt-rtx")
 
 
 def validate_language(export: Path) -> TrtValidationRecord:
     """Validate a language model's TensorRT export and write `<export>.validation.json` next to it.
+
+    Returns:
+        The record, with the verdict PROVED-WITHOUT-RUNNING.
 
     Raises:
         BadArtifactError: a file is damaged, or ONNX Runtime rejects the graph.
@@ -64,7 +67,7 @@ def validate_language(export: Path) -> TrtValidationRecord:
 
 
 def _finite(artifact: Artifact, details: TrtLanguageDetails) -> Gate:
-    """The graph must run in ONNX Runtime and give only finite logits."""
+    """A gate that requires all logits to be finite when the graph runs in ONNX Runtime."""
     session = DecoderSession(artifact.root / MODEL_FILE, details.cache, Base(details.base))
     logits = session.logits(torch.arange(_TOKENS[0] * _TOKENS[1]).view(_TOKENS) + 1)
     bad = int((~np.isfinite(logits)).sum())

@@ -17,7 +17,7 @@ Verdict = Literal["ACCEPT", "PROVED-WITHOUT-RUNNING", "CONSISTENT", "REJECT"]
 
 
 class EngineReport(FrozenConfig):
-    """An engine for one compute capability."""
+    """An engine for one compute capability: its origin, and the precisions of its matrix multiplications."""
 
     capability: str = Field(description="compute capability that it was built for")
     builder: str = Field(description="rtx or enterprise")
@@ -55,7 +55,7 @@ class Execution(FrozenConfig):
 class TrtValidationRecord(EngineRecord):
     """The record of one validation."""
 
-    # 3: the verdict CONSISTENT, the reference, and precisions read from the engine.
+    # Version 3 added the verdict CONSISTENT, `reference`, and precisions read from the engine.
     schema_version: int = Field(default=3, description="version of this schema")
     engine: Literal["tensorrt"] = Field(default="tensorrt", description="the engine's name")
     versions: dict[str, str] = Field(description="versions of the packages involved")
@@ -81,9 +81,18 @@ def conclude(
     packages: Sequence[str], proved: Sequence[str], not_proved: Sequence[str], execution: Execution | None = None,
     compared: bool | None = None,
 ) -> TrtValidationRecord:  # fmt: skip
-    """Derive the verdict from the gates and write the record, with the versions of `packages`, next to the export.
+    """Derive the verdict from the gates and write the record next to the export.
 
-    `compared` says whether the graph was compared with the artifact; None for kinds that are never compared with it.
+    Args:
+        artifact: the export.
+        format: number format of the matrix multiplications.
+        gates: all comparisons.
+        engines: the engines that were examined.
+        packages: distributions whose versions are recorded.
+        proved: sentences on what was proved.
+        not_proved: sentences on what was not tested, and why.
+        execution: results of running an engine on a GPU; None if none was run.
+        compared: whether the graph was compared with the artifact; None for kinds that are never compared with it.
 
     Raises:
         ExportRejectedError: a gate failed.

@@ -1,4 +1,4 @@
-"""Runs a TensorRT engine on a GPU in a worker process: pixels in, outputs and times out."""
+"""Runs a TensorRT engine on a GPU in a worker process, and returns its outputs and times."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Runs and times an engine on a GPU, in a separate process: `python -P run_worker.py JOB`.
 
-A separate process, since TensorRT keeps using the first logger of a process, and since a crashing kernel must not crash
-the caller. JOB is a JSON file (see `run.run_engine`). TensorRT and TensorRT for RTX have the same runtime classes;
-torch manages memory and streams.
+A separate process is needed because TensorRT keeps using the first logger of a process, and because a crashing kernel
+must not crash the caller. JOB is a JSON file (see `run.run_engine`). TensorRT and TensorRT for RTX have the same
+runtime classes; torch manages memory and streams.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _KEPT = ("INTERNAL_ERROR", "ERROR", "WARNING")
 
 
 def main() -> int:
-    """Run the job; returns 0 if outputs and timings were written, 3 if the engine cannot be loaded."""
+    """Run the job; returns exit code 0 if outputs and timings were written, 3 if the engine cannot be loaded."""
     job = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     import numpy as np
     import torch
@@ -57,7 +57,7 @@ class _Net:
         return output
 
     def time(self, pixels: Any, batch: int, rounds: int) -> float:
-        """Median time of `rounds` runs in milliseconds, measured with CUDA events."""
+        """Median time of `rounds` runs with batch size `batch` in milliseconds, measured with CUDA events."""
         torch, times = self._torch, []
         repeated = pixels[torch.arange(batch, device=pixels.device) % len(pixels)]
         with torch.cuda.stream(self._stream):

@@ -1,10 +1,11 @@
-"""Prove what can be proved about a TensorRT export on this machine, and report what could not be.
+"""Prove what can be proved about a TensorRT export on this machine, and report what could not be proved.
 
-On any machine: the files match the manifest; the graph has the artifact's numbers, and its matrix multiplications and
-the parts between them compute what the artifact's model computes; every engine fits the installed builder (or is
-rebuilt, with a notice), and the engine file itself shows that every matrix multiplication runs in the graph's number
-format. On a GPU, the engine's outputs are also compared with ONNX Runtime's on the same pixels, and its time with that
-of an FP16 engine of the same weights. Without the artifact the verdict is at best CONSISTENT.
+On any machine, the following is checked. The files match the manifest. The graph contains the artifact's numbers, and
+its matrix multiplications and the parts between them compute what the artifact's model computes. Every engine matches
+the installed builder; otherwise it is rebuilt, with a notice. The engine file shows that every matrix multiplication
+runs in the graph's number format. On a GPU, the engine's outputs are also compared with ONNX Runtime's on the same
+pixels, and its speed with that of an FP16 engine with the same weights. Without the artifact, the verdict is at best
+CONSISTENT.
 """
 
 from __future__ import annotations
@@ -43,9 +44,9 @@ from validation.tensorrt.record import EngineReport, Execution, Timing, TrtValid
 from validation.tensorrt.run import run_engine
 
 _VERSIONS: Final = ("onnx", "onnx-ir", "onnxruntime", "tensorrt-rtx", "tensorrt")
-# With quantized activations a network amplifies tiny differences: another summation order changes a code, and later
-# layers amplify that. For the same 8-bit ViT, two equally exact summation orders differ by 0.03 to 0.08 of the norm of
-# the outputs; a wrong scale gives 0.5 and more.
+# Largest accepted norm of the difference, relative to the norm of the outputs. A network with quantized activations
+# amplifies tiny differences: another summation order changes a code, and later layers amplify the change. For an 8-bit
+# ViT, two equally exact summation orders give a relative difference of 0.03 to 0.08; a wrong scale gives 0.5 or more.
 RELATIVE_LIMIT: Final = 0.15
 _IMAGES: Final = 64
 _FEW_IMAGES: Final = 2
@@ -61,7 +62,7 @@ def validate_tensorrt(
         export: directory of the export.
         against: the quantized artifact it was made from; found by its digest when None.
         device: `cpu` runs no engine, even if there is a GPU; `cuda` fails on a machine without one.
-        notify: is called with the notice that an engine is rebuilt; by default the notice is logged.
+        notify: called with a message when an engine is rebuilt; by default the message is logged.
 
     Returns:
         The record: ACCEPT if an engine was run, PROVED-WITHOUT-RUNNING if not, CONSISTENT without the artifact.
@@ -121,7 +122,11 @@ def _details(artifact: Artifact) -> TrtDetails:
 
 
 def _runnable(artifact: Artifact) -> str:
-    """The compute capability of this GPU, if the builder of the export supports it."""
+    """The compute capability of this GPU.
+
+    Raises:
+        MissingCapabilityError: the export's builder does not support it.
+    """
     capability = ".".join(map(str, machine.gpus()[0].capability))
     if artifact.manifest.config["builder"] != "enterprise" and capability not in CAPABILITIES:
         raise MissingCapabilityError(
@@ -133,7 +138,7 @@ def _runnable(artifact: Artifact) -> str:
 
 
 def _pixels(artifact: Artifact) -> np.ndarray:
-    """Random pixels, (N, 3, H, W) float32, since an export has no images; few for NVFP4, whose reference is slow."""
+    """Random pixels, (N, 3, H, W) float32, since an export contains no images; few for NVFP4: its reference is slow."""
     preprocessing = read_model_file(Preprocessing, artifact.root / PREPROCESSING_FILE)
     count = max(_FEW_IMAGES, artifact.manifest.config["batch"][0]) if _is_nvfp4(artifact) else _IMAGES
     return probe_images(None, preprocessing, count).pixels.numpy()
@@ -144,9 +149,10 @@ def _is_nvfp4(artifact: Artifact) -> bool:
 
 
 def _expected(artifact: Artifact, pixels: np.ndarray) -> np.ndarray:
-    """Reference outputs of the graph, (N, C), without graph optimizations: fused integer kernels saturate on some CPUs.
+    """Reference outputs of the graph, (N, C), computed by ONNX Runtime without graph optimizations.
 
-    For NVFP4, ONNX's reference evaluator is used, since ONNX Runtime does not support four-bit floats.
+    Optimizations are disabled because fused integer kernels saturate on some CPUs. For NVFP4, ONNX's reference
+    evaluator is used, since ONNX Runtime does not support four-bit floats.
     """
     if _is_nvfp4(artifact):
         names = _names(artifact)

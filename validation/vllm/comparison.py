@@ -54,8 +54,8 @@ from validation.vllm.reference import (
 
 __all__ = ["LOGPROB_THRESHOLD", "Case", "compare"]
 
-# Different summation orders in fp32 change log-probabilities by about 1e-5 nats in a model of 30 layers; a single wrong
-# scale changes them by tenths of a nat.
+# Largest accepted difference, nats. Another summation order in fp32 changes log-probabilities by about 1e-5 nats in a
+# model of 30 layers; a single wrong scale changes them by tenths of a nat.
 LOGPROB_THRESHOLD: Final = 1e-3
 _TEXTS: Final = (
     "The quick brown fox jumps over the lazy dog, and the dog does not mind at all.",
@@ -64,16 +64,16 @@ _TEXTS: Final = (
 )
 _LONGEST_SEQUENCE: Final = 96  # tokens
 _LONGEST_CONTEXT: Final = 1024  # tokens
-# Prefixes of the environment variables that affect what the engine computes.
+# Prefixes of environment variables that affect the engine's results; these variables are recorded.
 _TOLD: Final = ("FP8PIPE_VLLM_", "VLLM_", "OMP_", "ONEDNN_")
 
 
 @dataclass(frozen=True)
 class Case:
-    """The inputs of a validation, with all requirements checked."""
+    """The inputs of a validation, after all requirements have been checked."""
 
     artifact: Artifact
-    plan: ExportPlan | None  # how the export must have been made from its source; None if that is not available
+    plan: ExportPlan | None  # how the export must have been made from its source; None if the source was not found
     environment: VllmEnvironment
     form: ServingForm
     prompts: tuple[str, ...]
@@ -92,12 +92,12 @@ class Case:
 
     @property
     def holding(self) -> Holding:
-        """How the serving engine stores weights; without the CPU plugin its kernels multiply FP8 codes."""
+        """How the serving engine stores weights: as FP8 codes, unless the CPU plugin dequantizes them."""
         return Holding(getattr(torch, self.form.dtype), codes=self.quantized and not self.environment.dequantizes)
 
     @property
     def exact(self) -> bool:
-        """Whether an engine without rounding is possible: FP8 kernels round, and GPU kernels do so even in fp32."""
+        """Whether an engine can compute in fp32 without further rounding; FP8 kernels and GPU kernels cannot."""
         return self.environment.on_cpu and not self.holding.codes
 
     @property
@@ -109,7 +109,7 @@ class Case:
 
 @dataclass(frozen=True)
 class _Questions:
-    """The inputs of both engines, tokenized with the source's tokenizer."""
+    """The prompts and texts for both engines, tokenized with the source's tokenizer."""
 
     chat: bool
     prompts: list[str]
@@ -129,14 +129,14 @@ class _Run:
 
 
 def compare(case: Case) -> ValidationRecord:
-    """Make all comparisons; the record is returned but not written.
+    """Make all comparisons and return the record, which the caller must write.
 
     Raises:
         BadArtifactError: vLLM cannot load the export although its metadata is right, or its context is too short.
         MissingCapabilityError: vLLM or the plugin cannot run in this installation.
     """
     files = [] if case.plan is None else file_gates(case.plan, case.artifact.root)
-    if failures(files):  # another model, which is clear without starting an engine
+    if failures(files):  # these files show that it is another model: no engine needs to be started
         return _concluded(case, files)
     stated, unchecked = contents_gate(case.artifact, None if case.plan is None else case.source)
     asked, expected = _questions(case), ExpectedWeights(case.artifact, case.plan)
@@ -145,7 +145,7 @@ def compare(case: Case) -> ValidationRecord:
     except BadArtifactError as error:
         if stated.passed:
             raise
-        # The metadata check has already named the fault; vLLM's error message may name another layer, or none.
+        # Report the metadata check's finding: vLLM's own error message may name another layer, or none.
         said = [line for line in error.why.splitlines() if "Error: " in line][-1:]
         failed = ": ".join([error.what, *(line.strip() for line in said)])
         return _concluded(case, [*files, stated], unchecked=[*unchecked, f"what vLLM computes: {failed}"])
@@ -164,7 +164,7 @@ def compare(case: Case) -> ValidationRecord:
 
 
 def _engines(case: Case, asked: _Questions, expected: ExpectedWeights) -> tuple[_Run | None, _Run]:
-    """Run the fp32 engine without rounding, if there is one, and the engine as it serves."""
+    """Run the fp32 engine, if the installation allows one, and the engine as `serve` starts it."""
     holdings = [Holding(torch.float32)] if case.exact else []
     digests = _digests(expected, [*holdings, case.holding])
     variables = case.form.variables(VLLM_ENABLE_V1_MULTIPROCESSING="0")
@@ -229,7 +229,10 @@ def _context_length(source: Path, needed: int) -> int:
 
 
 def _digests(expected: ExpectedWeights, holdings: list[Holding]) -> dict[Holding, dict[str, Any]]:
-    """Digests by `Holding` and name; those of the first also have the rounding error of rows relative to its bound."""
+    """Digests of the expected tensors, by `Holding` and by name.
+
+    If the source is available, entries of the first `Holding` also have `row_error`: see `ExpectedWeights.row_error`.
+    """
     digests: dict[Holding, dict[str, Any]] = {holding: {} for holding in holdings}
     with track(len(expected.names), "hash weights") as progress:
         for tensor in expected:
@@ -259,7 +262,11 @@ def _run(
 def _against_torch(
     case: Case, asked: _Questions, expected: ExpectedWeights, exact: _Run | None, served: _Run
 ) -> tuple[LogprobReport | None, list[CanaryAnswer], ServedReport]:
-    """Compare the engines with torch: first with the fp32 model, which is then switched to the serving precision."""
+    """Compare the engines with a torch model, first in fp32 and then with the rounding of the serving engine.
+
+    Returns:
+        Log-probabilities of the fp32 engine (None without one), its answers, and the report on the serving engine.
+    """
     reference = Reference(case.source, expected.stored)
     true, behind = _exact_tables(reference, asked, [run for run in (exact, served) if run is not None])
     logprobs, first, places = None, [], served.result["logprobs"]
@@ -313,7 +320,7 @@ def _judged(asked: _Questions, run: _Run, behind: list[list[float]], tie: float)
 
 
 def _rounded(case: Case, expected: ExpectedWeights) -> list[str]:
-    """Weights of the layers whose inputs are quantized with these serving options."""
+    """Names of the weights in layers whose inputs are quantized with these serving options."""
     if not case.form.rounds_activations(case.environment):
         return []
     return [

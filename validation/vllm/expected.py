@@ -1,8 +1,8 @@
 """The weights that the engine should have: every tensor of an export with its digests, one in memory at a time.
 
-The values are computed from the source of the export with independent plain arithmetic (`reopen`), so that a number
-that changed on the way is found even if the export's manifest was rewritten to match. Without the source they come from
-the export itself, which proves that the engine reads the files correctly, and no more.
+The expected values are computed from the source of the export by an independent implementation (`reopen`), so that a
+wrong number is detected even if the export's manifest was rewritten to match it. Without the source, the values are
+read from the export itself, which proves only that the engine reads the files correctly.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class Expected:
         value: fp32, in the stored orientation.
         scale: fp32, dequantized = code * scale, broadcastable to `value`; None for unquantized tensors.
         transposed: whether it is stored as `(in, out)`; the engine has `(out, in)`.
-        products: for codes, the digests of the weights that multiplication with one-hot inputs may return.
+        products: for codes, the digests of the values that a GEMM with one-hot inputs may return for this weight.
         scale_shape: shape of the stored scales; engines have `(1, rows)` if they are stored so, else `(rows, 1)`.
         wide: whether engines keep it in fp32 whatever their dtype: a scale of the key/value cache.
     """
@@ -75,7 +75,10 @@ class Expected:
     wide: bool = False
 
     def held(self, holding: Holding) -> list[Expected]:
-        """The tensors an engine stores for it: the weight rounded once, or codes (as fp32) and one scale per row."""
+        """The tensors that an engine stores for it: the weight rounded once, or FP8 codes and one scale per row.
+
+        Values are fp32, also those of codes and of rounded weights.
+        """
         if self.wide:
             return [self]
         if self.scale is None or not holding.codes:
@@ -93,7 +96,7 @@ class Expected:
         ]
 
     def digests(self) -> dict[str, Any]:
-        """Shape, sha256 of the fp32 bytes, and sha256 of the same with every -0 replaced by +0."""
+        """Shape, orientation, sha256 of the fp32 bytes, and sha256 of the same with every -0 replaced by +0."""
         value = self.value.contiguous()
         found: dict[str, Any] = {
             "shape": list(value.shape),
@@ -126,11 +129,11 @@ def _pieces(value: Tensor) -> Iterable[Tensor]:
 
 
 class ExpectedWeights:
-    """The expected tensors of an export; iterating yields them one at a time.
+    """The expected tensors of an export; iterating yields them one at a time, to limit memory.
 
     Args:
         export: the opened export.
-        plan: how it must have been made from its source; None if the source is not available.
+        plan: how the export must have been made from its source; None if the source is not available.
 
     Raises:
         BadArtifactError: the export's weights cannot be read.
@@ -158,7 +161,7 @@ class ExpectedWeights:
         return Expected(name, value, _scale_of(unit, value), unit.transposed, scale_shape=stored)
 
     def read_held(self, name: str, holding: Holding) -> Expected:
-        """The stored tensor of this name in an engine: a weight, its codes, or the scales of its codes."""
+        """The expected tensor that an engine stores under this name: a weight, its codes, or its scales."""
         base = name if name in self.entries and not is_scale(name, self.entries) else name.removesuffix(SCALE_SUFFIX)
         return next(held for held in self.read(base).held(holding) if held.name == name)
 
@@ -186,7 +189,10 @@ class ExpectedWeights:
         return "source" if self.units else "export"
 
     def row_error(self, name: str, value: Tensor) -> float:
-        """Largest rounding error of a row against the source's floats, relative to its bound; 0 if not rounded."""
+        """Largest rounding error of a row of `value`, relative to its bound.
+
+        The error is measured against the source's floats; 0 for tensors that the export copies without rounding.
+        """
         unit = self.units.get(name)
         if unit is None or unit.action in {Action.COPY, Action.CODES}:
             return 0.0
@@ -224,7 +230,10 @@ class ExpectedWeights:
 
 
 def _scale_of(unit: Unit, value: Tensor) -> Tensor | None:
-    """The scale, broadcastable to the value; computed from the source's rows if the export quantized them."""
+    """The scale of a tensor, fp32, broadcastable to its value; None for unquantized tensors.
+
+    If the export quantized the tensor, the scale is computed from the amax of the source's rows.
+    """
     if unit.action is Action.QUANTIZE:
         original = read_tensor(unit.entry).double().abs()
         return (original.amax(0 if unit.transposed else 1, keepdim=True).clamp(min=1e-12) / 448).float()
@@ -257,13 +266,13 @@ def count_differences(expected: Expected, actual: Tensor) -> tuple[int, int]:
 def weight_report(
     expected: ExpectedWeights, digests: Mapping[str, Any], holding: Holding, result: Mapping[str, Any]
 ) -> WeightReport:
-    """Summarize the findings of the probe; only tensors that differ are read again.
+    """Summarize the weight comparisons of the probe; only tensors that differ are read again.
 
     Args:
         expected: the expected weights.
-        digests: their digests, as passed to the probe.
+        digests: digests of the expected weights by name, as passed to the probe.
         holding: how the engine stores weights.
-        result: the result of the probe.
+        result: the result of the probe, see `probe.run`.
     """
     report: dict[str, Any] = dict.fromkeys(("layers", "tensors", "elements", "differing", "differing_codes"), 0)
     different: list[str] = []
@@ -299,7 +308,7 @@ def weight_report(
 
 
 def plan_of(export: Artifact, source: Path) -> ExportPlan:
-    """The plan by which the export must have been made from `source`.
+    """Reconstruct how the export must have been made from `source`, according to its manifest.
 
     Raises:
         ConfigurationError: `source` is not the parent named in the export's manifest.

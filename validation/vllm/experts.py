@@ -1,11 +1,11 @@
-"""Checks the quantized experts of mixture-of-experts layers in an engine: the loaded weights, and their use.
+"""Checks quantized mixture-of-experts layers in an engine: their weights as loaded, and the outputs of their kernel.
 
 vLLM stores the experts of a layer as two stacked tensors and packs them for its own kernel; packed weights cannot be
 read back in general. So the stacks are read right after loading. At that point, the output of each expert for a few
-tokens is also computed from them in plain torch, to be compared later with the output of the layer's own kernel.
+tokens is also computed from the stacks in plain torch. After packing, it is compared with the output of the kernel.
 
-Each result has an error bound: what a kernel may lose by rounding to its dtype, by another summation order, and, if it
-quantizes the inputs of its GEMMs to E4M3, by rounding a value near the middle of two codes to the other one.
+Each expected output has an error bound. It covers rounding to the kernel's dtype, another summation order and, if the
+kernel quantizes the inputs of its GEMMs to E4M3, values close to the midpoint of two codes, which may round either way.
 
 Runs inside vLLM's Python: only torch and vLLM are imported.
 """
@@ -34,7 +34,7 @@ _LIMIT: Final = 7.0
 
 @dataclass(frozen=True, slots=True)
 class Foreseen:
-    """Expected outputs of a layer's experts for the tokens of `_tokens`: fp32 `(experts, tokens, hidden)` each.
+    """Expected outputs of a layer's experts for the test tokens (`_tokens`), each fp32 `(experts, tokens, hidden)`.
 
     Attributes:
         plain, plain_bound: outputs and their error bounds if the inputs are not quantized.
@@ -55,15 +55,27 @@ def is_experts(module: Any) -> bool:
 
 
 def stacked_numbers(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """`code * scale` of a loaded stack, rounded once to `dtype`; returned as fp32 `(experts, rows, columns)`."""
+    """Dequantize a loaded stack: `code * scale`, rounded once to `dtype`.
+
+    Args:
+        codes: E4M3 `(experts, rows, columns)`.
+        scale: one scale per row, `(experts, rows, 1)`.
+        dtype: the dtype to which values are rounded.
+
+    Returns:
+        fp32 `(experts, rows, columns)` on the CPU.
+    """
     return torch.stack([(one.cpu().float() * s.cpu().float()).to(dtype).float()
                         for one, s in zip(codes.detach(), scale.detach(), strict=True)])  # fmt: skip
 
 
 def foresee(layer: Any) -> Foreseen | None:
-    """Compute the expected outputs of a layer's experts; None if their activation is neither SiLU nor swigluoai.
+    """Compute the expected outputs of a layer's experts.
 
-    Must be called after loading and before vLLM packs the weights.
+    Must be called after the weights are loaded and before vLLM packs them.
+
+    Returns:
+        None if their activation is neither SiLU nor swigluoai.
     """
     activation = str(getattr(layer.activation, "value", layer.activation))
     if activation not in ("silu", _OAI):
@@ -84,7 +96,7 @@ def foresee(layer: Any) -> Foreseen | None:
 
 
 def examine_experts(layer: Any, foreseen: Foreseen) -> dict[str, Any]:
-    """Run each expert separately on the tokens of `foresee` and compare its outputs with the expected ones.
+    """Run each expert separately on the test tokens of `foresee` and compare its outputs with the expected ones.
 
     Returns:
         `kernel`, `device` and `holds` as for the kernel of a linear layer; `error_rounded` and `error_plain`: the
@@ -119,7 +131,13 @@ def _tokens(columns: int, dtype: torch.dtype) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class _Expert:
-    """One expert's weights and biases, fp32; `oai` if its activation is swigluoai, SiLU otherwise."""
+    """One expert's weights and biases, fp32; `oai` if its activation is swigluoai, SiLU otherwise.
+
+    Attributes:
+        w13: the gate above the up projection, or their rows interleaved for swigluoai, `(2 * inner, hidden)`.
+        w2: the down projection, `(hidden, inner)`.
+        bias13, bias2: their biases, `(2 * inner,)` and `(hidden,)`.
+    """
 
     w13: Tensor
     w2: Tensor
@@ -142,7 +160,17 @@ def _bias(layer: Any, stack: str, number: int) -> Tensor | None:
 
 
 def _expected(x: Tensor, one: _Expert, roundoff: float, *, rounds: bool) -> tuple[Tensor, Tensor]:
-    """`w2 (act(gate x) * up x)`, with biases, and its error bound; fp32 `(tokens, hidden)` each."""
+    """Compute `w2 (act(gate x) * up x)` for one expert, with biases, and its error bound.
+
+    Args:
+        x: fp32 `(tokens, hidden)`.
+        one: the expert.
+        roundoff: relative rounding error of the kernel's dtype.
+        rounds: whether the inputs of both GEMMs are quantized to E4M3.
+
+    Returns:
+        Both as fp32 `(tokens, hidden)`.
+    """
     loss = _ADDEND_LOSS if rounds else 2.0**-24
     x = round_inputs(x) if rounds else x
     joined = x @ one.w13.t()
@@ -165,7 +193,7 @@ def _expected(x: Tensor, one: _Expert, roundoff: float, *, rounds: bool) -> tupl
 
 
 def _rounded(values: Tensor, off: Tensor) -> tuple[Tensor, Tensor]:
-    """Quantize values to E4M3 and back, with one scale per token, and propagate the error bound `off`."""
+    """Quantize values to E4M3 and dequantize them, with one scale per token, and propagate their error bound `off`."""
     amax = values.abs().amax(dim=-1, keepdim=True)
     wide = off.amax(dim=-1, keepdim=True) / amax  # relative error bound of the scale
     scale = amax / 448.0

@@ -1,6 +1,6 @@
-"""Report on the kernels of quantized layers in the serving engine: stored weights, input quantization, products.
+"""Report on the kernels of quantized layers in the serving engine: stored weights, input quantization and GEMM errors.
 
-The probe reports what it found in each layer; this module compares that with what the serving options and the
+The probe returns its findings for each layer; this module compares them with what the serving options and the
 checkpoint require.
 """
 
@@ -20,7 +20,7 @@ __all__ = ["KernelReport", "kernel_report"]
 
 
 class KernelReport(FrozenConfig):
-    """Kernels of quantized layers, each layer run separately on test inputs; a fused layer counts as one."""
+    """Findings on the kernels of quantized layers. Each layer was run on test inputs; a fused layer counts once."""
 
     layers: int = Field(ge=0, description="layers of the engine with quantized weights")
     kernels: dict[str, int] = Field(description="number of layers by class of their kernel")
@@ -47,7 +47,7 @@ class KernelReport(FrozenConfig):
 
     @property
     def packed(self) -> bool:
-        """Whether the codes of some layer are packed and cannot be read as bytes."""
+        """Whether the kernel of any layer stores its codes in a packed layout that cannot be read as bytes."""
         return self.holds.get("packed", 0) > 0
 
     @property
@@ -74,10 +74,10 @@ def kernel_report(
     """Compare the findings of the probe with what the serving options require.
 
     Args:
-        found: `readback.Reading.layers`: findings by the layer's name in the engine.
-        quantized: checkpoint names of all quantized tensors.
-        rounded: those of them whose layer quantizes its inputs with these serving options.
-        codes: whether layers must store codes, or dequantized weights.
+        found: the findings by the layer's name in the engine (`readback.Reading.layers`).
+        quantized: checkpoint names of all quantized weights.
+        rounded: names of the weights in layers that must quantize their inputs with these serving options.
+        codes: whether layers must store FP8 codes; otherwise they must store dequantized weights.
     """
     counts = {key: Counter(str(layer[key]) for layer in found.values()) for key in ("kernel", "device", "holds")}
     holding, rounding, differing, errors, rounds = [], [], [], [("", 0.0)], 0

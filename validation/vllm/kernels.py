@@ -1,8 +1,9 @@
 """Determines the weight of a linear layer in an engine and the kernel that multiplies by it, on any device.
 
-FP8 kernels take codes as `(in, out)`, a view of the checkpoint's `(out, in)`, with one scale per row. Some kernels pack
-the codes in a layout of their own, and unquantized layers store plain weights. Which case applies is read from the
-layer itself. The orientation of a square matrix is ambiguous, so both are returned, and test products decide.
+Most FP8 kernels use codes as `(in, out)`, a view of the checkpoint's `(out, in)`, with one scale per row. Some kernels
+pack the codes in a layout of their own, and unquantized layers store plain weights. Which case applies is determined
+from the layer's attributes. The orientation of a square matrix is ambiguous, so both candidates are returned; the
+caller selects the one that agrees with the layer's outputs.
 
 Runs inside vLLM's Python: only torch is imported.
 """
@@ -24,12 +25,12 @@ _CHUNK = 256  # one-hot rows per GEMM call
 
 @dataclass(frozen=True, slots=True)
 class Kernel:
-    """The kernel of a layer.
+    """The kernel of a layer, and the weight that it stores.
 
     Attributes:
         name: class name of the kernel, or of the scheme or method if there is no kernel object.
         device: device of the weight.
-        holds: readable FP8 `codes`, FP8 codes that are `packed` and not readable, or plain `numbers`.
+        holds: `codes`: readable FP8 codes; `packed`: FP8 codes in an unreadable layout; `numbers`: plain weights.
         codes: for `codes`, one tensor per orientation that the shape allows: fp8 `(out, in)` on the CPU.
         scale: for `codes`, fp32 `(out, 1)`, dequantized = code * scale.
         dtype: dtype of inputs and outputs.
@@ -46,7 +47,7 @@ class Kernel:
 
 
 def find_kernel(layer: Any, rows: int, columns: int) -> Kernel:
-    """The kernel of a vLLM linear layer with `rows` outputs and `columns` inputs."""
+    """Find the kernel of a vLLM linear layer with `rows` output features and `columns` input features."""
     inner = _inner(layer)
     scheme = getattr(layer, "scheme", None)
     name = type(next(part for part in (inner, scheme, layer.quant_method) if part is not None)).__name__
@@ -75,7 +76,7 @@ def _inner(layer: Any) -> Any:
 
 @contextmanager
 def kernel_inputs(kernel: Kernel) -> Iterator[list[tuple[Tensor, Tensor]]]:
-    """Record the quantized inputs of the kernel within the `with` block: codes and scales, as passed to the kernel.
+    """Within the `with` block, record the quantized inputs of the kernel: (codes, scales) per call, on the CPU.
 
     The list stays empty for kernels that do not use vLLM's common interface `apply_scaled_mm`.
     """
@@ -98,7 +99,17 @@ def kernel_inputs(kernel: Kernel) -> Iterator[list[tuple[Tensor, Tensor]]]:
 
 
 def through_gemm(layer: Any, asked: Tensor, rows: int, columns: int) -> Tensor:
-    """The columns `asked` of the weight, obtained by multiplying one-hot inputs: fp32 `(rows, len(asked))`."""
+    """Read columns of a layer's weight by running the layer on one-hot inputs.
+
+    Args:
+        layer: the vLLM layer.
+        asked: int64, indices of the columns.
+        rows: output features of the layer.
+        columns: input features of the layer.
+
+    Returns:
+        fp32 `(rows, len(asked))` on the CPU.
+    """
     out = torch.empty(rows, len(asked))
     for start in range(0, len(asked), _CHUNK):
         chosen = asked[start : start + _CHUNK]

@@ -1,10 +1,10 @@
-"""Starts vLLM on an export, as a probe or as its OpenAI server, stops all its processes, and translates its failures.
+"""Runs vLLM on an export, as a probe or as its OpenAI server; stops all its processes, and translates its failures.
 
-The server is `python -P -m vllm.entrypoints.openai.api_server` in a process session of its own: it starts an engine and
-workers, and killing the process group stops them too. `-P` keeps the working directory off the import path, so that a
-user's folder called `vllm` is not imported. An API key is passed in the environment and not on the command line, where
-other users of the machine could see it. The probe is a single process, also in its own session. Output goes to a file,
-since vLLM's log is long and only the last lines matter after a failure.
+The server is `python -P -m vllm.entrypoints.openai.api_server` in a new POSIX session: it starts an engine and workers
+as further processes, and killing the process group stops all of them. `-P` keeps the working directory off the import
+path, so that a user's folder called `vllm` is not imported. An API key is passed as an environment variable and not on
+the command line, where other users of the machine could see it. The probe is a single process, also in a new session.
+Output goes to a file, since vLLM's log is long and only its last lines matter after a failure.
 """
 
 from __future__ import annotations
@@ -181,7 +181,7 @@ def answers(url: str) -> bool:
 
 
 PROBE = Path(__file__).with_name("probe.py")
-# fp32, without features that needlessly change the summation order.
+# vLLM's arguments for comparisons with torch: fp32, without features that would change the summation order.
 PARITY_ARGUMENTS = (
     "--dtype", "float32", "--max-num-seqs", "4", "--enforce-eager", "--no-enable-prefix-caching", "--seed", "0",
     "--disable-log-stats",
@@ -189,9 +189,9 @@ PARITY_ARGUMENTS = (
 
 
 def in_process() -> dict[str, str]:
-    """Environment variables of a parity run: exact, readable weights, and no quantization of activations.
+    """Environment variables for the fp32 engine: weights stay readable, and activations are not quantized.
 
-    A single process with few threads starts fastest and avoids oversubscription (vLLM starts threads of its own too).
+    A single process with few threads starts fastest and avoids oversubscription, since vLLM starts threads, too.
     """
     cores = len(os.sched_getaffinity(0))
     threads = str(max(1, min(16, cores // 2)))
@@ -203,7 +203,7 @@ def in_process() -> dict[str, str]:
 
 @dataclass(frozen=True, slots=True)
 class ProbeJob:
-    """The job of a probe (see `probe`)."""
+    """The input of a probe, which is passed to `probe.py` as JSON."""
 
     model: str  # directory of the export
     arguments: list[str]  # command-line arguments of vLLM's server
@@ -220,11 +220,11 @@ class ProbeJob:
 def run_probe(
     job: ProbeJob, environment: VllmEnvironment, dump: Path, *, timeout_s: float, ended: Event | None = None
 ) -> dict[str, Any]:
-    """Run one job in a fresh engine.
+    """Run one job in a new engine process.
 
     Args:
-        job: the job.
-        environment: the environment with vLLM.
+        job: what to load, compare and ask.
+        environment: the Python environment that contains vLLM.
         dump: an existing directory, in which tensors that differ are saved.
         timeout_s: time limit for the whole job, seconds.
         ended: set by another thread to stop the engine.

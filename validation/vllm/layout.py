@@ -1,11 +1,11 @@
-"""Learns how an engine's loader arranges a checkpoint, by loading tensors whose values encode their own position.
+"""Determines how an engine's loader arranges a checkpoint, by loading tensors whose values encode their own position.
 
 vLLM's model classes fuse layers, permute rows, transpose and pad, and few of them declare it. So before the real
 weights, the loader is run several times on marker tensors, which have the names, shapes and dtypes of the checkpoint.
-The value of each element is one digit of its position: the number of its tensor, its row, or its column. Afterwards the
-values in the engine's tensors tell where each element comes from. Digits are in base 256, since every dtype can
-represent 256 values exactly, FP8 as its 256 codes. The real weights are loaded last and in the normal way, so the
-engine serves exactly what its loader makes of them.
+The value of each element is one digit of its position: of the number of its tensor, its row, or its column. The values
+that arrive in the engine's tensors then identify the origin of each element. Digits are in base 256, since every dtype
+can represent 256 values exactly (FP8 with its 256 codes). The real weights are loaded last and in the normal way, so
+the engine serves exactly what its loader produces from them.
 
 Runs inside vLLM's Python: only torch is imported.
 """
@@ -52,11 +52,12 @@ class Piece:
 
     Attributes:
         head: the checkpoint tensor.
-        axis: what `at` indexes: 0 rows, 1 columns, None single elements of the flattened tensor.
-        at: int64, these indices.
+        axis: meaning of the indices `at`: 0 for rows, 1 for columns, None for elements of the flattened tensor.
+        at: int64, ascending indices of the elements in the engine tensor.
         rows, columns: int64, position of each element in the checkpoint tensor; an axis along which the value is
             constant has length 1.
-        changed: whether some marker came out as an invalid value, so that the loader computes and not only rearranges.
+        changed: whether some marker became an invalid value, which means that the loader computes new values instead
+            of only rearranging them.
     """
 
     head: Head
@@ -67,7 +68,7 @@ class Piece:
     changed: bool = False
 
     def of(self, matrix: Tensor) -> Tensor:
-        """Select its elements from a matrix; if that is constant along `axis` (length 1), it is returned unchanged."""
+        """Select the piece's elements from a matrix; one that is constant along `axis` (length 1) is returned as is."""
         if self.axis is None:
             return matrix.reshape(-1, 1)[self.at]
         if matrix.shape[self.axis] == 1:
@@ -83,11 +84,11 @@ class Origin:
     """Where the elements of an engine tensor come from.
 
     Attributes:
-        shape: its shape during loading.
-        pieces: the parts that come from the checkpoint.
-        unmarked: bool matrix, the other elements; an axis along which it is constant has length 1.
+        shape: shape of the engine tensor during loading.
+        pieces: the elements that come from the checkpoint, one piece per checkpoint tensor.
+        unmarked: bool matrix, true for all other elements; an axis along which it is constant has length 1.
         unwritten: number of unmarked elements that the loader does not write at all.
-        filled: whether the loader fills all other unmarked elements with zeros.
+        filled: whether the loader writes zeros to the remaining unmarked elements.
     """
 
     shape: tuple[int, ...]
@@ -97,7 +98,7 @@ class Origin:
     filled: bool = True
 
     def rest(self, value: Tensor) -> Tensor:
-        """The elements of `value` that do not come from the checkpoint."""
+        """The elements of `value` that do not come from the checkpoint, as a vector."""
         if not bool(self.unmarked.any()):
             return value.new_zeros(0)
         return _matrix(value)[self.unmarked.expand(_matrix_shape(self.shape))]
@@ -118,7 +119,10 @@ def learn(tensors: Mapping[str, Tensor], heads: Sequence[Head], load: Load) -> L
         tensors: the engine's tensors by name; their values are overwritten, except elements that the loader does not
             write.
         heads: the checkpoint tensors, in loading order.
-        load: the engine's loader.
+        load: the engine's loader, called with (name, tensor) pairs.
+
+    Returns:
+        The origin of every element. The engine's tensors now contain markers: the real weights must be loaded next.
     """
     marks = _Marks(heads, load)
     marks.load_numbers(0)
@@ -161,7 +165,10 @@ class _Marks:
     load: Load
 
     def load_numbers(self, place: int, *, opposite: bool = False) -> None:
-        """Load a digit of each tensor's number, which start at 1 since 0 is padding; `opposite` loads 255 - digit."""
+        """Load one digit of each tensor's number into all its elements; with `opposite`, load 255 - digit.
+
+        Numbers start at 1, because 0 is the value of padding.
+        """
         digits = [number // _BASE**place % _BASE for number in range(1, len(self.heads) + 1)]
         digits = [_BASE - 1 - digit for digit in digits] if opposite else digits
         self.load(
@@ -170,7 +177,7 @@ class _Marks:
         )
 
     def load_counts(self, along: str, place: int) -> None:
-        """Load a digit of each element's row or column."""
+        """Load one digit of each element's row index (`along` is "rows") or column index ("columns")."""
         self.load((head.name, self._counted(head, along, place)) for head in self.heads)
 
     @staticmethod
@@ -196,9 +203,10 @@ def _matrix(tensor: Tensor) -> Tensor:
 
 
 def _digits(tensor: Tensor) -> tuple[Tensor, Tensor]:
-    """uint8 digits in a matrix, and whether each is valid; an axis along which they are constant has length 1.
+    """Read the digits in an engine tensor: a uint8 matrix, and a bool matrix of which digits are valid.
 
-    Both are on the CPU, wherever the engine's tensor is; constant axes are dropped first, so little is transferred.
+    An axis along which a matrix is constant has length 1. Both are on the CPU; constant axes are reduced before the
+    transfer, so little is copied from a GPU.
     """
     matrix = _matrix(tensor)
     if matrix.dtype.itemsize == 1:
@@ -217,7 +225,10 @@ def _shrunk(matrix: Tensor) -> Tensor:
 
 
 def _marked(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """The lowest digit of each element's tensor number, int32, and whether the element has a marker."""
+    """The lowest digit of each element's tensor number, int32, and whether the element comes from a marker tensor.
+
+    It does if the digit and the `opposite` digit that was loaded second sum to 255.
+    """
     opposite = first[0].to(torch.int32) + second[0].to(torch.int32) == _BASE - 1
     return first[0].to(torch.int32), opposite & first[1] & second[1]
 
@@ -248,7 +259,10 @@ def _restore(tensor: Tensor, origin: Origin, saved: tuple[Tensor, Tensor] | None
 
 
 def _pieces(numbers: Tensor, origin: Origin, heads: Sequence[Head]) -> Iterator[Piece]:
-    """One piece per checkpoint tensor that occurs in `numbers`, which are valid where `unmarked` is false."""
+    """Yield a piece for each checkpoint tensor that occurs in `numbers`.
+
+    `numbers` are the tensor numbers of the elements, valid where `origin.unmarked` is false.
+    """
     numbers = torch.where(origin.unmarked, 0, numbers)
     rows, columns = _matrix_shape(origin.shape)
     axis = 0 if numbers.shape[1] == 1 else 1 if numbers.shape[0] == 1 else None
@@ -262,7 +276,7 @@ def _pieces(numbers: Tensor, origin: Origin, heads: Sequence[Head]) -> Iterator[
 
 
 def _note(origin: Origin, digits: tuple[Tensor, Tensor], along: str, place: int) -> None:
-    """Add a digit to the rows or columns of all pieces."""
+    """Add the digit at `place` to the row or column indices (`along`) of all pieces of an engine tensor."""
     for piece in origin.pieces:
         values, valid = digits
         if piece.axis is None:

@@ -1,8 +1,8 @@
-"""The question about an image with which a validation tests multimodal models.
+"""The question about an image that a validation asks multimodal models.
 
-With text alone, the vision tower and the projector would be checked only by reading their weights back. So an image is
-sent to the engine as a client would send it, and the answer is compared with that of the torch model, whose input comes
-from the source's own processor.
+With text alone, the vision tower and the projector would be checked only by reading back their weights. So an image is
+sent to the engine in the way that a client sends it, and the answer is compared with that of the torch model, whose
+inputs are prepared by the source's processor.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class PictureQuestion:
     Attributes:
         prompt: the question as it appears in a record.
         content: the message content in the format of the engine's chat API.
-        inputs: the output of the source's processor for both, a batch of one.
+        inputs: inputs of the torch model: the output of the source's processor for image and question, batch size 1.
     """
 
     prompt: str
@@ -59,7 +59,7 @@ class PictureQuestion:
 
 
 def picture_question(source: Path) -> PictureQuestion | None:
-    """The question, if the model accepts images and has a processor for them; else None."""
+    """Create the question; None if the model does not accept images or has no processor for them."""
     if getattr(load_config(source), "vision_config", None) is None:
         return None
     processor = import_transformers().AutoProcessor.from_pretrained(

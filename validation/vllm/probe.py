@@ -3,9 +3,10 @@
     python -P probe.py JOB.json
 
 Imports nothing from fp8pipe, since the two environments share only the files of this folder. The job (see
-`launcher.ProbeJob`) has the arguments of vLLM's server, which are parsed by vLLM's own parser, so that the engine is
-the same as in serving, and the digest of every expected weight. `readback` computes the digests of the engine's weights
-and saves only those that differ, so a model of any size needs extra memory for one tensor and hardly any disk space.
+`launcher.ProbeJob`) contains the arguments of vLLM's server and the digest of every expected weight. vLLM's own parser
+parses the arguments, so that the engine is the same as in serving. `readback` computes the digests of the engine's
+weights and saves only the weights that differ, so that a model of any size needs extra memory for only one tensor and
+hardly any disk space.
 """
 
 from __future__ import annotations
@@ -30,7 +31,12 @@ for _name, _path in (("validation", []), ("validation.vllm", [str(Path(__file__)
 
 
 def run(job: dict[str, Any]) -> dict[str, Any]:
-    """Run a job: load the model, check weights and matrix multiplications, score sequences, answer prompts."""
+    """Run a job: load the model, check weights and matrix multiplications, score sequences, answer prompts.
+
+    Returns:
+        `weights`, `unexplained` and `layers` of `readback.Reading`; `logprobs`; `answers`; `versions`; `load_s` and
+        `total_s` in seconds; `peak_rss_bytes`.
+    """
     from validation.vllm.readback import Reading
 
     started = time.monotonic()
@@ -42,14 +48,14 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     result |= {"weights": reading.report, "unexplained": reading.unexplained, "layers": reading.layers}
     result["logprobs"] = _logprobs(llm, job["sequences"])
     result["answers"] = _answers(llm, job)
-    # Linux counts kilobytes.
+    # On Linux, ru_maxrss is in kilobytes.
     result["peak_rss_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     result["total_s"] = time.monotonic() - started
     return result
 
 
 def _load(job: dict[str, Any]) -> Any:
-    """Start the engine with these arguments and this environment, in this process, so that its modules are readable."""
+    """Start the engine with the job's arguments, in this process, so that its modules can be accessed."""
     import vllm.entrypoints.llm as offline
     from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
     from vllm.usage.usage_lib import UsageContext
@@ -70,9 +76,11 @@ def _versions() -> dict[str, str]:
 
 
 def _logprobs(llm: Any, sequences: list[list[int]]) -> list[list[dict[str, float]]]:
-    """Log-probabilities by token id at each position but the first: of the actual token and of the most probable ones.
+    """Score sequences of token ids.
 
-    May contain NaN and infinities.
+    Returns:
+        For each sequence and each position except the first: the log-probabilities of the actual token and of the 20
+        most probable ones, in nats, by token id. They may be NaN or infinite.
     """
     from vllm import SamplingParams
 

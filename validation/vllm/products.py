@@ -1,10 +1,10 @@
-"""Tests whether a layer of an engine quantizes its inputs as it should and multiplies by the weight that it stores.
+"""Tests whether a layer of an engine quantizes its inputs correctly and multiplies by the weight that it stores.
 
-Each layer is run separately on test inputs. Every test token has only a few adjacent nonzero features, different ones
-for each token, so that all tokens together use every weight once and each dot product has few terms. With so few terms,
-the accumulation error of a kernel is far smaller than the effect of quantizing the inputs to E4M3, so the outputs show
-whether a layer quantizes its inputs, whatever its kernel. If the kernel exposes the codes of its inputs, these are also
-compared, bit for bit, including further tokens with edge cases: zeros, ties, and the minimum of the scale.
+Each layer is run separately on test inputs. Every test token has only 32 adjacent nonzero features, different ones for
+each token, so that all tokens together use every weight once, and each dot product has few terms. With so few terms,
+the accumulation error of any kernel is far smaller than the effect of quantizing the inputs to E4M3, so the outputs
+show whether the layer quantizes its inputs. If the kernel exposes the codes of its inputs, these are compared as well,
+bit for bit; additional tokens cover edge cases: zeros, ties, and the minimum of the scale.
 
 The expected values are computed independently, in plain torch on the CPU. Runs inside vLLM's Python: only torch is
 imported.
@@ -45,7 +45,7 @@ def examine(layer: Any, kernel: Kernel, weight: Tensor) -> dict[str, Any]:
     Returns:
         `error_rounded` and `error_plain`: the largest error of an output relative to its bound, assuming that inputs
         are quantized to E4M3 or that they are not; `codes`: number of input codes observed; `codes_differing`: how
-        many differ from the expected ones; `rounding`: how the kernel quantizes, in words, empty if not observed.
+        many differ from the expected ones; `rounding`: description of how the kernel quantizes, empty if not observed.
     """
     tiles, edges = make_tokens(weight.shape[1], kernel.dtype)
     found: dict[str, Any] = {"error_rounded": 0.0, "error_plain": 0.0, "codes": 0, "codes_differing": 0, "rounding": ""}
@@ -93,7 +93,7 @@ def make_tokens(columns: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 def round_inputs(tokens: Tensor) -> Tensor:
-    """Quantize tokens to E4M3 and back, with one scale per token; returns fp32."""
+    """Quantize tokens `(..., features)` to E4M3 and dequantize them, with one scale per token; returns fp32."""
     scale = _scale_of(tokens.float())
     return nearest_e4m3(tokens.float() / scale) * scale
 
@@ -115,10 +115,17 @@ def _near_a_tie(quotients: Tensor) -> Tensor:
 
 
 def _errors(product: Tensor, tokens: Tensor, start: int, kernel: Kernel, weight: Tensor) -> list[float]:
-    """Largest error of an output relative to its bound: [for quantized inputs, for unquantized inputs].
+    """Largest error of an output relative to its bound, assuming quantized inputs, and assuming unquantized inputs.
 
     The bound covers the alignment of addends to the largest one, and rounding of the result to the output dtype. For
-    packed codes, the weight is known only as rounded to that dtype, which is included too.
+    packed codes it also covers the rounding of the weight to that dtype, because the weight was read through the GEMM.
+
+    Args:
+        product: outputs of the layer, fp32 `(tokens, out)`.
+        tokens: its inputs, `(tokens, in)`.
+        start: index of the first of these tokens among all test tokens.
+        kernel: the kernel.
+        weight: fp32 `(out, in)`.
     """
     rounded = round_inputs(tokens)
     if kernel.holds == "numbers":
@@ -138,7 +145,7 @@ def _errors(product: Tensor, tokens: Tensor, start: int, kernel: Kernel, weight:
 
 
 def _diagonal(tokens: Tensor, start: int) -> Tensor:
-    """The nonzero features of each token: `(tokens, 32)`."""
+    """The nonzero features of each token, `(tokens, 32)`; `start` is the index of the first token."""
     count, columns = tokens.shape
     wide = torch.nn.functional.pad(tokens, (0, -columns % _TERMS)).reshape(count, -1, _TERMS)
     return wide[torch.arange(count), torch.arange(start, start + count)]
@@ -147,9 +154,18 @@ def _diagonal(tokens: Tensor, start: int) -> Tensor:
 def _codes_differing(tokens: Tensor, codes: Tensor, scales: Tensor) -> dict[str, int]:
     """Number of input codes that differ from the expected ones, for each way in which a kernel may compute them.
 
-    Kernels divide by the scale or multiply by its reciprocal, and likewise for the 448 in the scale. Compiled kernels
-    may use approximate division: then the last bits of a scale may differ, and a tie may be rounded to either code. All
-    codes of a layer must match the same way; if the scale of a token does not match, all its codes count as differing.
+    A kernel may divide by the scale or multiply by its reciprocal, and compute the scale as `amax / 448` or as
+    `amax * (1 / 448)`. Compiled kernels may use approximate division: then the last bits of a scale may differ, and a
+    tie may be rounded to either code. All codes of a layer must match in the same way of computing them. If the scale
+    of a token does not match, all codes of the token count as differing.
+
+    Args:
+        tokens: the inputs, `(tokens, features)`.
+        codes: the codes observed in the kernel, E4M3; rows and columns beyond those of `tokens` are padding.
+        scales: the scales observed in the kernel, one per token.
+
+    Returns:
+        The number of differing codes, by a description of the way of computing them.
     """
     values, count, width = tokens.float(), *tokens.shape
     held = codes[:count, :width].contiguous().view(torch.uint8)

@@ -1,7 +1,7 @@
 """Reads the weights of an engine back, in the checkpoint's layout, and compares them with the expected values.
 
-Where each weight is: before the real weights, marker tensors pass through the loader (`layout`), and with what they
-reveal, the engine's tensors are put back into the checkpoint's layout (`rebuild`).
+To find out where each weight is stored, marker tensors are loaded before the real weights (`layout`). With the
+positions found in this way, the engine's tensors are rearranged into the checkpoint's layout (`rebuild`).
 
 How a weight is read depends on the layer:
 
@@ -14,8 +14,8 @@ How a weight is read depends on the layer:
   kernels which take one.
 * Layers that pack their own weights (experts) are read after loading and before packing; the computation of quantized
   experts is tested too (`experts`).
-* Values that the loader computes elementwise from a tensor are compared with what it computes from the source's tensor.
-  Whether it computes the right function is covered only by the log-probabilities.
+* Values that the loader computes elementwise from a tensor are compared with the loader's result for the expected
+  tensor. Whether the function itself is correct is tested only by the comparison of log-probabilities.
 
 Runs inside vLLM's Python: only torch and vLLM are imported.
 """
@@ -45,7 +45,7 @@ _SCALE = "_scale"  # suffix of the name of the scales, after the name of the FP8
 
 
 class Reading:
-    """Compares every expected tensor with the engine's, and finds values in the engine that they do not explain.
+    """Compares every expected tensor with the engine's, and finds values in the engine that come from none of them.
 
     Args:
         tensors: `shape` and digests (`Expected.digests`) of each expected tensor, by checkpoint name.
@@ -58,7 +58,7 @@ class Reading:
             values; and `file`, where a differing tensor (fp32, in checkpoint orientation) was saved.
         layers: for quantized layers, by name in the engine: `kernel`, `device`, `holds`, the checkpoint `tensors` in
             the layer, and, if it was tested, the results of `products.examine`.
-        unexplained: other values found in the engine or in the files, in words.
+        unexplained: sentences on values in the engine and tensors in the files that no expected tensor accounts for.
     """
 
     def __init__(self, tensors: Mapping[str, Mapping[str, Any]], dump: Path, *, products: bool = False) -> None:
@@ -106,7 +106,10 @@ class Reading:
             raise RuntimeError("vLLM did not use its own loader for safetensors, so no weight can be read back")
 
     def _as_loaded(self, model: torch.nn.Module, name: str, held: Mapping[str, Tensor]) -> tuple[Tensor, str]:
-        """The value loaded into a layer that packs it later; FP8 experts as codes or dequantized, as is expected."""
+        """The tensor of a layer that packs its weights later, as fp32, and how it was read.
+
+        FP8 experts are returned as codes if codes are expected, else dequantized; their expected outputs are computed.
+        """
         tensor, module = held[name].detach(), _module(model, name)
         if tensor.dtype is not torch.float8_e4m3fn or not is_experts(module):
             return tensor.cpu().float(), "loaded"
@@ -118,9 +121,10 @@ class Reading:
         return stacked_numbers(tensor, held[name + _SCALE], module.moe_config.in_dtype), "loaded"
 
     def _find_computed(self, weights: Iterable[tuple[str, Tensor]], load: Any, held: Mapping[str, Tensor]) -> None:
-        """Find tensors that the loader computes elementwise from a checkpoint tensor, such as Mamba's -exp of `A_log`.
+        """Find tensors that the loader computes elementwise from a checkpoint tensor, such as -exp(`A_log`) in Mamba.
 
-        For such a function, reversing the input reverses the output, and distinct inputs give distinct outputs.
+        They are recognized by loading the tensor in reverse order: the result must be reversed, too, and must have as
+        many distinct values as the tensor.
         """
         origins = self.layout.origins
         placed = {piece.head.name for origin in origins.values() for piece in origin.pieces}
@@ -137,7 +141,7 @@ class Reading:
                     self.computed[other] = (name, now.clone())
 
     def read(self, model: torch.nn.Module) -> None:
-        """Read the tensors that were not read during loading, and report what is missing."""
+        """Read and compare the tensors that were not read during loading, and report missing tensors."""
         for name, (foreseen, heads) in self.experts.items():
             if foreseen is not None:
                 self.layers[name] = {**examine_experts(model.get_submodule(name), foreseen), "tensors": heads}
@@ -172,7 +176,10 @@ class Reading:
         return (tensor.detach().cpu().float(), "stored") if isinstance(tensor, Tensor) else (None, "")
 
     def _linear(self, name: str, layer: Any, origin: Origin) -> tuple[Tensor, str]:
-        """The weight of a linear layer as fp32: its codes if it stores codes, else the weight that it multiplies by."""
+        """The weight of a linear layer as fp32 `(out, in)`, and how it was read: codes if it stores codes, else values.
+
+        A quantized layer is also tested with `products.examine`, and added to `layers`.
+        """
         rows, columns = origin.shape
         held = sorted({piece.head.name for piece in origin.pieces})
         kernel = find_kernel(layer, rows, columns)
@@ -192,7 +199,13 @@ class Reading:
         return self.layers.get(name.rpartition(".")[0], {}).get("holds") == "packed"
 
     def _take(self, name: str, value: Tensor | None, how: str) -> None:
-        """Process one of the engine's tensors; report each checkpoint tensor that this completes."""
+        """Process an engine tensor, and report each checkpoint tensor whose last part it contains.
+
+        Args:
+            name: name in the engine.
+            value: fp32, in the tensor's shape during loading; ignored if None or of another shape.
+            how: how it was read.
+        """
         origin = self.layout.origins[name]
         if value is None or tuple(value.shape) != origin.shape:
             return
@@ -299,7 +312,7 @@ def _dump(value: Tensor, path: Path) -> str:
 
 
 def _numbers(layer: Any, kernel: Kernel, rows: int, columns: int) -> tuple[Tensor, str]:
-    """The weight as fp32 `(out, in)` and how it was read; `!` is appended if the GEMM disagrees with it."""
+    """The weight as fp32 `(out, in)`, and how it was read: `gemm`, `stored`, or `stored!` if the GEMM uses another."""
     weight = layer.weight.detach()
     if tuple(weight.shape) != (rows, columns) or kernel.holds == "packed":
         return through_gemm(layer, torch.arange(columns), rows, columns), "gemm"

@@ -1,4 +1,4 @@
-"""Puts the values in an engine back into the checkpoint's layout, using the positions learned by `layout`.
+"""Rearranges the values in an engine into the checkpoint's layout, using the positions determined by `layout`.
 
 Runs inside vLLM's Python: only torch is imported.
 """
@@ -31,7 +31,7 @@ class Found:
         seen: bool matrix, the elements that the engine has.
         unequal: number of elements that occur more than once in the engine, with different values.
         changed: whether the loader computes the values instead of rearranging them.
-        how: the ways in which it was read.
+        how: the ways in which its parts were read.
     """
 
     head: Head
@@ -47,7 +47,7 @@ class Found:
         return int((~self.seen).sum())
 
     def place(self, piece: Piece, part: Tensor) -> None:
-        """Copy in the elements found in one of the engine's tensors: `part`, an fp32 matrix."""
+        """Copy the elements of one piece of an engine tensor into `value`; `part` has their values, an fp32 matrix."""
         index, part, width = _index(piece, part)
         value, seen = self.value.view(-1, width), self.seen.view(-1, width)
         whole_rows = width == self.head.columns
@@ -64,7 +64,7 @@ class Found:
 
 
 class Rebuild:
-    """Collects the values of the engine's tensors, and returns each checkpoint tensor once all its parts were read."""
+    """Collects the values of engine tensors, and returns each checkpoint tensor when all its parts have been added."""
 
     def __init__(self, layout: Layout) -> None:
         self.layout = layout
@@ -76,11 +76,11 @@ class Rebuild:
 
         Args:
             name: name in the engine.
-            value: fp32, in the shape during loading.
+            value: fp32, in the tensor's shape during loading.
             how: how it was read.
 
         Yields:
-            The checkpoint tensors of which this was the last part.
+            The checkpoint tensors that are now complete.
         """
         origin = self.layout.origins[name]
         matrix = value.reshape(-1, origin.shape[-1] if len(origin.shape) > 1 else 1)
@@ -101,7 +101,10 @@ class Rebuild:
 
 
 def _index(piece: Piece, part: Tensor) -> tuple[Tensor, Tensor, int]:
-    """Row indices into the checkpoint tensor, the values for them, and the width of a row (1: single elements)."""
+    """Indices of rows of the checkpoint tensor viewed as `(-1, width)`, the values of these rows, and `width`.
+
+    `width` is the number of columns if the piece consists of whole rows, else 1, so that rows are single elements.
+    """
     rows, columns, width = piece.rows, piece.columns, piece.head.columns
     if rows.shape[0] == 1 and columns.shape[1] == 1:  # transposed in the engine
         rows, columns, part = rows.t(), columns.t(), part.t()

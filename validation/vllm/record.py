@@ -1,7 +1,8 @@
 """The record of a vLLM validation: what was compared, in which engine, and the verdict; written next to the export.
 
-It contains the manifest's digest, so it does not apply to an export that has changed since. The verdict follows from
-the gates. Each gate compares independent data: files with the source's files, the engine with torch.
+It contains the manifest's digest, so it does not apply to an export that has changed since. The verdict is derived from
+the gates. Each gate compares data from independent origins: the export's files with the source's, the engine with
+torch.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ class WeightReport(FrozenConfig):
     )
 
     def gates(self, where: str) -> list[Gate]:
-        """The gates on these weights; `where` names the engine, as in "in fp32"."""
+        """The gates on these weights; `where` ends their names, and is "in fp32" or "as served"."""
         first = f"; the first in {self._named(self.different[:1])}" if self.different else ""
         detail = f"of {self.elements} ({self.differing_codes} FP8 codes){first}"
         found = [
@@ -73,7 +74,7 @@ class WeightReport(FrozenConfig):
 
 
 class LogprobReport(FrozenConfig):
-    """Comparison of teacher-forced log-probabilities of engine and torch model, both in fp32."""
+    """Comparison of the log-probabilities that engine and torch model, both in fp32, assign to given texts."""
 
     tokens: int = Field(ge=0, description="tokens scored")
     max_abs_diff: float = Field(description="largest absolute difference, nats; NaN if any value is not finite")
@@ -90,7 +91,7 @@ class LogprobReport(FrozenConfig):
 
 
 class CanaryAnswer(FrozenConfig):
-    """A question to the engine, its answer, and the verdict on it."""
+    """A question, the engine's answer, and whether the torch model gives the same answer."""
 
     prompt: str = Field(description="the question")
     answer: str = Field(description="the engine's greedy answer")
@@ -105,9 +106,9 @@ class CanaryAnswer(FrozenConfig):
 
 
 class ServedReport(FrozenConfig):
-    """The engine as started by `serve`, compared with torch models with the same rounding and in fp32.
+    """The engine as started by `serve`, compared with two torch models: one with the same rounding, and one in fp32.
 
-    The noise figures are measured between the two torch models; the engine is not involved.
+    The noise figures are differences between the two torch models and do not depend on the engine.
     """
 
     form: str = Field(description="how the engine ran: device, dtype, compiled or eager, activations")
@@ -168,7 +169,7 @@ class ServedReport(FrozenConfig):
 class ValidationRecord(EngineRecord):
     """The record of one validation."""
 
-    # 3: gates, the source's files, and the engine as it serves.
+    # Version 3 added gates, the comparison with the source's files, and `served`.
     schema_version: int = Field(default=3, description="version of this schema")
     dtype: str = Field(
         description="compute dtype of the engine without rounding (float32) or, without one, of the served engine"
@@ -196,7 +197,7 @@ class ValidationRecord(EngineRecord):
 
 
 def wrong_answers(answers: list[CanaryAnswer], where: str) -> Gate:
-    """A gate that no answer differs from the torch model's; a poor answer that both give is only mentioned."""
+    """A gate that requires every answer to be the torch model's; poor answers that both give are only listed."""
     found = [(a.verdict in _WRONG, f"{a.prompt!r} is {a.verdict}: {a.answer!r}") for a in answers if a.verdict != "ok"]
     wrong = [text for is_wrong, text in found if is_wrong]
     own = [f"{text} (also the torch model's answer)" for is_wrong, text in found if not is_wrong]

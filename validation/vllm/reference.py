@@ -1,11 +1,11 @@
 """The torch side of a validation: transformers models with the weights that the engine should have.
 
-In fp32 both sides compute the same formulas on the same weights without quantizing activations, so they agree to fp32
-rounding, and a difference of 0.001 nats indicates a defect. As served they cannot agree so closely: bf16 sums depend on
-the summation order, and a tiny difference can round an activation to another code. So there are two torch models, one
-in fp32 and one that rounds as the engine does when serving. The difference between them is the rounding noise,
-measured without the engine. The engine's own rounding is another sample of the same noise, so it may deviate twice as
-far (four times the KL divergence, which grows with the square).
+In fp32, torch and the engine compute the same formulas with the same weights, without quantizing activations, so they
+agree to fp32 rounding, and a difference of 0.001 nats indicates a defect. The serving engine cannot agree so closely:
+bf16 sums depend on the summation order, and a tiny difference can round an activation to another code. So there are two
+torch models, one in fp32 and one that rounds as the serving engine does. The difference between them is the rounding
+noise, measured without the engine. The engine's own rounding is another sample of the same noise, so the engine may
+deviate from fp32 by up to twice the noise, which is four times the KL divergence, since that grows with the square.
 """
 
 from __future__ import annotations
@@ -31,13 +31,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-# If the two best tokens are closer than this, either counts as the greedy choice: engines sum in different orders.
+# If the log-probabilities of the two most probable tokens differ by less than this (nats), either token is accepted as
+# the greedy choice, since the summation order of an engine may change their order.
 TIE_NATS: Final = 1e-3
 _DEGENERATE_FROM: Final = 6  # tokens; a shorter answer may legitimately repeat a token
 _DEGENERATE_SHARE: Final = 0.9
 _NOISE_FACTOR: Final = 4.0
-_TOLD: Final = 20  # tokens for which the engine reports log-probabilities at each position
-# The KL divergence that corresponds to differences of TIE_NATS (half their square), for engines without any rounding.
+_TOLD: Final = 20  # number of tokens for which the engine reports log-probabilities at each position
+# Added to the accepted KL divergence, for engines that do not round: on the order of the square of TIE_NATS.
 _KL_FLOOR: Final = 1e-6
 
 Answer = dict[str, Any]
@@ -45,7 +46,7 @@ Places = Sequence[Sequence[Mapping[str, float | str]]]  # per sequence and posit
 
 
 def load_tokenizer(source: Path) -> Any:
-    """Load the tokenizer from a directory."""
+    """Load the tokenizer of a model directory, without network access."""
     return import_transformers().AutoTokenizer.from_pretrained(
         str(source), local_files_only=True, trust_remote_code=False
     )
@@ -92,12 +93,12 @@ class Reference:
         self._cache: Callable[[], Any] = lambda: None  # makes the key/value cache of a forward pass
 
     def take_form(self, dtype: torch.dtype, rounded: Iterable[str] = (), wide: Iterable[str] = ()) -> None:
-        """From now on, round as the engine does when serving.
+        """Change the model in place, so that it rounds as the serving engine does.
 
         Args:
             dtype: dtype of parameters and activations; weights are rounded to it once.
             rounded: layers whose inputs are quantized to E4M3, with one scale per token.
-            wide: layers whose kernels multiply codes: only their outputs are rounded to the dtype.
+            wide: layers whose kernels multiply FP8 codes: their weights stay fp32, and only outputs are rounded.
         """
         modules, multiply_codes = dict(self.model.named_modules()), set(wide)
 
@@ -131,25 +132,28 @@ class Reference:
 
 
 def gaps(table: Tensor, tokens: Sequence[int]) -> list[float]:
-    """How far each token of an answer is below a model's most probable token, nats.
+    """How much less probable each token of an answer is than a model's most probable token, nats.
 
     Args:
         table: the model's log-probabilities from the answer's first token on, `(answer + 1, vocabulary)`.
-        tokens: the answer.
+        tokens: token ids of the answer.
+
+    Returns:
+        Differences of log-probabilities, one per token of the answer; 0 for the most probable token.
     """
     chosen = table[:-1].gather(1, torch.tensor(list(tokens), dtype=torch.int64)[:, None])[:, 0]
     return [float(gap) for gap in table[:-1].amax(dim=1) - chosen]
 
 
 def judge(prompt: str, prompt_ids: Sequence[int], answer: Answer, gaps: Sequence[float], tie: float) -> CanaryAnswer:
-    """Judge one answer of the engine.
+    """Compare an answer of the engine with the torch model's greedy choices.
 
     Args:
         prompt: the question.
         prompt_ids: its token ids from the source's tokenizer and chat template.
         answer: `prompt_ids`, `token_ids` and `text` from the probe.
         gaps: the gaps of the answer's tokens, from `gaps`.
-        tie: a token at most this far below the most probable one counts as equally good, nats.
+        tie: a token whose gap is at most this large is accepted as the greedy choice, nats.
     """
     tokens: list[int] = answer["token_ids"]
     same_prompt = list(prompt_ids) == list(answer["prompt_ids"])
@@ -165,7 +169,10 @@ def judge(prompt: str, prompt_ids: Sequence[int], answer: Answer, gaps: Sequence
 
 
 def _rounded(values: Tensor) -> Tensor:
-    """Quantize to E4M3 and back with one scale per token, `amax / 448` with vLLM's minimum; keeps shape and dtype."""
+    """Quantize to E4M3 and dequantize, with one scale per token: `amax / 448`, at least vLLM's minimum scale.
+
+    Returns a tensor with the shape and dtype of `values`.
+    """
     wide = values.float()
     scale = (wide.abs().amax(dim=-1, keepdim=True) / 448.0).clamp(min=1.0 / (448.0 * 512.0))
     return (grid_numbers(wide / scale) * scale).to(values.dtype)
@@ -174,7 +181,14 @@ def _rounded(values: Tensor) -> Tensor:
 def compare_logprobs(
     ours: Sequence[Tensor], sequences: Sequence[Sequence[int]], engine: Places, threshold: float
 ) -> LogprobReport:
-    """Compare the engine's log-probability of each token but the first with that of `Reference.logprobs`."""
+    """Compare the log-probabilities of given texts in the engine with those of the torch model.
+
+    Args:
+        ours: results of `Reference.logprobs`, `(L, V)` for each sequence.
+        sequences: token ids of each sequence; all tokens except the first are scored.
+        engine: the engine's log-probabilities, starting at position 1.
+        threshold: largest accepted difference, nats.
+    """
     differences, scores = [], []
     for table, ids, places in zip(ours, sequences, engine, strict=True):
         targets = torch.tensor(list(ids[1:]))
@@ -196,12 +210,12 @@ def served_figures(exact: Sequence[Tensor], form: Sequence[Tensor], engine: Plac
 
     Args:
         exact: log-probabilities of the fp32 model, `(L, V)` for each sequence.
-        form: those of the model that rounds as the engine does, likewise.
-        engine: those of the engine, only for the most probable tokens, starting at position 1.
+        form: log-probabilities of the model that rounds as the engine does, `(L, V)` for each sequence.
+        engine: log-probabilities of the engine, only for the most probable tokens, starting at position 1.
     """
     true, rounded = torch.cat([t[:-1] for t in exact]), torch.cat([t[:-1] for t in form])  # (places, V)
     places = [place for sequence in engine for place in sequence]
-    likeliest = rounded.topk(min(_TOLD, rounded.shape[1]))  # what an engine with these numbers would report
+    likeliest = rounded.topk(min(_TOLD, rounded.shape[1]))  # the tokens that an engine would report for this model
     told = zip(likeliest.indices.tolist(), likeliest.values.tolist(), strict=True)
     noise = _mean_divergence(true, [dict(zip(map(str, tokens), values, strict=True)) for tokens, values in told])
     first, second = true.topk(2).indices.T
@@ -225,10 +239,11 @@ def served_figures(exact: Sequence[Tensor], form: Sequence[Tensor], engine: Plac
 def losses(
     exact: Sequence[Tensor], form: Sequence[Tensor], sequences: Sequence[Sequence[int]], engine: Places
 ) -> dict[str, float]:
-    """The losses of `ServedReport`: means over all tokens but the first of each sequence, nats.
+    """The losses of `ServedReport`: means over all tokens except the first of each sequence, nats per token.
 
-    The error of a mean is at most the root mean square error of its terms. The engine may be off by twice the root mean
-    square error that the torch model with the same rounding has.
+    The error of a mean is at most the root mean square error of its terms. The engine's loss may deviate by twice the
+    root mean square error of the torch model with the same rounding. For the arguments see `served_figures` and
+    `compare_logprobs`.
     """
     targets = [torch.tensor(list(ids[1:])) for ids in sequences]
     true, rounded = (
@@ -248,7 +263,10 @@ def _lead(table: Tensor, first: Tensor, second: Tensor) -> Tensor:
 
 
 def _mean_divergence(table: Tensor, places: Sequence[Mapping[str, float | str]]) -> float:
-    """Mean KL(torch, engine) over all positions; tokens the engine does not report form one class. NaN stays NaN."""
+    """Mean KL divergence of the engine's distribution from torch's, over all positions, nats.
+
+    All tokens that the engine does not report are treated as one class. NaN values give NaN.
+    """
     found = []
     for ours, place in zip(table.double(), places, strict=True):
         told = torch.tensor([int(token) for token in place])

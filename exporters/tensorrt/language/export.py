@@ -1,4 +1,4 @@
-"""The complete export of a language model: calibration, graph, validation, engines, and what the builder reports."""
+"""The export of a language model to TensorRT: calibrate scales, write the graph, validate it, and build engines."""
 
 from __future__ import annotations
 
@@ -55,8 +55,8 @@ SCALES_FILE: Final = "activation_scales.json"
 # Tensors of more bytes in all are stored in a separate file, one after the other; inside of the graph's own file they
 # would have to be in memory at once, and a protobuf message is limited to 2 GB.
 _INLINE_BYTES: Final = 64 << 20
-_WORKSPACE_MIB: Final = 4096  # scratch memory for a builder on another machine
-# Largest share of an input's values that may exceed its static range.
+_WORKSPACE_MIB: Final = 4096  # workspace in the trtexec command, for a build on another machine
+# Largest allowed share of a layer's input values beyond the range of its static scale.
 _CLIPPED: Final = 1e-3
 _CARD: Final = CardFacts(
     "tensorrt", "TensorRT", ENGINE_LIMITS,
@@ -67,14 +67,17 @@ _CARD: Final = CardFacts(
 def export_language(source: Path, output: Path, options: LanguageExportOptions) -> Artifact:
     """Export a FALQON artifact to TensorRT.
 
-    `source` is an artifact of kind `falqon`; `output` receives `model.onnx`, `activation_scales.json`, `engines/`,
-    `layers.json`, config and tokenizer files, and a manifest with all gates.
+    Args:
+        source: directory of an artifact of kind `falqon`.
+        output: directory of the export, which will contain `model.onnx`, `activation_scales.json`, `engines/`,
+            `layers.json`, config and tokenizer files, and a manifest with all gates.
+        options: the options of the export.
 
     Raises:
-        ConfigurationError: unusable output, text or model.
-        BadArtifactError: an unfinished or damaged artifact, or one of another kind.
-        LintFindingsError: findings on values or on the graph, before a builder is called; nothing is committed.
-        MissingCapabilityError: a package is missing.
+        ConfigurationError: the output, the text or the model cannot be used.
+        BadArtifactError: the source is unfinished, damaged, or of another kind.
+        LintFindingsError: the values or the graph have findings, before an engine is built; nothing is committed.
+        MissingCapabilityError: a package is not installed.
         GateFailedError: the written graph differs from the artifact, predicts worse, or runs in another precision;
             nothing is committed.
     """
@@ -114,7 +117,7 @@ def export_language(source: Path, output: Path, options: LanguageExportOptions) 
 
 
 def _write(root: Path, graph: DecoderGraph, model: LanguageModel, scales: Mapping[str, InputScale]) -> None:
-    """Write all files of the export except engines."""
+    """Write all files of the export, except engines, to `root`."""
     beside = DATA_FILE if stored_bytes(graph.model) > _INLINE_BYTES else None
     ir.save(graph.model, root / MODEL_FILE, external_data=beside)
     shown = {name: scale.model_dump() for name, scale in scales.items()}
@@ -127,7 +130,11 @@ def _prove(
     root: Path, graph: DecoderGraph, reference: Reference, scales: Mapping[str, InputScale], text: ExportText,
     own: Score, options: LanguageExportOptions,
 ) -> tuple[list[Gate], Score]:  # fmt: skip
-    """Compare the written file with the artifact: numbers, layers, and what it predicts."""
+    """Compare the written graph with the artifact: its stored numbers, the outputs of its layers, what it predicts.
+
+    Returns:
+        The gates, and the graph's score on held-out text.
+    """
     path = root / MODEL_FILE
     gates = number_gates(ir.load(path), reference.source, scales)
     clipped = max(scales.values(), key=lambda scale: scale.clipped)
@@ -147,20 +154,24 @@ def _prove(
 def _prove_whole(
     path: Path, graph: DecoderGraph, reference: Reference, text: ExportText, own: Score, options: LanguageExportOptions
 ) -> tuple[list[Gate], Score]:
-    """The gates on layers and predictions for a graph that was traced as a whole, which is run as a whole."""
+    """The gates on layers and predictions for a graph that was traced as a whole, which is run as a whole.
+
+    Returns:
+        Gates on layers, perplexity and, with a cache, on decoding token by token; and its score on held-out text.
+    """
     written = ir.load(path)
     gates, _ = layer_gates(read_layers(written), written, reference.whole(), text.heldout[0])
     session = DecoderSession(path, graph.cache, options.base)
     gate, served = perplexity_gate(session, text.heldout, own, required=options.require)
     gates.append(gate)
     if graph.cache is not None:
-        del session  # two large graphs need not be in memory at once
+        del session  # so that not two large graphs are in memory at once
         gates += cache_gates(unrounded_session(path, graph.cache, options.base), list(text.heldout))
     return gates, served
 
 
 def _profiles(cache: CacheFacts | None, options: LanguageExportOptions) -> dict[str, Shapes]:
-    """Minimum, typical and maximum shapes; the past may be empty."""
+    """Minimum, typical and maximum shape of each input; the minimum length of the cache is 0."""
     past = (0, *options.sequence[1:]) if cache is not None else (0, 0, 0)
     rows = list(zip(options.batch, options.sequence, past, strict=True))
     found = dict.fromkeys(("input_ids", "position_ids"), shapes((batch, new) for batch, new, _ in rows))
@@ -178,7 +189,11 @@ def _build(
     options: LanguageExportOptions,
     capability: str,
 ) -> tuple[Gate, dict[str, Any]]:
-    """Build one engine; returns a gate on whether it multiplies in FP8, and its entry for layers.json."""
+    """Build one engine.
+
+    Returns:
+        A gate that all linear layers are computed in FP8, and the engine's entry for layers.json.
+    """
     file, nodes = engine_file(capability), [f"{name}{SUFFIXES[ProductKind.LINEAR]}" for name in layers]
     path = root / file
     path.parent.mkdir(exist_ok=True)

@@ -1,17 +1,18 @@
-"""Makes the graph of a FALQON artifact in a form that TensorRT builds well: codes, static scales, float islands, cache.
+"""Make the ONNX graph of a FALQON artifact in a form from which TensorRT builds efficient engines.
 
-The model is traced in the dtype that the engine will compute in. transformers always computes normalizations, softmax
-statistics and rotary angles in float32, so these islands appear in the trace as casts. No conversion is needed
-afterwards, so none can introduce overflows.
+The model is traced in the dtype in which the engine will compute. transformers always computes normalizations, softmax
+and rotary angles in float32, and the trace contains the casts to and from float32 around them. So the graph need not
+be converted to another dtype after tracing, which could introduce overflows.
 
-The mask is built here from the attention mask and the positions: 0 or a finite negative number that FP16 can represent
-is added to the logits. Minus infinity would turn a row of padding into NaN, and the most negative FP16 number plus a
-negative logit is minus infinity as well. Attention is then a chain of matmul, scaling, add, softmax, matmul, which
-builders can fuse.
+The additive mask is built here from the attention mask and the positions. Masked logits get a finite negative number
+that FP16 can represent: minus infinity would turn a row of padding into NaN, and the most negative FP16 number plus a
+negative logit would be minus infinity as well. Attention is then a chain of matmul, scaling, add, softmax and matmul,
+which builders can fuse.
 
-The passes are those of `exporters/graph`, plus three: static quantizers before linear layers, scales in the base type,
-and a tied head. Q/DQ pairs hold per-tensor scales. Queries, keys and values read the same value of the graph, and so do
-gate and up: each group shares one pair, and the builder merges it into one matrix multiplication.
+The passes over the graph are those of `exporters/graph` and three more: `quantize_inputs` inserts static quantizers
+(Q/DQ pairs with one scale per tensor) before linear layers, `type_scales` converts scales to the base dtype, and
+`tie_head` stores a tied output head once. Layers that read the same value of the graph (queries, keys and values; gate
+and up) share one Q/DQ pair, and the builder merges each such group into one matrix multiplication.
 """
 
 from __future__ import annotations
@@ -45,12 +46,12 @@ TORCH_TYPES = {Base.FP16: torch.float16, Base.FP32: torch.float32}
 LOGITS: Final = "logits"
 TURNED: Final = "/transposed"  # ends the name of a float matrix that is stored (in, out)
 _INPUTS: Final = ("input_ids", "attention_mask", "position_ids")
-# exp of a logit so far below the others is 0 in float32 for any realistic logits.
+# Added to masked logits; low enough that their exp in the softmax is 0 in float32 for any realistic logits.
 _MASKED: Final = -10000.0
-# Sizes of the traced example: all different and none 1, which the tracer would treat as a constant.
+# Sizes of the example inputs for tracing: all different, and none 1, which the tracer would treat as a constant.
 _BATCH, _SEQUENCE, _PAST = 2, 5, 3
 _FP8: Final = np.dtype(ml_dtypes.float8_e4m3fn)
-_SCALE: Final = 1  # index of the scale among a quantizer's operands
+_SCALE: Final = 1  # index of the scale among the inputs of QuantizeLinear and DequantizeLinear
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,21 +64,27 @@ class Joints:
 
 @dataclass(frozen=True, slots=True)
 class DecoderGraph:
-    """The graph before it is written."""
+    """An exported graph in memory."""
 
-    model: ir.Model  # strongly typed
-    changes: tuple[Change, ...]  # what the passes changed
-    cache: CacheFacts | None  # None for a graph without a cache
+    model: ir.Model  # for strongly typed builds, in which the dtypes of the graph determine those of the engine
+    changes: tuple[Change, ...]  # what each pass changed
+    cache: CacheFacts | None  # shape of the key/value cache; None for a graph without one
     joints: Joints | None = None  # None for a graph that was traced as a whole
     traced: str = ""  # "layers", or "whole: " and why
 
 
 def decoder_graph(model: LanguageModel, scales: Mapping[str, float], base: Base, *, cache: bool) -> DecoderGraph:
-    """Trace and rewrite, given static activation scales by layer and the base type; with or without a cache.
+    """Trace a model and rewrite the graph with FP8 weights and static activation scales.
+
+    Args:
+        model: the opened artifact.
+        scales: static activation scales by layer.
+        base: the dtype of everything that is not quantized.
+        cache: whether the graph has a key/value cache as inputs and outputs.
 
     Raises:
         ConfigurationError: the model cannot be traced, or its layers are not found in the graph.
-        LintFindingsError: a scale or a tensor that FP16 cannot represent.
+        LintFindingsError: FP16 cannot represent a scale or a tensor.
     """
     refuse_beyond(model, base)
     decoder = model.torch_model(TORCH_TYPES[base])
@@ -111,8 +118,8 @@ def type_graph(
         LintFindingsError: a scale that FP16 cannot represent.
     """
     changes = [
-        strip_metadata(traced.model),  # first: it removes the tracer's prefix, which our names lack
-        # The tracer uses a Gemm for linears with a bias and a two-dimensional input (OPT's MLP).
+        strip_metadata(traced.model),  # first, as it removes the tracer's prefix from names
+        # The tracer uses a Gemm for linear layers with a bias and a two-dimensional input (OPT's MLP).
         *(change for change in [split_gemms(traced)] if change.changed),
         quantize_weights(traced, weights),
         quantize_inputs(traced, scales),
@@ -127,9 +134,16 @@ def type_graph(
 
 
 def quantize_inputs(traced: FloatGraph, scales: Mapping[str, float]) -> Change:
-    """Insert `QuantizeLinear, DequantizeLinear` (E4M3) before the activation of every linear; one pair per value.
+    """Insert a `QuantizeLinear, DequantizeLinear` pair (E4M3) at the input of every linear layer.
 
-    Layers that read the same value have the same scale. The change names the pairs.
+    Layers that read the same value of the graph share one pair and must have the same scale.
+
+    Args:
+        traced: the graph; changed in place.
+        scales: static activation scales by layer.
+
+    Returns:
+        The change, with the names of the inserted pairs.
 
     Raises:
         ValueError: two layers read the same value and have different scales.
@@ -150,7 +164,7 @@ def quantize_inputs(traced: FloatGraph, scales: Mapping[str, float]) -> Change:
 
 
 def drop_quantizers(model: ir.Model) -> Change:
-    """Remove the quantizers of activations: the same graph without the rounding that makes it chaotic; in place."""
+    """Remove the quantizers of activations from the graph, in place, so that activations are not rounded to FP8."""
     changed = []
     for node in list(model.graph):
         quantize = node.inputs[0].producer() if node.op_type == "DequantizeLinear" and node.inputs[0] else None
@@ -161,10 +175,10 @@ def drop_quantizers(model: ir.Model) -> Change:
 
 
 def type_scales(model: ir.Model, dtype: ir.DataType) -> Change:
-    """Convert scales to the type that they dequantize to; their values do not change.
+    """Convert the stored scales of quantizers to `dtype`, in place, without changing their values.
 
     Raises:
-        NotHalf: FP16 cannot represent one exactly.
+        NotHalf: FP16 cannot represent a scale exactly.
     """
     changed = []
     for value in list(model.graph.initializers.values()):
@@ -182,9 +196,9 @@ def type_scales(model: ir.Model, dtype: ir.DataType) -> Change:
 
 
 def tie_head(model: ir.Model) -> Change:
-    """Replace a stored matrix that is the transpose of another one by a Transpose of it: a tied head is stored once.
+    """Replace an output head that is the transpose of the embedding by a Transpose node, in place.
 
-    The tracer folds the transposition, which would store the embedding twice in the file.
+    The tracer evaluates the transposition of a tied head, so that the file would contain the embedding twice.
     """
     graph = model.graph
     embeddings = [n.inputs[0] for n in graph if n.op_type == "Gather" and n.inputs[0] is not None]
@@ -210,7 +224,7 @@ def _transposes(table: ir.Value, head: ir.Value) -> bool:
 
 
 def cache_shape(model: PreTrainedModel) -> CacheFacts:
-    """The shape of a model's key/value cache."""
+    """The shape of a model's key/value cache, from its configuration."""
     config: Any = model.config
     heads = config.num_attention_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // heads
@@ -219,7 +233,7 @@ def cache_shape(model: PreTrainedModel) -> CacheFacts:
 
 
 def cache_names(layers: int | Sequence[int], prefix: str = "past_key_values") -> list[str]:
-    """Names of the cache inputs, in order; names of the outputs start with `present`."""
+    """The names of the cache inputs, in order, or with the prefix `present` those of the outputs."""
     numbers = range(layers) if isinstance(layers, int) else layers
     return [f"{prefix}.{layer}.{what}" for layer in numbers for what in ("key", "value")]
 
@@ -234,7 +248,7 @@ def additive_mask(input_ids: Tensor, attention_mask: Tensor, dtype: torch.dtype,
 
 
 class _Decoder(nn.Module):
-    """Maps ids, mask, positions, and a cache if there is one, to float32 logits and the extended cache."""
+    """The function to trace: maps ids, mask, positions and an optional cache to float32 logits and the new cache."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
@@ -267,13 +281,21 @@ class _Decoder(nn.Module):
 
 
 def trace_decoder(model: PreTrainedModel, layers: Sequence[str], *, cache: bool) -> FloatGraph:
-    """Export a model in float, with dynamic batch, sequence and past.
+    """Export a model as a float ONNX graph with dynamic batch size, sequence length and cache length.
 
-    The model must be a transformers model in evaluation mode, with attention `eager`, in the dtype to compute in; it is
-    not changed. Each of `layers` must occur exactly once. With a cache, `past_key_values.{i}.key` (batch, heads, past,
-    size) and so on are inputs, `present.{i}.key` and so on are outputs; the past may be empty. Further inputs are
-    `input_ids`, `attention_mask` (over past and sequence) and `position_ids`, int64; `logits` (batch, sequence,
-    vocabulary) are float32. Matrix multiplications are listed in the order of `layers`; others are not listed.
+    Inputs of the graph are `input_ids`, `attention_mask` (over cache and sequence) and `position_ids`, int64; the
+    output `logits` (batch, sequence, vocabulary) is float32. With a cache, further inputs are
+    `past_key_values.{i}.key` and `.value` (batch, heads, past, size) for each layer i, where past may be 0, and further
+    outputs are `present.{i}.key` and `.value`.
+
+    Args:
+        model: a transformers model in evaluation mode, with attention `eager`, in the dtype in which to compute; not
+            changed.
+        layers: module paths of linear layers, each of which must occur exactly once in the graph.
+        cache: whether the graph has a cache.
+
+    Returns:
+        The graph, and its matrix multiplications by the weights of `layers`, in that order.
 
     Raises:
         ConfigurationError: the model cannot be traced, or a layer is not found in the graph.
@@ -306,7 +328,7 @@ def example(shape: CacheFacts, dtype: torch.dtype, *, cache: bool) -> tuple[tupl
 
 
 def name_ports(model: ir.Model, layers: Sequence[int]) -> None:
-    """Names and symbolic dimensions of inputs and outputs, given the numbers of the layers that have a cache."""
+    """Set the names and symbolic dimensions of inputs and outputs; `layers` are the numbers of those with a cache."""
     graph = model.graph
     names = [*_INPUTS, *cache_names(layers)]
     for value, name in zip(graph.inputs, names, strict=True):

@@ -1,4 +1,4 @@
-"""The dry run of an export of a language model, from headers and the manifest."""
+"""Plan an export of a language model (`--dry-run`) from file headers and the manifest."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from fp8pipe.artifact.kinds import FALQON_KIND
 from fp8pipe.core.machine import free_bytes, resident_bytes
 from fp8pipe.core.plan import Missing, Plan, missing_disk, missing_memory, missing_packages
 
-# Number of fp32 copies that exist at once, of what lies outside of the decoder layers (embedding, head) and of the
-# largest layer: the model in torch, a part of the written graph in its own and in float32, and its session; and of the
-# logits: those of the session, numpy and torch. A small file also runs as a whole: one copy of all weights. Fitted to
-# two runs (see docs/planning.md). A checkpoint is written tensor by tensor, with only the reference in memory.
+# Peak memory, as a number of fp32 copies of what lies outside of the decoder layers (embedding, head) and of the
+# largest layer: the reference model, a part of the written graph as read back and in float32, and its session; and of
+# the logits: those of the session, numpy and torch. A small file also runs as a whole: one copy of all weights. Fitted
+# to two runs (see docs/planning.md). A checkpoint is written tensor by tensor, with only the reference in memory.
 _OUTSIDE_COPIES: Final = 4.0
 _LAYER_COPIES: Final = 4.0
 _CHECKPOINT_COPIES: Final = 1.5
@@ -32,11 +32,19 @@ _LOGITS_COPIES: Final = 4.7
 def plan_for_people(
     source: Path, output: Path, options: LanguageExportOptions | CalibrationOptions
 ) -> tuple[dict[str, Any], Plan]:
-    """The dry run: reads headers and manifests; nothing is hashed, linted, calibrated or traced.
+    """Plan an export from headers and manifests, without hashing, linting, calibrating or tracing.
+
+    Args:
+        source: the artifact to export.
+        output: the directory of the export.
+        options: the options of a graph export or of a checkpoint export.
+
+    Returns:
+        The plan as a JSON document, and as a `Plan` for people.
 
     Raises:
-        ConfigurationError: an unusable source.
-        BadArtifactError: an unfinished or corrupt artifact.
+        ConfigurationError: the source cannot be used.
+        BadArtifactError: the artifact is unfinished or damaged.
     """
     plan, free = plan_export(source, VllmExportOptions(), verify=False), free_bytes(output)
     config, shape = open_artifact(source, kind=FALQON_KIND, verify=False).manifest.config, plan.source.config
@@ -86,7 +94,16 @@ def plan_for_people(
 
 
 def _peak_memory(plan: ExportPlan, length: int, graph: bool) -> tuple[int, str]:
-    """Peak host memory in bytes for texts of `length` tokens, and how it was estimated."""
+    """Estimate the peak host memory.
+
+    Args:
+        plan: the tensors of the model.
+        length: maximum number of tokens per text.
+        graph: whether a graph is exported; otherwise a checkpoint.
+
+    Returns:
+        The memory in bytes, and a note on how it was estimated.
+    """
     if not graph:
         floats = sum(map(_float_bytes, plan.units))
         how = f"{_CHECKPOINT_COPIES:g} copies of all weights in fp32, plus what the process holds now"

@@ -22,20 +22,22 @@ from exporters.tensorrt.target import Base
 from fp8pipe.artifact import Gate, at_most
 from fp8pipe.models.language.text import Encoded
 
-# How much worse an exported graph may predict held-out text than the artifact's own model.
+# Largest allowed relative increase of the perplexity on held-out text over that of the artifact's own model.
 PERPLEXITY_LIMIT = 0.01
-_ERRORS = 2
-# Largest difference of a logit decoded with the cache, relative to the largest logit.
+_ERRORS = 2  # number of standard errors by which the increase is reduced before it is compared with the limit
+# Largest allowed difference of a logit with and without the cache, relative to the largest logit.
 CACHE_LIMIT = 1 / 30
-# Number of sequences, and of tokens in each, that are decoded one by one.
-_DECODED, _TOKENS = 2, 24
-PROMPT = 4
+_DECODED, _TOKENS = 2, 24  # number of sequences to decode with the cache, and of tokens in each
+PROMPT = 4  # number of tokens processed at once at the beginning of a sequence
 
 
 class DecoderSession:
-    """A loaded graph, with the default settings of `open_session`.
+    """A decoder graph loaded in ONNX Runtime, with the default settings of `open_session`.
 
-    `cache` is the shape of its cache, None if it has none, and `base` the dtype of the cache.
+    Args:
+        graph: the ONNX file.
+        cache: the shape of its key/value cache; None for a graph without one.
+        base: the dtype of the cache.
     """
 
     def __init__(self, graph: Path, cache: CacheFacts | None, base: Base) -> None:
@@ -44,7 +46,7 @@ class DecoderSession:
         self.dtype = np.float16 if base is Base.FP16 else np.float32
 
     def logits(self, ids: Tensor) -> Any:
-        """Float32 logits `(batch, tokens, vocabulary)` for whole sequences `(batch, tokens)`."""
+        """Float32 logits `(batch, tokens, vocabulary)` for whole sequences of token ids `(batch, tokens)`."""
         return self._run(ids, self._empty(len(ids)), 0)[LOGITS]
 
     def run(self, texts: Sequence[Tensor]) -> Iterator[Tensor]:
@@ -53,7 +55,7 @@ class DecoderSession:
             yield torch.from_numpy(np.asarray(self.logits(ids), np.float32))
 
     def decode(self, ids: Tensor, prompt: int) -> Any:
-        """The same logits, with the first `prompt` tokens at once and the others one by one, each reading the cache."""
+        """The same logits as `logits`, computed with the cache: the first `prompt` tokens at once, then one by one."""
         past, found = self._empty(len(ids)), []
         for step in in_steps(ids, prompt):
             outputs = self._run(step.ids, past, step.start)
@@ -77,11 +79,18 @@ def perplexity_gate(
 ) -> tuple[Gate, Score]:
     """Compare the graph's perplexity on held-out answers with that of the artifact's own model.
 
-    Quantization is chaotic: two correct engines differ by a few percent in a logit, and by one or two percent in
-    perplexity on a short text. So only the part of an increase beyond two standard errors of the per-token differences
-    counts.
+    Rounding amplifies tiny differences: two correct engines differ by a few percent in a logit, and by one or two
+    percent in perplexity on a short text. So an increase counts only as far as it exceeds two standard errors, computed
+    from per-token differences.
 
-    `own` is the score of the artifact's model with dynamic scales; without `required` the gate is informational.
+    Args:
+        session: the graph.
+        text: held-out text.
+        own: the score of the artifact's model, with dynamic scales, on the same text.
+        required: whether the gate can fail; otherwise its limit is raised so that it always passes.
+
+    Returns:
+        The gate, and the score of the graph.
     """
     found = score(text, session.run)
     error = found.error_against(own)
@@ -93,7 +102,7 @@ def perplexity_gate(
 
 
 def unrounded_session(graph: Path, cache: CacheFacts | None, base: Base) -> DecoderSession:
-    """The written graph without its activation quantizers, for `cache_gates`."""
+    """Load a written graph without its activation quantizers, for `cache_gates`."""
     model = ir.load(graph)
     drop_quantizers(model)
     with tempfile.TemporaryDirectory(prefix="fp8pipe-graph-") as folder:
@@ -103,13 +112,18 @@ def unrounded_session(graph: Path, cache: CacheFacts | None, base: Base) -> Deco
 
 
 def cache_gates(session: DecoderSession, text: list[Encoded]) -> list[Gate]:
-    """Decode token by token with the cache, and compare with the same sequences run at once.
+    """Compare logits from decoding token by token with the cache to logits of the same sequences run at once.
 
-    Sums over one row and over many rows are computed in different orders. The quantizers of a deep model amplify such a
-    difference in the last bit to percents of the logits, even if the cache is correct. Static scales quantize each
-    number independently, so a cache that is correct without quantizers is correct with them. Hence `unrounded_session`
-    is the session to pass. What remains is the rounding of the base type; a thirtieth of the largest logit is far above
-    it, and far below the effect of a wrong position, mask or cache entry.
+    Sums over one row and over many rows are computed in different orders, so results differ in the last bit. The
+    quantizers of a deep model amplify such a difference to a few percent of the logits even if the cache is correct, so
+    the comparison is made without quantizers. This is sufficient: static scales quantize each number independently, so
+    a cache that is correct without quantizers is correct with them. The remaining difference is the rounding of the
+    base dtype. The limit, a thirtieth of the largest logit, is far above that, and far below the effect of a wrong
+    position, mask or cache entry.
+
+    Args:
+        session: the graph without activation quantizers (`unrounded_session`).
+        text: held-out text, of which the beginnings of a few sequences are used.
     """
     pairs = []
     for ids in decoded(text):

@@ -1,4 +1,7 @@
-"""Reads the written graph back and compares it: all numbers with the artifact, every linear layer with exact sums."""
+"""Read the written graph back and check its stored numbers and the output of each linear layer.
+
+Stored numbers are compared with those of the artifact, and the outputs of layers with float64 sums.
+"""
 
 from __future__ import annotations
 
@@ -26,15 +29,23 @@ from fp8pipe.numerics.kinds import Kind
 from fp8pipe.numerics.quantizers import ActivationQuantizer, WeightCodes
 
 _FLOATS: Final = ("FLOAT", "FLOAT16")
-# Number of layers whose codes are compared in one session: the extracted part must fit into one protobuf message.
+# Number of layers that are compared in one session, whose part of the graph must fit into one protobuf message.
 _AT_ONCE: Final = 32
 _COMPARED: Final = 8  # number of layers whose codes are in memory at once
 
 
 def number_gates(graph: ir.Model, model: LanguageModel, scales: Mapping[str, InputScale]) -> list[Gate]:
-    """Compare a graph that was read from its file with the artifact, and its scales with the calibrated ones.
+    """Compare the stored tensors of a graph with the artifact, and its activation scales with the calibrated ones.
 
-    The value of each gate is the number of differences; 0 passes. Few tensors are in memory at once.
+    Few tensors are in memory at once.
+
+    Args:
+        graph: the graph, as read from its file.
+        model: the artifact.
+        scales: calibrated activation scales by layer.
+
+    Returns:
+        Gates whose value is a number of differences; 0 passes.
     """
     codes = weight_scales = inputs = total = 0
     names = list(model.weights)
@@ -75,11 +86,17 @@ def _differing(layer: ExportedLayer | None, weight: WeightCodes, scale: float) -
 def layer_gates(
     layers: Sequence[ExportedLayer], graph: ir.Model, reference: nn.Module, example: Encoded
 ) -> tuple[list[Gate], list[LayerParity]]:
-    """Run every layer in ONNX Runtime on the input that it has in torch, and compare the output with exact sums.
+    """Run every quantized layer in ONNX Runtime on its input in torch, and compare the outputs with float64 sums.
 
-    Nodes, codes and scales are those of the file; sums are in float64 (`exporters/tensorrt/parity.py`).
+    Args:
+        layers: the quantized layers found in the graph.
+        graph: the graph, as read from its file. It is changed in place: stored FP16 tensors become float32, like those
+            of `reference`.
+        reference: the torch model, from which the inputs of the layers are taken.
+        example: the text to run.
 
-    `graph` is changed in place: its stored tensors become float32, like those of `reference`.
+    Returns:
+        The gates (see `exporters/tensorrt/parity.py`), and the comparison of each layer.
     """
     inputs = _inputs(layers, reference, example)
     report: list[LayerParity] = []
@@ -117,7 +134,7 @@ def keepers(names: Sequence[str], seen: dict[str, Tensor]) -> dict[str, Callable
 
 
 def _widen(layers: Sequence[ExportedLayer]) -> None:
-    """Convert the FP16 tensors that layers store to float32; the values do not change."""
+    """Convert the FP16 tensors that layers store to float32, in place, without changing their values."""
     _, tensors, _ = way_between(sources_of(layers), [layer.output for layer in layers])
     for value in tensors:
         if value.dtype == ir.DataType.FLOAT16 and value.const_value is not None:
@@ -126,7 +143,12 @@ def _widen(layers: Sequence[ExportedLayer]) -> None:
 
 
 def _float_tensors(graph: ir.Model, model: LanguageModel) -> tuple[list[str], list[str], int]:
-    """Tensors of the artifact stored with different values; float matrices that the artifact lacks; number compared."""
+    """Compare the float tensors of a graph with those of the artifact.
+
+    Returns:
+        Names of the artifact's tensors whose values in the graph differ or are missing; names of float matrices in the
+        graph that are not in the artifact; the number of compared tensors.
+    """
     stored = {
         name: value for name, value in graph.graph.initializers.items()
         if value.const_value is not None and value.dtype is not None and value.dtype.name in _FLOATS
@@ -143,7 +165,7 @@ def _float_tensors(graph: ir.Model, model: LanguageModel) -> tuple[list[str], li
             compared += 1
             known.add(found)
             different += [] if _rounded_once(stored_array(stored[found]), wanted) else [name]
-        elif wanted.ndim > 1:  # a head is stored transposed; in a graph traced as a whole, the tracer names it
+        elif wanted.ndim > 1:  # an output head, stored transposed; the tracer names it in a graph traced as a whole
             compared += 1
             named = [n for n in (f"{n}{TURNED}" for n in names) if n in stored]
             match = [n for n in named or matrices if _rounded_once(stored_array(stored[n]), wanted.T)]

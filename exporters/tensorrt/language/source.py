@@ -1,9 +1,9 @@
-"""The input of an export of a language model: a FALQON artifact, and text.
+"""Read the input of an export of a language model: a FALQON artifact, and text.
 
-The artifact is opened as codes, scales and a torch model, with which its exports are compared. The text is used for
-calibration and for measuring perplexity, never the same records for both. By default it is the data that the artifact
-was trained on, with the same split as in training: scales are calibrated on training records, perplexity is measured on
-held-out ones.
+The artifact is read as FP8 codes, scales and float tensors, from which a torch model can be built to compare the export
+with. The text is used for calibration and for measuring perplexity, but no record for both. By default it is the data
+that the model was trained on, split as in training: scales are calibrated on training records, and perplexity is
+measured on held-out records.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-# The defaults of `finetune`.
+# The defaults of `finetune`, for artifacts that do not record these settings.
 _FRACTION = 0.1
 LENGTH = 256
 _HELDOUT_LIMIT = 256
@@ -68,11 +68,11 @@ class Reads(Mapping[str, V]):
 
 @dataclass(frozen=True, slots=True)
 class LanguageModel:
-    """An artifact that was opened and linted; tensors are read when they are asked for, and not kept."""
+    """A FALQON artifact that has been opened and linted; tensors are read when they are asked for, and not kept."""
 
     artifact: Artifact  # with its manifest
-    plan: ExportPlan  # its tensors and their roles, from headers
-    # codes by module, `(out, in)`; the scale has one value, `()`, or one per row, `(out,)`
+    plan: ExportPlan  # its tensors and their roles, from file headers
+    # FP8 weights by module path: codes `(out, in)`, and one scale `()` or one per row `(out,)`.
     weights: Mapping[str, WeightCodes]
     weight_scales: Mapping[str, Tensor]  # the scales of `weights`, by module
     floats: Mapping[str, Tensor]  # all other tensors as stored, by their names in the checkpoint
@@ -84,13 +84,14 @@ class LanguageModel:
 
     @property
     def per_tensor(self) -> bool:
-        """Whether every weight has one scale per tensor."""
+        """Whether every weight has a single scale."""
         return all(_has_one(unit) for unit in self.plan.units if _is_codes(unit))
 
     def torch_model(self, dtype: torch.dtype) -> PreTrainedModel:
-        """The transformers model with dequantized weights, in evaluation mode; every value rounded once to `dtype`.
+        """Build the transformers model with dequantized weights, in evaluation mode.
 
-        Attention uses the plain formula, whose matrix multiplications and softmax are visible to a tracer.
+        Every value is rounded once to `dtype`. Attention is `eager`, as a tracer needs separate matrix multiplications
+        and softmax.
         """
         state = {name: tensor.to(dtype) for name, tensor in self.floats.items()}
         for unit in self.plan.units:
@@ -100,12 +101,12 @@ class LanguageModel:
 
 
 def open_language(source: Path) -> LanguageModel:
-    """Open an artifact of kind `falqon`, verify its hashes, lint it and read it.
+    """Open an artifact of kind `falqon`, verify its hashes, lint it and read its tensors.
 
     Raises:
-        BadArtifactError: unfinished, damaged, or of another kind.
-        LintFindingsError: what no engine could serve correctly; see the rules of the export to vLLM.
-        ConfigurationError: an architecture that cannot be exported.
+        BadArtifactError: the artifact is unfinished, damaged, or of another kind.
+        LintFindingsError: something in it could not be served correctly; see the rules of the export to vLLM.
+        ConfigurationError: its architecture cannot be exported.
     """
     artifact = open_artifact(source, kind=FALQON_KIND)
     plan = plan_export(source, VllmExportOptions())
@@ -140,7 +141,7 @@ def _read_scale(unit: Unit) -> Tensor:
 
 
 def _unreadable(plan: ExportPlan) -> list[Finding]:
-    """Weights that vLLM reads but that exports to TensorRT (graph or TensorRT-LLM checkpoint) do not support yet."""
+    """Findings on weights that exports to TensorRT (graph or checkpoint) do not support yet, although vLLM does."""
     fix = "export with --target vllm"
     units = [unit for unit in plan.units if unit.quantized]
     found = [
@@ -153,20 +154,39 @@ def _unreadable(plan: ExportPlan) -> list[Finding]:
 
 
 def foresee_checkpoint(root: Path, kind: str, trained: Collection[str]) -> dict[str, list[Finding]]:
-    """`foresee` of the target for checkpoints in ModelOpt's layout."""
+    """Predict the findings of an export as a checkpoint in ModelOpt's layout, before training.
+
+    Args:
+        root: the directory of the base model.
+        kind: the kind of artifact that training will write.
+        trained: names of the linear layers that will be trained.
+
+    Returns:
+        The findings, by the options of the export.
+    """
     plan = plan_ahead(root, kind, trained, VllmExportOptions().format)
     return {"--target trt --format modelopt-checkpoint": [*lint_structure(plan), *_unreadable(plan)]}
 
 
 def foresee_graph(root: Path, kind: str, trained: Collection[str]) -> dict[str, list[Finding]]:
-    """`foresee` of the target for graphs; whether a model can be traced becomes known only during the export."""
+    """Predict the findings of an export as a graph, before training; see `foresee_checkpoint`.
+
+    Whether the model can be traced is not predicted; this becomes known only during the export.
+    """
     (findings,) = foresee_checkpoint(root, kind, trained).values()
     seen = _partial_attention(root)
     return {"--target trt": [*findings, *([Finding("attention", "config.json", seen, _OTHERWISE)] if seen else [])]}
 
 
 def language_records(model: LanguageModel, calibration: str) -> list[LayerRecord]:
-    """The artifact's layer records with static activation scales; what training recorded about weights is kept."""
+    """The artifact's layer records, adapted to the export: static activation scales, and the granularity of weights.
+
+    Layers that are not quantized in the export get no encodings.
+
+    Args:
+        model: the artifact.
+        calibration: the method of calibration (`Calibration`).
+    """
     rule = ScaleRule.POWER_OF_TWO if calibration == "amax" else ScaleRule(calibration)
     inputs = Encoding(format="e4m3", bits=8, granularity="per-tensor", scale_rule=rule)
     records, spelt = [], model.plan.spelt
@@ -186,17 +206,17 @@ _OTHERWISE = "export with --format modelopt-checkpoint, or --target vllm"
 
 
 def check_attention(model: LanguageModel) -> None:
-    """Refuse models with layers that attend only to a window of the text: the graph has one mask for all layers.
+    """Check that every layer attends to the whole text, as the graph has one mask for all layers.
 
     Raises:
-        ConfigurationError: names what was found.
+        ConfigurationError: some layers do not, for instance because of sliding windows.
     """
     if seen := _partial_attention(model.root):
         raise ConfigurationError(f"{model.root} cannot be exported as a graph", why=seen, fix=_OTHERWISE)
 
 
 def _partial_attention(root: Path) -> str:
-    """Describes attention layers that are not full attention; empty if all are."""
+    """A description of the attention layers that are not full attention; empty if there are none."""
     config = load_config(root)
     kinds = set(getattr(config, "layer_types", None) or [])
     window = getattr(config, "sliding_window", None)
@@ -211,23 +231,27 @@ class ExportText:
 
     source: str  # path or name of the data
     digest: str | None  # sha256 of the file; None if it is not a local file
-    calibration: Sequence[Encoded]  # training records
-    heldout: Sequence[Encoded]  # records that were used neither for scales nor for training
+    calibration: Sequence[Encoded]  # training records, for the calibration of scales
+    heldout: Sequence[Encoded]  # records that were used neither for calibration nor for training
 
     @property
     def facts(self) -> CalibrationFacts:
-        """The entry for the manifest."""
+        """The description of the calibration text in the manifest."""
         return CalibrationFacts(data=self.source, sha256=self.digest, records=len(self.calibration))
 
 
 def read_text(model: LanguageModel, data: str | None, records: int) -> ExportText:
-    """Read, split and tokenize the text.
+    """Read, split and tokenize the text for calibration and evaluation.
 
-    Tokenizer, chat template, split and sequence length are the model's. `data` has the same form as for `finetune`;
-    None means the artifact's own data. At most `records` training records are used.
+    Tokenizer, chat template, split and sequence length are those with which the model was trained.
+
+    Args:
+        model: the artifact.
+        data: the text, in the same form as for `finetune`; None for the data that the model was trained on.
+        records: maximum number of training records to use for calibration.
 
     Raises:
-        ConfigurationError: no data is named, it cannot be used, or it is split differently than in training.
+        ConfigurationError: there is no data, it cannot be used, or it no longer splits as it did in training.
     """
     config = model.artifact.manifest.config
     source = data or config.get("data")
@@ -255,7 +279,13 @@ def read_text(model: LanguageModel, data: str | None, records: int) -> ExportTex
 
 
 def _check_split(model: LanguageModel, train: int, heldout: int) -> None:
-    """Refuse data with another held-out part than in training: the model would be evaluated on its training data."""
+    """Check that the data splits into as many training and held-out records as it did in training.
+
+    Otherwise the model might be evaluated on records that it was trained on.
+
+    Raises:
+        ConfigurationError: the numbers of records differ.
+    """
     then = model.artifact.manifest.details_of(TunedDetails).data
     if then is not None and (then.train, then.heldout) != (train, heldout):
         raise ConfigurationError(

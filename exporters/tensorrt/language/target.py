@@ -1,6 +1,6 @@
-"""The target `trt` for language models: the decoder as an FP8 graph with static scales, and engines for TensorRT.
+"""The export target `trt` for language models: an FP8 decoder graph with static scales, and engines for TensorRT.
 
-Defines the export options (recorded in the manifest), the manifest's details, and the registration of the target.
+This module defines the options of the export, its details in the manifest, and the registration of the target.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from fp8pipe.core.config import CONFIG_ONLY, Flag, FrozenConfig
 from fp8pipe.numerics.kinds import Kind
 
 KIND: Final = "trt-language-export"
-# Only trained codes are exported here.
+# Kinds of artifacts that can be exported: only those with trained FP8 codes.
 SOURCES: Final = (FALQON_KIND,)
 # A graph of at most so many bytes is also run as a whole, to compare it with its layers.
 WHOLE_BYTES: Final = 256 << 20
@@ -28,8 +28,8 @@ WHOLE_BYTES: Final = 256 << 20
 class Calibration(StrEnum):
     """How a static activation scale is computed from calibration text.
 
-    `amax`: no value seen is clipped. `percentile`: one value in a hundred thousand may be clipped. `mse`: the scale
-    with the smallest mean squared error.
+    `amax` clips no value of the text; `percentile` may clip one value in a hundred thousand; `mse` is the scale with
+    the smallest mean squared rounding error.
     """
 
     AMAX = "amax"
@@ -38,7 +38,7 @@ class Calibration(StrEnum):
 
 
 class CalibrationOptions(FrozenConfig):
-    """How static activation scales are calibrated."""
+    """Options of the calibration of static activation scales."""
 
     calibration: Calibration = Field(Calibration.AMAX, description="Rule for static activation scales")
     calibration_data: Annotated[str | None, Flag(default="the training data")] = Field(
@@ -48,7 +48,7 @@ class CalibrationOptions(FrozenConfig):
 
 
 class LanguageExportOptions(CalibrationOptions):
-    """Options of one export of a language model as a graph with engines."""
+    """Options of the export of a language model as a graph with engines."""
 
     format: Literal["fp8"] = Field("fp8", description="FP8 graph and engines")
     builder: Builder = Field(Builder.RTX, description="rtx (compiles on any machine) or none (only the graph)")
@@ -83,7 +83,7 @@ class LanguageExportOptions(CalibrationOptions):
 
 
 class CalibrationFacts(FrozenConfig):
-    """The text used to calibrate static scales."""
+    """Description of the text on which static scales were calibrated."""
 
     data: str = Field(description="path or name of the text, as given")
     sha256: str | None = Field(default=None, description="digest of the calibration records")
@@ -91,7 +91,7 @@ class CalibrationFacts(FrozenConfig):
 
 
 class InputScale(FrozenConfig):
-    """A static scale as it is recorded in an export."""
+    """The static activation scale of one layer, as recorded in an export."""
 
     scale: float = Field(gt=0, description="value = code * scale; a power of two")
     amax: float = Field(description="largest absolute value in calibration")
@@ -100,7 +100,7 @@ class InputScale(FrozenConfig):
 
 
 class CacheFacts(FrozenConfig):
-    """Shape of the key/value cache."""
+    """Shape of a graph's key/value cache."""
 
     layers: int = Field(description="number of layers with a cache")
     heads: int = Field(description="number of key/value heads")
@@ -108,7 +108,7 @@ class CacheFacts(FrozenConfig):
 
 
 class PerplexityFacts(FrozenConfig):
-    """Perplexity on held-out text."""
+    """Perplexity on held-out text of the artifact and of its export."""
 
     own: float = Field(description="perplexity of the artifact, with activations quantized as in training")
     served: float = Field(description="perplexity of the exported graph")
@@ -136,7 +136,11 @@ class TrtLanguageDetails(Details):
 
 
 def migrate_language(data: dict[str, Any]) -> dict[str, Any]:
-    """These exports had kind `trt-export` until schema 2; their text on training said power of two for any rule."""
+    """Convert the manifest of an export from before schema 3.
+
+    Until schema 2, these exports had the kind `trt-export`, and their description of activations stated power-of-two
+    scales for any method of calibration.
+    """
     rule = str(data.get("config", {}).get("calibration", "amax"))
     scale = {"format": Kind.E4M3.value, "bits": 8, "granularity": "per-tensor"}
     details = {**data["details"], "activations": scale | {"scale_rule": rule if rule != "amax" else "power-of-two"}}

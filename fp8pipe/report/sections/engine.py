@@ -19,7 +19,11 @@ _MEASURED = (
 
 
 def precision(subject: Subject) -> Iterator[Block]:
-    """The precision of each layer, from the engine builder's listing and from ONNX Runtime's optimized graph."""
+    """The precision of the matrix multiplications of each export.
+
+    For TensorRT, as listed by the engine builder; for ONNX Runtime, from its optimized graph; for other engines, how
+    weights are stored and activations are quantized according to the manifest.
+    """
     for item in subject.exports():
         if "tensorrt" in kind_named(item.kind).engines:
             yield from _engines(subject, item)
@@ -30,7 +34,7 @@ def precision(subject: Subject) -> Iterator[Block]:
 
 
 def _stored(subject: Subject, item: Item) -> Block:
-    """What the manifest says about layers whose kernels the engine chooses at run time."""
+    """How the manifest says that layers are stored; the engine chooses the kernels only at run time."""
     layers = item.artifact.manifest.layers
     counted = subject.documents.derived(Derive.COUNT, item.manifest, "layers", "*", "weight")
     known = subject.documents.derived(Derive.COUNT, item.manifest, "layers")
@@ -81,7 +85,7 @@ def _kernels(subject: Subject, item: Item) -> Iterator[Block]:
 
 
 def speed(subject: Subject) -> Iterator[Block]:
-    """Records of benchmarks, of serving checks, and of engines that ran."""
+    """Sizes on disk, and the figures of benchmarks, serving checks and timed engine runs."""
     if subject.items:
         yield _sizes(subject)
     for item in subject.exports():

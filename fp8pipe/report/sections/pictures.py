@@ -93,7 +93,10 @@ def _picture(found: _AttentionMap, what: str, source: str) -> Picture:
 
 
 def _sheet(path: Path) -> tuple[str, bool]:
-    """The image sheet unchanged if it is small; else a JPEG at most 900 pixels wide."""
+    """The contact sheet as a data URL, and whether it was reduced.
+
+    A file of at most 300,000 bytes is used unchanged, a larger one as a JPEG at most 900 pixels wide.
+    """
     stored = path.read_bytes()
     if len(stored) <= _LARGEST:
         return _url(stored, "png"), False
@@ -150,7 +153,7 @@ def _attention_maps(root: Path, pixels: Tensor) -> list[_AttentionMap]:
 
 
 def _read_image(root: Path, path: Path) -> Tensor:
-    """An image as the model of an artifact receives it, `(1, 3, H, W)` uint8.
+    """Read an image and apply the artifact's preprocessing, without normalization; `(1, 3, H, W)` uint8.
 
     Raises:
         ConfigurationError: the image cannot be read.
@@ -170,7 +173,12 @@ def _read_image(root: Path, path: Path) -> Tensor:
 
 
 def _of_patches(probs: Tensor, site: AttentionSite) -> Tensor:
-    """`(N, T, T)` probabilities to `(N, rows, columns)`, each map scaled to 0 to 1."""
+    """Attention over the image patches, `(N, rows, columns)`, each map scaled to the range 0 to 1.
+
+    Args:
+        probs: attention probabilities, mean over the heads, `(N, T, T)` (query, key).
+        site: the attention layer, which defines the patch grid and the number of prefix tokens.
+    """
     rows, columns = site.grid
     queries = probs[:, 0] if site.prefix_tokens else probs.mean(1)
     maps = queries[:, site.prefix_tokens :]

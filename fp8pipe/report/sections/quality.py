@@ -1,4 +1,4 @@
-"""Model quality, and whether the engine's results agree with the model that was exported."""
+"""Sections on the quality of the models, and on the agreement of the engine's results with the exported model."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fp8pipe.report.subject import Item, Record, Subject
 
 
 def accuracy(subject: Subject) -> Iterator[Block]:
-    """Quality compared with the teacher, the base model and the baselines."""
+    """Accuracy, losses and perplexity of each artifact, compared with the models that it was made from."""
     blocks: list[Block] = [_vision(subject, item) for item in subject.of_kind(VIT_KIND)]
     blocks += _losses(subject)
     for item in subject.items:
@@ -102,7 +102,7 @@ def _answers(subject: Subject, item: Item) -> Iterator[Block]:
 
 
 def parity(subject: Subject) -> Iterator[Block]:
-    """Agreement of the engine with the exported model, by layer, from the validation records."""
+    """For each export, the validation's verdict, errors by layer, and what was and was not proved."""
     for item in subject.exports():
         record = item.record("validation")
         if record is None:

@@ -28,7 +28,7 @@ _SHOWN = (
 
 
 def training(subject: Subject) -> Iterator[Block]:
-    """Curves of everything that was trained."""
+    """Loss curves and update statistics over steps, for each trained artifact."""
     for item in subject.of_kind(*TUNED_KINDS, VIT_KIND):
         yield from _curves(subject, item)
 
@@ -82,7 +82,7 @@ def _series(subject: Subject, item: Item, key: str, label: str, dashed: bool = F
 
 
 def by_layer(subject: Subject) -> Iterator[Block]:
-    """By layer: saturation, and the share of the update that survives rounding, at the final merge."""
+    """Saturation, and the share of the update that survives rounding, for each layer at the final merge."""
     for item in subject.of_kind(FALQON_KIND):
         yield from _layers(subject, item)
     others = sorted({item.kind for item in subject.of_kind(LORA_KIND, VIT_KIND)})

@@ -1,7 +1,7 @@
 """Verdicts of the run and its stages; every gate with its value, threshold and rationale; and warnings.
 
-Gates requested by a recipe, and gates that fail, are always visible; the others are folded, one list per stage. Without
-a run, the gates shown are those in an artifact's manifest and in the records beside it.
+Gates defined in a recipe, and gates that fail, are always visible; the others are in collapsed tables, one per stage. A
+report on a single artifact shows the gates of its manifest and of the records next to it.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ _HEAD = ("gate", "verdict", "value", "threshold", "why this threshold")
 
 
 def overall(subject: Subject) -> str:
-    """The worst verdict of the subject: of its stages, of the artifact's own gates, and of the records.
+    """The worst verdict of the run or of the artifact's gates, and of all records next to the artifacts.
 
-    A single export without a validation record is `NOT_VALIDATED`, unless something failed.
+    A single export without a validation record is `NOT_VALIDATED`, unless a gate or a record failed.
     """
     found, unvalidated = [] if subject.run is None else [subject.run.verdict], False
     for item in subject.items:
@@ -45,7 +45,7 @@ def overall(subject: Subject) -> str:
 
 
 def verdicts(subject: Subject) -> Iterator[Block]:
-    """The verdict, the stages, and every gate."""
+    """The overall verdict, the stages of the run, and every gate."""
     verdict = overall(subject)
     yield Text([Badge(verdict), f" {_MEANING[verdict]}"], tone="verdict")
     if subject.run is not None:
@@ -140,7 +140,7 @@ def _own_table(subject: Subject, file: str, caption: str) -> Table:
 
 
 def warnings(subject: Subject) -> Iterator[Block]:
-    """Warnings that readers should see: fallbacks, findings, outdated records, and what was not measured."""
+    """Warnings of the manifests, records that do not apply to the current export, and reasons for rejections."""
     rows: list[list[Any]] = []
     for item in subject.items:
         rows += [[item.name, warning] for warning in subject.documents.quotes(item.manifest, "warnings")]

@@ -1,1 +1,1 @@
-"""Equivalent transforms, which change a float model's weights but not its outputs, for smaller quantization errors."""
+"""Equivalent transforms: they change a float model's weights but not its outputs, to reduce quantization errors."""

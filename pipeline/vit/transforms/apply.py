@@ -1,18 +1,18 @@
 """Apply equivalent transforms to a float model, and keep only those that are verified not to change its outputs.
 
-Each transform works on a copy. The copy's outputs on calibration images are compared with the original's; a transform
-that changes them by more than fp32 rounding is dropped, and a note says so. So in an untested model family a transform
-may be lost, but never accuracy.
+Each transform is applied to a copy of the model, whose outputs on calibration images are compared with those of the
+original. If they differ by more than fp32 rounding, the transform is discarded with a note. So in an untested model
+family a transform may have no effect, but it cannot reduce accuracy.
 
-Rotations are in `rotate.py`. Centring moves the means of tensors, measured on calibration images, into biases, so that
-centred tensors do not waste codes of a grid with one scale per tensor.
+Rotations are in `rotate.py`. Centring moves the means of tensors, measured on calibration images, into biases, as a
+tensor with a large mean wastes codes of a grid with one scale per tensor.
 
-* A constant added to all keys adds the same value to every logit of a query, which softmax ignores (the smoothing of
-  SageAttention, arXiv 2410.02367). So the mean of keys can be removed.
-* Attention probabilities sum to one, so a constant in the values reaches the output unchanged and can move to the
-  projection's bias. The remaining values have zero mean, so probabilities that no longer sum to one after rounding
-  cause a much smaller error.
-* The mean of a norm's output moves into the biases of the linear layers that read it.
+* Keys: a constant that is added to all keys adds the same value to every logit of a query, which does not change the
+  softmax. So the mean can be removed (the smoothing of SageAttention, arXiv 2410.02367).
+* Values: attention probabilities sum to one, so a constant in the values reaches the output unchanged, and the mean can
+  be moved to the projection's bias. The remaining values have zero mean, so the error is much smaller when rounded
+  probabilities no longer sum to one.
+* Outputs of norms: the mean is moved into the biases of the linear layers with this input.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ from pipeline.vit.config import TransformsConfig
 from pipeline.vit.transforms.rotate import NotRotatable, rotate_heads, rotate_residual
 from pipeline.vit.transforms.wiring import AttentionWiring, Wiring, read_wiring
 
-# Relative to the largest output. Rounding changes outputs by about 1e-6, an incorrect fold by more than 1e-2.
+# Relative to the largest output. Rounding changes outputs by about 1e-6, an incorrect transform by more than 1e-2.
 _TOLERANCE: Final = 1e-4
 _BATCH: Final = 32
-_CHECKED: Final = 8
+_CHECKED: Final = 8  # number of images on which outputs are compared
 
 
 @dataclass(frozen=True, slots=True)
 class Transformed:
-    """The transformed model."""
+    """A transformed model, and what was done to it."""
 
     vision: VisionModel  # the same architecture with other weights
     steps: tuple[str, ...]  # descriptions of the applied transforms
@@ -53,9 +53,14 @@ class Transformed:
 def apply_transforms(
     vision: VisionModel, structure: VitStructure, pixels: Tensor, config: TransformsConfig, seed: int
 ) -> Transformed:
-    """Rotate and centre a copy of a float model, as far as the model allows it.
+    """Rotate and centre a copy of a float model, as far as its architecture allows.
 
-    `pixels` are normalized calibration images `(N, 3, H, W)`, on the host; `seed` is the seed of the rotations.
+    Args:
+        vision: the float model; not changed.
+        structure: its structure.
+        pixels: normalized calibration images `(N, 3, H, W)`, on the host.
+        config: determines which transforms are tried.
+        seed: seed of the random rotations.
     """
     model, steps, notes = vision.model, [], []
     device = next(model.parameters()).device
@@ -100,9 +105,15 @@ def _answers(model: nn.Module, pixels: Tensor) -> Tensor:
 
 @torch.no_grad()
 def centre(model: nn.Module, wiring: Wiring, batches: Iterable[Tensor]) -> int:
-    """Centre keys, values and outputs of norms, in place, where a bias can absorb the mean; returns their number.
+    """Centre keys, values and outputs of norms wherever biases exist that can absorb the mean.
 
-    The model is prepared and in evaluation mode; batches are normalized pixels `(N, 3, H, W)`.
+    Args:
+        model: a prepared model in evaluation mode; changed in place.
+        wiring: its connections.
+        batches: normalized pixels `(N, 3, H, W)`, on the model's device.
+
+    Returns:
+        The number of centred tensors.
     """
     norms = {
         norm: linears
@@ -121,7 +132,7 @@ def centre(model: nn.Module, wiring: Wiring, batches: Iterable[Tensor]) -> int:
 
 
 def _centre_keys(model: nn.Module, attention: AttentionWiring, means: dict[str, Tensor]) -> bool:
-    """Subtract the mean of the keys from their bias; returns whether that was possible."""
+    """Subtract the mean of the keys from their bias; returns whether there is such a bias."""
     bias = None if attention.k is None else _bias(model, attention.k.linear)
     if attention.k is None or bias is None:
         return False
@@ -130,7 +141,7 @@ def _centre_keys(model: nn.Module, attention: AttentionWiring, means: dict[str, 
 
 
 def _centre_values(model: nn.Module, attention: AttentionWiring, means: dict[str, Tensor]) -> bool:
-    """Move the mean of the values into the projection's bias; returns whether that was possible."""
+    """Move the mean of the values from their bias into the projection's; returns whether both biases exist."""
     if attention.v is None or attention.projection is None or attention.site.pools:
         return False
     bias, mean = _bias(model, attention.v.linear), means[attention.v.linear][attention.v.slice]
@@ -146,14 +157,20 @@ def _bias(model: nn.Module, name: str) -> nn.Parameter | None:
 
 
 def _add_to_bias(model: nn.Module, linear: str, inputs: Tensor) -> None:
-    """Add to a linear layer's bias what the constant `inputs`, removed from its input, contributed to the output."""
+    """Add `weight @ inputs` to a linear layer's bias, to compensate that `inputs` is subtracted from the layer's input.
+
+    Args:
+        model: changed in place.
+        linear: module path of the linear layer.
+        inputs: `(in,)` float64.
+    """
     layer = model.get_submodule(linear)
     bias, weight = layer.get_parameter("bias"), layer.get_parameter("weight")
     bias.add_((weight.double() @ inputs).to(bias.dtype))
 
 
 def _means(model: nn.Module, names: set[str], batches: Iterable[Tensor]) -> dict[str, Tensor]:
-    """The mean output of each module over images and tokens, float64."""
+    """The mean output of each named module over images and tokens, `(features,)` float64."""
     sums: dict[str, Tensor] = {}
     counts = dict.fromkeys(names, 0)
 

@@ -1,17 +1,18 @@
 """Rotations that do not change a model's outputs: inside each attention head, and of the whole residual stream.
 
-Rotated channels have similar magnitudes and nearly normal values (the idea of QuaRot, arXiv 2404.00456), which suits a
-grid with one scale per tensor. Every attention allows two rotations inside its heads:
+After a random rotation, channels have similar magnitudes and nearly normally distributed values (as in QuaRot, arXiv
+2404.00456), which suits a grid with one scale per tensor. Every attention allows two rotations R inside its heads:
 
-* Queries and keys of a head may be rotated by the same orthogonal matrix: `(qR)(kR)^T = qk^T`.
-* Values may be rotated if the projection after them is rotated back: `(p vR)(R^T W) = p v W`.
+* Queries q and keys k of a head can be rotated by the same orthogonal matrix: `(qR)(kR)^T = qk^T`.
+* Values v can be rotated if the projection W after them is rotated back: `(p vR)(R^T W) = p v W`, with probabilities p.
 
-The rotation of the residual stream is folded into the weights around it. LayerNorm without gain and bias commutes with
-every orthogonal Q that maps the vector of ones to itself: mean and norm are preserved, so `LN(Qx) = Q LN(x)`. Gains and
-biases are folded into the linear layers that read the norms (and layer scales into those that write to the stream);
-then all weights that write to the stream are multiplied by Q, and all that read from it by its transpose. The model's
-outputs stay the same, and the inputs of its linear layers no longer have outlier channels. (SliceGPT, arXiv 2401.15024,
-has this invariance for RMSNorm; preserving the vector of ones extends it to LayerNorm without architecture changes.)
+The rotation Q of the residual stream is folded into the weights around the stream. LayerNorm without gain and bias
+commutes with every orthogonal Q that maps the vector of ones to itself: mean and norm are preserved, so `LN(Qx) = Q
+LN(x)`. First, gains and biases of norms are folded into the linear layers after them, and layer scales into the linear
+layers before them. Then all weights that write to the stream are multiplied by Q, and all that read from it by its
+transpose. The outputs of the model stay the same, and the inputs of its linear layers no longer have outlier channels.
+(SliceGPT, arXiv 2401.15024, uses this invariance for RMSNorm; preserving the vector of ones extends it to LayerNorm
+without changes of the architecture.)
 """
 
 from __future__ import annotations
@@ -24,11 +25,11 @@ from pipeline.vit.transforms.wiring import Rows, Wiring
 
 
 class NotRotatable(Exception):
-    """The residual stream cannot be rotated; the message says which part of the model prevents it."""
+    """Raised if the residual stream cannot be rotated; the message names the part of the model that prevents it."""
 
 
 def ones_keeping_rotation(size: int, generator: torch.Generator) -> Tensor:
-    """A random orthogonal matrix `(size, size)`, float64, with `Q 1 = 1`."""
+    """A random orthogonal matrix Q `(size, size)`, float64, that maps the vector of ones to itself."""
     first = torch.full((size, 1), size**-0.5, dtype=torch.float64)
     rest = torch.randn(size, size - 1, generator=generator, dtype=torch.float64)
     basis, _ = torch.linalg.qr(torch.cat([first, rest], dim=1))
@@ -40,7 +41,16 @@ def ones_keeping_rotation(size: int, generator: torch.Generator) -> Tensor:
 
 @torch.no_grad()
 def rotate_residual(model: nn.Module, structure: VitStructure, wiring: Wiring, generator: torch.Generator) -> int:
-    """Rotate the residual stream, in place; returns 1, the number of rotated streams.
+    """Rotate the residual stream by a random orthogonal matrix.
+
+    Args:
+        model: changed in place.
+        structure: the model's structure.
+        wiring: the connections of its layers.
+        generator: a CPU generator for the rotation.
+
+    Returns:
+        1, the number of rotated streams.
 
     Raises:
         NotRotatable: the rotation would change the output of some part; the model may already be partly changed.
@@ -70,7 +80,13 @@ def rotate_residual(model: nn.Module, structure: VitStructure, wiring: Wiring, g
 
 
 def _readers(model: nn.Module, structure: VitStructure, wiring: Wiring, width: int) -> dict[str, tuple[str, ...]]:
-    """The linear layers that read each norm. The last norm may be read through pooling: its readers are the heads."""
+    """The linear layers whose input is the output of each norm on the stream, by norm.
+
+    If exactly one norm has no such layer, its output is assumed to reach the heads through pooling.
+
+    Raises:
+        NotRotatable: the layers after a norm are not known.
+    """
     on_stream = [n for n in wiring.readers if tuple(model.get_submodule(n).normalized_shape) == (width,)]  # type: ignore[arg-type]
     readers = {norm: wiring.readers[norm] for norm in on_stream if wiring.readers[norm]}
     silent = [norm for norm in on_stream if norm not in readers]
@@ -84,7 +100,11 @@ def _readers(model: nn.Module, structure: VitStructure, wiring: Wiring, width: i
 
 
 def _fold_norm(model: nn.Module, norm: str, linears: tuple[str, ...], rotation: Tensor) -> None:
-    """Fold the gain, and the bias if all readers have a bias, into the readers, and rotate their inputs back."""
+    """Fold a norm's gain into the linear layers after it, and its bias if they all have one; rotate their inputs back.
+
+    Raises:
+        NotRotatable: the bias cannot be folded, and the gain is too small to keep it in the norm.
+    """
     module = model.get_submodule(norm)
     gain, bias = module.get_parameter("weight").double(), module.get_parameter("bias").double()
     layers = [model.get_submodule(name) for name in linears]
@@ -93,7 +113,7 @@ def _fold_norm(model: nn.Module, norm: str, linears: tuple[str, ...], rotation: 
         raise NotRotatable(f"{norm} has gains near zero, and a bias that the linears after it cannot absorb")
     for layer in layers:
         weight = layer.get_parameter("weight")
-        blocks = weight.double().view(weight.shape[0], -1, len(gain))  # pooled tokens are concatenated
+        blocks = weight.double().view(weight.shape[0], -1, len(gain))  # a head may read several concatenated tokens
         if foldable:
             layer.get_parameter("bias").add_((blocks @ bias).sum(1).to(weight.dtype))
         weight.copy_(((blocks * gain) @ rotation.T).flatten(1))
@@ -105,7 +125,18 @@ def _fold_norm(model: nn.Module, norm: str, linears: tuple[str, ...], rotation: 
 def _fold_layer_scales(
     model: nn.Module, structure: VitStructure, wiring: Wiring, writers: list[str], width: int
 ) -> None:
-    """Fold the vectors that scale a block's contribution to the stream (LayerScale, arXiv 2103.17239) into writers."""
+    """Fold layer scales (LayerScale, arXiv 2103.17239) into the linear layers whose outputs they scale, in place.
+
+    Args:
+        model: changed in place.
+        structure: its structure.
+        wiring: the connections of its layers.
+        writers: the linear layers that write to the stream.
+        width: width of the stream.
+
+    Raises:
+        NotRotatable: it is not clear what a vector of parameters scales.
+    """
     for holder, module in model.named_modules():
         if isinstance(module, nn.Linear | nn.Conv2d | nn.LayerNorm):
             continue
@@ -115,7 +146,7 @@ def _fold_layer_scales(
         if any(len(p) != width for p in scales):
             raise NotRotatable(f"{holder} holds a vector of another width than the stream")
         inside = [name for name in writers if name.startswith(f"{holder}.")]
-        if not inside:  # a separate module scales the output of the last writer
+        if not inside:  # a separate module, which scales the output of the last such layer before it
             before = wiring.order[: wiring.order.index(holder)] if holder in wiring.order else ()
             inside = [name for name in before if name in writers][-1:]
         if len(inside) != len(scales):
@@ -127,14 +158,14 @@ def _fold_layer_scales(
 
 
 def _embeddings(model: nn.Module, width: int) -> list[nn.Parameter]:
-    """Class tokens, registers and position embeddings, which enter the stream without a linear layer."""
+    """Class tokens, registers and position embeddings, which are added to the stream without a linear layer."""
     known = nn.Linear | nn.Conv2d | nn.LayerNorm
     held = [p for m in model.modules() if not isinstance(m, known) for p in m._parameters.values() if p is not None]
     return [p for p in held if p.dim() > 1 and p.shape[-1] == width]
 
 
 def random_rotation(size: int, generator: torch.Generator) -> Tensor:
-    """A uniformly random orthogonal matrix `(size, size)`, float64."""
+    """A uniformly distributed random orthogonal matrix `(size, size)`, float64."""
     q, r = torch.linalg.qr(torch.randn(size, size, generator=generator, dtype=torch.float64))
     rotation: Tensor = q * r.diagonal().sign()
     return rotation
@@ -142,10 +173,15 @@ def random_rotation(size: int, generator: torch.Generator) -> Tensor:
 
 @torch.no_grad()
 def rotate_heads(model: nn.Module, wiring: Wiring, generator: torch.Generator) -> int:
-    """Rotate queries with keys, and values with the projection, for each head, in place.
+    """Rotate queries together with keys, and values together with the projection, for each attention head.
+
+    Args:
+        model: changed in place.
+        wiring: the connections of its layers.
+        generator: a CPU generator for the rotations.
 
     Returns:
-        The number of rotated pairs: two per attention if its linear layers are known.
+        The number of rotated pairs: two for each attention whose linear layers are all known.
     """
     done, device = 0, next(model.parameters()).device
     for attention in wiring.attentions:

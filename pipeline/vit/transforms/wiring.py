@@ -1,9 +1,9 @@
-"""Find which linear layer feeds which attention, and which norm feeds which linear layer, by comparing tensors.
+"""Find out which linear layers compute an attention's operands, and which read a norm's output, by comparing tensors.
 
-Names differ between model families, so they are not used: a linear layer feeds an attention if slices of its output
-equal the queries, keys or values bit for bit, and it reads a norm if its input equals that norm's output, in one
-forward pass. Where nothing matches (rotary positions, norms on queries, biases added elsewhere) the source is unknown,
-and that part of the model is not transformed.
+Names differ between model families, so they are not used. Instead, tensors of one forward pass are compared bit for
+bit: a linear layer computes queries, keys or values if these equal a slice of its output, and it reads a norm if its
+input equals the norm's output. If nothing matches (because of rotary positions, norms on queries, or biases added
+elsewhere), the connection is unknown, and that part of the model is not transformed.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _IMAGES = 2
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """Rows `start` to `start + width - 1` of a linear layer's weight, ordered by head."""
+    """Rows `start` to `start + width - 1` of the weight of the linear layer called `linear`, ordered by head."""
 
     linear: str
     start: int
@@ -32,13 +32,13 @@ class Rows:
 
     @property
     def slice(self) -> slice:
-        """The slice that indexes the layer's weight and bias."""
+        """These rows as a slice, to index the layer's weight and bias."""
         return slice(self.start, self.start + self.width)
 
 
 @dataclass(frozen=True, slots=True)
 class AttentionWiring:
-    """The linear layers around one attention; None where none matches."""
+    """The linear layers before and after one attention; None if no layer matches."""
 
     site: AttentionSite  # the attention
     q: Rows | None  # rows that compute its queries
@@ -58,12 +58,12 @@ class Wiring:
 
 @dataclass(slots=True)
 class _Seen:
-    """Inputs and outputs of all modules in one forward pass, kept for comparison."""
+    """The tensors of one forward pass that are compared."""
 
-    linears: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    norms: dict[str, Tensor] = field(default_factory=dict)
-    attentions: dict[str, dict[str, Tensor]] = field(default_factory=dict)
-    order: list[str] = field(default_factory=list)
+    linears: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)  # input and output
+    norms: dict[str, Tensor] = field(default_factory=dict)  # output
+    attentions: dict[str, dict[str, Tensor]] = field(default_factory=dict)  # `q`, `k`, `v` and `output`
+    order: list[str] = field(default_factory=list)  # names of modules in call order
 
     def note(self, name: str, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
         """Record the input and output of a module."""
@@ -82,7 +82,7 @@ class _Seen:
 
 @torch.no_grad()
 def read_wiring(model: nn.Module, structure: VitStructure) -> Wiring:
-    """The wiring of a prepared model in evaluation mode, from one forward pass over two noise images."""
+    """Determine the connections in a prepared model in evaluation mode, with one forward pass of two noise images."""
     seen = _Seen()
     used = set(structure.linear_names)
     holders = [

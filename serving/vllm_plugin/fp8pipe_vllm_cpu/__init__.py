@@ -2,13 +2,13 @@
 
 On a CPU, vLLM refuses most FP8 checkpoints, depending on the format and the instruction set, and runs the rest with
 `torch._scaled_mm`, which is tens of times slower than bf16. This plugin dequantizes the weights once while loading and
-passes them to vLLM's unquantized CPU GEMM. The engine then computes with `code * scale`, rounded once to the model's
-dtype (and not rounded at all in fp32).
+passes them to vLLM's CPU GEMM for unquantized weights. The engine then computes with `code * scale`, rounded once to
+the model's dtype; in fp32 the values are used as computed.
 
 vLLM calls `register` (entry point group `vllm.general_plugins`) in each of its processes before it reads a model's
 configuration. `register` replaces two entries in vLLM's table of quantization methods, "compressed-tensors" and "fp8",
-with subclasses that handle FP8 linear layers and FP8 experts and leave everything else to vLLM. It also mends vLLM's
-rotary embedding on CPUs, which is wrong for DeepSeek's attention in any format (`rotary`).
+with subclasses that handle FP8 linear layers and FP8 experts and leave everything else to vLLM. It also replaces vLLM's
+rotary embedding kernel for CPUs, which gives wrong results for DeepSeek's attention in any format (`rotary`).
 
 This module holds the settings and the version check. `dequantize` has the arithmetic in plain torch and does not import
 vLLM; `methods` and `experts` contain the layer implementations.

@@ -1,4 +1,4 @@
-"""The arithmetic: exact dequantization of E4M3 weights, and emulated FP8 quantization of activations.
+"""The plugin's arithmetic: exact dequantization of E4M3 weights, and emulated FP8 quantization of activations.
 
 A weight is `code * scale` in fp32, rounded once to the model's dtype. A loaded layer may be fused from several
 checkpoint tensors (q/k/v, gate/up) stacked along the output axis; each row is multiplied by the scale of the tensor
@@ -10,7 +10,7 @@ GEMM. A dynamic scale is `amax / 448`, but at least `1 / (448 * 512)`, the minim
 kernels, which avoids division by zero for all-zero rows. Small rounding differences grow through a deep network, so
 outputs agree with another W8A8 engine statistically and not token by token.
 
-Plain torch without vLLM, so that the unit tests run anywhere.
+This module uses plain torch and does not import vLLM, so that its unit tests run anywhere.
 """
 
 from __future__ import annotations

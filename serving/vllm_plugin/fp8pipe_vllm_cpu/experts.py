@@ -106,7 +106,19 @@ class CpuFp8MoEMethod(UnquantizedFusedMoEMethod):
         self, layer: Any, x: Tensor, topk_weights: Tensor, topk_ids: Tensor, shared_experts: Any,
         shared_experts_input: Tensor | None,
     ) -> Any:  # fmt: skip
-        """The weighted sum of each token's experts: x `(tokens, hidden)`, weights and ids `(tokens, k)`."""
+        """Compute the weighted sum of each token's k experts.
+
+        Args:
+            layer: the layer with the dequantized stacks.
+            x: `(tokens, hidden)`, in the model's dtype.
+            topk_weights: routing weights, `(tokens, k)`.
+            topk_ids: indices of the experts, `(tokens, k)`.
+            shared_experts: vLLM's shared experts, passed on to its kernel.
+            shared_experts_input: their input, passed on to the kernel.
+
+        Returns:
+            The result of vLLM's kernel; with emulated activation quantization, `(tokens, hidden)` in the dtype of x.
+        """
         if not self.settings.quantize_activations:
             return super().apply(layer, x, topk_weights, topk_ids, shared_experts, shared_experts_input)
         return self._rounded(layer, x, topk_weights, topk_ids)

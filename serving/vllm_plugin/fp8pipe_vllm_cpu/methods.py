@@ -51,7 +51,9 @@ def install() -> None:
 
 
 class _Dequantized:
-    """An FP8 linear layer on a CPU: creating, post-processing and applying its weights, for both layer interfaces.
+    """Creates, dequantizes and applies the weights of an FP8 linear layer on a CPU.
+
+    The base class of `CpuFp8Scheme` and `CpuFp8LinearMethod`, which implement vLLM's two interfaces for layers.
 
     Parameters are declared exactly as in vLLM, so that its loaders fill fused layers shard by shard. After loading,
     the codes are replaced by `code * scale`, and the layer becomes an ordinary unquantized one for vLLM's CPU GEMM
@@ -72,7 +74,10 @@ class _Dequantized:
         self, layer: Any, input_size_per_partition: int, output_partition_sizes: list[int], input_size: int,
         output_size: int, params_dtype: torch.dtype, **attributes: Any,
     ) -> None:  # fmt: skip
-        """Register `weight`, its scale, and `input_scale` if static, for vLLM's loader; sizes are for this rank."""
+        """Register `weight`, its scale and, for static activation scales, `input_scale`, for vLLM's loader to fill.
+
+        Sizes are numbers of features; those with `partition` in their names are for this tensor-parallel rank.
+        """
         loader, rows = attributes.get("weight_loader"), sum(output_partition_sizes)
         layer.logical_widths = list(output_partition_sizes)
         layer.input_size_per_partition, layer.output_size_per_partition = input_size_per_partition, rows
@@ -111,14 +116,18 @@ class _Dequantized:
             dispatch_cpu_unquantized_gemm(layer, remove_weight=not self.settings.keep_weights)
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """`x @ weight.T + bias`; x `(tokens, in)` -> `(tokens, out)`, in the model's dtype."""
+        """Compute `x @ weight.T + bias` for x `(tokens, in)`; returns `(tokens, out)` in the model's dtype."""
         if self.settings.quantize_activations:
             x = round_trip(x, self.activations, layer.input_scale)
         product: Tensor = cpu_unquantized_gemm(layer, x, layer.weight, bias)
         return product
 
     def _static_scale(self, layer: Any) -> Tensor | None:
-        """The largest input scale of the fused parts, which share one input tensor; None without static scales."""
+        """The largest input scale of the fused parts, which share one input; None if scales are dynamic.
+
+        Raises:
+            ValueError: a static scale is missing, zero, negative or not finite.
+        """
         if self.activations.granularity is not Granularity.STATIC:
             return None
         largest: Tensor = layer.input_scale.detach().float().max()
@@ -139,10 +148,10 @@ class CpuFp8Scheme(_Dequantized, CompressedTensorsScheme):
 
     @classmethod
     def get_min_capability(cls) -> int:
-        """No GPU compute capability is required, since the GEMM is an ordinary one."""
+        """The GPU compute capability that the scheme requires: 0, since it runs on a CPU."""
         return 0
 
-    apply_weights = _Dequantized.apply  # the name that this interface uses
+    apply_weights = _Dequantized.apply  # the name of this method in vLLM's compressed-tensors schemes
 
 
 class CpuCompressedTensorsConfig(CompressedTensorsConfig):
@@ -181,12 +190,13 @@ class CpuFp8LinearMethod(_Dequantized, LinearMethodBase):
 
     def __init__(self, config: Fp8Config) -> None:
         block = config.weight_block_size
-        # Static or dynamic; dynamic is per token, or with block scales per group of as many columns as a block has.
+        # Activation scales are static, or dynamic with one scale per token; for weights with block scales, dynamic with
+        # one scale per group of as many columns as a block has.
         activations = Activations(Granularity.STATIC if config.activation_scheme == "static" else Granularity.TOKEN)
         if block is None:
             super().__init__(PerTensorScaleParameter, "weight_scale", None, activations)
         else:
-            # Despite "inv" in its name, this scale multiplies the codes, like the other one.
+            # Despite "inv" in its name, this scale multiplies the codes, as `weight_scale` does.
             activations = Activations(Granularity.GROUP, int(block[1]))
             super().__init__(BlockQuantScaleParameter, "weight_scale_inv", list(block), activations)
 

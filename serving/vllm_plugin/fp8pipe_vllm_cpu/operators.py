@@ -1,10 +1,11 @@
 """Makes torchvision importable with a CPU build of torch; multimodal models in vLLM need it to process images.
 
 The torchvision on PyPI is built for CUDA. With a CPU build of torch its library cannot be loaded, and the import fails
-with "operator torchvision::nms does not exist". It is enough to declare the missing operators: only running them would
-fail, and no vision-language model does. This must happen after torch is imported and before torchvision is, in each of
-vLLM's processes and before vLLM itself, so a `.pth` file of the environment calls `install` when Python starts. The
-cost at startup is negligible, since torch is not imported until torchvision is.
+with "operator torchvision::nms does not exist". It is enough to declare the missing operators without implementing
+them, because no vision-language model runs them. They must be declared after torch is imported and before torchvision
+is, in each of vLLM's processes and before vLLM itself is imported. So a `.pth` file in the environment calls `install`
+when Python starts. This only adds an import hook: torch is not imported until torchvision is, so the cost at startup is
+negligible.
 """
 
 from __future__ import annotations

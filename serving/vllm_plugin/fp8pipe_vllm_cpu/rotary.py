@@ -1,8 +1,9 @@
-"""Rotary embeddings of tensors that keep their heads apart, which vLLM's CPU kernel rotates wrongly.
+"""Correct rotary embeddings for tensors with a separate head axis, for which vLLM's CPU kernel is wrong.
 
-The kernel reads a tensor of three dimensions as (batch, token, feature). vLLM's attention layers pass (token, feature)
-with few exceptions; DeepSeek's multi-head latent attention passes (token, head, feature), and from the second position
-on its queries were rotated by the angles of other positions. Those tensors take vLLM's own implementation in PyTorch.
+The kernel interprets a three-dimensional tensor as (batch, token, feature). Most of vLLM's attention layers pass
+(token, feature), but DeepSeek's multi-head latent attention passes (token, head, feature), so from the second position
+on, the kernel rotates its queries by the angles of other positions. For such tensors, this module uses vLLM's own
+implementation in PyTorch instead of the kernel.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ _KERNEL = RotaryEmbedding.forward_cpu
 
 
 def install() -> None:
-    """Replace the method that vLLM calls on a CPU. Idempotent."""
+    """Replace `RotaryEmbedding.forward_cpu`, the method that vLLM calls on a CPU. Idempotent."""
     RotaryEmbedding.forward_cpu = _rotate
 
 

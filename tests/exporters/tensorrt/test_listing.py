@@ -75,7 +75,7 @@ def test_signals_between_streams_are_read_with_their_event():
 
 
 def test_a_line_of_another_form_is_an_error_and_not_left_out():
-    with pytest.raises(BadArtifactError, match="does not know"):
+    with pytest.raises(BadArtifactError, match="in an unknown form"):
         parse_listing([GEMM.replace("TacticName", "Tactic")])
 
 

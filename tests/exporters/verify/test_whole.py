@@ -43,7 +43,7 @@ def test_a_former_digest_of_a_model_is_no_proof_and_says_why(exported):
     rehash(export, lambda data: data["parents"][0].update(digest="0" * 64, content=None))
     checked, compared = verify_tree(find_tree(export), [model], quick=True)
     assert (checked.findings, compared) == ([], [])
-    assert any("did not cover tokenizer and chat template: export it again" in note for note in checked.notes)
+    assert any("did not cover tokenizer and chat template; export it again" in note for note in checked.notes)
 
 
 def test_a_model_at_its_recorded_path_is_compared_with(exported):

@@ -17,7 +17,15 @@ from torch import Tensor
 from exporters.vllm.export import export_vllm, plan_export
 from exporters.vllm.options import VllmExportOptions
 from exporters.vllm.plan import Action, Unit
-from exporters.vllm.reopen import BF16_ERROR_BOUND, E4M3_ERROR_BOUND, _larger, expected_blocks, iter_weights, reopen
+from exporters.vllm.reopen import (
+    BF16_ERROR_BOUND,
+    E4M3_ERROR_BOUND,
+    _larger,
+    _none,
+    expected_blocks,
+    iter_weights,
+    reopen,
+)
 from fp8pipe.models.checkpoint.tensors import weight_entries
 
 Q, NORM = "model.layers.0.self_attn.q_proj.weight", "model.norm.weight"
@@ -200,3 +208,8 @@ def test_an_error_that_is_no_number_is_the_largest() -> None:
     nan = float("nan")
     assert math.isnan(_larger(1.0, nan))
     assert [_larger(1.0, 2.0), _larger(2.0, 1.0)] == [2.0, 2.0]
+
+
+def test_a_gate_shows_the_first_five_names():
+    assert _none("x", list("abcde"), "all").detail == "all; differing: a, b, c, d, e"
+    assert _none("x", list("abcdef"), "all").detail == "all; differing: a, b, c, d, e ..."

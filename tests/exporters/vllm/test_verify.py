@@ -9,10 +9,11 @@ import pytest
 from artifact_tree import rehash, without_parents
 from safetensors.torch import load_file, save_file
 
+from exporters.verify import contents
 from exporters.verify.whole import verify_tree
 from exporters.vllm.export import export_vllm
 from exporters.vllm.options import VllmExportOptions
-from fp8pipe.artifact import write_checked
+from fp8pipe.artifact import open_artifact, write_checked
 from fp8pipe.artifact.verify import find_tree
 
 
@@ -77,3 +78,15 @@ def test_an_adapter_s_tensor_is_named(pair, name):
     save_file(tensors | {name: tensors["model.norm.weight"].clone()}, file, metadata={"format": "pt"})
     rehash(export)
     assert any(where == name and "adapter" in why for where, why in findings(export))
+
+
+@pytest.mark.parametrize("error", [RuntimeError, ValueError, KeyError, TypeError, OSError])
+def test_whatever_a_library_raises_on_reading_is_a_finding(pair, monkeypatch, error):
+    def unreadable(*_):
+        raise error("size mismatch")
+        yield
+
+    monkeypatch.setattr(contents, "_check_tuned", unreadable)
+    (finding,) = contents.check_contents(open_artifact(pair[1]), None)[0]
+    assert f"{error.__name__}: " in finding.why
+    assert "size mismatch" in finding.why

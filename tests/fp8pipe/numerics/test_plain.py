@@ -75,3 +75,4 @@ def test_errors_of_rows() -> None:
     assert row_errors(original + torch.tensor([[0.0], [1e-9], [0.0]]), original) == float("inf")
     assert np.isnan(row_errors(original * float("nan"), original))
     assert row_errors(torch.tensor([1.0, 1.0]), torch.tensor([1.0, 0.0])) == pytest.approx(1.0)
+    assert row_errors(torch.tensor([3.0, 5.0]), torch.tensor([3.0, 4.0])) == pytest.approx(0.2)  # one row of two

@@ -47,7 +47,7 @@ def test_engines_are_told_the_end_that_the_model_has_learned(make_base, pairs, t
     (base / "chat_template.jinja").write_text((base / "chat_template.jinja").read_text().replace("<|end|>", end))
     artifact = finetune(config(base, pairs, steps=1, warmup_steps=0), tmp_path / "out")
     before, after = ((root / "generation_config.json").read_bytes() for root in (base, artifact.root))
-    said = [warning for warning in artifact.manifest.warnings if "engine" in warning or "no mark" in warning]
+    said = [warning for warning in artifact.manifest.warnings if "engine" in warning or "no end-of-turn" in warning]
     if end == "<|system|>":  # id 4; the tokenizer's is <|end|>, and the configuration's default is 2
         assert json.loads(after) == json.loads(before) | {"eos_token_id": [2, 4]}
         assert artifact.manifest.details.stop_token_added == 4
