@@ -16,7 +16,8 @@ from torch import Tensor
 from exporters.graph.runtime import open_session, run
 from exporters.tensorrt.language.calibrate import Score, score
 from exporters.tensorrt.language.chain import Chain, Step, in_steps
-from exporters.tensorrt.language.graph import LOGITS, cache_names, drop_quantizers
+from exporters.tensorrt.language.graph import LOGITS, cache_names
+from exporters.tensorrt.language.passes import drop_quantizers
 from exporters.tensorrt.language.target import CacheFacts
 from exporters.tensorrt.target import Base
 from fp8pipe.artifact import Gate, at_most
