@@ -157,8 +157,9 @@ class ExpectedWeights:
             return Expected(name, self.kv_scales[name], None, False, wide=True)
         unit = self._unit(name)
         value = StoredWeights({name: unit.entry}, lambda _: expected_blocks(unit)).read(name).float()
-        stored = unit.outputs[1].shape if len(unit.outputs) > 1 else unit.scale and unit.scale.shape
-        return Expected(name, value, _scale_of(unit, value), unit.transposed, scale_shape=stored)
+        stored = unit.outputs[1] if len(unit.outputs) > 1 else unit.scale
+        shape = None if stored is None else stored.shape
+        return Expected(name, value, _scale_of(unit, value), unit.transposed, scale_shape=shape)
 
     def read_held(self, name: str, holding: Holding) -> Expected:
         """The expected tensor that an engine stores under this name: a weight, its codes, or its scales."""

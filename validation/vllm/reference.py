@@ -90,7 +90,7 @@ class Reference:
         widen_bf16_products()
         self._parted = PartedModel(source, weights, part_bytes)
         self.model: PreTrainedModel = self._parted.model
-        self._cache: Callable[[], Any] = lambda: None  # makes the key/value cache of a forward pass
+        self._cache: Callable[[], dict[str, Any]] = dict  # the key/value cache of a forward pass, as its arguments
 
     def take_form(self, dtype: torch.dtype, rounded: Iterable[str] = (), wide: Iterable[str] = ()) -> None:
         """Change the model in place, so that it rounds as the serving engine does.
@@ -116,7 +116,7 @@ class Reference:
 
     def round_cache(self, scales: Mapping[int, tuple[float, float]], *, toward_zero: bool) -> None:
         """From now on, round keys and values to E4M3; the arguments are those of `rounding_cache`."""
-        self._cache = lambda: rounding_cache(self.model, scales, toward_zero=toward_zero)
+        self._cache = lambda: {"past_key_values": rounding_cache(self.model, scales, toward_zero=toward_zero)}
 
     def logprobs(self, texts: Sequence[Text]) -> list[Tensor]:
         """Log-probabilities of the next token from each text's start on: fp32 `(length - start, vocabulary)` each.
@@ -127,7 +127,7 @@ class Reference:
 
     @torch.inference_mode()
     def _logprobs(self, text: Text) -> Tensor:
-        logits = self.model(**text.inputs, past_key_values=self._cache()).logits[0]  # (L, V)
+        logits = self.model(**text.inputs, **self._cache()).logits[0]  # (L, V)
         return torch.log_softmax(logits.float(), dim=-1)[text.start :].clone()
 
 
