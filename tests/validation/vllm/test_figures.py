@@ -8,6 +8,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
+from held_weights import held_weights
 from language_models import ARCHITECTURES, build
 from safetensors.torch import load_file
 
@@ -44,5 +45,5 @@ def test_rows_are_rounded_by_their_own_scale_and_small_ones_by_the_smallest() ->
 def test_of_stacked_experts_each_projection_is_a_layer_of_its_own(tmp_path: Path) -> None:
     """Inputs of experts are rounded where those layers are; a stack has no place for it."""
     build(ARCHITECTURES["qwen3_moe"]).save_pretrained(tmp_path)
-    reference = Reference(tmp_path, load_file(tmp_path / "model.safetensors").items())
+    reference = Reference(tmp_path, held_weights(load_file(tmp_path / "model.safetensors")))
     assert isinstance(reference.model.get_submodule("model.layers.1.mlp.experts.1.down_proj"), torch.nn.Linear)

@@ -7,10 +7,16 @@ from pathlib import Path
 import pytest
 import torch
 from held_weights import held_weights
+from language_models import ARCHITECTURES, write
 from tiny_checkpoints import FORMATS, make_model, write_fp8
 from torch import Tensor
 
+from exporters.vllm.export import export_vllm
+from exporters.vllm.options import ExportFormat, VllmExportOptions
+from exporters.vllm.reopen import load_torch_model
+from fp8pipe.models.language.experts import unstack_experts
 from fp8pipe.models.language.structure import build_model
+from validation.vllm.expected import ExpectedWeights, plan_of
 from validation.vllm.reference import Reference, Text, gaps
 
 FORM = next(form for form in FORMATS if form.name == "ct-channel-dynamic")
@@ -56,6 +62,22 @@ def test_a_form_is_taken_by_every_part(checkpoint: tuple[Path, dict[str, Tensor]
         found.append(reference.logprobs(TEXTS))
         assert not any(torch.equal(one, other) for one, other in zip(exact, found[-1], strict=True))
     assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("against", [True, False])
+def test_experts_that_an_export_holds_stacked_are_read_one_by_one(tmp_path: Path, against: bool) -> None:
+    base = write(ARCHITECTURES["gpt_oss"], tmp_path / "base")
+    export = export_vllm(base, tmp_path / "export", VllmExportOptions(format=ExportFormat.BF16))
+    expected = ExpectedWeights(export, plan_of(export, base) if against else None)
+    stack = "model.layers.1.mlp.experts"
+    assert f"{stack}.down_proj" in expected.names
+    assert {f"{stack}.3.down_proj.weight", f"{stack}.3.down_proj.bias"} <= expected.stored.headers.keys()
+    model = load_torch_model(export.root, torch.float32)
+    unstack_experts(model)
+    with torch.inference_mode():
+        logits = model(**TEXTS[0].inputs).logits[0]
+    (found,) = Reference(export.root, expected.stored, part_bytes=1).logprobs(TEXTS[:1])
+    assert torch.equal(found, torch.log_softmax(logits, -1))
 
 
 def test_an_answer_is_as_far_behind_as_its_tokens_are() -> None:
