@@ -302,7 +302,7 @@ def wrong_expert_settings(config: Any, place: str = "") -> Iterator[str]:
     if len(set(counts.values())) > 1:
         yield " and ".join(f"{place}{name} is {count}" for name, count in counts.items())
     chosen, count = config.get(_CHOSEN), min(counts.values(), default=0)
-    if isinstance(chosen, int) and counts and not 1 <= chosen <= count:
+    if isinstance(chosen, int) and count and not 1 <= chosen <= count:  # without experts it has no meaning
         yield f"{place}{_CHOSEN} is {chosen}, of {count} experts"
     for key, value in config.items():
         yield from wrong_expert_settings(value, f"{place}{key}.")
