@@ -44,12 +44,21 @@ class CpuFp8MoEMethod(UnquantizedFusedMoEMethod):
     Args:
         moe: vLLM's configuration of the layer.
         activations: how the checkpoint quantizes activations.
+
+    Raises:
+        ValueError: activations are to be quantized, and these experts are not emulated: the model does not load.
     """
 
     def __init__(self, moe: FusedMoEConfig, activations: Activations) -> None:
-        super().__init__(moe)
         self.activations = activations
         self.settings = Settings.from_environment()
+        if self.settings.quantize_activations and (moe.activation != MoEActivation.SILU or moe.has_bias):
+            raise ValueError(
+                "FP8PIPE_VLLM_ACTIVATIONS=quant emulates only experts with the activation silu and without biases; "
+                f"these have {moe.activation.value}{' and biases' if moe.has_bias else ''}. Set it to none, which "
+                "does not quantize activations"
+            )
+        super().__init__(moe)
 
     def create_weights(
         self, layer: Any, num_experts: int, hidden_size: int, intermediate_size_per_partition: int,
@@ -112,8 +121,6 @@ class CpuFp8MoEMethod(UnquantizedFusedMoEMethod):
         return self._rounded(layer, x, topk_weights, topk_ids)
 
     def _rounded(self, layer: Any, x: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Tensor:
-        if layer.activation != MoEActivation.SILU:
-            raise NotImplementedError(f"rounded activations are emulated only for SiLU, not for {layer.activation}")
         summed = torch.zeros(x.shape)
         for number in topk_ids.unique().tolist():
             token, place = torch.where(topk_ids == number)
