@@ -1,24 +1,28 @@
 """Compare the accuracy of quantized vision transformers by precision and calibration images, over several seeds.
 
-Every run makes an artifact with `quantize-vit`; the deployed model and its teacher are evaluated on held-out images.
-Runs of one precision differ only in their calibration images; transforms, rounding and distillation are the same.
+Every run writes an artifact with `quantize-vit`, and evaluates the quantized model and the original (its teacher) on
+held-out images. Runs of the same precision and seed differ only in their calibration images; transforms, rounding and
+distillation are the same. `--sources` selects the calibration images (docs/mimiq.md describes the methods):
 
-    synthetic   the default synthesis
-    published   MimiQ's own settings (white noise, plain pixels, shifts), with the same number of steps
-    similarity  like `published`, but with PSAQ-ViT's patch-similarity entropy in place of MimiQ's term
+    synthetic   images synthesized with the default settings
+    published   images synthesized with MimiQ's settings (initialized with white noise, optimized as pixels, randomly
+                shifted at each step), with the default number of steps
+    similarity  like `published`, but the loss has PSAQ-ViT's patch-similarity entropy instead of MimiQ's inter-head
+                similarity
     leaves      the "dead leaves" images from which the default synthesis starts, not optimized
     gaussian    white noise
-    real        training images
+    real        images of the training set
 
-and options of the synthesis that are off by default:
+The following sources are like `synthetic`, with some settings changed:
 
-    masked      MaskAQ's entropy and masked difference (weights as published: 1 and 0.1) in addition to MimiQ's term
-    priors      SARDFQ's attention priors in place of MimiQ's term
-    regions     SARDFQ's four classes per image with soft labels, in half of the views
-    sardfq      priors and regions together
-    pruned      half of the patches are dropped after three blocks
-    plateau     an image is finished when its loss decreases by less than 2 % from one 10 steps to the next
-    shorter     no option, but only 38 of 60 steps, which take as long as `pruned`
+    masked      MaskAQ's entropy and masked-difference terms are added to the loss, with the published weights 1 and 0.1
+    priors      SARDFQ's attention priors replace the inter-head similarity
+    regions     SARDFQ's regions: each quarter of an image has its own class, with soft labels; half of the views show
+                one quarter instead of the whole image
+    sardfq      `priors` and `regions` together
+    pruned      after the third block, only the half of the patches that receives most attention is processed
+    plateau     an image is finished when its mean loss over 10 steps is less than 2 % below that of the 10 steps before
+    shorter     38 steps instead of 60, for comparison with `pruned`, which takes as long with all 60
 
     python scripts/write_digits.py runs/digits-train --part train; python scripts/write_digits.py runs/digits-test
     python benchmarks/vit_accuracy.py --model sample:vit-digits --train runs/digits-train --test runs/digits-test \\
@@ -73,13 +77,13 @@ SOURCES = {
 
 
 def thin(folder, count, seed, place):
-    """Make an image folder with at most `count` random images per class of another one, as symbolic links.
+    """Draw a random subset of an image folder, with at most `count` images per class, and write it as symbolic links.
 
     Args:
-        folder: the image folder.
+        folder: the image folder to draw from.
         count: maximum number of images per class.
         seed: seed of the random choice.
-        place: the directory to write.
+        place: the image folder to write.
 
     Returns:
         `place`.
@@ -98,18 +102,19 @@ def thin(folder, count, seed, place):
 
 
 def run(source, bits, seed, images_of, options, scratch):
-    """Quantize and evaluate a model; the images of a source and a seed are made once and shared by all precisions.
+    """Quantize a model and evaluate it. Calibration images are generated once per source and seed, for all precisions.
 
     Args:
         source: a key of `SOURCES`.
-        bits: the precision.
-        seed: the seed.
-        images_of: artifacts with images by (source, seed); extended by this run.
-        options: the command line.
-        scratch: directory for the artifact.
+        bits: the precision, for example "w4a8".
+        seed: seed of the calibration images and of the quantization.
+        images_of: maps (source, seed) to an artifact that already contains these images; this run adds its own artifact
+            if there is none.
+        options: the parsed command line, with `test_part`, the image folder to evaluate on.
+        scratch: directory in which the artifact is written.
 
     Returns:
-        The figures of the run.
+        One line of the output, as a dictionary: settings, top-1 accuracies (0 to 1), and times in seconds.
     """
     method, synthesis = SOURCES[source]
     made = images_of.get((source, seed))

@@ -15,14 +15,9 @@ from fp8pipe import falqon
 
 
 def main(base: str, text: str, output: str, steps: int = 8, length: int = 32) -> None:
-    """Fine-tune a language model on a text file with FALQON, and write an artifact for `fp8pipe export`.
+    """Train on the file `text`, cut into sequences of `length` tokens, and write the artifact `output`.
 
-    Args:
-        base: the base model: a directory in Hugging Face format, or a hub ID.
-        text: path of a text file; its tokens are cut into sequences of `length`, and a remainder is dropped.
-        output: directory of the artifact; an existing one is replaced.
-        steps: number of optimizer steps.
-        length: tokens per sequence.
+    `base` is a directory in Hugging Face format or a hub ID. An existing `output` is replaced.
     """
     tokenizer = AutoTokenizer.from_pretrained(base)
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)

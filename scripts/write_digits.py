@@ -16,7 +16,7 @@ from fp8pipe.models.vision.samples import digits_split, write_digits
 
 
 def main() -> int:
-    """Run from the command line; prints the folder and the number of images, and returns the exit code."""
+    """Parse the command line, write the images, and print their number; returns the exit code."""
     parser = argparse.ArgumentParser(description="Write scikit-learn's digits as an image folder.")
     parser.add_argument("folder", type=Path, help="a folder that does not exist yet, or is empty")
     parser.add_argument("--part", choices=("held-out", "train"), default="held-out", help="which images")

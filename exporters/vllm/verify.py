@@ -1,7 +1,7 @@
 """Checks for trained language models and their exports to vLLM.
 
-An export is planned again with its own files as the source. So every rule of the linter can be applied to its contents,
-and its config.json and manifest can be compared with those that the plan would write.
+An export is verified by planning it again with its own files as the source. The linter's rules then apply to the files
+as written, and config.json and the manifest can be compared with what the plan would write.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from fp8pipe.models.language.structure import ModelStructure, read_structure
 
 
 def plan_itself(artifact: Artifact) -> ExportPlan:
-    """The plan of an export to vLLM with the export's own files as the source. Raises as `plan_export`."""
+    """Plan an export to vLLM again, with its own files as the source; raises the same errors as `plan_export`."""
     options = VllmExportOptions.model_validate(artifact.manifest.config)
     config = json.loads((artifact.root / CONFIG_NAME).read_text(encoding="utf-8"))
     config.pop("quantization_config", None)
@@ -61,7 +61,13 @@ def plan_itself(artifact: Artifact) -> ExportPlan:
 
 
 def check_vllm(artifact: Artifact, parent: Path | None, notes: list[str]) -> Iterator[Finding]:
-    """Check an export to vLLM, against `parent`, an artifact or model, too if it is given."""
+    """Check an export to vLLM for consistency and, if `parent` is given, against that artifact or model.
+
+    Args:
+        artifact: the export.
+        parent: the artifact or model from which it was made; None if it is not available.
+        notes: not used here; the checks of all targets take it.
+    """
     plan = plan_itself(artifact)
     tensors = plan.source.tensors
     yield from lint_findings(lint(plan))
@@ -102,6 +108,7 @@ def _statements(artifact: Artifact, plan: ExportPlan) -> Iterator[Finding]:
         yield Finding(
             Check.MANIFEST, GENERATION_FILE, f"the manifest says that {EOS} contains {added}, but it does not"
         )
+    # These depend on the source of the export, so they are compared only if the parent is available.
     unknown = frozenset({"quantized_here", "trained_activations", "stop_token_added"})
     yield from compare_details(artifact, details_of(plan), unknown)
 
@@ -133,7 +140,9 @@ def stray_weights(root: Path, tensors: dict[str, TensorEntry], allowed: tuple[st
 
 
 def unexpected_tensors(tensors: dict[str, TensorEntry], structure: ModelStructure) -> Iterator[Finding]:
-    """Findings on adapter tensors in the weights, and on tensors of the architecture that the files lack.
+    """Findings on adapter tensors in the weights, and on tensors that the files lack or hold in another shape.
+
+    Shapes are compared with the architecture's for vectors and scalars only.
 
     Experts that transformers holds as one stacked tensor are skipped, since checkpoints store them under other names.
     """

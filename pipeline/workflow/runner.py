@@ -152,7 +152,7 @@ class WorkflowRunner:
             The record of the run. Failed gates are reported by its verdict, not by an error.
 
         Raises:
-            ConfigurationError: a command rejects its settings; all mistakes are listed before any stage is run.
+            ConfigurationError: another run uses the directory, or a command rejects its settings (all are listed).
             Fp8PipeError: a stage failed for a reason that no verdict covers; the record contains the error, too.
             InterruptedRunError: the user pressed Ctrl-C; running stages have been stopped and can be resumed.
         """
@@ -221,7 +221,7 @@ class WorkflowRunner:
         )  # fmt: skip
 
     def _prepare(self, spec: StageSpec, command: StageCommand, key: str) -> bool:
-        """Delete the unfinished output of a run with another key; returns whether an unfinished run can be resumed."""
+        """Write the stage's key, and delete unfinished output of another key; returns whether some can be resumed."""
         marker, partial = self.state.marker(spec), self.state.partial(spec)
         if partial.is_dir() and not self.state.started_with(spec, key):
             shutil.rmtree(partial)
@@ -234,7 +234,7 @@ class WorkflowRunner:
         if result.code and error is None:
             what = f"the process of the stage {spec.name} died"
             error = {"type": "Died", "exit_code": result.code, "what": what, "why": "", "fix": ""}
-        # A verdict record counts as output even if it is REJECT. An old one was removed; an old manifest is older.
+        # A verdict record, even REJECT, is output: old ones were removed. An old manifest may remain, so compare times.
         manifest, began = output / MANIFEST_NAME, self.state.marker(spec).stat().st_mtime_ns
         anew = manifest.is_file() and manifest.stat().st_mtime_ns >= began
         if anew and said_by_gates(result.code, output):
@@ -243,7 +243,7 @@ class WorkflowRunner:
         return self._described(status, started, result.seconds, result.peak_rss_bytes, error, written)
 
     def _adopted(self, status: StageStatus) -> StageRecord:
-        """A record for a stage whose process finished although its run had died and could not record it."""
+        """The record of a stage that completed, but whose run was killed before it could record the stage."""
         marker = self.state.marker(status.spec).stat().st_mtime
         manifest = (self.state.outputs[status.spec.name] / MANIFEST_NAME).stat().st_mtime
         started = datetime.fromtimestamp(marker, UTC).isoformat(timespec="seconds")
@@ -318,7 +318,7 @@ def _document(path: Path) -> dict[str, Any]:
 
 
 def _content(output: Path, key: str) -> str:
-    """The content digest of a stage's output; empty if that is damaged, which is reported by a failed gate."""
+    """The content digest of a stage's output; empty if the output is damaged, for which `judge` adds a failed gate."""
     try:
         return content_of(output, key)
     except BadArtifactError:

@@ -2,7 +2,8 @@
 
 The middleware, from the outermost to the innermost: telemetry, tracing, CORS, API keys, rate limit, body limits.
 
-Each web page is a single document that loads nothing from other sites, so it works without internet access.
+`page_headers` builds the HTTP headers of the services' web pages. Each page is a single HTML document that loads
+nothing from other sites, so it also works without internet access.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ class Proof:
     """The validation that applies to a service."""
 
     verdict: str  # its verdict; `unvalidated` if no validation applies
-    form: str  # a description of how the engine runs; empty if there is only one way
+    form: str  # the engine settings that the validation covers, as text; empty if the engine has no such settings
     versions: Mapping[str, str]  # versions of the engine's packages
 
 
@@ -52,9 +53,9 @@ def proof_of(artifact: Artifact, config: ServeConfig, versions: Mapping[str, str
 
     Args:
         artifact: the export that is served.
-        config: where the record is, and whether one is required.
+        config: the service's settings, of which `record`, `unvalidated` and the options for signatures are used.
         versions: installed versions of the engine's packages.
-        form: how the engine runs, as described in validation records; empty if there is only one way.
+        form: the engine settings, as text in the form used by validation records; empty if the engine has none.
 
     Raises:
         BadArtifactError: the record is damaged, does not match its signature, or belongs to another export.
@@ -118,6 +119,9 @@ def wrap(
         metrics: the metrics to update.
         lifecycle: the service's state; while it drains, every response has `Connection: close`.
         headers: (name, value) pairs that are added to every response.
+
+    Returns:
+        The wrapped ASGI app. Scopes other than `http` are passed to `app` directly.
     """
     budget = BodyBudget(config.max_total_body_bytes)
     metrics.held_bytes.set_function(lambda: budget.held)
@@ -148,8 +152,16 @@ def serve(
 ) -> int:  # fmt: skip
     """Serve `app` with all middleware until a signal stops it; returns the exit code of the process (0).
 
-    `artifact` is the export that is served, `proof` the result of its validation, and `lifecycle` is shared with the
-    app. After a signal, requests in progress have `drain_s` to finish; by default as long as one request may take.
+    Args:
+        app: the ASGI app.
+        artifact: the export that is served.
+        config: the service's settings.
+        proof: the validation that applies, from `proof_of`.
+        keys: the accepted API keys; None if no key is required.
+        metrics: the metrics to update.
+        lifecycle: the service's state, shared with `app`.
+        drain_s: seconds that requests in progress have to finish after a signal; by default, the longest time that one
+            request may take.
 
     Raises:
         ConfigurationError: the service cannot listen on the address.

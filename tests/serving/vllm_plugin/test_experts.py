@@ -1,18 +1,12 @@
-"""The plugin's emulation of experts whose inputs are rounded: vLLM's own activations, and a refusal of others."""
+"""The plugin's emulation of experts whose inputs are rounded: vLLM's own activations, and a refusal of others at load."""
 
 from __future__ import annotations
 
-import json
-import subprocess
-from pathlib import Path
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 
-from exporters.vllm.environment import find_vllm_python
-from fp8pipe.core.errors import MissingCapabilityError
-from validation.vllm.launcher import in_process
-
-PLUGIN = Path(__file__).resolve().parents[3] / "serving" / "vllm_plugin"
 SCRIPT = """
 import json, torch
 from types import SimpleNamespace
@@ -35,17 +29,8 @@ print(json.dumps(found))
 
 
 @pytest.mark.vllm
-def test_vllms_activations_are_emulated_and_others_refused_at_load() -> None:
-    try:
-        python = find_vllm_python()
-    except MissingCapabilityError as error:
-        pytest.skip(str(error))
-    environment = {**in_process(), "PYTHONPATH": str(PLUGIN), "FP8PIPE_VLLM_ACTIVATIONS": "quant"}
-    done = subprocess.run(
-        [str(python), "-c", SCRIPT], capture_output=True, text=True, env=environment, check=False, timeout=300
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    found = json.loads(done.stdout.splitlines()[-1])
+def test_vllms_activations_are_emulated_and_others_refused_at_load(in_vllm: Callable[..., Any]) -> None:
+    found = in_vllm(SCRIPT, FP8PIPE_VLLM_ACTIVATIONS="quant")
     # Products of three numbers up to 50, in another order of multiplication: a few roundings in fp32.
     assert found["silu"] < 1e-4
     assert found["swigluoai"] < 1e-4

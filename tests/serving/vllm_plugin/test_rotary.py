@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-from pathlib import Path
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 
-from exporters.vllm.environment import find_vllm_python
-from fp8pipe.core.errors import MissingCapabilityError
-from validation.vllm.launcher import in_process
-
-PLUGIN = Path(__file__).resolve().parents[3] / "serving" / "vllm_plugin"
 # Prints the largest difference of each case: whether halves are rotated (Llama) or neighbors (DeepSeek), and whether
 # heads are merged. As in DeepSeek's attention, the queries are a part of wider rows, and the keys have one head.
 SCRIPT = """
@@ -47,17 +41,8 @@ print(json.dumps(found))
 
 
 @pytest.mark.vllm
-def test_heads_may_be_apart_or_merged() -> None:
-    try:
-        python = find_vllm_python()
-    except MissingCapabilityError as error:
-        pytest.skip(str(error))
-    environment = {**in_process(), "PYTHONPATH": str(PLUGIN)}
-    done = subprocess.run(
-        [str(python), "-c", SCRIPT], capture_output=True, text=True, env=environment, check=False, timeout=300
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    found = json.loads(done.stdout.splitlines()[-1])
+def test_heads_may_be_apart_or_merged(in_vllm: Callable[..., Any]) -> None:
+    found = in_vllm(SCRIPT)
     assert len(found) == 4
     # Values below 5 are rotated in fp32, by sines and cosines of fp32 angles below 30.
     assert max(found.values()) < 5 * 30 * 2**-23 * 2, found

@@ -119,8 +119,8 @@ def test_folders_and_globs(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "where", "said"),
     [
-        ("a.gz", gzip.compress(LINES.encode() * 500)[:-20], "after line", "a.gz is damaged"),
-        ("b.gz", gzip.compress(LINES.encode())[:12], "before its first record ends", "b.gz is damaged"),
+        ("a.gz", gzip.compress(LINES.encode() * 500, mtime=0)[:-20], "after line", "a.gz is damaged"),
+        ("b.gz", gzip.compress(LINES.encode(), mtime=0)[:12], "before its first record ends", "b.gz is damaged"),
         ("a.xz", lzma.compress(LINES.encode())[:-30], "before its first record ends", "a.xz is damaged"),
         ("a.json", json.dumps(ROWS, indent=1)[:-30].encode(), "item 3 (line 10)", "not valid JSON"),
         ("b.json", b'[\n{"prompt": "q", "completion": "a"}\n{}]', "line 3", "expected a comma"),
