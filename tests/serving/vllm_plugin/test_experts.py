@@ -1,4 +1,4 @@
-"""The plugin's emulation of experts whose inputs are rounded: vLLM's own activations, and a refusal of others at load."""
+"""The plugin's emulation of experts whose inputs are rounded: activations of vLLM, and others refused."""
 
 from __future__ import annotations
 
