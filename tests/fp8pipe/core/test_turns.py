@@ -5,12 +5,20 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import pytest
 
 from fp8pipe.core.turns import Turns
+
+
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Python's own handler of SIGINT, which it does not install where the shell started it in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def visit(turns: list[Turns], seen: list[tuple[str, int]], name: str, *things: int) -> str:
@@ -49,7 +57,7 @@ def test_a_failure_is_raised_and_nobody_waits_for_ever() -> None:
     assert not any("_body" in thread.name for thread in threading.enumerate())
 
 
-def test_an_interrupt_ends_what_computes_and_what_waits() -> None:
+def test_an_interrupt_ends_what_computes_and_what_waits(interruptible: None) -> None:
     def interrupted() -> str:
         turns[0].need(0)
         os.kill(os.getpid(), signal.SIGINT)  # of the main thread, which waits for this one
