@@ -28,9 +28,11 @@ from fp8pipe.core.machine import free_bytes
 from fp8pipe.core.plan import PhaseMeter, Plan, can_measure, missing_disk, missing_memory
 from fp8pipe.models.checkpoint.sidecars import SERVED_FILES, sidecar_bytes
 from fp8pipe.models.checkpoint.tensors import DTYPES, TensorEntry, TensorHeader, header_entries, shard_names
+from fp8pipe.numerics.blocks import block_grid
 
 _HARDWARE = {
     ExportFormat.FP8: "a GPU of compute capability 8.9 or later, or a CPU with this project's vLLM plugin",
+    ExportFormat.FP8_BLOCK: "a GPU of compute capability 8.9 or later, or a CPU with this project's vLLM plugin",
     ExportFormat.W8A16: "a GPU of compute capability 8.0 or later, or a CPU with this project's vLLM plugin",
     ExportFormat.BF16: "any device vLLM runs on",
 }
@@ -130,8 +132,10 @@ def _some_rows(unit: Unit) -> Unit:
     def cut(header: H) -> H:
         return replace(header, shape=(rows, *header.shape[1:])) if header.shape[:1] == shape[:1] else header
 
-    scale = None if unit.scale is None else cut(unit.scale)
-    return replace(unit, entry=cut(unit.entry), scale=scale, outputs=tuple(map(cut, unit.outputs)))
+    scale, outputs = None if unit.scale is None else cut(unit.scale), [cut(output) for output in unit.outputs]
+    if unit.block is not None:
+        outputs[1] = replace(outputs[1], shape=block_grid(outputs[0].shape, unit.block))
+    return replace(unit, entry=cut(unit.entry), scale=scale, outputs=tuple(outputs))
 
 
 def _made_up(unit: Unit, file: Path) -> Unit:

@@ -129,12 +129,14 @@ def inspect_environment(python: Path) -> VllmEnvironment:
 def subprocess_environment(**more: str) -> dict[str, str]:
     """Environment variables for vLLM's processes.
 
-    They are the current ones, plus defaults that disable telemetry and access to model hubs and set a key/value cache
-    of 1 GiB on CPUs. Variables that the user has set take precedence over these defaults, and `more` over both.
+    They are the current ones, plus defaults that disable telemetry and access to model hubs, set a key/value cache
+    of 1 GiB on CPUs, and switch off DeepGEMM, which rounds weights with a scale per block again to scales that are
+    powers of two. Variables that the user has set take precedence over these defaults, and `more` over both.
     """
     off = dict.fromkeys(("HF_HUB_OFFLINE", "VLLM_NO_USAGE_STATS", "DO_NOT_TRACK"), "1")
     cache = {"VLLM_CPU_KVCACHE_SPACE": "1"}  # GiB
-    env = {**off, **cache, "TOKENIZERS_PARALLELISM": "false", **os.environ, **more}
+    exact = {"VLLM_USE_DEEP_GEMM": "0"}
+    env = {**off, **cache, **exact, "TOKENIZERS_PARALLELISM": "false", **os.environ, **more}
     env.pop("PYTHONPATH", None)  # fp8pipe's own packages must not be visible to vLLM's interpreter
     return env
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from exporters.vllm.kv_cache import cost_gate, kv_scales
 from exporters.vllm.lint import lint, lint_others, lint_structure
 from exporters.vllm.options import ExportFormat, VllmExportOptions
-from exporters.vllm.plan import ENGINE_ACTIVATIONS, Action, ExportPlan, build_plan
+from exporters.vllm.plan import Action, ExportPlan, build_plan
 from exporters.vllm.reopen import reopen
 from exporters.vllm.resume import PROGRESS_NAME, ExportProgress
 from exporters.vllm.source import HUGGING_FACE, open_source
@@ -76,7 +76,7 @@ def export_vllm(source: Path | str, output: Path, options: VllmExportOptions) ->
 
     Args:
         source: a falqon artifact, a lora-merged artifact, or a plain model as `resolve_model` takes it (a Hugging
-            Face directory, a .gguf file, ...; quantized during the export with one scale per row, without
+            Face directory, a .gguf file, ...; quantized during the export with one scale per row or block, without
             calibration data).
         output: directory to create: a Hugging Face checkpoint with a manifest.json beside its files.
         options: format, shard size, engine version, whether to replace an existing output.
@@ -165,8 +165,9 @@ def plan_warnings(plan: ExportPlan) -> list[str]:
     quantized = [unit for unit in plan.units if unit.action is Action.QUANTIZE]
     if quantized:
         warnings.append(
-            f"{len(quantized)} weight(s) were quantized by this export (round to nearest, one scale per row, "
-            f"from {plan.source.kind}); they were not trained in FP8"
+            f"{len(quantized)} weight(s) were quantized by this export (round to nearest, one scale per "
+            f"{'row' if plan.options.format.block is None else 'block'}, from {plan.source.kind}); they were not "
+            "trained in FP8"
         )
     if any(unit.quantized and unit.transposed for unit in plan.units):
         warnings.append(
@@ -178,6 +179,11 @@ def plan_warnings(plan: ExportPlan) -> list[str]:
         warnings.append(
             "experts are stored one by one, as vLLM reads them: transformers would replace them by random ones and say "
             "so only in its log, so it must not be used to load this export"
+        )
+    if plan.options.format.block is not None:
+        warnings.append(
+            "vLLM's DeepGEMM kernels (Hopper and Blackwell GPUs) round weights with a scale per block again, to scales "
+            "that are powers of two: serve with VLLM_USE_DEEP_GEMM=0, as fp8pipe does"
         )
     experts = [unit for unit in plan.units if unit.quantized and plan.structure.is_expert(unit.module)]
     if experts and plan.options.format is ExportFormat.W8A16:
@@ -221,7 +227,7 @@ def details_of(plan: ExportPlan) -> VllmDetails:
         format=plan.options.format.value,
         transposed=[u.entry.name for u in plan.units if u.quantized and u.transposed],
         ignore=list(plan.ignore),
-        activations=ENGINE_ACTIVATIONS if plan.options.format is ExportFormat.FP8 else None,
+        activations=plan.options.format.activations,
         trained_activations=plan.source.trained_activations if plan.source.holds_codes else None,
         quantized_here=plan.options.format.quantized and not plan.source.holds_codes,
         payload_bytes=plan.payload_bytes,
@@ -238,7 +244,7 @@ def _commit(writer: ArtifactWriter, plan: ExportPlan, parent: Parent, digests: d
         config=plan.options.model_dump(mode="json", exclude={"force"}),
         seed=None,
         parents=[parent],
-        number_format=NumberFormat(name="e4m3", granularity="per-channel") if format.quantized else None,
+        number_format=NumberFormat(name="e4m3", granularity=format.weight_granularity) if format.quantized else None,
         runtime={
             "engine": "vllm",
             "vllm": plan.schema.vllm_version,

@@ -21,6 +21,7 @@ from fp8pipe.models.checkpoint.stacks import stack_name
 from fp8pipe.models.checkpoint.tensors import TensorEntry, header_entries, read_tensor
 from fp8pipe.models.checkpoint.values import count_not_finite
 from fp8pipe.models.language.structure import Role
+from fp8pipe.numerics.blocks import block_grid
 from fp8pipe.numerics.grids import E4M3
 
 _ADAPTER_FILE: Final = "adapter.safetensors"
@@ -29,6 +30,7 @@ _ADAPTER_FILE: Final = "adapter.safetensors"
 _IMPLAUSIBLE_AMAX: Final = 1000.0
 _PLAUSIBLE_AMAX: Final = 448.0
 _USE_BF16: Final = "export with --format bf16"
+_USE_ROWS: Final = "export with --format fp8, which has one scale per row"
 _WRITE_AGAIN: Final = "write the artifact again"
 _OTHER_CONFIG: Final = "use the config.json that belongs to these weights"
 _FIXES: Final = {
@@ -42,6 +44,8 @@ _FIXES: Final = {
     "tied-missing": "complete the checkpoint",
     "not-linear": _USE_BF16,
     "dimension-multiple": _USE_BF16,
+    "block-size": _USE_ROWS,
+    "block-scale": _USE_ROWS,
     "fused-group": "quantize all layers of the group or none, or " + _USE_BF16,
     "ignore-incomplete": "add the module to the ignore list",
     "ignore-stale": "remove it from the ignore list",
@@ -83,7 +87,7 @@ def lint_structure(plan: ExportPlan) -> list[Finding]:
     """Findings about names, shapes and the model's structure; reads no tensor."""
     rules = [_scales, _adapter_state, _shapes, _tied_is_stored]
     if plan.options.format.quantized:
-        rules += [_something_quantized, _known_names, _placement, _dimensions, _fused, _ignore, _transposed]
+        rules += [_something_quantized, _known_names, _placement, _dimensions, _blocks, _fused, _ignore, _transposed]
     return [finding for rule in rules for finding in rule(plan)]
 
 
@@ -159,7 +163,8 @@ def _scales(plan: ExportPlan) -> Iterator[Finding]:
         if scale is None:
             yield _found("missing-scale", entry.name, "FP8 codes without weight_scale")
             continue
-        wanted = (1, rows) if unit.transposed and plan.structure.is_expert(unit.module) else (rows, 1)
+        by_row = (1, rows) if unit.transposed and plan.structure.is_expert(unit.module) else (rows, 1)
+        wanted = by_row if unit.block is None else block_grid(entry.shape, unit.block)
         if scale.dtype != "F32" or scale.shape not in {(), (1,), wanted}:
             yield _found("scale-shape", scale.name, f"{scale.dtype} {scale.shape}; expected F32 () or {wanted}")
 
@@ -240,6 +245,34 @@ def _dimensions(plan: ExportPlan) -> Iterator[Finding]:
         if unit.quantized and any(size % DIMENSION_MULTIPLE for size in unit.entry.shape):
             why = f"shape {unit.entry.shape}: FP8 kernels need multiples of {DIMENSION_MULTIPLE}"
             yield _found("dimension-multiple", unit.entry.name, why)
+
+
+def _blocks(plan: ExportPlan) -> Iterator[Finding]:
+    """With a scale per block, both sides must consist of whole blocks, and trained scales must be scales of blocks.
+
+    vLLM quantizes inputs in groups of a block's width, and concatenates the scales of fused layers. An incomplete block
+    of outputs it takes in some layers only.
+    """
+    block = plan.options.format.block
+    if block is None:
+        return
+    for unit in (unit for unit in plan.units if unit.quantized and len(unit.entry.shape) == 2):
+        shape = unit.entry.shape
+        uneven = [str(size) for size, step in zip(shape, block, strict=True) if size % step]
+        if uneven:
+            why = f"shape {shape}: blocks of {block[0]} x {block[1]} do not divide {' and '.join(uneven)}"
+            yield _found("block-size", unit.entry.name, why)
+        if unit.block is None:
+            yield _found("block-scale", unit.entry.name, _why_no_blocks(plan, unit))
+
+
+def _why_no_blocks(plan: ExportPlan, unit: Unit) -> str:
+    if plan.structure.is_expert(unit.module):
+        return "an expert's weight: this project's vLLM plugin takes experts with one scale per row only"
+    if unit.transposed:
+        return f"stored (in, out): vLLM {plan.schema.vllm_version} is not known to load block scales of such weights"
+    shape = None if unit.scale is None else unit.scale.shape
+    return f"its codes have scales of shape {shape}; with a scale per block they would have to be rounded again"
 
 
 def _fused(plan: ExportPlan) -> Iterator[Finding]:

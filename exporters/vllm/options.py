@@ -14,19 +14,24 @@ from typing import Annotated, Any, Final, Literal, Self
 
 from pydantic import Field, model_validator
 
+from fp8pipe.artifact.manifest import Encoding, Granularity, ScaleRule
 from fp8pipe.core.config import CONFIG_ONLY, Flag, FrozenConfig, Size
 from fp8pipe.core.errors import ConfigurationError
+from fp8pipe.numerics.kinds import FP8_BLOCK
 
 
 class ExportFormat(StrEnum):
     """How the linear layers of the export are stored and run.
 
     `fp8`: E4M3 weights, one scale per row, activations quantized per token at run time (W8A8).
-    `w8a16`: the same weights; activations stay in the model's dtype.
+    `fp8-block`: E4M3 weights, one scale per block of 128 x 128, activations quantized at run time with one scale per
+        128 features of a token (the preset FP8_BLOCK of llm-compressor).
+    `w8a16`: the weights of `fp8`; activations stay in the model's dtype.
     `bf16`: no quantization; FP8 weights are dequantized and rounded once to bf16.
     """
 
     FP8 = "fp8"
+    FP8_BLOCK = "fp8-block"
     W8A16 = "w8a16"
     BF16 = "bf16"
 
@@ -34,6 +39,27 @@ class ExportFormat(StrEnum):
     def quantized(self) -> bool:
         """Whether linear weights are stored as FP8 codes."""
         return self is not ExportFormat.BF16
+
+    @property
+    def block(self) -> tuple[int, int] | None:
+        """(rows, columns) of the blocks that share a scale; None without blocks."""
+        return FP8_BLOCK if self is ExportFormat.FP8_BLOCK else None
+
+    @property
+    def weight_granularity(self) -> Literal["per-channel", "per-block"]:
+        """What shares one scale of a quantized weight."""
+        return "per-channel" if self.block is None else "per-block"
+
+    @property
+    def activations(self) -> Encoding | None:
+        """What vLLM does with the inputs of quantized layers; None if they stay in the model's dtype."""
+        granularity: dict[ExportFormat, Granularity] = {
+            ExportFormat.FP8: "per-token", ExportFormat.FP8_BLOCK: "per-block",
+        }  # fmt: skip
+        if self not in granularity:
+            return None
+        rule = ScaleRule.AMAX
+        return Encoding(format="e4m3", bits=8, granularity=granularity[self], scale_rule=rule, dynamic=True)
 
 
 # An FP8 key/value cache as compressed-tensors declares it: one static scale per layer for keys, and one for values.
@@ -47,7 +73,8 @@ class VllmExportOptions(FrozenConfig):
 
     format: ExportFormat = Field(
         default=ExportFormat.FP8,
-        description="fp8 (W8A8, per-row scales), w8a16 (weight-only FP8) or bf16 (dequantized)",
+        description="fp8 (W8A8, per-row scales), fp8-block (W8A8, a scale per block of 128 x 128), w8a16 (weight-only "
+        "FP8, per-row scales) or bf16 (dequantized)",
     )
     kv_cache: Annotated[Literal["fp8"] | None, Flag(default="the compute dtype")] = Field(
         default=None, description="How engines store keys and values; fp8: E4M3 with calibrated scales"
@@ -64,7 +91,7 @@ class VllmExportOptions(FrozenConfig):
     @model_validator(mode="after")
     def _declared(self) -> Self:
         if self.kv_cache is not None and not self.format.quantized:
-            raise ValueError("kv_cache is declared beside FP8 weights: choose format fp8 or w8a16")
+            raise ValueError("kv_cache is declared beside FP8 weights: choose format fp8, fp8-block or w8a16")
         return self
 
 
@@ -132,12 +159,15 @@ def quantization_config(
     if not export_format.quantized:
         return None
     float8 = {"num_bits": 8, "type": "float", "symmetric": True}
-    group: dict[str, object] = {"targets": ["Linear"], "weights": {**float8, "strategy": "channel", "dynamic": False}}
-    if export_format is ExportFormat.FP8:
-        group["input_activations"] = {**float8, "strategy": "token", "dynamic": True}
+    block = export_format.block
+    shared = {"strategy": "channel"} if block is None else {"strategy": "block", "block_structure": list(block)}
+    group: dict[str, object] = {"targets": ["Linear"], "weights": {**float8, **shared, "dynamic": False}}
+    if export_format.activations is not None:
+        inputs = {"strategy": "token"} if block is None else {"strategy": "group", "group_size": block[1]}
+        group["input_activations"] = {**float8, **inputs, "dynamic": True}
     return {
         "quant_method": "compressed-tensors",
-        "format": "float-quantized" if export_format is ExportFormat.FP8 else "naive-quantized",
+        "format": "naive-quantized" if export_format is ExportFormat.W8A16 else "float-quantized",
         "quantization_status": "compressed",
         "config_groups": {"group_0": group},
         "ignore": list(ignore),

@@ -23,18 +23,17 @@ from fp8pipe.models.checkpoint.stacks import join_entries
 from fp8pipe.models.checkpoint.tensors import PLAIN_FLOATS, SCALE_SUFFIX, TensorEntry, TensorHeader, is_scale
 from fp8pipe.models.language.ending import Ending
 from fp8pipe.models.language.structure import ModelStructure, Role
+from fp8pipe.numerics.blocks import block_grid
 
 # FP8 GEMM kernels (cuBLASLt, CUTLASS) require K and N to be multiples of 16.
 DIMENSION_MULTIPLE = 16
-# What vLLM does with the inputs of an FP8 layer whose activations are declared as dynamic, per token.
-ENGINE_ACTIVATIONS = Encoding(format="e4m3", bits=8, granularity="per-token", scale_rule=ScaleRule.AMAX, dynamic=True)
 
 
 class Action(StrEnum):
     """How a source tensor is converted."""
 
     COPY = "copy"  # bytes unchanged
-    CODES = "codes"  # FP8 codes unchanged, scale repeated to one per row
+    CODES = "codes"  # FP8 codes unchanged, scale repeated to one per row or block
     QUANTIZE = "quantize"  # quantized to FP8 during the export
     DEQUANTIZE = "dequantize"  # FP8 codes -> bf16
     CAST = "cast"  # other floats -> bf16
@@ -53,6 +52,8 @@ class Unit:
         module: the module that the tensor belongs to, as named in the transformers model; None if there is none.
         transposed: whether the weight is stored as `(in, out)`.
         name: the tensor's name in the transformers model, which may differ from its name in the checkpoint.
+        block: (rows, columns) of the blocks that share a scale in the export; None for one scale per row, and for
+            tensors that are not quantized.
     """
 
     entry: TensorEntry
@@ -62,6 +63,7 @@ class Unit:
     module: str | None
     transposed: bool
     name: str = ""
+    block: tuple[int, int] | None = None
 
     @property
     def quantized(self) -> bool:
@@ -238,11 +240,15 @@ class _Planner:
         coded = action in {Action.CODES, Action.QUANTIZE} and len(entry.shape) == 2
         dtype = "F8_E4M3" if coded else "BF16" if action in {Action.DEQUANTIZE, Action.CAST} else entry.dtype
         outputs = [] if action is Action.DROP else [TensorHeader(entry.name, dtype, entry.shape)]
+        # Without blocks where there cannot be any: the linter refuses these weights (`block-scale`).
+        fits = coded and not transposed and not self.structure.is_expert(module)
+        block = self.format.block if fits and _takes_blocks(entry, scale, self.format) else None
         if coded:
             rows = entry.shape[1 if transposed else 0]
-            shape = (1, rows) if transposed and self.structure.is_expert(module) else (rows, 1)
+            by_row = (1, rows) if transposed and self.structure.is_expert(module) else (rows, 1)
+            shape = by_row if block is None else block_grid(entry.shape, block)
             outputs.append(TensorHeader(entry.name + SCALE_SUFFIX, "F32", shape))
-        return Unit(entry, scale, action, tuple(outputs), module, transposed, known.name)
+        return Unit(entry, scale, action, tuple(outputs), module, transposed, known.name, block)
 
     def _action(self, entry: TensorEntry, name: str, module: str | None, role: Role | None) -> Action:
         # How a tensor is converted, by its dtype, the export's format, and its role in the model.
@@ -266,9 +272,14 @@ class _Planner:
             return LayerRecord(name=self.spelt.get(module, module), reason=reason, shape=shape)
         before = self.source.encoding_of(self.spelt.get(module, module))
         rule = ScaleRule.AMAX if before is None else before.scale_rule
-        weight = Encoding(format="e4m3", bits=8, granularity="per-channel", scale_rule=rule)
-        activation = ENGINE_ACTIVATIONS if self.format is ExportFormat.FP8 else None
+        weight = Encoding(format="e4m3", bits=8, granularity=self.format.weight_granularity, scale_rule=rule)
+        activation = self.format.activations
         return LayerRecord(name=self.spelt.get(module, module), shape=shape, weight=weight, activation=activation)
+
+
+def _takes_blocks(entry: TensorEntry, scale: TensorEntry | None, form: ExportFormat) -> bool:
+    """Whether the source's scale is one per tensor or per block; float weights, which have none, take blocks too."""
+    return scale is None or form.block is None or scale.shape in {(), (1,), block_grid(entry.shape, form.block)}
 
 
 def _shards(units: list[Unit], max_bytes: int) -> tuple[tuple[Unit, ...], ...]:

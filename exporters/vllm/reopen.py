@@ -26,6 +26,7 @@ from torch import Tensor
 
 from exporters.vllm.blocks import blocks_of, by_unit, scale_of
 from exporters.vllm.kv_cache import is_kv_scale, scales_gate
+from exporters.vllm.options import ExportFormat
 from exporters.vllm.plan import Action, ExportPlan, Unit
 from exporters.vllm.resume import PROGRESS_NAME
 from exporters.vllm.target import KIND, VllmDetails
@@ -44,13 +45,14 @@ from fp8pipe.models.checkpoint.tensors import (
 )
 from fp8pipe.models.language.ending import EOS, GENERATION_FILE
 from fp8pipe.models.language.structure import build_model
+from fp8pipe.numerics.blocks import dequantize_blocks
 from fp8pipe.numerics.grids import dequantize_weight, same_bits
 from fp8pipe.numerics.plain import dequantize_plain, quantize_plain, round_bf16, row_errors, squares
 from fp8pipe.report.card import CARD_FILE
 
 # Half a unit in the last place, relative: E4M3 has 3 explicit mantissa bits, bf16 has 7. The E4M3 bound holds
-# for a row's norm because its amax sits at 448, where the grid's absolute floor of 2^-10 is negligible; 0.1 %
-# covers the fp32 rounding of the norm and of `code * scale`.
+# for the norm of all elements that share a scale, a row or a block, because their amax sits at 448, where the grid's
+# absolute floor of 2^-10 is negligible; 0.1 % covers the fp32 rounding of the norm and of `code * scale`.
 E4M3_ERROR_BOUND = 2.0**-4 * 1.001
 BF16_ERROR_BOUND = 2.0**-8 * 1.001
 # Files of the artifact itself (`.lock`, and the progress during writing), and files that hubs add.
@@ -63,7 +65,7 @@ class _Comparison:
 
     weights: list[str] = field(default_factory=list)  # names of weights whose values differ
     copies: list[str] = field(default_factory=list)  # names of copied tensors whose bytes differ
-    e4m3_error: float = 0.0  # largest relative error of a row that was rounded to E4M3
+    e4m3_error: float = 0.0  # largest relative error of a row or block that was rounded to E4M3
     bf16_error: float = 0.0  # largest relative error of a tensor that was rounded to bf16
     counts: Counter[Action] = field(default_factory=Counter)  # number of compared tensors by action
 
@@ -73,7 +75,7 @@ class _Block:
     """The result of comparing one block of rows."""
 
     same: bool  # whether the written values are bit-identical to the expected ones
-    row_error: float = 0.0  # the largest relative error of a row, for weights rounded to E4M3
+    row_error: float = 0.0  # the largest relative error of a row, or of a block, for weights rounded to E4M3
     squares: tuple[float, float] = (0.0, 0.0)  # sums of squares of errors and of values, for weights rounded to bf16
 
 
@@ -111,7 +113,7 @@ def reopen(
         for unit, blocks in by_unit(shard, lambda unit, rows: _compare(unit, rows, written)):
             _add(found, unit, blocks)
             advance()
-    gates += _weight_gates(found)
+    gates += _weight_gates(plan, found)
     size, detail = (
         sum(entry.size_bytes for entry in written.values()),
         "tensor data written, bytes; must equal the plan",
@@ -154,12 +156,14 @@ def _source(unit: Unit, rows: range) -> tuple[Tensor, Tensor | None]:
 
 
 def _values(unit: Unit, original: Tensor, scale: Tensor | None) -> Tensor:
-    return original.float() if scale is None else dequantize_plain(original, scale, transposed=unit.transposed)
+    if scale is None:
+        return original.float()
+    return dequantize_plain(original, scale, transposed=unit.transposed, block=unit.block)
 
 
 def _expected(unit: Unit, original: Tensor, scale: Tensor | None) -> Tensor:
     if unit.action is Action.QUANTIZE:
-        return quantize_plain(original, transposed=unit.transposed)
+        return quantize_plain(original, transposed=unit.transposed, block=unit.block)
     if unit.action is Action.COPY and scale is None:
         return original.float() if original.is_floating_point() else original
     values = _values(unit, original, scale)
@@ -172,17 +176,13 @@ def _compare(unit: Unit, rows: range, written: dict[str, TensorEntry]) -> _Block
     original, scale = _source(unit, rows)
     if unit.action is Action.COPY:
         return _Block(same_bits(exported, original))
-    values = (
-        exported.float()
-        if not unit.quantized
-        else dequantize_plain(exported, scale_of(written[unit.outputs[1].name], unit, rows), transposed=unit.transposed)
-    )
+    values = _values(unit, exported, scale_of(written[unit.outputs[1].name], unit, rows) if unit.quantized else None)
     same = same_bits(values, _expected(unit, original, scale))
     if unit.action is Action.CODES:
         return _Block(same)
     true = _values(unit, original, scale)
     if unit.action is Action.QUANTIZE:
-        return _Block(same, row_error=row_errors(values, true, transposed=unit.transposed))
+        return _Block(same, row_error=row_errors(values, true, transposed=unit.transposed, block=unit.block))
     return _Block(same, squares=squares(values, true))
 
 
@@ -203,7 +203,7 @@ def _larger(a: float, b: float) -> float:
     return b if b != b or b > a else a
 
 
-def _weight_gates(found: _Comparison) -> list[Gate]:
+def _weight_gates(plan: ExportPlan, found: _Comparison) -> list[Gate]:
     count = found.counts
     fresh, rounded = count[Action.QUANTIZE], count[Action.DEQUANTIZE] + count[Action.CAST]
     how = (
@@ -216,7 +216,8 @@ def _weight_gates(found: _Comparison) -> list[Gate]:
         _none("copied-tensors-identical", found.copies, f"{count[Action.COPY]} tensor(s), byte for byte"),
     ]
     if fresh:
-        gates.append(_at_most("e4m3-rounding-error", found.e4m3_error, E4M3_ERROR_BOUND, "worst row, relative norm"))
+        detail = f"worst {'block' if plan.options.format.block else 'row'}, relative norm"
+        gates.append(_at_most("e4m3-rounding-error", found.e4m3_error, E4M3_ERROR_BOUND, detail))
     if rounded:
         gates.append(_at_most("bf16-rounding-error", found.bf16_error, BF16_ERROR_BOUND, "worst tensor, relative norm"))
     return gates
@@ -312,14 +313,19 @@ def iter_weights(export: Path) -> Iterator[tuple[str, Tensor]]:
         BadArtifactError: not a finished vllm-export, or damaged.
     """
     artifact = open_artifact(export, kind=KIND, verify=False)
-    transposed = set(artifact.manifest.details_of(VllmDetails).transposed)
+    details = artifact.manifest.details_of(VllmDetails)
+    transposed, block = set(details.transposed), ExportFormat(details.format).block
     entries = weight_entries(Path(export))
     for name, entry in entries.items():
         if is_scale(name, entries) or is_kv_scale(name):
             continue
         tensor, scale = read_tensor(entry), entries.get(name + SCALE_SUFFIX)
         if scale is not None:
-            yield name, dequantize_weight(tensor, read_tensor(scale), transposed=name in transposed)
+            factor = read_tensor(scale)
+            yield name, (
+                dequantize_weight(tensor, factor, transposed=name in transposed) if block is None
+                else dequantize_blocks(tensor, factor, block)
+            )  # fmt: skip
         else:
             yield name, tensor.float() if tensor.is_floating_point() else tensor.clone()
 

@@ -101,8 +101,9 @@ def _statements(artifact: Artifact, plan: ExportPlan) -> Iterator[Finding]:
     yield from compare_layers(manifest, plan.layers)
     stored = manifest.number_format
     stated = None if stored is None else (stored.name, stored.granularity)
-    if stated != (("e4m3", "per-channel") if plan.options.format.quantized else None):
-        yield Finding(Check.MANIFEST, "number_format", f"{stated}; the files hold {plan.options.format}")
+    form = plan.options.format
+    if stated != (("e4m3", form.weight_granularity) if form.quantized else None):
+        yield Finding(Check.MANIFEST, "number_format", f"{stated}; the files hold {form}")
     added = manifest.details_of(VllmDetails).stop_token_added
     if added is not None and added not in stop_tokens(artifact.root):
         yield Finding(

@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from exporters.vllm.blocks import by_unit, scale_of
+from exporters.vllm.blocks import block_rows, by_unit, scale_of
 from exporters.vllm.lint import count_bad, value_findings
 from exporters.vllm.options import ExportFormat, quantization_config
 from exporters.vllm.plan import Action, ExportPlan, Unit
@@ -34,6 +34,7 @@ from fp8pipe.models.checkpoint.rows import read_rows
 from fp8pipe.models.checkpoint.sidecars import SERVED_FILES, copy_sidecars, sidecar_files
 from fp8pipe.models.checkpoint.tensors import DTYPES, TensorEntry, TensorHeader, shard_names, write_index
 from fp8pipe.models.language.ending import GENERATION_FILE
+from fp8pipe.numerics.blocks import block_scale, quantize_blocks
 from fp8pipe.numerics.grids import channel_scale, dequantize_weight, quantize_weight, to_bf16
 
 CONFIG_NAME = "config.json"
@@ -143,32 +144,47 @@ def _layout(outputs: Sequence[TensorHeader]) -> tuple[bytes, dict[str, int]]:
     return text + b" " * (-len(text) % 8), offsets
 
 
-def _produce(unit: Unit, rows: range, block: Tensor) -> list[tuple[TensorHeader, int, Tensor]]:
-    """Convert a block of a unit's rows; returns header, byte offset within the tensor, and values of each output.
+def _produce(unit: Unit, rows: range, values: Tensor) -> list[tuple[TensorHeader, int, Tensor]]:
+    """Convert some of a unit's rows; returns header, byte offset within the tensor, and values of each output.
 
     Raises:
         ValueError: the values have a different shape than planned (a bug in this exporter).
     """
     if unit.action is Action.QUANTIZE:
-        tensors = list(quantize_weight(block, transposed=unit.transposed))
+        tensors = list(_quantized(unit, values))
     elif unit.action is Action.CODES:
-        count = unit.entry.shape[1] if unit.transposed else len(rows)
-        tensors = [block, channel_scale(scale_of(_scale(unit), unit, rows), count)]
+        tensors = [values, _repeated(unit, rows, scale_of(_scale(unit), unit, rows))]
     elif unit.action is Action.DEQUANTIZE:
         scale = scale_of(_scale(unit), unit, rows)
-        tensors = [to_bf16(dequantize_weight(block, scale, transposed=unit.transposed))]
+        tensors = [to_bf16(dequantize_weight(values, scale, transposed=unit.transposed))]
     else:
-        tensors = [to_bf16(block) if unit.action is Action.CAST else block]
+        tensors = [to_bf16(values) if unit.action is Action.CAST else values]
     produced = []
     for output, tensor in zip(unit.outputs, tensors, strict=True):
-        row, length = (output.shape[1:], len(rows)) if output.shape else ((), 1)
-        if unit.transposed and output is not unit.outputs[0]:
+        is_scale = output is not unit.outputs[0]
+        here = block_rows(rows, unit.block) if is_scale and unit.block is not None else rows
+        row, length = (output.shape[1:], len(here)) if output.shape else ((), 1)
+        if unit.transposed and is_scale:
             length, tensor = output.shape[0], tensor.reshape(output.shape)  # of an expert: (1, out)
         if tuple(tensor.shape) != ((length, *row) if output.shape else ()):
             raise ValueError(f"{output.name}: planned {output.shape}, rows {rows} came out as {tuple(tensor.shape)}")
-        place = rows.start * math.prod(row) * DTYPES[output.dtype].itemsize
+        place = here.start * math.prod(row) * DTYPES[output.dtype].itemsize
         produced.append((output, place, tensor))
     return produced
+
+
+def _quantized(unit: Unit, values: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes and scales of some of a unit's rows, rounded by this export."""
+    if unit.block is not None:
+        return quantize_blocks(values, unit.block)
+    return quantize_weight(values, transposed=unit.transposed)
+
+
+def _repeated(unit: Unit, rows: range, scale: Tensor) -> Tensor:
+    """The source's scale, repeated for each row or each block of some of a unit's rows."""
+    if unit.block is not None:
+        return block_scale(scale, (len(rows), unit.entry.shape[1]), unit.block)
+    return channel_scale(scale, unit.entry.shape[1] if unit.transposed else len(rows))
 
 
 def _scale(unit: Unit) -> TensorEntry:

@@ -148,7 +148,8 @@ class NumberFormat(FrozenConfig):
 
     name: str = Field(description="the grid, for instance 'e4m3'")
     granularity: Literal["per-tensor", "per-channel", "per-block"] = Field(
-        description="one scale per tensor, per row, or per block of a row beside one per tensor (their product)"
+        description="one scale per tensor, per row, or per block; for nvfp4 per block of a row beside one per tensor "
+        "(their product)"
     )
     scale_direction: Literal["dequantized = code * scale"] = Field(
         default="dequantized = code * scale", description="the only direction an artifact may hold"

@@ -9,6 +9,9 @@ from typing import Final, Literal
 
 from fp8pipe.core.errors import ConfigurationError
 
+# (rows, columns) of the blocks that share a scale in FP8 checkpoints; vLLM's kernels take no other size.
+FP8_BLOCK: Final = (128, 128)
+
 
 class ScaleRule(StrEnum):
     """How FP8 scales are derived from the largest magnitude (amax), see `grids`.

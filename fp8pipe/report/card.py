@@ -148,7 +148,8 @@ class _Card:
         if vit is not None:
             rows.append(("calibration images", f"{vit.images}, {vit.image_method}"))
         if self.made is None:
-            rows.append(("method", "rounded to nearest by the export, one scale per row, without calibration"))
+            shared = "block of 128 x 128" if self.format == "fp8-block" else "row"
+            rows.append(("method", f"rounded to nearest by the export, one scale per {shared}, without calibration"))
         seed = self.made.seed if self.made else None
         return rows + ([("seed", str(seed))] if seed is not None else []) + [("export format", self.format)]
 

@@ -1,6 +1,7 @@
 """A run's directory with one artifact of every kind, of tiny models; and making hashes right again.
 
-Language: `model` (falqon) with its exports `vllm` (two shards), `modelopt` and `decoder`. Vision: `vit` with `onnx`,
+Language: `model` (falqon) with its exports `vllm` (two shards), `modelopt` and `decoder`; `wide` (falqon) with its
+export `blocks`, in which blocks of a weight share a scale. Vision: `vit` with `onnx`,
 `trt` and its engine. Beside them a validation record and `run.json`.
 """
 
@@ -23,7 +24,7 @@ from exporters.tensorrt.language.export import export_language
 from exporters.tensorrt.language.target import LanguageExportOptions
 from exporters.tensorrt.target import TrtExportOptions
 from exporters.vllm.export import export_vllm
-from exporters.vllm.options import VllmExportOptions
+from exporters.vllm.options import ExportFormat, VllmExportOptions
 from fp8pipe.artifact import (
     CHECKSUM_NAME,
     MANIFEST_NAME,
@@ -44,7 +45,7 @@ STAGES = ("model", "vllm", "modelopt", "decoder", "vit", "onnx", "trt")
 
 
 def write_language(root: Path, model: Path, even_model: Path, text: Path) -> None:
-    """`model` and its exports.
+    """`model` and its exports, and `wide` with its export `blocks`, whose scales are per block.
 
     Args:
         root: the run's directory.
@@ -54,9 +55,16 @@ def write_language(root: Path, model: Path, even_model: Path, text: Path) -> Non
     """
     import shutil
 
+    from tiny_checkpoints import make_model, write_plain
+    from trained_exports import write_trained
+
     shutil.copytree(model, root / "model")
     shutil.copytree(even_model, root / "even")
     export_vllm(root / "model", root / "vllm", VllmExportOptions(max_shard_bytes=60_000))
+    plain = write_plain(root / "plain", make_model())  # its sides are whole blocks
+    blocks = VllmExportOptions(format=ExportFormat.FP8_BLOCK)
+    export_vllm(write_trained(root / "wide", plain), root / "blocks", blocks)
+    shutil.rmtree(plain)
     options = {"calibration_data": str(text)}
     export_checkpoint(root / "even", root / "modelopt", build_config(ModeloptExportOptions, options))
     options |= {"compute_capabilities": ["8.9"], "sequence": [1, 8, 32], "builder": "none", "require": False}

@@ -9,6 +9,7 @@ if __name__ == "__main__":
     sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[2])]
 
 from fault_case import Fault
+from faults_blocks import BLOCK_FAULTS
 from faults_language import LANGUAGE_FAULTS
 from faults_vision import VISION_FAULTS
 
@@ -16,7 +17,7 @@ from fp8pipe.artifact.finding import Check
 
 __all__ = ["FAULTS", "PAGE", "page"]
 
-FAULTS: tuple[Fault, ...] = (*LANGUAGE_FAULTS, *VISION_FAULTS)
+FAULTS: tuple[Fault, ...] = (*LANGUAGE_FAULTS, *BLOCK_FAULTS, *VISION_FAULTS)
 PAGE = Path(__file__).parents[2] / "docs" / "faults.md"
 CHECKS = {
     Check.CHECKSUM: "a record's bytes against its checksum",

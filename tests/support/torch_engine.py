@@ -92,7 +92,14 @@ def _weights(root: Path) -> dict[str, Tensor]:
     """What the files stand for, fp32."""
     stored = {name: value for file in root.glob("*.safetensors") for name, value in load_file(file).items()}
     scales = {name: stored.pop(name) for name in [n for n in stored if n.endswith(".weight_scale")]}
-    return {name: value.float() * scales.get(f"{name}_scale", torch.tensor(1.0)) for name, value in stored.items()}
+    return {name: value.float() * _spread(value, scales.get(f"{name}_scale")) for name, value in stored.items()}
+
+
+def _spread(weight: Tensor, scale: Tensor | None) -> Tensor:
+    """The scale of each row, or of each element where blocks of 128 x 128 share one."""
+    if scale is None or scale.ndim < 2 or scale.shape == (weight.shape[0], 1):
+        return torch.tensor(1.0) if scale is None else scale
+    return torch.kron(scale, torch.ones(128, 128))
 
 
 @torch.inference_mode()

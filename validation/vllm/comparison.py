@@ -24,7 +24,8 @@ from fp8pipe.core.machine import available_bytes
 from fp8pipe.core.progress import track
 from validation.contents import contents_gate
 from validation.record import heading
-from validation.vllm.expected import ExpectedWeights, Holding, weight_report
+from validation.vllm.expected import ExpectedWeights, weight_report
+from validation.vllm.held import Holding
 from validation.vllm.kernel_report import KernelReport, kernel_report
 from validation.vllm.kv_cache import cache_scales, scales_of, without_fp8_cache
 from validation.vllm.launcher import PARITY_ARGUMENTS, ProbeJob, in_process, run_probe
@@ -209,8 +210,7 @@ def _questions(case: Case) -> _Questions:
     last = [] if picture is None else [picture]
     prompt_ids += [question.prompt_ids for question in last]
     length = _context_length(case.source, max(map(len, [*sequences, *prompt_ids])) + case.max_tokens)
-    prompts = [*case.prompts, *(question.prompt for question in last)]
-    return _Questions(chat, prompts, prompt_ids, sequences, length, picture)
+    return _Questions(chat, [*case.prompts, *(one.prompt for one in last)], prompt_ids, sequences, length, picture)
 
 
 def _context_length(source: Path, needed: int) -> int:
@@ -275,7 +275,7 @@ def _against_torch(
         first = _judged(asked, exact, behind[0], TIE_NATS)
     kernels = _kernels(case, expected, served)
     wide = [expected.module(name) for name in expected.quantized if case.holding.codes and not kernels.packed]
-    reference.take_form(case.holding.dtype, map(expected.module, _rounded(case, expected)), wide)
+    reference.take_form(case.holding.dtype, map(expected.module, _rounded(case, expected)), wide, expected.group)
     if (scales := cache_scales(case.form, scales_of(case.artifact, case.plan))) is not None:
         reference.round_cache(scales, toward_zero=case.environment.on_cpu)
     form = reference.logprobs([Text.of(ids) for ids in asked.sequences])
@@ -330,8 +330,8 @@ def _rounded(case: Case, expected: ExpectedWeights) -> list[str]:
 
 
 def _kernels(case: Case, expected: ExpectedWeights, served: _Run) -> KernelReport:
-    layers = served.result["layers"]
-    return kernel_report(layers, expected.quantized, _rounded(case, expected), codes=case.holding.codes)
+    rounded, codes = _rounded(case, expected), case.holding.codes
+    return kernel_report(served.result["layers"], expected.quantized, rounded, codes=codes)
 
 
 def _concluded(case: Case, gates: list[Gate], **found: Any) -> ValidationRecord:

@@ -7,13 +7,12 @@ read from the export itself, which proves only that the engine reads the files c
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Literal
 
 import torch
 from safetensors.torch import load_file
@@ -21,7 +20,7 @@ from torch import Tensor
 
 from exporters.vllm.export import plan_export
 from exporters.vllm.kv_cache import is_kv_scale
-from exporters.vllm.options import VllmExportOptions
+from exporters.vllm.options import ExportFormat, VllmExportOptions
 from exporters.vllm.plan import Action, ExportPlan, Unit
 from exporters.vllm.reopen import BF16_ERROR_BOUND, E4M3_ERROR_BOUND, expected_blocks, source_values
 from exporters.vllm.target import VllmDetails
@@ -32,100 +31,10 @@ from fp8pipe.models.checkpoint.stacks import ExpertEntry, split_stacks
 from fp8pipe.models.checkpoint.tensors import SCALE_SUFFIX, is_scale, read_tensor, weight_entries
 from fp8pipe.models.language.parts import StoredWeights
 from fp8pipe.models.language.structure import ModelStructure, read_structure
-from fp8pipe.numerics.grids import same_bits
-from fp8pipe.numerics.plain import grid_numbers, row_errors
+from fp8pipe.numerics.blocks import block_grid
+from fp8pipe.numerics.plain import block_scales_plain, row_errors
+from validation.vllm.held import Expected, Holding
 from validation.vllm.record import WeightReport
-
-_PIECE: Final = 1 << 20  # elements that are processed together
-
-
-@dataclass(frozen=True, slots=True)
-class Holding:
-    """How an engine stores weights.
-
-    Attributes:
-        dtype: the compute dtype; unquantized and dequantized weights are rounded to it once.
-        codes: whether quantized weights are stored as codes and scales, or dequantized.
-    """
-
-    dtype: torch.dtype
-    codes: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Expected:
-    """One tensor with its expected value.
-
-    Attributes:
-        name: name in the checkpoint.
-        value: fp32, in the stored orientation.
-        scale: fp32, dequantized = code * scale, broadcastable to `value`; None for unquantized tensors.
-        transposed: whether it is stored as `(in, out)`; the engine has `(out, in)`.
-        products: for codes, the digests of the values that a GEMM with one-hot inputs may return for this weight.
-        scale_shape: shape of the stored scales; engines have `(1, rows)` if they are stored so, else `(rows, 1)`.
-        wide: whether engines keep it in fp32 whatever their dtype: a scale of the key/value cache.
-    """
-
-    name: str
-    value: Tensor
-    scale: Tensor | None
-    transposed: bool
-    products: tuple[str, ...] = ()
-    scale_shape: tuple[int, ...] | None = None
-    wide: bool = False
-
-    def held(self, holding: Holding) -> list[Expected]:
-        """The tensors that an engine stores for it: the weight rounded once, or FP8 codes and one scale per row.
-
-        Values are fp32, also those of codes and of rounded weights.
-        """
-        if self.wide:
-            return [self]
-        if self.scale is None or not holding.codes:
-            return [replace(self, value=_rounded(self.value, holding.dtype))]
-        codes = grid_numbers(self.value / self.scale)
-        rows = codes.shape[1 if self.transposed else 0]
-        # Kernels with packed codes multiply by the scale in fp32, or by the scale rounded to their dtype.
-        scales = (self.scale, self.scale.to(holding.dtype).float())
-        products = tuple(dict.fromkeys(_unsigned((codes * scale).to(holding.dtype).float()) for scale in scales))
-        shape = (1, rows) if self.scale_shape == (1, rows) else (rows, 1)
-        scale = self.scale.reshape(-1, 1).expand(rows, 1).reshape(shape).contiguous()
-        return [
-            replace(self, value=codes, scale=torch.ones(()), products=products),
-            Expected(self.name + SCALE_SUFFIX, scale, None, False),
-        ]
-
-    def digests(self) -> dict[str, Any]:
-        """Shape, orientation, sha256 of the fp32 bytes, and sha256 of the same with every -0 replaced by +0."""
-        value = self.value.contiguous()
-        found: dict[str, Any] = {
-            "shape": list(value.shape),
-            "transposed": self.transposed,
-            "quantized": self.scale is not None,
-            "sha256": hashlib.sha256(value.numpy().data).hexdigest(),
-            "sha256_unsigned_zero": _unsigned(value),
-        }
-        return found | ({"products": list(self.products)} if self.products else {})
-
-
-def _unsigned(value: Tensor) -> str:
-    """sha256 of the bytes with every -0 replaced by +0."""
-    found = hashlib.sha256()
-    for part in _pieces(value):
-        found.update((part + 0.0).numpy().data)
-    return found.hexdigest()
-
-
-def _rounded(value: Tensor, dtype: torch.dtype) -> Tensor:
-    """Rounded to a dtype, as fp32; the tensor itself if that changes no bit, since a copy may have gigabytes."""
-    if all(same_bits(part, part.to(dtype).float()) for part in _pieces(value)):
-        return value
-    return value.to(dtype).float()
-
-
-def _pieces(value: Tensor) -> Iterable[Tensor]:
-    pieces: tuple[Tensor, ...] = value.reshape(-1).split(_PIECE)
-    return pieces
 
 
 class ExpectedWeights:
@@ -142,7 +51,8 @@ class ExpectedWeights:
     def __init__(self, export: Artifact, plan: ExportPlan | None) -> None:
         self.export, self.plan = export, plan
         self.entries = weight_entries(export.root)
-        self.transposed = set(export.manifest.details_of(VllmDetails).transposed)
+        details = export.manifest.details_of(VllmDetails)
+        self.transposed, self.block = set(details.transposed), ExportFormat(details.format).block
         self.units: dict[str, Unit] = {} if plan is None else {unit.outputs[0].name: unit for unit in plan.units}
         self.names = [*self.units, *self.kv_scales] if plan is not None else [
             name for name in self.entries if not is_scale(name, self.entries)
@@ -159,7 +69,7 @@ class ExpectedWeights:
         value = StoredWeights({name: unit.entry}, lambda _: expected_blocks(unit)).read(name).float()
         stored = unit.outputs[1] if len(unit.outputs) > 1 else unit.scale
         shape = None if stored is None else stored.shape
-        return Expected(name, value, _scale_of(unit, value), unit.transposed, scale_shape=shape)
+        return Expected(name, value, _scale_of(unit), unit.transposed, scale_shape=shape, block=unit.block)
 
     def read_held(self, name: str, holding: Holding) -> Expected:
         """The expected tensor that an engine stores under this name: a weight, its codes, or its scales."""
@@ -189,8 +99,13 @@ class ExpectedWeights:
         """Where the expected values come from."""
         return "source" if self.units else "export"
 
+    @property
+    def group(self) -> int | None:
+        """Number of neighbouring features of a quantized input that share a scale; None for one scale per token."""
+        return None if self.block is None else self.block[1]
+
     def row_error(self, name: str, value: Tensor) -> float:
-        """Largest rounding error of a row of `value`, relative to its bound.
+        """Largest rounding error of a row or block of `value`, relative to its bound.
 
         The error is measured against the source's floats; 0 for tensors that the export copies without rounding.
         """
@@ -198,7 +113,7 @@ class ExpectedWeights:
         if unit is None or unit.action in {Action.COPY, Action.CODES}:
             return 0.0
         bound = E4M3_ERROR_BOUND if unit.action is Action.QUANTIZE else BF16_ERROR_BOUND
-        return row_errors(value, source_values(unit), transposed=unit.transposed) / bound
+        return row_errors(value, source_values(unit), transposed=unit.transposed, block=unit.block) / bound
 
     def is_discarded(self, name: str) -> bool:
         """Whether the architecture ignores this tensor of the checkpoint (for example GPT-2's stored causal mask)."""
@@ -226,21 +141,27 @@ class ExpectedWeights:
     def _unit(self, name: str) -> Unit:
         """How the values follow from the source, or from the export itself."""
         scale = self.entries.get(name + SCALE_SUFFIX)
-        own = Action.COPY if scale is None else Action.CODES
-        return self.units.get(name) or Unit(self.entries[name], scale, own, (), None, name in self.transposed)
+        own, block = (Action.COPY, None) if scale is None else (Action.CODES, self.block)
+        return self.units.get(name) or Unit(
+            self.entries[name], scale, own, (), None, name in self.transposed, block=block
+        )
 
 
-def _scale_of(unit: Unit, value: Tensor) -> Tensor | None:
-    """The scale of a tensor, fp32, broadcastable to its value; None for unquantized tensors.
+def _scale_of(unit: Unit) -> Tensor | None:
+    """The scale of a tensor, fp32, per block or broadcastable to its value; None for unquantized tensors.
 
-    If the export quantized the tensor, the scale is computed from the amax of the source's rows.
+    If the export quantized the tensor, the scale is computed from the amax of the source's rows or blocks.
     """
+    if unit.action is Action.QUANTIZE and unit.block is not None:
+        return block_scales_plain(read_tensor(unit.entry), unit.block)
     if unit.action is Action.QUANTIZE:
         original = read_tensor(unit.entry).double().abs()
         return (original.amax(0 if unit.transposed else 1, keepdim=True).clamp(min=1e-12) / 448).float()
     if unit.action is not Action.CODES or unit.scale is None:
         return None
     scale = read_tensor(unit.scale)
+    if unit.block is not None:
+        return scale.expand(block_grid(unit.entry.shape, unit.block)).contiguous()
     return scale.reshape(1, -1) if unit.transposed and scale.ndim == 2 else scale
 
 
@@ -260,7 +181,7 @@ def count_differences(expected: Expected, actual: Tensor) -> tuple[int, int]:
     bits = int((actual.view(torch.int32) != expected.value.contiguous().view(torch.int32)).sum())
     if expected.scale is None:
         return bits, 0
-    mine, theirs = (grid_numbers(values / expected.scale) for values in (expected.value, actual))
+    mine, theirs = (expected.numbers(values) for values in (expected.value, actual))
     return bits, int((mine.view(torch.int32) != theirs.view(torch.int32)).sum())
 
 

@@ -1,9 +1,9 @@
 """Determines the weight of a linear layer in an engine and the kernel that multiplies by it, on any device.
 
-Most FP8 kernels use codes as `(in, out)`, a view of the checkpoint's `(out, in)`, with one scale per row. Some kernels
-pack the codes in a layout of their own, and unquantized layers store plain weights. Which case applies is determined
-from the layer's attributes. The orientation of a square matrix is ambiguous, so both candidates are returned; the
-caller selects the one that agrees with the layer's outputs.
+Most FP8 kernels use codes as `(in, out)`, a view of the checkpoint's `(out, in)`, with one scale per row; those for one
+scale per block use `(out, in)`. Some kernels pack the codes in a layout of their own, and unquantized layers store
+plain weights. Which case applies is determined from the layer's attributes. The orientation of a square matrix is
+ambiguous, so both candidates are returned; the caller selects the one that agrees with the layer's outputs.
 
 Runs inside vLLM's Python: only torch is imported.
 """
@@ -32,7 +32,7 @@ class Kernel:
         device: device of the weight.
         holds: `codes`: readable FP8 codes; `packed`: FP8 codes in an unreadable layout; `numbers`: plain weights.
         codes: for `codes`, one tensor per orientation that the shape allows: fp8 `(out, in)` on the CPU.
-        scale: for `codes`, fp32 `(out, 1)`, dequantized = code * scale.
+        scale: for `codes`, fp32 `(out, 1)`, or `(out, in)` if scales are per block; dequantized = code * scale.
         dtype: dtype of inputs and outputs.
         inner: the kernel object, if the layer has one.
     """
@@ -51,18 +51,30 @@ def find_kernel(layer: Any, rows: int, columns: int) -> Kernel:
     inner = _inner(layer)
     scheme = getattr(layer, "scheme", None)
     name = type(next(part for part in (inner, scheme, layer.quant_method) if part is not None)).__name__
-    weight, scale = layer.weight.detach(), getattr(layer, "weight_scale", None)
+    weight, scale = layer.weight.detach(), _spread_scale(layer, rows, columns)
     codes: tuple[Tensor, ...] = ()
-    if weight.dtype is torch.float8_e4m3fn and isinstance(scale, Tensor) and scale.numel() in (1, rows):
+    if weight.dtype is torch.float8_e4m3fn and scale is not None:
         views = ((weight, (rows, columns)), (weight.t() if weight.ndim == 2 else weight, (rows, columns)))
         codes = tuple(view.cpu().contiguous() for view, shape in views if tuple(view.shape) == shape)
     one_byte = not weight.dtype.is_floating_point or weight.dtype.itemsize == 1
     packed = inner is not None and (one_byte or not weight.numel())
     return Kernel(
         name, str(weight.device), "codes" if codes else "packed" if packed else "numbers", codes,
-        scale.detach().cpu().float().reshape(-1, 1).expand(rows, 1) if codes and scale is not None else None,
-        layer.params_dtype, inner,
+        scale if codes else None, layer.params_dtype, inner,
     )  # fmt: skip
+
+
+def _spread_scale(layer: Any, rows: int, columns: int) -> Tensor | None:
+    """The weight scale of a layer, as `Kernel.scale`; None if there is none, or one of an unknown layout."""
+    scale, block = getattr(layer, "weight_scale", None), getattr(layer, "weight_block_size", None)
+    if not isinstance(scale, Tensor):
+        return None
+    held = scale.detach().cpu().float()
+    if block is None:
+        return held.reshape(-1, 1).expand(rows, 1) if held.numel() in (1, rows) else None
+    if tuple(held.shape) != (-(-rows // block[0]), -(-columns // block[1])):
+        return None
+    return held.repeat_interleave(block[0], 0)[:rows].repeat_interleave(block[1], 1)[:, :columns]
 
 
 def _inner(layer: Any) -> Any:

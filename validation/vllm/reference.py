@@ -92,13 +92,16 @@ class Reference:
         self.model: PreTrainedModel = self._parted.model
         self._cache: Callable[[], dict[str, Any]] = dict  # the key/value cache of a forward pass, as its arguments
 
-    def take_form(self, dtype: torch.dtype, rounded: Iterable[str] = (), wide: Iterable[str] = ()) -> None:
+    def take_form(
+        self, dtype: torch.dtype, rounded: Iterable[str] = (), wide: Iterable[str] = (), group: int | None = None
+    ) -> None:
         """Change the model in place, so that it rounds as the serving engine does.
 
         Args:
             dtype: dtype of parameters and activations; weights are rounded to it once.
-            rounded: layers whose inputs are quantized to E4M3, with one scale per token.
+            rounded: layers whose inputs are quantized to E4M3.
             wide: layers whose kernels multiply FP8 codes: their weights stay fp32, and only outputs are rounded.
+            group: number of neighbouring features of an input that share a scale; None for one scale per token.
         """
         modules, multiply_codes = dict(self.model.named_modules()), set(wide)
 
@@ -112,7 +115,7 @@ class Reference:
             modules[name].register_forward_pre_hook(lambda _, args: (args[0].float(),))
             modules[name].register_forward_hook(lambda _, args, product: product.to(dtype))
         for name in rounded:
-            modules[name].register_forward_pre_hook(lambda _, args: (_rounded(args[0]),))
+            modules[name].register_forward_pre_hook(lambda _, args: (_rounded(args[0], group),))
 
     def round_cache(self, scales: Mapping[int, tuple[float, float]], *, toward_zero: bool) -> None:
         """From now on, round keys and values to E4M3; the arguments are those of `rounding_cache`."""
@@ -168,14 +171,14 @@ def judge(prompt: str, prompt_ids: Sequence[int], answer: Answer, gaps: Sequence
     )
 
 
-def _rounded(values: Tensor) -> Tensor:
-    """Quantize to E4M3 and dequantize, with one scale per token: `amax / 448`, at least vLLM's minimum scale.
+def _rounded(values: Tensor, group: int | None = None) -> Tensor:
+    """Quantize to E4M3 and dequantize, with one scale per token or group: `amax / 448`, at least vLLM's minimum scale.
 
     Returns a tensor with the shape and dtype of `values`.
     """
-    wide = values.float()
+    wide = values.float() if group is None else values.float().unflatten(-1, (-1, group))
     scale = (wide.abs().amax(dim=-1, keepdim=True) / 448.0).clamp(min=1.0 / (448.0 * 512.0))
-    return (grid_numbers(wide / scale) * scale).to(values.dtype)
+    return (grid_numbers(wide / scale) * scale).view(values.shape).to(values.dtype)
 
 
 def compare_logprobs(

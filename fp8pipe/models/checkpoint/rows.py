@@ -28,13 +28,14 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 
-def row_blocks(entry: TensorEntry) -> list[range]:
+def row_blocks(entry: TensorEntry, multiple: int = 1) -> list[range]:
     """Divide a tensor into ranges of rows (indices along the first axis) of about 2^18 values each.
 
-    A scalar counts as one row. For an empty tensor, the result is a single empty range.
+    All ranges but the last have a multiple of `multiple` rows. A scalar counts as one row. For an empty tensor, the
+    result is a single empty range.
     """
     rows = entry.shape[0] if entry.shape else 1
-    size = max(1, _BLOCK_VALUES // max(1, math.prod(entry.shape[1:])))
+    size = max(1, _BLOCK_VALUES // max(1, math.prod(entry.shape[1:])) // multiple) * multiple
     return [range(start, min(start + size, rows)) for start in range(0, rows, size)] or [range(0)]
 
 

@@ -33,7 +33,7 @@ def verified(root: Path, *parents: Path) -> list[tuple[str, str]]:
 def test_language_models_in_every_form(request, falqon, tmp_path, family, granularity):
     source = falqon(request.getfixturevalue(family), granularity=granularity, skip=("mlp.c_proj", "down_proj"))
     assert verified(source) == []
-    for form in ExportFormat:
+    for form in (form for form in ExportFormat if form.block is None):  # sides of 64 are no whole blocks
         export = export_vllm(source, tmp_path / "run" / form.value, VllmExportOptions(format=form)).root
         assert verified(export) == [(export.name, str(source))]
         assert verified(without_parents(export)) == []

@@ -106,6 +106,9 @@ def test_child_processes_are_offline_and_do_not_see_our_packages(monkeypatch: py
     assert env["HF_HUB_OFFLINE"] == "1"
     assert env["VLLM_CPU_KVCACHE_SPACE"] == "3"  # the user's own
     assert env["OMP_NUM_THREADS"] == "1"
+    assert env["VLLM_USE_DEEP_GEMM"] == "0"  # it would round weights with a scale per block again
+    monkeypatch.setenv("VLLM_USE_DEEP_GEMM", "1")
+    assert subprocess_environment()["VLLM_USE_DEEP_GEMM"] == "1"
 
 
 @pytest.mark.parametrize(

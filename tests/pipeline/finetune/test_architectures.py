@@ -77,6 +77,8 @@ def test_every_cell_is_as_the_table_says(name: str, config_of: Callable[..., Fin
     expected = "--target vllm --format bf16 --output" if one.refused else "--target vllm --output"
     assert expected in next_export(tuned)
     forms = foresee(tuned.root, tuned.kind)
+    blocks = "--target vllm --format fp8-block"
+    assert forms.pop(blocks)  # sides of these tiny models are no whole blocks
     assert {form for form, findings in forms.items() if form.startswith("--target vllm") and findings} == (
         {"--target vllm", "--target vllm --format w8a16"} if one.refused else set()
     )

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from exporters.vllm.environment import find_vllm_python, last_lines
 from fp8pipe.core.errors import MissingCapabilityError
-from validation.vllm.expected import Expected
+from validation.vllm.held import Expected
 from validation.vllm.kernel_report import kernel_report
 from validation.vllm.launcher import PARITY_ARGUMENTS, PROBE, ProbeJob, in_process
 

@@ -12,7 +12,7 @@ from fp8_layers import PackedKernel, ScaledKernel, make_codes, make_layer
 from torch import Tensor
 from two_devices import far, two_devices
 
-from validation.vllm.expected import Expected, Holding
+from validation.vllm.held import Expected, Holding
 from validation.vllm.layout import Head, learn
 from validation.vllm.readback import Reading
 from validation.vllm.rebuild import Rebuild

@@ -22,7 +22,8 @@ from exporters.vllm.options import VllmExportOptions
 from fp8pipe.artifact import open_artifact
 from fp8pipe.artifact.record import ExportRejectedError
 from fp8pipe.models.compat import import_transformers
-from validation.vllm.expected import ExpectedWeights, Holding, plan_of, weight_report
+from validation.vllm.expected import ExpectedWeights, plan_of, weight_report
+from validation.vllm.held import Holding
 from validation.vllm.launcher import PARITY_ARGUMENTS, PROBE, ProbeJob, in_process
 from validation.vllm.validate import validate_export
 

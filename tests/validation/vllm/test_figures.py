@@ -12,7 +12,8 @@ from held_weights import held_weights
 from language_models import ARCHITECTURES, build
 from safetensors.torch import load_file
 
-from validation.vllm.expected import Expected, count_differences
+from validation.vllm.expected import count_differences
+from validation.vllm.held import Expected
 from validation.vllm.reference import Reference, _rounded, served_figures
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from validation.vllm.expected import Expected
+from validation.vllm.held import Expected
 from validation.vllm.layout import Head, learn
 from validation.vllm.readback import Reading
 from validation.vllm.rebuild import Rebuild

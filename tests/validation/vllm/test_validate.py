@@ -29,7 +29,8 @@ from fp8pipe.cli import main
 from fp8pipe.core.errors import BadArtifactError, ConfigurationError, GateFailedError, MissingCapabilityError
 from validation.vllm import validate
 from validation.vllm.ask import ask
-from validation.vllm.expected import Expected, ExpectedWeights, count_differences, plan_of
+from validation.vllm.expected import ExpectedWeights, count_differences, plan_of
+from validation.vllm.held import Expected
 from validation.vllm.launcher import ServerOptions, server
 from validation.vllm.record import (
     CanaryAnswer,

@@ -16,8 +16,9 @@ from typing import Final
 from torch import Tensor
 
 from fp8pipe.models.checkpoint.quantized.scheme import Granularity, Scheme, refusal
-from fp8pipe.models.checkpoint.quantized.values import block_grid, dequantize_codes
+from fp8pipe.models.checkpoint.quantized.values import dequantize_codes
 from fp8pipe.models.checkpoint.tensors import DTYPES, PLAIN_FLOATS, TensorEntry, read_tensor, stored_rows
+from fp8pipe.numerics.blocks import block_grid
 
 __all__ = ["DequantizedEntry", "Plain", "dequantized", "refuse_codes", "refuse_leftover_codes"]
 

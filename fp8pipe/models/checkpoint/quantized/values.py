@@ -11,20 +11,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["block_grid", "dequantize_codes"]
+from fp8pipe.numerics.blocks import block_grid, spread_scale
+
+__all__ = ["dequantize_codes"]
 
 _CHUNK = 1 << 24  # elements converted to fp32 at a time, to limit memory use
-
-
-def block_grid(shape: tuple[int, ...], block: tuple[int, int]) -> tuple[int, ...]:
-    """Shape of the scales of a block-quantized weight: `(..., rows of blocks, columns of blocks)`.
-
-    Args:
-        shape: of the weight, `(..., rows, columns)`; the last block along each axis may be incomplete.
-        block: (rows, columns) of a block.
-    """
-    rows, columns = shape[-2:]
-    return (*shape[:-2], -(-rows // block[0]), -(-columns // block[1]))
 
 
 def dequantize_codes(codes: Tensor, scale: Tensor, block: tuple[int, int] | None, dtype: torch.dtype) -> Tensor:
@@ -50,7 +41,6 @@ def dequantize_codes(codes: Tensor, scale: Tensor, block: tuple[int, int] | None
     for matrix, factors, out in zip(stack, scales, result.view(-1, rows, columns), strict=True):
         for start in range(0, rows, step):
             part = matrix[start : start + step].float()
-            along = factors[start // height : -(-(start + part.shape[0]) // height)].repeat_interleave(height, 0)
-            spread = along.repeat_interleave(width, 1)[:, :columns] if along.shape[1] > 1 else along
-            out[start : start + step] = part * spread[: part.shape[0]]
+            here = factors[start // height : -(-(start + part.shape[0]) // height)]
+            out[start : start + step] = part * spread_scale(here, (height, width), part.shape)
     return result

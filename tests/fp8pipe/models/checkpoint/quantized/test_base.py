@@ -26,6 +26,7 @@ from fp8pipe.models.checkpoint.names import Naming, checkpoint_names
 from fp8pipe.models.checkpoint.quantized import values
 from fp8pipe.models.checkpoint.quantized.base import base_entries, copy_base_files, read_base
 from fp8pipe.models.compat import import_transformers
+from fp8pipe.numerics.blocks import block_grid
 
 LINEARS = 14
 
@@ -87,7 +88,7 @@ def test_the_last_block_of_a_side_may_be_partial(shape: tuple[int, int]) -> None
 
     torch.manual_seed(1)
     codes = (torch.randn(shape) * 50).to(torch.float8_e4m3fn)
-    scale = torch.rand(values.block_grid(shape, (128, 128)))
+    scale = torch.rand(block_grid(shape, (128, 128)))
     args = QuantizationArgs(num_bits=8, type="float", strategy="block", block_structure=[128, 128])
     expected = dequantize(codes, scale, None, args, torch.float32).to(torch.bfloat16)
     assert torch.equal(values.dequantize_codes(codes, scale, (128, 128), torch.bfloat16), expected)
@@ -99,7 +100,7 @@ def test_a_large_or_stacked_weight_is_decoded_part_by_part(
 ) -> None:
     torch.manual_seed(2)
     codes = (torch.randn(3, 300, 200) * 50).to(torch.float8_e4m3fn)
-    scale = torch.rand(values.block_grid(codes.shape, block) if block else (3, 300, 1))
+    scale = torch.rand(block_grid(codes.shape, block) if block else (3, 300, 1))
     ones = torch.ones(block or (1, 200))
     expected = torch.stack([c.float() * torch.kron(s, ones)[:300, :200] for c, s in zip(codes, scale, strict=True)])
     for chunk in (1 << 24, 20_000, 1):  # one row of blocks is the least
