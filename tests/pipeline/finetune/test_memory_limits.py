@@ -138,10 +138,10 @@ def test_the_host_holds_less_than_the_model_while_a_checkpoint_is_loaded_and_pre
     """In a process of its own, on a CPU: the memory that is no file's, for weights and codes are mapped from theirs.
 
     Freed memory is returned at once (`host_peak.py` says why), so the figures show what is held, and hardly depend on
-    the vector instructions that torch, oneDNN and MKL use (0.59 to 0.61 for the second one). While gradients are
-    observed, 0.10 of the model is held: 0.24 if their sums are kept in memory, and 0.49 if layers are not recomputed;
-    the limit of 0.17 lies between. Afterwards it is 0.60: the codes, half of the model, what was not converted, and
-    the temporaries of one layer. Keeping the old weights too would add 0.9.
+    the vector instructions that torch, oneDNN and MKL use. While gradients are observed, 0.11 of the model is held:
+    0.24 if their sums are kept in memory, and 0.49 if layers are not recomputed; the limit of 0.17 lies between.
+    Afterwards it is 0.13: what was not converted, and the temporaries of one layer. With the codes in memory, too, it
+    would be 0.60, and with the old weights 0.9 more.
     """
     command = [sys.executable, str(SUPPORT / "host_peak.py"), str(tmp_path)]
     returning = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
@@ -150,4 +150,4 @@ def test_the_host_holds_less_than_the_model_while_a_checkpoint_is_loaded_and_pre
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout.splitlines()[-1])
     assert 0 < found["observing"] < 0.17 * found["model"], found
-    assert 0.5 * found["model"] < found["converting"] < 0.75 * found["model"], found
+    assert 0 < found["converting"] < 0.3 * found["model"], found
