@@ -10,6 +10,7 @@ from fp8pipe.numerics.kinds import ScaleRule
 from pipeline.falqon.base_files import BaseFiles
 from pipeline.falqon.convert import FalqonGroup, convert_model
 from pipeline.falqon.flush import FlushReport, Inputs, flush_rows, merge_all, preview, select_rows
+from pipeline.falqon.grouped import group_experts
 from pipeline.falqon.layer import FalqonLinear
 from pipeline.falqon.observed import Losses
 from pipeline.falqon.rules import Initialisation, UpdateRule
@@ -53,6 +54,8 @@ class FalqonMethod(Method):
         settings = self.rule, self.rank, self.initialisation, self.seed
         self.groups, records = convert_model(model, *settings, base=base, losses=losses)
         self.layers = {group.name: group.layer for group in self.groups}
+        if next(model.parameters()).is_cuda:  # elsewhere experts run one by one, and nothing need be copied
+            group_experts(model)
         self.names = tuple(name for group in self.groups for name in group.members)
         return records
 

@@ -71,7 +71,10 @@ def load_model(config: FinetuneConfig, source: ModelSource) -> nn.Module:
         use_matmul_attention(model)
     unstacked = unstack_experts(model)
     if unstacked and config.device != "cpu":
-        _LOG.warning("experts run uncompiled and one after the other, so a step takes longer than its products do")
+        _LOG.warning(
+            "experts run uncompiled, and one after the other unless FALQON groups them (compute capability 9 and 10), "
+            "so a step takes longer than its products do"
+        )
     if streamed:
         stream_weights(model, streamed, torch.device(config.device))
         return cast(nn.Module, model)

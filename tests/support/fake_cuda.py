@@ -102,7 +102,8 @@ class CudaCounter(TorchDispatchMode):
             return pinned
         result = func(*args, **kwargs)
         made = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
-        if on_device and not all(tensor.is_cuda for tensor in made):
+        # Told not to block, a copy to the host goes to pinned memory, and the host waits for it when it reads an event.
+        if on_device and not all(tensor.is_cuda for tensor in made) and not kwargs.get("non_blocking"):
             self._wait(func, True)
         if given and not on_device and any(tensor.is_cuda for tensor in made):
             pinned = all(getattr(tensor.untyped_storage(), "_pinned", False) for tensor in given)

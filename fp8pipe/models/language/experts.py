@@ -72,14 +72,17 @@ class StackedExpert(nn.Module):
 
 
 class UnstackedExperts(nn.Module):
-    """The experts of one layer as modules `0`, `1`, ..., each run in turn on the tokens routed to it.
+    """The experts of one layer as modules `0`, `1`, ..., each run in turn on the tokens routed to it, or all together.
 
     Attributes:
         call_all: also call the experts that no token is routed to, on an input of shape `(0, hidden)`.
+        grouped: computes the same for all experts at once, given this module and the arguments of `forward`; returns
+            None where it cannot. None runs them in turn.
     """
 
     num_experts: int
     call_all: bool = False
+    grouped: Callable[[UnstackedExperts, Tensor, Tensor, Tensor], Tensor | None] | None = None
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """For each token, the weighted sum of the outputs of its experts.
@@ -92,6 +95,10 @@ class UnstackedExperts(nn.Module):
         Returns:
             `(tokens, hidden)`, dtype of `hidden_states`.
         """
+        if self.grouped is not None and not self.call_all:
+            together = self.grouped(self, hidden_states, top_k_index, top_k_weights)
+            if together is not None:
+                return together
         summed = torch.zeros_like(hidden_states)
         reached = range(self.num_experts) if self.call_all else top_k_index.unique().tolist()
         for number in reached:
