@@ -6,10 +6,12 @@ code 15).
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
 import platform
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -75,6 +77,13 @@ def resident_bytes() -> int:
     if peak := _proc_field(Path("/proc/self/status"), "VmHWM"):
         return int(peak.split()[0]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def return_freed_memory() -> None:
+    """Give memory that is free within the C library's heap back to the system, where that library can (glibc)."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
 
 
 def describe_machine() -> dict[str, str | int | list[str]]:

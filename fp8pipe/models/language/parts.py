@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from fp8pipe.core.machine import return_freed_memory
 from fp8pipe.core.turns import Turns
 from fp8pipe.models.checkpoint.tensors import DTYPES, TensorHeader
 from fp8pipe.models.language.experts import unstack_experts
@@ -136,6 +137,8 @@ class PartedModel:
             return
         if self._present is not None:
             self._put_away(self.parts[self._present])
+            # Caches of the texts lie between what each layer freed, so the heap would grow by far more than they take.
+            return_freed_memory()
         self._present = None  # until the part is complete
         for name in self.parts[part]:
             place = self._places[name]
