@@ -4,52 +4,28 @@ from __future__ import annotations
 
 import pytest
 import torch
-from language_models import ARCHITECTURES, build
+from language_models import ARCHITECTURES
+from mixtures import IDS, RANK, first_experts, loss_of, method_of, mixture, never_to
 
-from fp8pipe.models.language.experts import UnstackedExperts, unstack_experts
+from fp8pipe.models.language.experts import UnstackedExperts
 from pipeline.falqon.convert import convert_model
 from pipeline.falqon.layer import FalqonLinear
 from pipeline.falqon.method import FalqonMethod
 from pipeline.falqon.rules import Initialisation, update_rule
 from pipeline.finetune.loss import answer_loss
 
-RANK = 8
-IDS = torch.arange(3, 43).reshape(2, 20)
 
-
-def mixture(family: str = "mixtral", **settings: object) -> torch.nn.Module:
-    one = ARCHITECTURES[family]
-    model = build(type(one)(one.kind, one.config, {**one.settings, **settings}))
-    unstack_experts(model)
-    return model
-
-
-def never_to(model: torch.nn.Module, expert: int) -> None:
-    """Lets no token go to one expert of each layer."""
-    for module in model.modules():
-        if isinstance(module, UnstackedExperts):
-            module.register_forward_pre_hook(
-                lambda _, args: (args[0], torch.where(args[1] == expert, (expert + 1) % 4, args[1]), args[2])
-            )
-
-
-def loss_of(model: torch.nn.Module) -> torch.Tensor:
-    return answer_loss(model, {"input_ids": IDS}, IDS, float(IDS.numel()))
-
-
-def method_of(rule: str) -> FalqonMethod:
-    chosen = Initialisation.RANDOMIZED_SVD
-    return FalqonMethod(update_rule(rule), rank=RANK, rows=None, initialisation=chosen, seed=0)
-
-
-def test_the_expert_layer_is_its_layers_run_one_by_one() -> None:
-    model = mixture()
-    method = method_of("live")
+def prepared(family: str) -> tuple[FalqonMethod, UnstackedExperts, torch.Tensor]:
+    """A method with live B that is not zero, the experts of the first layer, and inputs for them."""
+    model, method = mixture(family), method_of("live")
     method.prepare(model)
     for layer in method.layers.values():
         torch.nn.init.normal_(layer.lora_B, std=0.02)
-    experts = next(module for module in model.modules() if isinstance(module, UnstackedExperts))
-    x = torch.randn(7, 64, dtype=torch.bfloat16)
+    return method, first_experts(model), torch.randn(7, 64, dtype=torch.bfloat16)
+
+
+def test_the_expert_layer_is_its_layers_run_one_by_one() -> None:
+    method, experts, x = prepared("mixtral")
     dense = torch.zeros_like(x)
     for number in range(4):
         joined, down = (
@@ -63,13 +39,7 @@ def test_the_expert_layer_is_its_layers_run_one_by_one() -> None:
 
 def test_an_expert_of_a_stack_is_two_layers_with_biases() -> None:
     """gpt-oss: gate and up are one layer, transposed in the checkpoint, and interleaved."""
-    model = mixture("gpt_oss")
-    method = method_of("live")
-    method.prepare(model)
-    for layer in method.layers.values():
-        torch.nn.init.normal_(layer.lora_B, std=0.02)
-    experts = next(module for module in model.modules() if isinstance(module, UnstackedExperts))
-    x = torch.randn(7, 64, dtype=torch.bfloat16)
+    method, experts, x = prepared("gpt_oss")
     dense = torch.zeros_like(x)
     for number in range(4):
         joined, down = (

@@ -8,41 +8,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 from fake_cuda import fake_cuda
-from language_models import ARCHITECTURES, build
+from mixtures import IDS, first_experts, loss_of, method_of, mixture, never_to
 from safetensors.torch import load_file, save_file
 
-from fp8pipe.models.language.experts import UnstackedExperts, unstack_experts
+from fp8pipe.models.language.experts import UnstackedExperts
 from pipeline.falqon import grouped
 from pipeline.falqon.method import FalqonMethod
-from pipeline.falqon.rules import Initialisation, update_rule
-from pipeline.finetune.loss import answer_loss
-
-IDS = torch.arange(3, 43).reshape(2, 20)
-
-
-def mixture(family: str = "mixtral", **settings: object) -> torch.nn.Module:
-    one = ARCHITECTURES[family]
-    model = build(type(one)(one.kind, one.config, {**one.settings, **settings}))
-    unstack_experts(model)
-    return model
-
-
-def method_of(rule: str) -> FalqonMethod:
-    chosen = Initialisation.RANDOMIZED_SVD
-    return FalqonMethod(update_rule(rule), rank=8, rows=None, initialisation=chosen, seed=0)
-
-
-def never_to(model: torch.nn.Module, expert: int) -> None:
-    """Lets no token go to one expert of each layer."""
-    for module in model.modules():
-        if isinstance(module, UnstackedExperts):
-            module.register_forward_pre_hook(
-                lambda _, args: (args[0], torch.where(args[1] == expert, (expert + 1) % 4, args[1]), args[2])
-            )
-
-
-def loss_of(model: torch.nn.Module) -> torch.Tensor:
-    return answer_loss(model, {"input_ids": IDS}, IDS, float(IDS.numel()))
 
 
 def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -70,7 +41,7 @@ def set_b(method: FalqonMethod, std: float) -> None:
 
 def results(model: torch.nn.Module, x: torch.Tensor, index: torch.Tensor) -> list[torch.Tensor | None]:
     """Output and gradients of the first layer's experts."""
-    experts = next(module for module in model.modules() if isinstance(module, UnstackedExperts))
+    experts = first_experts(model)
     torch.manual_seed(2)
     own, weights = x.clone().requires_grad_(), torch.rand(index.shape).to(x.dtype).requires_grad_()
     y = experts(own, index, weights)
@@ -81,8 +52,12 @@ def results(model: torch.nn.Module, x: torch.Tensor, index: torch.Tensor) -> lis
 @pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
 @pytest.mark.parametrize(("rule", "std"), [("live", 0.0), ("live", 0.02), ("accumulate", 0.02)])
 def test_grouped_products_are_the_loop(family: str, rule: str, std: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Bit for bit, but that O B^T is rounded before it is added: half a bf16 unit of it, in B's products alone."""
+    """Bit for bit, but that O B^T is rounded before it is added, after which some codes of `down`'s input are others.
+
+    That changes 1.3 % of the norm at most in 60 draws; without B^T it would be 5 to 50 %.
+    """
     on_cpu(monkeypatch)
+    torch.manual_seed(0)
     x, index = torch.randn(29, 64, dtype=torch.bfloat16), torch.rand(29, 4).argsort(1)[:, :2]
     index[index == 1] = 0  # no token goes to expert 1; both entries of a token may name the same expert
     index[3] = 4  # to skip
@@ -98,7 +73,7 @@ def test_grouped_products_are_the_loop(family: str, rule: str, std: float, monke
         if alone is None:
             continue
         if std and rule == "live":
-            torch.testing.assert_close(joined, alone, rtol=2**-5, atol=2**-6 * float(alone.abs().max()))
+            assert (joined.float() - alone.float()).norm() <= 0.025 * alone.float().norm()
         else:
             assert torch.equal(joined, alone)
     assert none == 2  # the two layers of expert 1
@@ -174,7 +149,7 @@ def counted(experts: int, together: bool, monkeypatch: pytest.MonkeyPatch) -> tu
     monkeypatch.setattr(grouped.Routes, "reached", lambda routes: [True] * experts)  # fake tensors have no values
     model = mixture(num_local_experts=experts, num_hidden_layers=1)
     method_of("live").prepare(model)
-    module = next(m for m in model.modules() if isinstance(m, UnstackedExperts))
+    module = first_experts(model)
     with fake_cuda(integer=0) as counter:
         for layer in module.modules():
             for name, buffer in layer._buffers.items():
