@@ -57,8 +57,8 @@ def plan_export(source: Path | str, options: VllmExportOptions, *, verify: bool 
     Reads only headers, config.json and tokenizer files; with `verify`, the source's files are hashed, too.
 
     Raises:
-        ConfigurationError: the source cannot be used, has other numbers of experts or layers than its config.json declares, or
-            no ranges for the requested key/value cache, or the vLLM version is unknown.
+        ConfigurationError: the source cannot be used, has another number of experts or layers than its config.json
+            declares, or no ranges for the requested key/value cache, or the vLLM version is unknown.
         BadArtifactError: an unfinished or corrupt artifact.
     """
     opened = open_source(source, verify=verify)

@@ -15,6 +15,8 @@ from fp8pipe.models.checkpoint.adapters import Adapter, read_adapter
 from fp8pipe.models.checkpoint.blame import unusable
 from fp8pipe.models.checkpoint.quantized.base import read_base
 from fp8pipe.models.checkpoint.quantized.scheme import QUANT_FILE
+from fp8pipe.models.checkpoint.tensors import SINGLE_NAME
+from fp8pipe.models.checkpoint.weightless import pickled_weights, weightless
 from fp8pipe.models.compat import import_package
 from fp8pipe.models.inspection.contents import Contents, LayerView
 from fp8pipe.models.inspection.safetensors_layers import StoredTensor, count_ends, read_headers, read_layers
@@ -72,6 +74,8 @@ def _directory(root: Path, look: bool) -> Contents:
         contents = read_gguf(ggufs[0], look=look)
     elif read_adapter(root) is not None:
         contents = Contents("PEFT adapter", notes=["its weights are pickled, and not read"])
+    elif pickled_weights(root):
+        raise weightless(root, (SINGLE_NAME, _INDEX))
     else:
         raise ConfigurationError(
             f"{root} holds no weights that can be inspected",

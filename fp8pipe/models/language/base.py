@@ -117,7 +117,7 @@ def check_declared(directory: Path, origin: str, structure: ModelStructure, stor
     if beyond:
         raise ConfigurationError(
             f"{origin} has layers that its config.json does not declare",
-            why=f"{len(beyond)} tensor(s) belong to them, the first: {min(beyond)}; the model would be built without them",
+            why=f"{len(beyond)} tensor(s), the first: {min(beyond)}; the model would be built without them",
             fix="use the config.json that belongs to these weights",
         )
 

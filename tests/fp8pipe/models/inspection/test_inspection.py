@@ -185,6 +185,9 @@ def test_what_cannot_be_read_is_said(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ConfigurationError, match="holds no weights"):
         inspect_contents(tmp_path / "empty")
+    (tmp_path / "empty/pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(ConfigurationError, match="only pickled weights are there"):
+        inspect_contents(tmp_path / "empty")
     with pytest.raises(ConfigurationError, match="there is no such path"):
         inspect_contents(tmp_path / "none")
 
