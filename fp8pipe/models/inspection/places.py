@@ -66,7 +66,7 @@ def _directory(root: Path, look: bool) -> Contents:
         tensors: dict[str, StoredTensor] = {}
         for file in files:
             tensors |= read_headers(file)
-        contents = Contents(method, read_layers(tensors, bits, look=look))
+        contents = Contents(method, read_layers(tensors, bits, block=_block(config), look=look))
         contents.notes += _index_notes(root, tensors)
         if (said := _as_base(root, config)) is not None:
             contents.facts["as_base"] = said
@@ -129,6 +129,16 @@ def _method(config: Mapping[str, Any]) -> tuple[str, int]:
     blocks = f"blocks of {size[0]}x{size[1]}" if isinstance(size, list) and len(size) == 2 else f"blocks of {size!r}"
     shown = [str(x) for x in (detail, blocks if size else None) if x]
     return method + (f" ({', '.join(shown)})" if shown else ""), bits
+
+
+def _block(config: Mapping[str, Any]) -> tuple[int, int] | None:
+    """Rows and columns of the blocks with one scale each that config.json declares; None if it declares none."""
+    declared = _mapping(config.get("quantization_config"))
+    groups = [_mapping(_mapping(group).get("weights")) for group in _mapping(declared.get("config_groups")).values()]
+    for size in (declared.get("weight_block_size"), *(group.get("block_structure") for group in groups)):
+        if isinstance(size, list) and len(size) == 2 and all(isinstance(x, int) and x > 0 for x in size):
+            return size[0], size[1]
+    return None
 
 
 def _mapping(value: object) -> Mapping[str, Any]:
