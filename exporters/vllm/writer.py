@@ -16,7 +16,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Final
@@ -201,13 +201,13 @@ def auxiliary_warnings(root: Path) -> list[str]:
     return [*_processor_warnings(root, names), *_tokenizer_warnings(root, names)]
 
 
-def _processor_warnings(root: Path, names: Collection[str]) -> list[str]:
+def _processor_warnings(root: Path, names: set[str]) -> list[str]:
     if read_config(root / CONFIG_NAME).get("vision_config") is None or not names.isdisjoint(PROCESSOR_FILES):
         return []
     return [f"the model accepts images, and the source has none of {', '.join(PROCESSOR_FILES)}: vLLM will not start"]
 
 
-def _tokenizer_warnings(root: Path, names: Collection[str]) -> list[str]:
+def _tokenizer_warnings(root: Path, names: set[str]) -> list[str]:
     if not any(name.startswith(("tokenizer", "vocab")) for name in names):
         return ["the source has no tokenizer: give the engine one (--tokenizer)"]
     path = root / "tokenizer_config.json"

@@ -111,7 +111,7 @@ def _context_length(export: Path, longest: int) -> int:
     """The shorter of the model's context length and `longest`: vLLM refuses a longer one than the model's."""
     config = read_config(export / "config.json")
     text = config["text_config"] if isinstance(config.get("text_config"), dict) else config
-    own = [text[key] for key in ("max_position_embeddings", "n_positions") if isinstance(text.get(key), int)]
+    own: list[int] = [text[key] for key in ("max_position_embeddings", "n_positions") if isinstance(text.get(key), int)]
     return min([longest, *own])
 
 
