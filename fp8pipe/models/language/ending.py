@@ -81,7 +81,7 @@ def read_ending(root: Path, *, tuned: bool = False) -> Ending:
         )
     except Exception as error:  # loading may raise any type; not fatal: an engine may use another tokenizer
         return (
-            Ending(warning=f"the tokenizer in {root} cannot be read, so {_unknown(error)}")
+            Ending(warning=f"the tokenizer in {root} cannot be read: {_unknown(error)}")
             if (root / "tokenizer_config.json").is_file()
             else Ending()
         )
