@@ -12,7 +12,6 @@ from fp8pipe.core.errors import OutOfMemoryError
 from pipeline.finetune.plan import plan_finetune
 from pipeline.finetune.stage import finetune
 
-
 # Of the space that a plan predicts: what is not tensors (the tokenizer, the curves) is a third for a model this small.
 SHARE = 0.65
 
