@@ -32,7 +32,7 @@ from fp8pipe.artifact.writer import partial_of
 from fp8pipe.core.errors import ConfigurationError
 from fp8pipe.core.progress import track
 from fp8pipe.models.checkpoint.tensors import model_parent, shard_names
-from fp8pipe.models.language.base import check_tokens, load_tokenizer
+from fp8pipe.models.language.base import check_declared, check_tokens, load_tokenizer
 from fp8pipe.models.language.ending import read_ending
 from fp8pipe.models.language.experts import check_expert_counts
 from fp8pipe.models.language.structure import read_structure
@@ -57,13 +57,14 @@ def plan_export(source: Path | str, options: VllmExportOptions, *, verify: bool 
     Reads only headers, config.json and tokenizer files; with `verify`, the source's files are hashed, too.
 
     Raises:
-        ConfigurationError: the source cannot be used, has another number of experts than its config.json declares, or
-            no ranges for the requested key/value cache, or the vLLM version is unknown.
+        ConfigurationError: the source cannot be used, has another number of experts or layers than its config.json
+            declares, or no ranges for the requested key/value cache, or the vLLM version is unknown.
         BadArtifactError: an unfinished or corrupt artifact.
     """
     opened = open_source(source, verify=verify)
     plan = build_plan(opened, read_structure(opened.root), options)
     check_expert_counts(str(source), plan.structure.tensors, plan.stored)
+    check_declared(opened.root, str(source), plan.structure, plan.stored)
     scales = kv_scales(opened.kv_ranges, str(source)) if options.kv_cache is not None else {}
     return replace(plan, ending=read_ending(opened.root), kv_cache=scales)
 

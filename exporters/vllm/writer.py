@@ -19,6 +19,7 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Final
 
 import torch
 from torch import Tensor
@@ -31,13 +32,14 @@ from exporters.vllm.resume import ExportProgress
 from fp8pipe.artifact import disk_guard
 from fp8pipe.artifact.finding import Finding
 from fp8pipe.models.checkpoint.rows import read_rows
-from fp8pipe.models.checkpoint.sidecars import SERVED_FILES, copy_sidecars, sidecar_files
+from fp8pipe.models.checkpoint.sidecars import SERVED_FILES, copy_sidecars, read_config, sidecar_files
 from fp8pipe.models.checkpoint.tensors import DTYPES, TensorEntry, TensorHeader, shard_names, write_index
 from fp8pipe.models.language.ending import GENERATION_FILE
 from fp8pipe.numerics.blocks import block_scale, quantize_blocks
 from fp8pipe.numerics.grids import channel_scale, dequantize_weight, quantize_weight, to_bf16
 
 CONFIG_NAME = "config.json"
+PROCESSOR_FILES: Final = ("preprocessor_config.json", "processor_config.json")  # either says how images are prepared
 
 
 def write_weights(
@@ -194,8 +196,18 @@ def _scale(unit: Unit) -> TensorEntry:
 
 
 def auxiliary_warnings(root: Path) -> list[str]:
-    """Warnings for the manifest about a missing tokenizer or chat template, without which serving is limited."""
+    """Warnings for the manifest about missing files without which serving is limited or impossible."""
     names = {path.name for path in sidecar_files(root, SERVED_FILES)}
+    return [*_processor_warnings(root, names), *_tokenizer_warnings(root, names)]
+
+
+def _processor_warnings(root: Path, names: set[str]) -> list[str]:
+    if read_config(root / CONFIG_NAME).get("vision_config") is None or not names.isdisjoint(PROCESSOR_FILES):
+        return []
+    return [f"the model accepts images, and the source has none of {', '.join(PROCESSOR_FILES)}: vLLM will not start"]
+
+
+def _tokenizer_warnings(root: Path, names: set[str]) -> list[str]:
     if not any(name.startswith(("tokenizer", "vocab")) for name in names):
         return ["the source has no tokenizer: give the engine one (--tokenizer)"]
     path = root / "tokenizer_config.json"

@@ -159,6 +159,11 @@ class FinetuneConfig(FrozenConfig):
         return update_rule(self.update_rule or DEFAULT_RULE)
 
     @property
+    def saves(self) -> int:
+        """Number of checkpoints that a run writes."""
+        return math.ceil(self.steps / self.save_every) if self.save_every else 1
+
+    @property
     def gpu_need(self) -> GpuNeed:
         """The GPU features that the method requires."""
         return FALQON_NEED if self.method == "falqon" else LORA_NEED

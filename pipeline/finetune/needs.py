@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
@@ -12,7 +12,7 @@ import torch
 from fp8pipe.core.machine import format_bytes, resident_bytes
 from fp8pipe.models.checkpoint.quantized.base import read_base
 from fp8pipe.models.checkpoint.sidecars import BASE_MODEL_FILES, sidecar_bytes
-from fp8pipe.models.checkpoint.tensors import DTYPES, TensorEntry
+from fp8pipe.models.checkpoint.tensors import DTYPES
 from fp8pipe.models.language.sources import ModelSource
 from fp8pipe.models.language.structure import ModelStructure
 from fp8pipe.numerics.bf16 import widen_bf16_products
@@ -28,6 +28,7 @@ from pipeline.falqon.rules import FinalMerge, Initialisation
 from pipeline.finetune.config import FinetuneConfig
 from pipeline.finetune.kv_cache import CALIBRATION_RECORDS, HELDOUT_RECORDS
 from pipeline.finetune.packing import packing_warning
+from pipeline.finetune.room import moment_bytes, output_sizes
 from pipeline.finetune.stage import TrainingText, load_text
 
 # Allocated memory that the allocator holds beyond what is in use: 20 % in the runs that docs/planning.md compares.
@@ -86,21 +87,20 @@ def estimate_needs(
     train = batch_sizes(text.train, config.steps * config.gradient_accumulation)
     base = read_base(source.path)
     trained = {f"{name}.weight" for name in names.values()}
-    shards = _shards(config, base.entries, trained)
+    shards = output_sizes(config, base.entries, trained)
     saved = saved_bytes(settings, dtype, train.rows, train.length)
     plain = base.stored is None and not structure.naming.experts
     work = _workload(config, settings, structure, train, saved, shards)
     others = sum(entry.size_bytes for name, entry in base.entries.items() if name not in trained)
     mapped = plain and on_cpu and all(DTYPES[entry.dtype] == dtype for entry in base.entries.values())
     work = replace(work, stored=(work.weights * dtype.itemsize, others), mapped=mapped)
-    saves = math.ceil(config.steps / config.save_every) if config.save_every else 1
     disk = disk_need(
         work, shards=shards, tensors=len(base.entries), sidecars=sidecar_bytes(source.path, BASE_MODEL_FILES),
-        saves=saves, kept=config.keep_checkpoints, moments=2 if config.optimizer == "adamw-8bit" else 8,
+        saves=config.saves, kept=config.keep_checkpoints, moments=moment_bytes(config),
     )  # fmt: skip
     phases = phase_bytes(work)
     peak = (resident if on_cpu else CONTEXT_BYTES) + int(_ALLOCATOR * max(phases.values()))
-    seconds, rates = _seconds(config, work, text, train, saves, dtype) if on_cpu else (None, "")
+    seconds, rates = _seconds(config, work, text, train, config.saves, dtype) if on_cpu else (None, "")
     largest = max(phases, key=lambda phase: phases[phase])
     uncounted = "" if saved is not None else "; the activations of this architecture could not be counted"
     notes = (
@@ -126,15 +126,6 @@ def _packed(
     if found.how == "off":
         text = replace(text, train=text.train.unpacked(), heldout=text.heldout.unpacked())
     return text, _PACKING[found.how], packing_warning(found)
-
-
-def _shards(config: FinetuneConfig, entries: Mapping[str, TensorEntry], trained: Collection[str]) -> dict[str, int]:
-    """Bytes of tensors in each weight file of the output, which has the files of the base."""
-    sizes: dict[str, int] = {}
-    for name, entry in entries.items():
-        new = math.prod(entry.shape) * (1 if config.method == "falqon" else 2)
-        sizes[entry.file.name] = sizes.get(entry.file.name, 0) + (new if name in trained else entry.size_bytes)
-    return sizes
 
 
 def _workload(

@@ -68,6 +68,7 @@ from pipeline.finetune.loop import Trainer, plot_run
 from pipeline.finetune.loss import answer_count, answer_loss, heldout_loss, model_inputs
 from pipeline.finetune.method import LoraMethod, Method, export_warnings
 from pipeline.finetune.packing import find_packing, give_masks, packing_warning
+from pipeline.finetune.room import check_room
 from pipeline.finetune.weights import merge_facts, renamed, write_deployed
 
 _LOG = logging.getLogger(__name__)
@@ -158,6 +159,7 @@ def tune(
         enter_phase("prepare")
         records = _prepare(config, source, model, method, store, text)
         trainer = Trainer(config, model, method, text.train, text.heldout, store, writer.root / _METRICS)
+        check_room(config, source.path, trainer, writer.root, names.values())
         if trainer.resume():
             _LOG.info("resumed after step %d", trainer.step)
         _LOG.info("converted %d of %d linear layers", len(method.names), len(records))

@@ -40,6 +40,7 @@ from exporters.vllm.target import KIND
 from fp8pipe.artifact import open_artifact, staged
 from fp8pipe.core.config import FrozenConfig
 from fp8pipe.core.errors import ConfigurationError, Fp8PipeError
+from fp8pipe.models.checkpoint.sidecars import read_config
 
 logger = logging.getLogger(__name__)
 _POLL_S = 0.25
@@ -54,7 +55,7 @@ class ServerOptions(FrozenConfig):
     api_key: str | None = Field(default=None, min_length=1, repr=False, description="key clients must send, if any")
     served_name: str | None = Field(default=None, min_length=1, description="model name; the directory's by default")
     dtype: str = Field(default="bfloat16", description="compute dtype: bfloat16, float16, float32 or auto")
-    max_model_len: int = Field(default=1024, ge=16, description="context length, tokens")
+    max_model_len: int = Field(default=1024, ge=16, description="context length, tokens; the model's own if shorter")
     max_num_seqs: int = Field(default=8, ge=1, description="requests served at once")
     kv_cache_gib: int = Field(default=1, ge=1, description="key/value cache on a CPU, GiB")
     enforce_eager: bool = Field(default=True, description="do not compile: starts minutes sooner, serves slower")
@@ -106,12 +107,21 @@ def server(
             end_group(process)
 
 
+def _context_length(export: Path, longest: int) -> int:
+    """The shorter of the model's context length and `longest`: vLLM refuses a longer one than the model's."""
+    config = read_config(export / "config.json")
+    text = config["text_config"] if isinstance(config.get("text_config"), dict) else config
+    own: list[int] = [text[key] for key in ("max_position_embeddings", "n_positions") if isinstance(text.get(key), int)]
+    return min([longest, *own])
+
+
 def server_command(python: Path, export: Path, options: ServerOptions, port: int) -> list[str]:
     """The command line of the server; contains no secrets."""
     command = [str(python), "-P", "-m", "vllm.entrypoints.openai.api_server"]
     command += ["--model", str(export.absolute()), "--served-model-name", options.served_name or export.absolute().name]
     command += ["--host", options.host, "--port", str(port), "--dtype", options.dtype]
-    command += ["--max-model-len", str(options.max_model_len), "--max-num-seqs", str(options.max_num_seqs)]
+    length = _context_length(export, options.max_model_len)
+    command += ["--max-model-len", str(length), "--max-num-seqs", str(options.max_num_seqs)]
     if options.enforce_eager:
         command.append("--enforce-eager")
     return [*command, *options.extra]

@@ -18,6 +18,7 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
+from fp8pipe.core.errors import BadArtifactError
 from fp8pipe.models.compat import import_transformers
 from fp8pipe.models.language.structure import load_config
 
@@ -59,12 +60,24 @@ class PictureQuestion:
 
 
 def picture_question(source: Path) -> PictureQuestion | None:
-    """Create the question; None if the model does not accept images or has no processor for them."""
+    """Create the question; None if the model does not accept images, or its processor does not prepare them.
+
+    Raises:
+        BadArtifactError: the model accepts images, and its processor cannot be read.
+    """
     if getattr(load_config(source), "vision_config", None) is None:
         return None
-    processor = import_transformers().AutoProcessor.from_pretrained(
-        str(source), local_files_only=True, trust_remote_code=False
-    )
+    try:
+        processor = import_transformers().AutoProcessor.from_pretrained(
+            str(source), local_files_only=True, trust_remote_code=False
+        )
+    except Exception as error:  # processors raise any type
+        raise BadArtifactError(
+            f"the model in {source} accepts images, and its image processor cannot be read",
+            why=f"{type(error).__name__}: {str(error).partition('. ')[0]}",
+            fix="copy preprocessor_config.json of the original model to the base model, and make artifact and export "
+            "again: vLLM does not start without it",
+        ) from error
     if getattr(processor, "image_processor", None) is None or not getattr(processor, "chat_template", None):
         return None
     picture = _picture()

@@ -198,7 +198,7 @@ class ValidationRecord(EngineRecord):
 
 def wrong_answers(answers: list[CanaryAnswer], where: str) -> Gate:
     """A gate that requires every answer to be the torch model's; poor answers that both give are only listed."""
-    found = [(a.verdict in _WRONG, f"{a.prompt!r} is {a.verdict}: {a.answer!r}") for a in answers if a.verdict != "ok"]
+    found = [(a.verdict in _WRONG, f"{a.prompt!r} ({a.verdict}): {a.answer!r}") for a in answers if a.verdict != "ok"]
     wrong = [text for is_wrong, text in found if is_wrong]
     own = [f"{text} (also the torch model's answer)" for is_wrong, text in found if not is_wrong]
     return none_of(f"wrong answers, {where}", len(wrong), "; ".join([f"of {len(answers)}", *wrong, *own]))

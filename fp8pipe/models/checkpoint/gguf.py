@@ -39,7 +39,8 @@ from fp8pipe.core.errors import (
 log = logging.getLogger(__name__)
 
 # Stored in each converted directory. Increment it when the conversion changes, so that old results are replaced.
-CONVERSION_VERSION: Final = 1
+CONVERSION_VERSION: Final = 2  # 1 accepted files that lack tensors, and made these up
+_SHOWN: Final = 3
 RECORD: Final = "conversion.json"
 GGUF_MAGIC: Final = b"GGUF"
 
@@ -60,8 +61,8 @@ def convert_gguf(gguf: Path, *, name: str | None = None) -> Path:
         name: first part of the directory's name; by default the file's name without its suffix.
 
     Raises:
-        ConfigurationError: the file does not exist or is not GGUF, transformers cannot read its architecture, or the
-            cache is not writable.
+        ConfigurationError: the file does not exist, is not GGUF, or lacks tensors; transformers cannot read its
+            architecture; or the cache is not writable.
         BadArtifactError: the cached directory is damaged.
         MissingCapabilityError: the package gguf or accelerate is not installed.
         OutOfMemoryError: the disk is full.
@@ -161,9 +162,10 @@ def _convert_into(gguf: Path, root: Path) -> None:
 
     transformers = import_transformers()
     try:
-        loaded = transformers.AutoModelForCausalLM.from_pretrained(
+        loaded, found = transformers.AutoModelForCausalLM.from_pretrained(
             gguf.parent,
             gguf_file=gguf.name,
+            output_loading_info=True,
             dtype=torch.bfloat16,
             trust_remote_code=False,
             # Otherwise transformers keeps the weights in GGUF blocks if a kernel for them is installed.
@@ -180,8 +182,15 @@ def _convert_into(gguf: Path, root: Path) -> None:
         raise ConfigurationError(
             f"{gguf} cannot be converted",
             why=f"transformers {transformers.__version__} cannot read it: {type(error).__name__}: {error}",
-            fix="give the original Hugging Face checkpoint instead",
+            fix="download it again, if it may be incomplete; else give the original Hugging Face checkpoint instead",
         ) from error
+    # transformers would fill them with random values, and say so only in its log.
+    if missing := sorted({*found["missing_keys"], *(str(name) for name, *_ in found["mismatched_keys"])}):
+        raise ConfigurationError(
+            f"{gguf} lacks {len(missing)} weight(s) of a {type(loaded).__name__}",
+            why=f"none of its tensors has the name and shape for {', '.join(missing[:_SHOWN])}; they would be random",
+            fix="download it again, or give the original Hugging Face checkpoint instead",
+        )
     _fix_pre_tokenizer(tokenizer, gguf)
     tokenizer.model_max_length = loaded.config.max_position_embeddings
     root.mkdir()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
@@ -75,13 +76,30 @@ def read_config(path: Path) -> dict[str, Any]:
     """Read a JSON object stored beside the weights, such as config.json.
 
     Raises:
-        BadArtifactError, ConfigurationError: the file is missing, unreadable, or not a JSON object; see `unusable`.
+        BadArtifactError, ConfigurationError: the file is missing, unreadable, not a JSON object, or has a key twice;
+            see `unusable`.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique)
         why = "" if isinstance(content, dict) else "it is not a JSON object"
     except (OSError, ValueError) as error:
         content, why = {}, f"{type(error).__name__}: {error}"
     if why:
         raise unusable(path, f"{path} cannot be read", why=why, fix="fetch the model again")
     return dict(content)
+
+
+def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Build a JSON object from its (key, value) pairs, rejecting duplicate keys; an `object_pairs_hook` for `json`.
+
+    Without this hook, the parser silently keeps the last of several equal keys.
+
+    Raises:
+        ValueError: a key occurs more than once; the message gives the first one.
+    """
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        counts = Counter(key for key, _ in pairs)
+        twice = [key for key, count in counts.items() if count > 1]
+        raise ValueError(f"{len(twice)} name(s) occur twice, the first: {twice[0]}")
+    return found

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +23,8 @@ from torch import Tensor
 from fp8pipe.artifact import Parent, sha256_file
 from fp8pipe.artifact.stored_format import StoredFormat
 from fp8pipe.models.checkpoint.blame import unusable
-from fp8pipe.models.checkpoint.sidecars import SERVED_FILES, sidecar_files
+from fp8pipe.models.checkpoint.sidecars import SERVED_FILES, sidecar_files, unique
+from fp8pipe.models.checkpoint.weightless import weightless
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -151,22 +151,6 @@ def _read_header(file: Path) -> tuple[int, dict[str, Any]]:
         return 8 + length, json.loads(stream.read(length), object_pairs_hook=unique)
 
 
-def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Build a JSON object from its (key, value) pairs, rejecting duplicate keys; an `object_pairs_hook` for `json`.
-
-    Without this hook, the parser silently keeps the last of several equal keys.
-
-    Raises:
-        ValueError: a key occurs more than once; the message gives the first one.
-    """
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        counts = Counter(key for key, _ in pairs)
-        twice = [key for key, count in counts.items() if count > 1]
-        raise ValueError(f"{len(twice)} name(s) occur twice, the first: {twice[0]}")
-    return found
-
-
 def _missing_bytes(file: Path) -> str:
     """Message with the actual and the expected size of a truncated file; empty if the file is not truncated."""
     try:
@@ -182,19 +166,22 @@ def weight_files(root: Path) -> list[Path]:
     """The weight files of a Hugging Face directory: `model.safetensors`, or the shards listed in its index, sorted.
 
     Raises:
-        BadArtifactError, ConfigurationError: no weights, an unreadable index, or a missing shard; see `unusable`.
+        BadArtifactError, ConfigurationError: no weights or two sets of them, an unreadable index,
+            or a missing shard; see `unusable`.
     """
     single, index = root / SINGLE_NAME, root / INDEX_NAME
+    if not single.is_file() and not index.is_file():
+        raise weightless(root, (SINGLE_NAME, INDEX_NAME))
+    files = [root / name for name in sorted(set(_weight_map(index).values()))] if index.is_file() else [single]
     if single.is_file():
+        if others := [file.name for file in files if file != single and file.is_file()]:
+            raise unusable(
+                root,
+                f"{root} holds two sets of weights",
+                why=f"{SINGLE_NAME}, which transformers reads, and {others[0]} of {INDEX_NAME}, which vLLM reads",
+                fix="remove the files of one set",
+            )
         return [single]
-    if not index.is_file():
-        raise unusable(
-            root,
-            f"{root} holds no weights",
-            why=f"neither {SINGLE_NAME} nor {INDEX_NAME} is there",
-            fix="save the model as safetensors (save_pretrained does)",
-        )
-    files = [root / name for name in sorted(set(_weight_map(index).values()))]
     if missing := [file.name for file in files if not file.is_file()]:
         why = f"{len(missing)} of {len(files)} files are missing: {', '.join(missing[:_SHOWN])}"
         raise unusable(root, f"the weights in {root} are not complete", why=why, fix="fetch the model again")

@@ -15,6 +15,8 @@ from fp8pipe.models.checkpoint.adapters import Adapter, read_adapter
 from fp8pipe.models.checkpoint.blame import unusable
 from fp8pipe.models.checkpoint.quantized.base import read_base
 from fp8pipe.models.checkpoint.quantized.scheme import QUANT_FILE
+from fp8pipe.models.checkpoint.tensors import SINGLE_NAME
+from fp8pipe.models.checkpoint.weightless import pickled_weights, weightless
 from fp8pipe.models.compat import import_package
 from fp8pipe.models.inspection.contents import Contents, LayerView
 from fp8pipe.models.inspection.safetensors_layers import StoredTensor, count_ends, read_headers, read_layers
@@ -64,7 +66,7 @@ def _directory(root: Path, look: bool) -> Contents:
         tensors: dict[str, StoredTensor] = {}
         for file in files:
             tensors |= read_headers(file)
-        contents = Contents(method, read_layers(tensors, bits, look=look))
+        contents = Contents(method, read_layers(tensors, bits, block=_block(config), look=look))
         contents.notes += _index_notes(root, tensors)
         if (said := _as_base(root, config)) is not None:
             contents.facts["as_base"] = said
@@ -72,6 +74,8 @@ def _directory(root: Path, look: bool) -> Contents:
         contents = read_gguf(ggufs[0], look=look)
     elif read_adapter(root) is not None:
         contents = Contents("PEFT adapter", notes=["its weights are pickled, and not read"])
+    elif pickled_weights(root):
+        raise weightless(root, (SINGLE_NAME, _INDEX))
     else:
         raise ConfigurationError(
             f"{root} holds no weights that can be inspected",
@@ -125,6 +129,16 @@ def _method(config: Mapping[str, Any]) -> tuple[str, int]:
     blocks = f"blocks of {size[0]}x{size[1]}" if isinstance(size, list) and len(size) == 2 else f"blocks of {size!r}"
     shown = [str(x) for x in (detail, blocks if size else None) if x]
     return method + (f" ({', '.join(shown)})" if shown else ""), bits
+
+
+def _block(config: Mapping[str, Any]) -> tuple[int, int] | None:
+    """Rows and columns of the blocks with one scale each that config.json declares; None if it declares none."""
+    declared = _mapping(config.get("quantization_config"))
+    groups = [_mapping(_mapping(group).get("weights")) for group in _mapping(declared.get("config_groups")).values()]
+    for size in (declared.get("weight_block_size"), *(group.get("block_structure") for group in groups)):
+        if isinstance(size, list) and len(size) == 2 and all(isinstance(x, int) and x > 0 for x in size):
+            return size[0], size[1]
+    return None
 
 
 def _mapping(value: object) -> Mapping[str, Any]:

@@ -146,12 +146,15 @@ def count_ends(data: np.ndarray, format: str) -> tuple[int, int, int]:
     return 0, 0, 0
 
 
-def read_layers(tensors: Mapping[str, StoredTensor], bits: int = 4, *, look: bool = True) -> list[LayerView]:
+def read_layers(
+    tensors: Mapping[str, StoredTensor], bits: int = 4, *, block: tuple[int, int] | None = None, look: bool = True
+) -> list[LayerView]:
     """Inspect all weights in the given tensors.
 
     Args:
         tensors: the tensors of a checkpoint by name.
         bits: width of packed integer codes.
+        block: rows and columns of the declared blocks with one scale each; None if none are declared.
         look: also read codes and scales; otherwise only the headers are used.
 
     Returns:
@@ -168,7 +171,7 @@ def read_layers(tensors: Mapping[str, StoredTensor], bits: int = 4, *, look: boo
             if suffix == ".weight" and len(tensor.shape) < 2 and not parts:
                 continue
             used |= {name, *(part.name for part in parts)}
-            found.append(_layer(stem, suffix, tensor, parts, bits, look))
+            found.append(_layer(stem, suffix, tensor, parts, bits, block, look))
     others = [tensor for name, tensor in tensors.items() if name not in used]
     if others:
         size = sum(tensor.size_bytes for tensor in others)
@@ -177,14 +180,18 @@ def read_layers(tensors: Mapping[str, StoredTensor], bits: int = 4, *, look: boo
     return found
 
 
-def _layer(stem: str, suffix: str, codes: StoredTensor, parts: list[StoredTensor], bits: int, look: bool) -> LayerView:
+def _layer(
+    stem: str, suffix: str, codes: StoredTensor, parts: list[StoredTensor], bits: int, block: tuple[int, int] | None,
+    look: bool,
+) -> LayerView:  # fmt: skip
     size = codes.size_bytes + sum(part.size_bytes for part in parts)
     format = _format(suffix, codes, bits)
     shape = _shape(suffix, codes, parts[0] if parts else None, format, bits)
     if not parts or format in _FLOATS.values():
         return LayerView(stem, format, shape, size)
     scales = parts[0]
-    view = LayerView(stem, format, shape, size, _granularity(scales.shape[:: -1 if suffix == ".qweight" else 1], shape))
+    granularity = _granularity(scales.shape[:: -1 if suffix == ".qweight" else 1], shape, block)
+    view = LayerView(stem, format, shape, size, granularity)
     if look:
         for part in chunks(scales):
             view.scales.add(decode(part, scales.dtype))
@@ -217,13 +224,15 @@ def _shape(
     return codes.shape
 
 
-def _granularity(scales: tuple[int, ...], shape: tuple[int, ...] | None) -> str:
+def _granularity(scales: tuple[int, ...], shape: tuple[int, ...] | None, block: tuple[int, int] | None) -> str:
     count = math.prod(scales)
     if count == 1:
         return "per-tensor"
     if shape is not None and (count == shape[0] or scales == (1, shape[-1])):  # the second: of weights (in, out)
         return "per-channel"
     if shape is not None and len(scales) == 2 and len(shape) == 2:
-        blocks = tuple(-(-whole // part) for whole, part in zip(shape, scales, strict=True))
-        return f"blocks of {blocks[0]}x{blocks[1]}"
+        if block is not None and scales == tuple(-(-whole // side) for whole, side in zip(shape, block, strict=True)):
+            return f"blocks of {block[0]}x{block[1]}"
+        if all(whole % part == 0 for whole, part in zip(shape, scales, strict=True)):
+            return f"blocks of {shape[0] // scales[0]}x{shape[1] // scales[1]}"
     return "per-block"

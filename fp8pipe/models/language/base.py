@@ -5,13 +5,15 @@ Problems that would stop the training run or a later export are thus reported be
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, Final
 
 from fp8pipe.core.errors import ConfigurationError
 from fp8pipe.models.checkpoint.quantized.base import base_entries
+from fp8pipe.models.checkpoint.sidecars import read_config
 from fp8pipe.models.checkpoint.tensors import TensorEntry, read_tensor
 from fp8pipe.models.checkpoint.values import refuse_not_finite
 from fp8pipe.models.compat import import_transformers
@@ -21,6 +23,7 @@ from fp8pipe.numerics.grids import same_bits
 
 _VOCABULARIES: Final = ("tokenizer.json", "*.model", "vocab.*", "*.tiktoken", "tekken.json")
 _SHOWN: Final = 3
+_PREDICTING: Final = "num_nextn_predict_layers"  # layers that predict several tokens at once
 _OFFSET: Final = 2  # OPT's position table has this many extra rows at the start
 # RoPE types for which max_position_embeddings may be the length before scaling.
 _SCALED: Final = ("linear", "dynamic", "yarn")
@@ -35,7 +38,8 @@ def check_base(directory: Path, origin: str) -> ModelStructure:
 
     Raises:
         ConfigurationError: the model is quantized in a format that cannot be decoded, has an unknown architecture, is
-            not a causal language model, or lacks tensors of the architecture in its config.json.
+            not a causal language model, lacks tensors of the architecture in its config.json, or has layers that
+            this file does not declare.
     """
     entries = base_entries(directory)
     structure = read_structure(directory)
@@ -43,6 +47,7 @@ def check_base(directory: Path, origin: str) -> ModelStructure:
     stored = {known.name: entries[name] for name, known in table.items() if known.whole}
     joined = {known.name for known in table.values() if not known.whole}
     check_expert_counts(origin, structure.tensors, stored)
+    check_declared(directory, origin, structure, stored)
     fix = "complete the download, or use the config.json that belongs to these weights"
     if missing := [name for name in structure.tensors if _is_missing(name, structure, stored, joined)]:
         raise ConfigurationError(
@@ -92,6 +97,38 @@ def check_values(directory: Path, origin: str, structure: ModelStructure) -> Non
                 why=f"config.json ties {copies[0].name} and {copies[1].name}, whose values in the checkpoint differ",
                 fix="set tie_word_embeddings to false in config.json, or remove the wrong copy",
             )
+
+
+def check_declared(directory: Path, origin: str, structure: ModelStructure, stored: Iterable[str]) -> None:
+    """Reject a checkpoint that has more layers than its config.json declares: the model would be built without them.
+
+    Args:
+        directory: the model's directory.
+        origin: the model's name in error messages.
+        structure: the structure of the model that config.json declares.
+        stored: names of the tensors in the checkpoint, converted to the model's naming.
+
+    Raises:
+        ConfigurationError: there are such layers; the message names one of their tensors.
+    """
+    if read_config(directory / "config.json").get(_PREDICTING):
+        return  # these are stored as further layers, which transformers never builds
+    beyond = [name for name in stored if _is_beyond(name, structure) and not structure.is_discarded(name)]
+    if beyond:
+        raise ConfigurationError(
+            f"{origin} has layers that its config.json does not declare",
+            why=f"{len(beyond)} tensor(s), the first: {min(beyond)}; the model would be built without them",
+            fix="use the config.json that belongs to these weights",
+        )
+
+
+def _is_beyond(name: str, structure: ModelStructure) -> bool:
+    """Whether a tensor is in an element of a list of modules that the model has, while it lacks that element."""
+    for match in re.finditer(r"\.\d+\.", name):
+        if name[: match.start()] in structure.modules and name[: match.end() - 1] not in structure.modules:
+            # A module with several names is among `modules` under one of them.
+            return not any(tensor.startswith(name[: match.end()]) for tensor in structure.tensors)
+    return False
 
 
 def load_tokenizer(directory: Path) -> Any:

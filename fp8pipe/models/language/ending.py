@@ -80,7 +80,11 @@ def read_ending(root: Path, *, tuned: bool = False) -> Ending:
             str(root), local_files_only=True, trust_remote_code=False
         )
     except Exception as error:  # loading may raise any type; not fatal: an engine may use another tokenizer
-        return Ending(warning=_unknown(error)) if (root / "tokenizer_config.json").is_file() else Ending()
+        return (
+            Ending(warning=f"the tokenizer in {root} cannot be read: {_unknown(error)}")
+            if (root / "tokenizer_config.json").is_file()
+            else Ending()
+        )
     template = template_info(tokenizer)
     return Ending() if template.origin == "plain" and not tuned else ending_of(root, tokenizer, template)
 

@@ -147,26 +147,4 @@ def check_no_adapter(path: Path) -> None:
 def _check_checkpoint(path: Path) -> None:
     check_no_adapter(path)
     _check_config(path)
-    if not any(path.glob("*.safetensors")):
-        _refuse_weightless(path)
-    weight_files(path)  # raises if a shard is missing, or if the index refers to files outside this directory
-
-
-def _refuse_weightless(path: Path) -> None:
-    pickled = sorted(file.name for form in ("*.bin", "*.pt", "*.pth") for file in path.glob(form))
-    if not pickled:
-        raise ConfigurationError(
-            f"{path} holds no safetensors weights",
-            why="no *.safetensors file is there",
-            fix="check that the download is complete",
-        )
-    target = f"{path.absolute()}-safetensors"
-    classes = "from transformers import AutoModelForCausalLM as M, AutoTokenizer as T"
-    saved = "; ".join(f"{kind}.from_pretrained({str(path)!r}{more}).save_pretrained({target!r})"
-                      for kind, more in (("M", ", dtype='auto'"), ("T", "")))  # fmt: skip
-    raise ConfigurationError(
-        f"{path} holds no safetensors weights",
-        why=f"only pickled weights are there, which can run code and are not loaded: {len(pickled)} file(s), the "
-        f"first: {pickled[0]}",
-        fix=f'if you trust them, convert them once: python -c "{classes}; {saved}", and give {target}',
-    )
+    weight_files(path)  # raises unless exactly one complete set of weights is there, in this directory

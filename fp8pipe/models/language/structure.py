@@ -37,6 +37,11 @@ if TYPE_CHECKING:
 # Smallest dimension of a linear that is trained and quantized: FP8 kernels require multiples of 16, and a smaller layer
 # (a gate with one output) would limit the adapter rank of all layers.
 LEAST_SIDE: Final = 16
+# What transformers raises if a config.json has a value of the wrong kind, or two that do not go together.
+_BY_SETTINGS: Final = (
+    ArithmeticError, AssertionError, AttributeError, LookupError, OSError, RuntimeError, TypeError, ValueError
+)  # fmt: skip
+_OTHER_CONFIG: Final = "use the config.json that belongs to these weights"
 
 
 class Role(StrEnum):
@@ -221,11 +226,22 @@ def read_structure(directory: Path) -> ModelStructure:
     """The structure of the model described by a directory's config.json, built on the meta device.
 
     Raises:
-        ConfigurationError: see `load_config` and `model_class`.
+        ConfigurationError: the class cannot be built with these settings, or has layers that it cannot have; see also
+            `load_config` and `model_class`.
     """
     config = load_config(directory)
+    kind = model_class(config)
+    try:
+        with torch.device("meta"):
+            model = kind._from_config(config)
+    except _BY_SETTINGS as error:
+        raise unusable(
+            directory,
+            f"no {kind.__name__} can be built from {directory / 'config.json'}",
+            why=f"{type(error).__name__}: {_reason(error)}",
+            fix=_OTHER_CONFIG,
+        ) from error
     with torch.device("meta"):
-        model = model_class(config)._from_config(config)
         unstack_experts(model)
         return structure_of(model)
 
@@ -243,11 +259,11 @@ def load_config(directory: Path) -> PretrainedConfig:
     auto = import_transformers().AutoConfig
     try:
         config: PretrainedConfig = auto.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as error:
+    except (*_BY_SETTINGS, StrictDataclassError) as error:
         raise unusable(
             directory,
             f"{directory} has no configuration that transformers can read",
-            why=str(error).splitlines()[0] if str(error) else repr(error),
+            why=_reason(error),
             fix="complete its config.json, or give a model whose architecture the installed transformers implements",
         ) from error
     if wrong := list(wrong_expert_settings(read_config(directory / "config.json"))):
@@ -255,11 +271,17 @@ def load_config(directory: Path) -> PretrainedConfig:
             directory,
             f"the config.json of {directory} contradicts itself about experts",
             why="; ".join(wrong),
-            fix="use the config.json that belongs to these weights",
+            fix=_OTHER_CONFIG,
         )
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     return config
+
+
+def _reason(error: Exception) -> str:
+    """The first line of an error's message, and the line after it if the first only announces it with a colon."""
+    first, *more = str(error).splitlines() or [repr(error)]
+    return f"{first} {more[0].strip()}" if more and first.endswith(":") else first
 
 
 def model_class(config: PretrainedConfig) -> Any:
@@ -272,12 +294,13 @@ def model_class(config: PretrainedConfig) -> Any:
     transformers = import_transformers()
     from transformers.models.auto import modeling_auto as auto
 
-    names = list(getattr(config, "architectures", None) or [])
+    named = getattr(config, "architectures", None) or []
+    names = list(named) if isinstance(named, list | tuple) else []
     causal = (auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
     known = [name for table in causal for name in _classes(table.get(config.model_type))]
     if len(names) != 1 or not hasattr(transformers, names[0]):
         raise ConfigurationError(
-            f"the architecture of the model is unknown: architectures = {names}",
+            f"the architecture of the model is unknown: architectures = {named!r}",
             why="config.json must name exactly one class of the installed transformers",
             fix=f'set `architectures` in config.json, for example ["{next(iter(known), "LlamaForCausalLM")}"]',
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -179,15 +180,34 @@ def test_a_group_that_ignores_the_polite_signal_is_ended_too() -> None:
     assert process.wait(timeout=10) == -signal.SIGKILL
 
 
-def test_the_servers_command_line_holds_no_secret() -> None:
+def test_the_servers_command_line_holds_no_secret(tmp_path: Path) -> None:
+    (export := tmp_path / "tiny").mkdir()
+    (export / "config.json").write_text("{}")
     options = ServerOptions(api_key="hush", host="0.0.0.0", extra=("--seed", "1"))
-    command = server_command(Path("/v/python"), Path("/exports/tiny"), options, 8123)
+    command = server_command(Path("/v/python"), export, options, 8123)
     assert command[:4] == ["/v/python", "-P", "-m", "vllm.entrypoints.openai.api_server"]
     assert "hush" not in " ".join(command)
     assert "hush" not in repr(options)
     pairs = dict(pairwise(command))
     assert (pairs["--host"], pairs["--port"], pairs["--served-model-name"]) == ("0.0.0.0", "8123", "tiny")
     assert command[-2:] == ["--seed", "1"]
+
+
+@pytest.mark.parametrize(
+    ("config", "length"),
+    [
+        ({"max_position_embeddings": 256}, "256"),
+        ({"n_positions": 512}, "512"),
+        ({"text_config": {"max_position_embeddings": 128}}, "128"),
+        ({"max_position_embeddings": 131072}, "1024"),
+        ({}, "1024"),
+    ],
+)
+def test_the_server_is_asked_for_no_longer_context_than_the_models(tmp_path: Path, config: dict, length: str) -> None:
+    """vLLM refuses to start otherwise."""
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    pairs = dict(pairwise(server_command(Path("/v/python"), tmp_path, ServerOptions(), 8123)))
+    assert pairs["--max-model-len"] == length
 
 
 def test_ports() -> None:

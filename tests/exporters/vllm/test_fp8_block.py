@@ -21,7 +21,7 @@ from tiny_checkpoints import make_model, quantize, write_plain
 from torch import Tensor
 from trained_exports import write_trained
 
-from exporters.vllm.dry_run import _some_rows
+from exporters.vllm.dry_run import _some_rows, plan_vllm
 from exporters.vllm.export import export_vllm, plan_export
 from exporters.vllm.options import ExportFormat, VllmExportOptions
 from exporters.vllm.reopen import iter_weights, reopen
@@ -185,6 +185,8 @@ def test_sides_that_are_no_whole_blocks_are_refused_with_their_numbers(
     assert len(found["block-size"]) == 10  # of seven linear layers in each of two all but q_proj and o_proj
     assert any("k_proj" in line and "128 x 128 do not divide 64" in line for line in found["block-size"])
     assert any("down_proj" in line and "do not divide 192" in line for line in found["block-size"])
+    with pytest.raises(LintFindingsError, match="block-size"):  # a dry run says the same
+        plan_vllm(base, tmp_path / "export", OPTIONS)
 
 
 def test_trained_scales_that_are_not_those_of_blocks_are_refused(

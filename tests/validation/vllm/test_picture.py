@@ -18,8 +18,10 @@ from torch import Tensor
 
 from exporters.vllm.export import export_vllm
 from exporters.vllm.options import VllmExportOptions
+from exporters.vllm.writer import PROCESSOR_FILES, auxiliary_warnings
 from fp8pipe.artifact.record import ExportRejectedError
 from fp8pipe.core.config import build_config
+from fp8pipe.core.errors import BadArtifactError
 from fp8pipe.models.language.structure import build_model
 from pipeline.finetune.config import FinetuneConfig
 from pipeline.finetune.stage import finetune
@@ -62,6 +64,17 @@ def test_the_decoder_is_tuned_and_exported_and_all_else_is_copied(made: Any, nam
     for key in base.keys() - codes:
         assert export[key].dtype == base[key].dtype, key
         assert torch.equal(export[key].view(torch.uint8), base[key].view(torch.uint8)), key
+
+
+def test_a_model_of_pictures_without_an_image_processor_is_named_before_vllm_fails_to_start(tmp_path: Path) -> None:
+    base = write_pictured(tmp_path / "base", PICTURED[0])
+    assert auxiliary_warnings(base) == []
+    for name in PROCESSOR_FILES:
+        (base / name).unlink(missing_ok=True)
+    assert any(PROCESSOR_FILES[0] in warning for warning in auxiliary_warnings(base))
+    with pytest.raises(BadArtifactError, match="its image processor cannot be read") as refused:
+        picture_question(base)
+    assert PROCESSOR_FILES[0] in refused.value.fix
 
 
 @pytest.mark.parametrize("name", PICTURED)

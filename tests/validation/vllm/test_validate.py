@@ -320,6 +320,6 @@ def test_a_model_that_has_nothing_to_say_is_told_and_one_that_says_something_els
 
     own = gate("ok", "empty", "degenerate")
     assert own.passed
-    assert "'empty' is empty: '' (also the torch model's answer)" in own.detail
+    assert "'empty' (empty): '' (also the torch model's answer)" in own.detail
     for verdict in ("differs", "prompt-differs"):
         assert not gate("ok", verdict).passed

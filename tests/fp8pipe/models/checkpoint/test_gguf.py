@@ -23,7 +23,7 @@ from fp8pipe.models.language.sources import resolve_model
 ROOT = Path(__file__).resolve().parents[4]
 
 
-def write_gguf(path: Path, *, tied: bool, architecture: str = "llama") -> dict[str, torch.Tensor]:
+def write_gguf(path: Path, *, tied: bool, architecture: str = "llama", without: str = "") -> dict[str, torch.Tensor]:
     """A small GGUF file in the layout llama.cpp gives Llama models; returns what the checkpoint must hold."""
     from gguf import GGUFWriter
 
@@ -63,6 +63,8 @@ def write_gguf(path: Path, *, tied: bool, architecture: str = "llama") -> dict[s
     } | ({} if tied else {"lm_head": ("output", (words, hidden))})
     expected = {}
     for ours, (name, shape) in shapes.items():
+        if name == without:
+            continue
         weight = torch.randn(shape)
         expected[ours + ".weight"] = weight.bfloat16()
         parts = {"attn_q": heads, "attn_k": kv_heads}.get(name.removeprefix(theirs))
@@ -80,6 +82,16 @@ def write_gguf(path: Path, *, tied: bool, architecture: str = "llama") -> dict[s
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("FP8PIPE_CACHE", str(tmp_path / "cache"))
     return cache_root()
+
+
+@needs_gguf
+def test_a_file_that_lacks_a_tensor_is_refused_and_nothing_is_cached(tmp_path: Path, cache: Path) -> None:
+    """transformers would fill the weight with random values."""
+    write_gguf(tmp_path / "m.gguf", tied=True, without="blk.0.ffn_up")
+    with pytest.raises(ConfigurationError, match="lacks 1 weight") as refused:
+        convert_gguf(tmp_path / "m.gguf")
+    assert "model.layers.0.mlp.up_proj.weight" in refused.value.why
+    assert [path for path in cache.iterdir() if path.is_dir()] == []
 
 
 @needs_gguf

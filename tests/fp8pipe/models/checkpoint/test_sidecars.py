@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from fp8pipe.models.checkpoint.sidecars import BASE_MODEL_FILES, HUB_FILES, SERVED_FILES, sidecar_files
+from fp8pipe.core.errors import ConfigurationError
+from fp8pipe.models.checkpoint.sidecars import BASE_MODEL_FILES, HUB_FILES, SERVED_FILES, read_config, sidecar_files
 
 CARRIED = (
     "LICENSE",
@@ -40,3 +41,11 @@ def test_files_found_in_a_directory(tmp_path: Path, patterns: tuple[str, ...]) -
 def test_a_download_brings_all_of_them() -> None:
     for name in CARRIED:  # huggingface_hub matches whole paths with fnmatch
         assert any(fnmatch(name, pattern) for pattern in HUB_FILES), name
+
+
+@pytest.mark.parametrize("text", ['{"a": 1, "a": 2}', '{"text_config": {"a": 1, "a": 2}}'])
+def test_a_configuration_that_gives_a_key_twice_is_refused(tmp_path: Path, text: str) -> None:
+    """JSON does not say which of the two counts, and Python's parser keeps the last in silence."""
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ConfigurationError, match="occur twice, the first: a"):
+        read_config(tmp_path / "config.json")

@@ -46,9 +46,9 @@ def test_shards_are_read_by_their_index(sharded: Path) -> None:
     assert [name for name in entries if is_scale(name, entries)] == ["b.weight_scale"]
 
 
-def test_a_single_file_needs_no_index_and_goes_before_one(sharded: Path) -> None:
-    save_file({"c.weight": torch.ones(1, 1)}, sharded / "model.safetensors")
-    assert list(weight_entries(sharded)) == ["c.weight"]
+def test_a_single_file_needs_no_index(tmp_path: Path) -> None:
+    save_file({"c.weight": torch.ones(1, 1)}, tmp_path / "model.safetensors")
+    assert list(weight_entries(tmp_path)) == ["c.weight"]
 
 
 DECISIVE = (
@@ -94,8 +94,23 @@ def test_what_cannot_be_read_is_named(sharded: Path) -> None:
     with pytest.raises(ConfigurationError, match="not a complete safetensors file"):
         header_entries(sharded / SHARDS[0])
     (sharded / "model.safetensors.index.json").unlink()
-    with pytest.raises(ConfigurationError, match="holds no weights"):
+    with pytest.raises(ConfigurationError, match="holds no weights") as caught:
         checkpoint_names(sharded, Naming(), ["a"])
+    assert f"the first: {SHARDS[0]}" in caught.value.why
+    assert "fetch model.safetensors.index.json" in caught.value.fix
+
+
+def test_a_directory_with_two_sets_of_weights_is_refused_since_engines_differ_in_which_they_read(sharded: Path) -> None:
+    index = sharded / "model.safetensors.index.json"
+    (sharded / "model.safetensors").write_bytes((sharded / SHARDS[0]).read_bytes())
+    with pytest.raises(ConfigurationError, match="two sets of weights") as caught:
+        weight_files(sharded)
+    assert SHARDS[0] in caught.value.why
+    for name in SHARDS:
+        (sharded / name).unlink()
+    assert weight_files(sharded) == [sharded / "model.safetensors"]  # the index is a leftover, and no engine reads it
+    index.write_text('{"weight_map": {"model.a.weight": "model.safetensors"}}')
+    assert weight_files(sharded) == [sharded / "model.safetensors"]
 
 
 def test_weights_that_are_not_whole_are_refused_with_numbers(sharded: Path) -> None:

@@ -57,6 +57,23 @@ def test_fp8_with_scales_of_every_form(tmp_path, scale, name, granularity):
     assert found.size_bytes == 256 * 128 + scale.nbytes
 
 
+@pytest.mark.parametrize(
+    ("declared", "granularity"),
+    [
+        ({"quant_method": "fp8", "weight_block_size": [128, 128]}, "blocks of 128x128"),
+        ({"config_groups": {"group_0": {"weights": {"block_structure": [128, 128]}}}}, "blocks of 128x128"),
+        ({"quant_method": "fp8", "weight_block_size": [128, 64]}, "per-block"),  # not those of the scales
+        (None, "per-block"),
+    ],
+)
+def test_blocks_that_do_not_divide_a_side_are_those_declared(tmp_path, declared, granularity):
+    """Like DeepSeek-V3's kv_a_proj_with_mqa, which has 576 rows: shapes alone do not tell the size of a block."""
+    tensors = {"q.weight": fp8(193, 256), "q.weight_scale_inv": torch.full((2, 2), 0.25)}
+    root = checkpoint(tmp_path / "m", tensors)
+    (root / "config.json").write_text(json.dumps({"quantization_config": declared}))
+    assert layer(root).granularity == granularity
+
+
 def test_modelopt_and_its_input_scales(tmp_path):
     codes = fp8(32, 16)
     codes.view(torch.uint8).view(-1)[5] = 0x7F
@@ -184,6 +201,9 @@ def test_what_cannot_be_read_is_said(tmp_path):
         inspect_contents(root)
     (tmp_path / "empty").mkdir()
     with pytest.raises(ConfigurationError, match="holds no weights"):
+        inspect_contents(tmp_path / "empty")
+    (tmp_path / "empty/pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(ConfigurationError, match="only pickled weights are there"):
         inspect_contents(tmp_path / "empty")
     with pytest.raises(ConfigurationError, match="there is no such path"):
         inspect_contents(tmp_path / "none")

@@ -11,6 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from exporters.vllm.export import plan_export
+from exporters.vllm.options import ExportFormat, VllmExportOptions
 from exporters.vllm.source import open_source
 from fp8pipe.core.errors import ConfigurationError
 from fp8pipe.models.language.base import check_base, check_tokens, check_values, embedding_rows, load_tokenizer
@@ -54,6 +56,41 @@ def test_a_tie_of_two_different_tensors_is_named(make_base) -> None:
     assert "set tie_word_embeddings to false" in found
     edit_weights(base, lambda tensors: tensors[HEAD].copy_(tensors[EMBEDDING]))
     check_values(base, "my model", check_base(base, "my model"))
+
+
+@pytest.mark.parametrize("count", [0, 1, -1])
+def test_layers_that_the_configuration_does_not_declare_are_named(make_base, count) -> None:
+    """transformers would drop them and say so only in its log."""
+    base = make_base()
+    edit_config(base, num_hidden_layers=count)
+    first = max(count, 0)
+    assert f"the first: model.layers.{first}.input_layernorm.weight" in refusal(base)
+    for format in ExportFormat:
+        with pytest.raises(ConfigurationError, match="does not declare"):
+            plan_export(base, VllmExportOptions(format=format))
+
+
+def test_layers_that_predict_further_tokens_may_follow_the_declared_ones(make_base) -> None:
+    base = make_base()
+    edit_config(base, num_hidden_layers=1, num_nextn_predict_layers=1)
+    check_base(base, "my model")
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"hidden_act": "sillu"}, "KeyError: 'sillu'"),
+        ({"num_attention_heads": 0}, "modulo by zero"),
+        ({"hidden_size": "64"}, "'hidden_size' expected int, got str (value: '64')"),
+        ({"hidden_size": [64]}, "'hidden_size' expected int, got list"),
+        ({"num_attention_heads": 7}, "not a multiple of the number of attention heads"),
+        ({"architectures": "LlamaForCausalLM"}, "architectures = 'LlamaForCausalLM'"),
+    ],
+)
+def test_settings_of_the_wrong_kind_are_refused_with_their_reason(make_base, changes, words) -> None:
+    base = make_base()
+    edit_config(base, **changes)
+    assert words in refusal(base)
 
 
 @pytest.mark.parametrize(

@@ -93,6 +93,12 @@ def test_what_cannot_be_rendered_is_said(model, template):
     assert "cannot determine whether" in read_ending(model("", template=template)).warning
 
 
+def test_a_tokenizer_that_cannot_be_read_is_named(model):
+    root = model("<|end|>")
+    (root / "tokenizer.json").write_text((root / "tokenizer.json").read_text()[:100])
+    assert f"the tokenizer in {root} cannot be read" in read_ending(root).warning
+
+
 def test_a_template_that_is_not_valid_is_refused(model):
     with pytest.raises(ConfigurationError, match="is not valid"):
         read_ending(model("", template="{% if %}"))
