@@ -10,6 +10,7 @@ import click
 from fp8pipe.cli.common import Console, common_options, show_artifact, show_plan, stage_options
 from fp8pipe.cli.options import model_options, resolve
 from fp8pipe.core.machine import wait_briefly
+from fp8pipe.core.ranks import ranks_of_environment
 from pipeline.finetune.config import FinetuneConfig
 from pipeline.vit.config import QuantizeVitConfig
 
@@ -90,7 +91,7 @@ def quantize_vit_command(
     By default, no data is needed: calibration images are synthesized from the model alone (MimiQ), and used to distill
     the original model into the low-bit model.
     """
-    settings = resolve(QuantizeVitConfig, config, options)
+    settings, ranks = resolve(QuantizeVitConfig, config, options), ranks_of_environment()
     wait_briefly()
     with console.capture_stdout():
         if dry_run:
@@ -98,9 +99,14 @@ def quantize_vit_command(
 
             show_plan(console, plan_quantize_vit(settings, output))
             return
+        from pipeline.vit.ranks import assist_quantize_vit, open_pool
         from pipeline.vit.stage import quantize_vit
 
-        artifact = quantize_vit(settings, output, force=force, resume=resume)
+        if ranks.rank:
+            assist_quantize_vit(settings, ranks)
+            return
+        with open_pool(ranks) as pool:
+            artifact = quantize_vit(settings, output, force=force, resume=resume, pool=pool)
     from fp8pipe.artifact.kinds import VitDetails
 
     details = artifact.manifest.details_of(VitDetails)
