@@ -20,7 +20,9 @@ from fp8pipe.core.errors import Fp8PipeError, InterruptedRunError
 from fp8pipe.core.rank_store import Beats, KeyStore, get_bytes, put_bytes
 from fp8pipe.core.ranks import Ranks
 
-__all__ = ["SILENCE_S", "Alone", "Item", "Job", "StorePool", "WorkPool", "assist"]
+__all__ = [
+    "SILENCE_S", "Alone", "Item", "Job", "StorePool", "WorkPool", "assist", "describe", "described_error",
+]  # fmt: skip
 
 _LOG = logging.getLogger(__name__)
 SILENCE_S: Final = 45.0  # a process that has given no sign of life for this long is taken for lost
@@ -58,6 +60,7 @@ class Alone:
     """The pool of a single process."""
 
     def results(self, job: Job, item: Item) -> Iterator[tuple[int, bytes]]:
+        """Number and result of each item, in order."""
         for number in range(job.count):
             yield number, item(number)
 
@@ -82,13 +85,14 @@ class StorePool:
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
         self._store.set(_END, "failed" if kind else "done")
         until = time.monotonic() + _PARTING_S  # this process may host the store: let the others read the end first
-        present = [rank for rank in range(1, self._size) if not self._beats.is_silent(rank)]
-        while present and time.monotonic() < until:
-            present = [rank for rank in present if not self._store.check([f"gone/{rank}"])]
+        while time.monotonic() < until and any(
+            not self._store.check([f"gone/{rank}"]) and not self._beats.is_silent(rank) for rank in range(1, self._size)
+        ):
             time.sleep(_POLL_S)
         self._beats.stop()
 
     def results(self, job: Job, item: Item) -> Iterator[tuple[int, bytes]]:
+        """Number and result of each item, in the order in which they are finished; see `WorkPool`."""
         place, self._jobs = f"job/{self._jobs}", self._jobs + 1
         put_bytes(self._store, f"{place}/payload", job.payload)
         self._store.set(place, json.dumps({"name": job.name, "count": job.count}))
@@ -112,7 +116,7 @@ class StorePool:
         """The results that other processes have stored since the last call; raises the error of one that failed."""
         for rank in range(1, self._size):
             if self._store.check([f"error/{rank}"]):
-                raise _error_of(rank, self._store.get(f"error/{rank}"))
+                raise described_error(self._store.get(f"error/{rank}"), f"rank {rank}")
         for number in sorted(open_items):
             if self._store.check([f"{place}/done/{number}"]):
                 open_items.discard(number)
@@ -149,7 +153,7 @@ def assist(
     except InterruptedRunError:
         raise
     except Exception as error:
-        store.set(f"error/{ranks.rank}", json.dumps(_described(error)))
+        store.set(f"error/{ranks.rank}", describe(error))
         raise
     finally:
         beats.stop()
@@ -181,17 +185,18 @@ def _compute(store: KeyStore, ranks: Ranks, place: str, begin: Callable[[Job], I
         store.set(f"{place}/done/{number}", "")
 
 
-def _described(error: Exception) -> dict[str, str]:
+def describe(error: Exception) -> str:
+    """An error as JSON, for `described_error` in another process."""
     if isinstance(error, Fp8PipeError):
-        return {"kind": type(error).__name__, "what": error.what, "why": error.why, "fix": error.fix}
-    return {"kind": "", "what": f"{type(error).__name__}: {error}", "why": "", "fix": ""}
+        return json.dumps([type(error).__name__, error.what, error.why, error.fix])
+    return json.dumps(["", f"{type(error).__name__}: {error}", "", ""])
 
 
-def _error_of(rank: int, described: bytes) -> Fp8PipeError:
-    found = json.loads(described)
-    kinds = {kind.__name__: kind for kind in Fp8PipeError.__subclasses__()}
-    kind = kinds.get(found.pop("kind"), Fp8PipeError)
-    return kind(f"{found.pop('what')} (on rank {rank})", **found)
+def described_error(described: str | bytes, where: str) -> Fp8PipeError:
+    """The error that `describe` was given, of the same class if it is one of fp8pipe's; `where` names the process."""
+    kind, what, why, fix = json.loads(described)
+    kinds = {known.__name__: known for known in Fp8PipeError.__subclasses__()}
+    return kinds.get(kind, Fp8PipeError)(f"{what} (on {where})", why=why, fix=fix)
 
 
 def _without_rank_0(why: str) -> InterruptedRunError:

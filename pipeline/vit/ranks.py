@@ -6,6 +6,7 @@ needs the model and the labelled pictures; the output's directory is rank 0's al
 
 from __future__ import annotations
 
+import functools
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,9 +17,11 @@ import torch
 
 from calibration.make import IMAGES_JOB, batch_maker
 from fp8pipe.core.devices import on_device, use_local_gpu
+from fp8pipe.core.errors import ConfigurationError
 from fp8pipe.core.rank_store import open_store
 from fp8pipe.core.ranks import Ranks
 from fp8pipe.core.work import Item, Job, StorePool, WorkPool, assist
+from fp8pipe.core.work_ray import RayPool
 from fp8pipe.models.vision.quantized import load_quantized
 from fp8pipe.models.vision.sources import VisionModel, load_vision_model
 from fp8pipe.models.vision.structure import read_structure
@@ -33,17 +36,29 @@ __all__ = ["assist_quantize_vit", "job_opener", "open_pool"]
 
 
 @contextmanager
-def open_pool(ranks: Ranks) -> Iterator[WorkPool | None]:
-    """The pool of rank 0; None if it is the only rank.
+def open_pool(config: QuantizeVitConfig, ranks: Ranks, ray: str | None) -> Iterator[WorkPool | None]:
+    """The pool of rank 0: the other ranks, or the Ray cluster at the address `ray`; None if there are neither.
 
     Raises:
-        MissingCapabilityError: the other ranks cannot be reached.
+        ConfigurationError: both are given, or there is no such cluster.
+        MissingCapabilityError: the other ranks or the cluster cannot be reached.
     """
-    if ranks.size == 1:
+    if ray is not None:
+        if ranks.size > 1:
+            raise ConfigurationError(
+                "torchrun and --ray cannot be used together",
+                why="each of them starts the processes that share the work",
+                fix="leave one of them out",
+            )
+        config = on_device(config)
+        load = functools.partial(job_opener, config)
+        with RayPool(ray, load, threads=torch.get_num_threads(), gpu=config.device == "cuda") as cluster:
+            yield cluster
+    elif ranks.size > 1:
+        with StorePool(open_store(ranks), ranks.size) as others:
+            yield others
+    else:
         yield None
-        return
-    with StorePool(open_store(ranks), ranks.size) as pool:
-        yield pool
 
 
 def assist_quantize_vit(config: QuantizeVitConfig, ranks: Ranks) -> None:
@@ -55,8 +70,7 @@ def assist_quantize_vit(config: QuantizeVitConfig, ranks: Ranks) -> None:
     store, config = open_store(ranks), on_device(config)
     if config.device == "cuda":
         use_local_gpu(ranks)
-    with plain_convolutions(torch.device(config.device)):
-        assist(store, ranks, lambda: job_opener(config))
+    assist(store, ranks, lambda: job_opener(config))
 
 
 def job_opener(config: QuantizeVitConfig) -> Callable[[Job], Item]:
@@ -70,16 +84,23 @@ def job_opener(config: QuantizeVitConfig) -> Callable[[Job], Item]:
     placed = replace(vision, model=vision.model.to(torch.device(config.device)))
 
     def begin(job: Job) -> Item:
-        if job.name == IMAGES_JOB:
-            return batch_maker(image_request(config), placed, structure, job.payload)
-        return _counter(config, placed, job.payload)
+        images = job.name == IMAGES_JOB
+        make = batch_maker(image_request(config), placed, structure, job.payload) if images else None
+        item = make or _counter(config, placed, job.payload)
+
+        def compute(number: int) -> bytes:
+            with plain_convolutions(torch.device(config.device)):
+                return item(number)
+
+        return compute
 
     return begin
 
 
 def _counter(config: QuantizeVitConfig, vision: VisionModel, payload: bytes) -> Item:
     classes = vision.architecture.choices
-    assert config.evaluate is not None and classes is not None  # rank 0 has the same configuration and model
+    assert config.evaluate is not None  # rank 0 has the same configuration and the same model
+    assert classes is not None
     folder = read_evaluation_folder(config.evaluate, classes)
     with tempfile.TemporaryDirectory() as scratch:
         open_accuracy_payload(payload, Path(scratch), vision, folder)
