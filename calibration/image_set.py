@@ -11,7 +11,8 @@ from typing import Any, Final
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, load_file, save_file
+from safetensors.torch import save as serialized
 from torch import Tensor
 
 from fp8pipe.core.errors import BadArtifactError
@@ -33,16 +34,29 @@ class ImageSet:
     losses: dict[str, list[float]] = field(default_factory=dict)  # final value of each loss by name, one per image
     notes: list[str] = field(default_factory=list)  # messages about restarts and the like
 
+    def to_bytes(self) -> bytes:
+        """The set as a safetensors file with its record in the metadata."""
+        facts = {"method": self.method, "seed": self.seed, "losses": self.losses, "notes": self.notes}
+        return serialized(self._tensors(), {"facts": json.dumps(facts)})
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> ImageSet:
+        """A set from what `to_bytes` returned."""
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+        facts, tensors = json.loads(header["__metadata__"]["facts"]), load(data)
+        return cls(tensors["images"], tensors.get("labels"), **facts)
+
+    def _tensors(self) -> dict[str, Tensor]:
+        tensors = {"images": self.images.contiguous()}
+        return tensors if self.labels is None else tensors | {"labels": self.labels.contiguous()}
+
     def save(self, folder: Path, classes: Sequence[str] | None = None) -> None:
         """Write images.safetensors, images.json and contact_sheet.png.
 
         `classes` are the names of all classes, for the contact sheet; without them it shows class indices.
         """
         folder.mkdir(parents=True, exist_ok=True)
-        tensors = {"images": self.images.contiguous()}
-        if self.labels is not None:
-            tensors["labels"] = self.labels
-        save_file(tensors, folder / IMAGES_FILE)
+        save_file(self._tensors(), folder / IMAGES_FILE)
         facts: dict[str, Any] = {
             "method": self.method, "seed": self.seed, "count": len(self.images),
             "losses": self.losses, "notes": self.notes,

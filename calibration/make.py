@@ -5,12 +5,12 @@ Synthetic images are made in batches that are stored as they are finished, so th
 
 from __future__ import annotations
 
-import itertools
 import json
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,15 +18,18 @@ from torch import Tensor
 from calibration.config import SynthesisConfig
 from calibration.generator import Synthesizer
 from calibration.image_set import ImageSet
+from calibration.memory import images_at_once
 from calibration.views import image_stream, normal
 from fp8pipe.artifact.writer import lock
 from fp8pipe.core.errors import BadArtifactError, ConfigurationError
+from fp8pipe.core.work import Alone, Item, Job, WorkPool
 from fp8pipe.models.vision.image_folder import UNLABELLED, batches, list_pictures
 from fp8pipe.models.vision.sources import VisionModel
 from fp8pipe.models.vision.structure import VitStructure
 
 FOLDER_PREFIX, ARTIFACT_PREFIX = "images:", "artifact:"
 ARTIFACT_IMAGES = "calibration"  # folder in an artifact
+IMAGES_JOB = "images"  # name of the job that makes synthetic images
 METHODS = ("synthetic", "patch-similarity", "gaussian")
 Progress = Callable[[int], None]
 
@@ -61,6 +64,7 @@ def make_images(
     *,
     checkpoints: Path | None = None,
     on_images: Progress = lambda count: None,
+    pool: WorkPool | None = None,
 ) -> ImageSet:
     """Make or read the requested images.
 
@@ -70,6 +74,7 @@ def make_images(
         structure: the model's structure.
         checkpoints: directory in which finished batches are stored, for a resumed run.
         on_images: called with the number of newly finished images.
+        pool: shares the batches of synthetic images with other processes, which then compute them with `batch_maker`.
 
     Raises:
         ConfigurationError: a folder does not exist or has too few images, images became NaN in every attempt, or
@@ -78,19 +83,18 @@ def make_images(
     given = read_images(request, vision, structure)
     if given is not None:
         return given
-    if vision.architecture.choices is None:  # regression or a single label: there are no classes to make images for
-        structure = replace(structure, classes=None)
+    structure = _targets(vision, structure)
     if request.method == "gaussian":
         streams = [image_stream(request.seed, i) for i in range(request.count)]
         noise = vision.preprocessing.to_uint8(normal(streams, 3, *structure.image_size))
         on_images(request.count)
         return ImageSet(noise, None, request.method, request.seed)
     if checkpoints is None:
-        return _synthesize(request, vision, structure, None, on_images)
+        return _synthesize(request, vision, structure, None, on_images, pool or Alone())
     checkpoints.mkdir(parents=True, exist_ok=True)
     with lock(checkpoints):  # an earlier run that is still active would write the same batches
         _prepare(checkpoints, request, vision)
-        return _synthesize(request, vision, structure, checkpoints, on_images)
+        return _synthesize(request, vision, structure, checkpoints, on_images, pool or Alone())
 
 
 def read_images(request: ImageRequest, vision: VisionModel, structure: VitStructure) -> ImageSet | None:
@@ -104,42 +108,91 @@ def read_images(request: ImageRequest, vision: VisionModel, structure: VitStruct
     return _from_artifact(request, structure) if request.method.startswith(ARTIFACT_PREFIX) else None
 
 
-def _synthesize(
-    request: ImageRequest, vision: VisionModel, structure: VitStructure, checkpoints: Path | None, on_images: Progress
-) -> ImageSet:
-    # Make the images that no earlier run has stored in `checkpoints`, and join all batches.
+def batch_maker(request: ImageRequest, vision: VisionModel, structure: VitStructure, spans: bytes) -> Item:
+    """A function that makes the batches of one item of work, and returns them as bytes for `ImageSet.from_bytes`.
+
+    Args:
+        request: the request; its method is synthetic or patch-similarity.
+        vision: the float model.
+        structure: the model's structure.
+        spans: payload of the job: for each item the numbers of its first image and of the one after its last, and
+            rank 0's request and number of threads.
+
+    Raises:
+        ConfigurationError: this request is not that of rank 0.
+        ConfigurationError: the model has no attention maps to compare, or does not support a configured option.
+    """
     config = request.synthesis
     if request.method == "patch-similarity":  # PSAQ-ViT's loss instead of MimiQ's
         config = config.model_copy(update={"similarity": 0.0, "entropy": 1.0})
-    synthesizer, size = Synthesizer(vision, structure, config, request.seed), config.batch_size
-    # As many batches as a GPU can hold are made together, but stored one by one: a resumed run may have another GPU.
-    together = max(1, (synthesizer.at_once or 0) // size)
-    parts: dict[int, ImageSet] = {}
+    synthesizer = Synthesizer(vision, _targets(vision, structure), config, request.seed)
+    shared = json.loads(spans)
+    ours = _described(request, vision)
+    if different := sorted(key for key in ours if shared["request"][key] != ours[key]):
+        raise ConfigurationError(
+            "this process was started for other images than rank 0",
+            why=f"these differ: {', '.join(different)}",
+            fix="start every process with the same model and the same options",
+        )
+    torch.set_num_threads(shared["threads"])  # products in fp32 can depend on it
+
+    def make(number: int) -> bytes:
+        first, end = shared["spans"][number]
+        return synthesizer.batch(first, end - first).to_bytes()
+
+    return make
+
+
+def _targets(vision: VisionModel, structure: VitStructure) -> VitStructure:
+    """The structure without classes if the model has none to make images for (regression, or a single label)."""
+    return replace(structure, classes=None) if vision.architecture.choices is None else structure
+
+
+def _synthesize(
+    request: ImageRequest, vision: VisionModel, structure: VitStructure, checkpoints: Path | None,
+    on_images: Progress, pool: WorkPool,
+) -> ImageSet:  # fmt: skip
+    # Make the images that no earlier run has stored in `checkpoints`, and join all batches.
+    size, parts = request.synthesis.batch_size, {}
     for first in range(0, request.count, size):
-        if first not in parts and _is_kept(checkpoints, first):
+        if checkpoints is not None and _place(checkpoints, first).is_dir():
             parts[first] = ImageSet.load(_place(checkpoints, first))
-        elif first not in parts:
-            following = range(first, min(first + together * size, request.count), size)
-            group = list(itertools.takewhile(lambda start: not _is_kept(checkpoints, start), following))
-            made = synthesizer.batch(first, min(group[-1] + size, request.count) - first)
-            for start in group:
-                parts[start] = replace(made.part(start - first, start - first + size), method=request.method)
-                if checkpoints is not None:
-                    _keep(parts[start], _place(checkpoints, start))
-        on_images(len(parts[first].images))
-    whole = ImageSet.joined(list(parts.values()))
+            on_images(len(parts[first].images))
+    # As many batches as a GPU can hold are made together, but stored one by one: a resumed run may have another GPU.
+    at_once = images_at_once(structure, request.synthesis, next(vision.model.parameters()).device)
+    spans = _spans([first for first in range(0, request.count, size) if first not in parts], request, at_once)
+    shared = {"request": _described(request, vision), "spans": spans, "threads": torch.get_num_threads()}
+    job = Job(IMAGES_JOB, len(spans), json.dumps(shared).encode())
+    item = batch_maker(request, vision, structure, job.payload)
+    for number, made in pool.results(job, item):
+        first, end = spans[number]
+        whole = replace(ImageSet.from_bytes(made), method=request.method)
+        for start in range(first, end, size):
+            parts[start] = whole.part(start - first, min(start + size, end) - first)
+            if checkpoints is not None:
+                _keep(parts[start], _place(checkpoints, start))
+            on_images(len(parts[start].images))
+    whole = ImageSet.joined([parts[first] for first in sorted(parts)])
     return replace(
         whole, method=request.method, seed=request.seed, labels=None if structure.classes is None else whole.labels
     )
 
 
-def _place(checkpoints: Path | None, first: int) -> Path:
-    assert checkpoints is not None
+def _spans(missing: list[int], request: ImageRequest, at_once: int | None) -> list[tuple[int, int]]:
+    """First image and end of each item of work: consecutive missing batches, as many as a GPU can hold."""
+    size, spans = request.synthesis.batch_size, list[tuple[int, int]]()
+    together = max(1, (at_once or 0) // size) * size
+    for first in missing:
+        end = min(first + size, request.count)
+        if spans and spans[-1][1] == first and end - spans[-1][0] <= together:
+            spans[-1] = (spans[-1][0], end)
+        else:
+            spans.append((first, end))
+    return spans
+
+
+def _place(checkpoints: Path, first: int) -> Path:
     return checkpoints / f"batch-{first:06d}"
-
-
-def _is_kept(checkpoints: Path | None, first: int) -> bool:
-    return checkpoints is not None and _place(checkpoints, first).is_dir()
 
 
 def _keep(part: ImageSet, folder: Path) -> None:
@@ -150,6 +203,14 @@ def _keep(part: ImageSet, folder: Path) -> None:
     scratch.rename(folder)
 
 
+def _described(request: ImageRequest, vision: VisionModel) -> dict[str, Any]:
+    """All that images depend on, in JSON's types."""
+    return {
+        "method": request.method, "count": request.count, "seed": request.seed, "model": vision.digest,
+        "synthesis": request.synthesis.model_dump(mode="json"),
+    }  # fmt: skip
+
+
 def _prepare(checkpoints: Path, request: ImageRequest, vision: VisionModel) -> None:
     """Record the request in a directory of batches, or check that the batches there belong to the same request.
 
@@ -157,10 +218,7 @@ def _prepare(checkpoints: Path, request: ImageRequest, vision: VisionModel) -> N
         BadArtifactError: the record is damaged.
         ConfigurationError: the batches were made for another request.
     """
-    described = {
-        "method": request.method, "count": request.count, "seed": request.seed, "model": vision.digest,
-        "synthesis": request.synthesis.model_dump(mode="json"),
-    }  # fmt: skip
+    described = _described(request, vision)
     record = checkpoints / "request.json"
     if not record.is_file():
         scratch = record.with_suffix(".writing")

@@ -10,6 +10,8 @@ import click
 from fp8pipe.cli.common import Console, common_options, show_artifact, show_plan, stage_options
 from fp8pipe.cli.options import model_options, resolve
 from fp8pipe.core.machine import wait_briefly
+from fp8pipe.core.progress import setup_logging
+from fp8pipe.core.ranks import ranks_of_environment
 from pipeline.finetune.config import FinetuneConfig
 from pipeline.vit.config import QuantizeVitConfig
 
@@ -81,16 +83,22 @@ def _losses(artifact: Artifact) -> HeldoutLoss:
 @click.command(name="quantize-vit")
 @model_options(QuantizeVitConfig)
 @stage_options("output", "config", "force", "resume")
+@click.option(
+    "--ray",
+    metavar="ADDRESS",
+    help="Ray cluster that makes the images and evaluates: auto, local, or ray://HOST:PORT.",
+)
 @common_options(dry_run=True)
 def quantize_vit_command(
-    *, output: Path, config: Path | None, force: bool, resume: bool, dry_run: bool, console: Console, **options: Any
-) -> None:
+    *, output: Path, config: Path | None, force: bool, resume: bool, ray: str | None, dry_run: bool, console: Console,
+    **options: Any,
+) -> None:  # fmt: skip
     """Quantize a vision transformer to low-bit integers or FP8.
 
     By default, no data is needed: calibration images are synthesized from the model alone (MimiQ), and used to distill
     the original model into the low-bit model.
     """
-    settings = resolve(QuantizeVitConfig, config, options)
+    settings, ranks = resolve(QuantizeVitConfig, config, options), ranks_of_environment()
     wait_briefly()
     with console.capture_stdout():
         if dry_run:
@@ -98,9 +106,15 @@ def quantize_vit_command(
 
             show_plan(console, plan_quantize_vit(settings, output))
             return
+        from pipeline.vit.ranks import assist_quantize_vit, open_pool
         from pipeline.vit.stage import quantize_vit
 
-        artifact = quantize_vit(settings, output, force=force, resume=resume)
+        if ranks.rank:
+            setup_logging(json=True, quiet=True)
+            assist_quantize_vit(settings, ranks)
+            return
+        with open_pool(settings, ranks, ray) as pool:
+            artifact = quantize_vit(settings, output, force=force, resume=resume, pool=pool)
     from fp8pipe.artifact.kinds import VitDetails
 
     details = artifact.manifest.details_of(VitDetails)

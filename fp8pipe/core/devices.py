@@ -19,9 +19,12 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from fp8pipe.core.ranks import Ranks
+
 __all__ = [
     "DEVICES", "DEVICE_HELP", "Device", "DeviceName", "GpuNeed", "current_device", "has_kernels", "lack_of",
     "no_gpu", "on_device", "parts_on", "resolve_device", "say", "to_device",
+    "use_local_gpu",
 ]  # fmt: skip
 
 _LOG = logging.getLogger(__name__)
@@ -106,6 +109,24 @@ def on_device(config: T) -> T:
 def current_device(config: Placed) -> DeviceName:
     """The device that `config` would run on, without logging; an explicit choice is returned without checking it."""
     return resolve_device("auto", config.gpu_need).name if config.device == "auto" else config.device
+
+
+def use_local_gpu(ranks: Ranks) -> None:
+    """Let this process compute on the GPU whose number is its rank on this machine.
+
+    Raises:
+        MissingCapabilityError: this machine has fewer GPUs.
+    """
+    import torch
+
+    found = torch.cuda.device_count()
+    if ranks.local_rank >= found:
+        raise MissingCapabilityError(
+            f"rank {ranks.rank} has no GPU of its own",
+            why=f"it is process {ranks.local_rank} (from 0) of its machine, which has {found}",
+            fix=f"start at most {found} processes on it: torchrun --nproc-per-node {found}",
+        )
+    torch.cuda.set_device(ranks.local_rank)
 
 
 def say(asked: DeviceName, found: Device) -> None:

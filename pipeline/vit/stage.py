@@ -35,6 +35,7 @@ from fp8pipe.artifact.kinds import VIT_KIND, Accuracy, FirstLast, TransformFacts
 from fp8pipe.core.devices import on_device, parts_on
 from fp8pipe.core.plan import enter_phase
 from fp8pipe.core.progress import track
+from fp8pipe.core.work import WorkPool
 from fp8pipe.models.vision.answers import agreeing
 from fp8pipe.models.vision.image_folder import ImageFolder
 from fp8pipe.models.vision.prepare import vision_outputs
@@ -48,7 +49,7 @@ from pipeline.finetune.checkpoint import CheckpointStore
 from pipeline.vit.augment import first_views
 from pipeline.vit.config import QuantizeVitConfig
 from pipeline.vit.distill import Distiller
-from pipeline.vit.evaluate import Model, accuracy, read_evaluation_folder
+from pipeline.vit.evaluate import accuracy, compared_models, read_evaluation_folder
 from pipeline.vit.initialise import (
     activation_bits,
     activation_kinds,
@@ -59,6 +60,7 @@ from pipeline.vit.initialise import (
     second_moments,
     weight_formats,
 )
+from pipeline.vit.payload import accuracy_payload
 from pipeline.vit.student import Student
 from pipeline.vit.transforms.apply import Transformed, apply_transforms
 
@@ -68,7 +70,9 @@ _PROBE_IMAGES = 8
 _BATCH = 32
 
 
-def quantize_vit(config: QuantizeVitConfig, output: Path, *, force: bool = False, resume: bool = False) -> Artifact:
+def quantize_vit(
+    config: QuantizeVitConfig, output: Path, *, force: bool = False, resume: bool = False, pool: WorkPool | None = None
+) -> Artifact:
     """Quantize a vision transformer and write the result as an artifact.
 
     Args:
@@ -76,6 +80,7 @@ def quantize_vit(config: QuantizeVitConfig, output: Path, *, force: bool = False
         output: directory of the artifact; must not exist unless `force` is set.
         force: replace an existing artifact.
         resume: continue the unfinished run of `output`, if there is one.
+        pool: shares synthesis and evaluation with other processes, which run `assist_quantize_vit`.
 
     Returns:
         The finished artifact (kind `vit`).
@@ -89,7 +94,7 @@ def quantize_vit(config: QuantizeVitConfig, output: Path, *, force: bool = False
     image_request(config)  # rejects an unknown method
     vision = load_vision_model(config.model, config.size, activation=config.activation)
     folder = None if config.evaluate is None else read_evaluation_folder(config.evaluate, vision.architecture.choices)
-    return quantize(config, vision, folder, output, force=force, resume=resume)
+    return quantize(config, vision, folder, output, force=force, resume=resume, pool=pool)
 
 
 def image_request(config: QuantizeVitConfig) -> ImageRequest:
@@ -105,6 +110,7 @@ def quantize(
     *,
     force: bool = False,
     resume: bool = False,
+    pool: WorkPool | None = None,
 ) -> Artifact:
     """Run the rest of the stage after the model has been loaded; see `quantize_vit`.
 
@@ -116,12 +122,12 @@ def quantize(
         structure = read_structure(vision.model, vision.architecture.image_size)
         given = read_images(image_request(config), vision, structure)  # before any output, as this may raise an error
         placed = replace(vision, model=vision.model.to(device))
-        return _write(config, placed, structure, given, folder, output, force=force, resume=resume)
+        return _write(config, placed, structure, given, folder, output, force=force, resume=resume, pool=pool)
 
 
 def _write(
     config: QuantizeVitConfig, vision: VisionModel, structure: VitStructure, given: ImageSet | None,
-    folder: ImageFolder | None, output: Path, *, force: bool, resume: bool,
+    folder: ImageFolder | None, output: Path, *, force: bool, resume: bool, pool: WorkPool | None,
 ) -> Artifact:  # fmt: skip
     """Make and write the artifact from inputs that have been checked."""
     with ArtifactWriter(output, kind=VIT_KIND, stage="quantize-vit", force=force, resume=resume) as writer:
@@ -135,19 +141,23 @@ def _write(
             writer.warn(note)
         started = time.perf_counter()
         enter_phase("images")
-        images = given or _make(config, vision, structure, writer.root / _IMAGES_WORK)
+        images = given or _make(config, vision, structure, writer.root / _IMAGES_WORK, pool)
         for note in (*vision.notes, *structure.notes, *images.notes):
             writer.warn(note)
         seconds = {"images": time.perf_counter() - started}
         started = time.perf_counter()
         student, history, transformed = _train(config, vision, structure, images, store)
         seconds["training"] = time.perf_counter() - started
-        return _finish(config, vision, structure, images, student, history, transformed, seconds, folder, writer)
+        return _finish(config, vision, structure, images, student, history, transformed, seconds, folder, writer, pool)
 
 
-def _make(config: QuantizeVitConfig, vision: VisionModel, structure: VitStructure, folder: Path) -> ImageSet:
+def _make(
+    config: QuantizeVitConfig, vision: VisionModel, structure: VitStructure, folder: Path, pool: WorkPool | None
+) -> ImageSet:
     with track(config.images, "images") as progress:
-        return make_images(image_request(config), vision, structure, checkpoints=folder, on_images=progress.advance)
+        return make_images(
+            image_request(config), vision, structure, checkpoints=folder, on_images=progress.advance, pool=pool
+        )
 
 
 def _train(
@@ -213,6 +223,7 @@ def _finish(
     seconds: dict[str, float],
     folder: ImageFolder | None,
     writer: ArtifactWriter,
+    pool: WorkPool | None,
 ) -> Artifact:
     enter_phase("deploy")
     quantized = student.deploy()
@@ -236,8 +247,10 @@ def _finish(
     measured, classes = None, vision.architecture.choices
     if folder is not None and classes is not None:
         enter_phase("evaluate")
-        models: dict[str, Model] = {"teacher": lambda x: vision_outputs(vision.model, x), "quantized": quantized}
-        measured = accuracy(models, folder, vision.preprocessing, classes, device)
+        shared = b"" if pool is None else accuracy_payload(writer.root, vision, folder)
+        measured = accuracy(
+            compared_models(vision, quantized), folder, vision.preprocessing, classes, device, pool, shared
+        )
     enter_phase("commit")
     return writer.commit(
         config=config.model_dump(mode="json"),

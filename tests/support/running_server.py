@@ -33,11 +33,11 @@ class Running:
 
 
 @contextlib.contextmanager
-def running(export: Path, *options: str, **variables: str) -> Iterator[Running]:
+def running(export: Path, *options: str, port: int = 0, **variables: str) -> Iterator[Running]:
     """Serve `export`, which no validation has seen, until the block ends, with further variables in the environment."""
     environment = os.environ | {"PYTHONPATH": str(_ROOT), "OMP_WAIT_POLICY": "passive"} | variables
-    command = [sys.executable, "-P", "-m", "fp8pipe", "serve", str(export), "--port", "0", "--unvalidated", *options]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+    command = [sys.executable, "-P", "-m", "fp8pipe", "serve", str(export), "--port", str(port), "--unvalidated"]
+    process = subprocess.Popen([*command, *options], stderr=subprocess.PIPE, text=True, env=environment)
     server = Running("", 0, process)
     try:
         assert process.stderr is not None

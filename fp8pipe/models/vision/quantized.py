@@ -35,6 +35,7 @@ from fp8pipe.numerics.nvfp4 import BLOCK, BlockCodes, BlockQuantizer, BlockScale
 from fp8pipe.numerics.quantizers import ActivationQuantizer, WeightCodes
 
 QUANTIZERS_FILE: Final = "quantizers.json"
+QUANTIZED_FILES: Final = (ARCHITECTURE_FILE, PREPROCESSING_FILE, QUANTIZERS_FILE, WEIGHTS_FILE)  # of `save_quantized`
 _SCALE, _TENSOR_SCALE = "_scale", "_tensor_scale"
 _FORMATS: Final[dict[Kind, Literal["int", "e4m3", "nvfp4"]]] = {
     Kind.INT: "int", Kind.E4M3: "e4m3", Kind.NVFP4: "nvfp4",

@@ -1,0 +1,109 @@
+"""`quantize-vit` on several processes: ranks above 0 make calibration images and count right answers for rank 0.
+
+Rank 0 trains and writes the artifact. Images and counts do not depend on which process computed them. Every machine
+needs the model and the labelled pictures; the output's directory is rank 0's alone.
+"""
+
+from __future__ import annotations
+
+import functools
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from calibration.make import IMAGES_JOB, batch_maker
+from fp8pipe.core.devices import on_device, use_local_gpu
+from fp8pipe.core.errors import ConfigurationError
+from fp8pipe.core.rank_store import open_store
+from fp8pipe.core.ranks import Ranks
+from fp8pipe.core.work import Item, Job, StorePool, WorkPool, assist
+from fp8pipe.core.work_ray import RayPool
+from fp8pipe.models.vision.quantized import load_quantized
+from fp8pipe.models.vision.sources import VisionModel, load_vision_model
+from fp8pipe.models.vision.structure import read_structure
+from fp8pipe.numerics.bf16 import widen_bf16_products
+from fp8pipe.numerics.convolutions import plain_convolutions
+from pipeline.vit.config import QuantizeVitConfig
+from pipeline.vit.evaluate import compared_models, hit_counter, read_evaluation_folder
+from pipeline.vit.payload import open_accuracy_payload
+from pipeline.vit.stage import image_request
+
+__all__ = ["assist_quantize_vit", "job_opener", "open_pool"]
+
+
+@contextmanager
+def open_pool(config: QuantizeVitConfig, ranks: Ranks, ray: str | None) -> Iterator[WorkPool | None]:
+    """The pool of rank 0: the other ranks, or the Ray cluster at the address `ray`; None if there are neither.
+
+    Raises:
+        ConfigurationError: both are given, or there is no such cluster.
+        MissingCapabilityError: the other ranks or the cluster cannot be reached.
+    """
+    if ray is not None:
+        if ranks.size > 1:
+            raise ConfigurationError(
+                "torchrun and --ray cannot be used together",
+                why="each of them starts the processes that share the work",
+                fix="leave one of them out",
+            )
+        config = on_device(config)
+        load = functools.partial(job_opener, config)
+        with RayPool(ray, load, threads=torch.get_num_threads(), gpu=config.device == "cuda") as cluster:
+            yield cluster
+    elif ranks.size > 1:
+        with StorePool(open_store(ranks), ranks.size) as others:
+            yield others
+    else:
+        yield None
+
+
+def assist_quantize_vit(config: QuantizeVitConfig, ranks: Ranks) -> None:
+    """Compute for rank 0, which runs `quantize_vit` with the same configuration, until it has finished.
+
+    Raises:
+        Fp8PipeError: the inputs cannot be loaded or are not those of rank 0, or rank 0 is gone.
+    """
+    store, config = open_store(ranks), on_device(config)
+    if config.device == "cuda":
+        use_local_gpu(ranks)
+    assist(store, ranks, lambda: job_opener(config))
+
+
+def job_opener(config: QuantizeVitConfig) -> Callable[[Job], Item]:
+    """Load a run's model, and return the function that prepares the jobs of that run.
+
+    `config` names the device. The model is loaded once for all jobs.
+    """
+    widen_bf16_products()
+    vision = load_vision_model(config.model, config.size, activation=config.activation)
+    structure = read_structure(vision.model, vision.architecture.image_size)
+    placed = replace(vision, model=vision.model.to(torch.device(config.device)))
+
+    def begin(job: Job) -> Item:
+        images = job.name == IMAGES_JOB
+        make = batch_maker(image_request(config), placed, structure, job.payload) if images else None
+        item = make or _counter(config, placed, job.payload)
+
+        def compute(number: int) -> bytes:
+            with plain_convolutions(torch.device(config.device)):
+                return item(number)
+
+        return compute
+
+    return begin
+
+
+def _counter(config: QuantizeVitConfig, vision: VisionModel, payload: bytes) -> Item:
+    classes = vision.architecture.choices
+    assert config.evaluate is not None  # rank 0 has the same configuration and the same model
+    assert classes is not None
+    folder = read_evaluation_folder(config.evaluate, classes)
+    with tempfile.TemporaryDirectory() as scratch:
+        open_accuracy_payload(payload, Path(scratch), vision, folder)
+        quantized = load_quantized(Path(scratch)).to(torch.device(config.device))
+    models = compared_models(vision, quantized)
+    return hit_counter(models, folder, vision.preprocessing, classes, torch.device(config.device))

@@ -1,0 +1,144 @@
+"""Sharing work through a store: every item once, errors on rank 0, and lost processes replaced."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import pytest
+from torch.distributed import TCPStore
+
+from fp8pipe.core.errors import BadArtifactError, Fp8PipeError, InterruptedRunError
+from fp8pipe.core.rank_store import get_bytes, put_bytes
+from fp8pipe.core.ranks import Ranks
+from fp8pipe.core.work import Alone, Item, Job, StorePool, assist
+
+SILENCE_S = 2.0
+
+
+@pytest.fixture
+def store() -> TCPStore:
+    """A store that this process hosts; other ranks are threads with connections of their own."""
+    return TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+
+
+@pytest.fixture
+def threads() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(3)
+
+
+def squares(job: Job) -> Item:
+    return lambda number: f"{number}: {number * number} {job.name} {len(job.payload)}".encode()
+
+
+def start(store: TCPStore, rank: int, begin: Callable[[Job], Item], threads: ThreadPoolExecutor) -> Future[None]:
+    return threads.submit(assist, store.clone(), Ranks(rank, 3, rank), lambda: begin, SILENCE_S)
+
+
+def test_a_store_keeps_values_of_any_size(store: TCPStore) -> None:
+    for size in (0, 1, (4 << 20) + 1, 20 << 20):  # one value may have at most 8 MiB
+        value = bytes([size % 251]) * size
+        put_bytes(store, f"key {size}", value)
+        assert get_bytes(store, f"key {size}") == value
+
+
+def test_items_of_all_jobs_are_computed_once_and_equal_those_of_one_process(
+    store: TCPStore, threads: ThreadPoolExecutor
+) -> None:
+    jobs = [Job("first", 12, b"payload"), Job("empty", 0, b""), Job("second", 7, b"x" * (9 << 20))]
+    every = threading.Barrier(3, timeout=20)  # all three compute their first items at the same time
+    computed: list[tuple[str, str, int]] = []
+
+    def rank(name: str) -> Callable[[Job], Item]:
+        def begin(job: Job) -> Item:
+            item = squares(job)
+
+            def compute(number: int) -> bytes:
+                if name not in {by for by, _, _ in computed}:
+                    every.wait()
+                computed.append((name, job.name, number))
+                return item(number)
+
+            return compute
+
+        return begin
+
+    helpers = [start(store, number, rank(f"rank {number}"), threads) for number in (1, 2)]
+    with StorePool(store, 3, SILENCE_S) as pool:
+        found = [sorted(pool.results(job, rank("rank 0")(job))) for job in jobs]
+    assert [helper.result(20) for helper in helpers] == [None, None]
+    assert found == [sorted(Alone().results(job, squares(job))) for job in jobs]
+    assert {by for by, _, _ in computed} == {"rank 0", "rank 1", "rank 2"}
+    expected = [["first", number] for number in range(12)] + [["second", number] for number in range(7)]
+    assert sorted(which for _, *which in computed) == expected
+
+
+def test_an_error_of_another_rank_is_raised_on_rank_0_with_its_class(
+    store: TCPStore, threads: ThreadPoolExecutor
+) -> None:
+    def begin(job: Job) -> Item:
+        raise BadArtifactError("weights.bin is damaged", why="it ends early", fix="copy it again")
+
+    def wait_for_error(number: int) -> bytes:
+        while not store.check(["error/2"]):
+            time.sleep(0.01)
+        return b""
+
+    helper = start(store, 2, begin, threads)
+    with (
+        pytest.raises(BadArtifactError, match=r"weights.bin is damaged \(on rank 2\)") as caught,
+        StorePool(store, 3, SILENCE_S) as pool,
+    ):
+        list(pool.results(Job("work", 4, b""), wait_for_error))
+    assert (caught.value.why, caught.value.fix) == ("it ends early", "copy it again")
+    with pytest.raises(BadArtifactError):
+        helper.result(20)
+
+
+@pytest.mark.parametrize("says_so", [True, False])
+def test_rank_0_computes_the_items_of_a_lost_process(
+    store: TCPStore, caplog: pytest.LogCaptureFixture, says_so: bool
+) -> None:
+    lost = store.clone()
+    lost.add("job/0/next", 1)  # item 0 is taken by a process that gives no sign of life
+    if says_so:
+        lost.set("job/0/taken/0", "1")
+    job, began = Job("work", 3, b""), time.monotonic()
+    with StorePool(store, 2, SILENCE_S) as pool:
+        found = list(pool.results(job, squares(job)))
+    assert [number for number, _ in found] == [1, 2, 0]
+    assert time.monotonic() - began >= SILENCE_S
+    assert "item 0 of work is lost" in caplog.text
+
+
+def test_a_slow_process_is_not_taken_for_a_lost_one(store: TCPStore, threads: ThreadPoolExecutor) -> None:
+    begun = threading.Event()
+
+    def slow(number: int) -> bytes:
+        begun.set()
+        time.sleep(SILENCE_S + 1)
+        return b"slow"
+
+    def quick(number: int) -> bytes:
+        begun.wait(20)
+        return b"quick"
+
+    helper = start(store, 1, lambda job: slow, threads)
+    with StorePool(store, 2, SILENCE_S) as pool:
+        assert sorted(value for _, value in pool.results(Job("work", 2, b""), quick)) == [b"quick", b"slow"]
+    helper.result(20)
+
+
+def test_other_ranks_end_when_rank_0_fails(store: TCPStore, threads: ThreadPoolExecutor) -> None:
+    helper = start(store, 1, squares, threads)
+    with pytest.raises(ZeroDivisionError), StorePool(store, 2, SILENCE_S):
+        raise ZeroDivisionError
+    with pytest.raises(InterruptedRunError, match="rank 0 is gone"):
+        helper.result(20)
+
+
+def test_other_ranks_end_when_rank_0_gives_no_sign_of_life(store: TCPStore, threads: ThreadPoolExecutor) -> None:
+    with pytest.raises(Fp8PipeError, match="no sign of life for 2 s"):
+        start(store, 1, squares, threads).result(30)

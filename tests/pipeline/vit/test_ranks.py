@@ -1,0 +1,149 @@
+"""`quantize-vit` on several processes and on Ray: the artifact of one process, byte for byte."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from breadth import only_long
+from PIL import Image
+from vit_families import family, vision_family
+
+from calibration.config import SynthesisConfig
+from calibration.make import ImageRequest, batch_maker, make_images
+from fp8pipe.core.errors import ConfigurationError
+from fp8pipe.core.work import Alone, Item, Job
+from fp8pipe.models.vision.image_folder import read_image_folder
+from fp8pipe.models.vision.sources import load_vision_model, save_vision_model
+from fp8pipe.models.vision.structure import read_structure
+from pipeline.vit.payload import accuracy_payload, open_accuracy_payload
+
+ROOT = Path(__file__).resolve().parents[3]
+CONFIG = """
+model: {model}
+bits: w4a4
+images: 10
+evaluate: {pictures}
+synthesis: {{steps: 2, batch_size: 2}}
+distill: {{steps: 2, batch_size: 4}}
+"""
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny model, labelled pictures and a configuration."""
+    root = tmp_path_factory.mktemp("ranks")
+    save_vision_model(vision_family(family("timm-vit")), root / "model")
+    generator = torch.Generator().manual_seed(0)
+    for name in ("ant", "bee"):
+        (root / "pictures" / name).mkdir(parents=True)
+        for number in range(3):
+            values = torch.randint(256, (20, 20, 3), dtype=torch.uint8, generator=generator)
+            Image.fromarray(values.numpy()).save(root / "pictures" / name / f"{number}.png")
+    (root / "config.yaml").write_text(CONFIG.format(model=root / "model", pictures=root / "pictures"))
+    return root
+
+
+def run(place: Path, output: str, *launcher: str, extra: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, *launcher, "-m", "fp8pipe", "quantize-vit", "--config", str(place / "config.yaml")]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        [*command, "--output", str(place / output), *extra], cwd=ROOT, env=environment, capture_output=True, text=True,
+        timeout=400,
+    )  # fmt: skip
+
+
+def files(root: Path) -> dict[str, str]:
+    """SHA-256 of every file that does not hold times."""
+    timed = {"manifest.json", "manifest.sha256", "metrics.jsonl", "run.json", "card.md", "README.md", "report.html"}
+    return {
+        path.relative_to(root).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(root.rglob("*"))
+        if path.is_file() and path.name not in timed
+    }
+
+
+@pytest.fixture(scope="module")
+def alone(place: Path) -> dict[str, str]:
+    done = run(place, "alone")
+    assert done.returncode == 0, done.stderr
+    return files(place / "alone")
+
+
+def torchrun(count: int) -> tuple[str, ...]:
+    return ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count))
+
+
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=only_long)])
+def test_torchrun_writes_the_artifact_of_one_process(ranks: int, place: Path, alone: dict[str, str]) -> None:
+    done = run(place, f"ranks-{ranks}", *torchrun(ranks), extra=("--json",))
+    assert done.returncode == 0, done.stderr
+    assert files(place / f"ranks-{ranks}") == alone
+    assert "calibration/images.safetensors" in alone
+    assert done.stdout.count('"kind": "vit"') == 1  # rank 0 alone prints
+
+
+def test_an_error_ends_all_ranks_with_one_message(place: Path) -> None:
+    done = run(place, "none", *torchrun(2), extra=("--calibration", "images:/nowhere"))
+    assert done.returncode != 0
+    assert done.stderr.count("no such directory") == 1
+    assert "unforeseen failure" not in done.stderr
+
+
+def test_ray_writes_the_artifact_of_one_process(place: Path, alone: dict[str, str]) -> None:
+    pytest.importorskip("ray")
+    done = run(place, "ray", extra=("--ray", "local"))
+    assert done.returncode == 0, done.stderr
+    assert files(place / "ray") == alone
+    assert "actors" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("extra", "why"), [(("--ray", "nowhere:1:2"), "no Ray cluster"), (("--ray", "auto"), "cannot be reached")]
+)
+def test_a_cluster_that_is_not_there(extra: tuple[str, ...], why: str, place: Path) -> None:
+    pytest.importorskip("ray")
+    done = run(place, "none", extra=extra)
+    assert done.returncode in (10, 11)
+    assert why in done.stderr
+
+
+class Remembering(Alone):
+    """A pool that keeps its jobs."""
+
+    def __init__(self) -> None:
+        self.jobs: list[Job] = []
+
+    def results(self, job: Job, item: Item):
+        self.jobs.append(job)
+        return super().results(job, item)
+
+
+def test_a_rank_with_other_options_refuses_the_work_of_rank_0(place: Path) -> None:
+    vision = load_vision_model(str(place / "model"))
+    structure = read_structure(vision.model, vision.architecture.image_size)
+    request = ImageRequest("synthetic", 5, 0, SynthesisConfig(steps=1, batch_size=2))
+    pool = Remembering()
+    make_images(request, vision, structure, pool=pool)
+    (job,) = pool.jobs
+    assert job.count == 3
+    batch_maker(request, vision, structure, job.payload)
+    with pytest.raises(ConfigurationError, match="other images than rank 0") as caught:
+        batch_maker(replace(request, seed=1), vision, structure, job.payload)
+    assert "seed" in caught.value.why
+
+
+def test_a_rank_with_other_pictures_refuses_to_count(place: Path, alone: dict[str, str], tmp_path: Path) -> None:
+    vision = load_vision_model(str(place / "model"))
+    folder = read_image_folder(place / "pictures")
+    payload = accuracy_payload(place / "alone", vision, folder)
+    open_accuracy_payload(payload, tmp_path, vision, folder)
+    assert (tmp_path / "model.safetensors").read_bytes() == (place / "alone" / "model.safetensors").read_bytes()
+    with pytest.raises(ConfigurationError, match="the pictures of this rank are not those of rank 0"):
+        open_accuracy_payload(payload, tmp_path, vision, replace(folder, files=folder.files[::-1]))
