@@ -104,8 +104,8 @@ def _read(path: Path, former: str = "") -> tuple[bytes, str]:
     name = checksum_path(path).name
     if found[0] is None:
         return data, f"{path.name} has no checksum: {name} is missing"
-    # The content of the checksum file may be anything if it is damaged, so it is truncated and shown with repr().
-    return data, f"{path.name} has sha256 {expected[:64].decode()}, its checksum {name} holds {found[0][:64]!r}" + (
+    held = found[0][:64].decode("ascii", "backslashreplace")  # a damaged file may hold anything
+    return data, f"{path.name} has sha256 {expected[:64].decode()}, its checksum {name} holds {held}" + (
         "" if found[0][:64] != expected[:64] else ", and what follows the digest is not what was written"
     )
 

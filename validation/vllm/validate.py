@@ -143,7 +143,8 @@ def describe(export: Path, record: ValidationRecord) -> str:
             *((f"asked: {answer.prompt}", f"{answer.answer!r} ({answer.verdict})") for answer in record.canary),
             *((f"as served: {answer.prompt}", f"{answer.answer!r} ({answer.verdict})") for answer in served.canary),
         ]  # fmt: skip
-    lines = [f"{record.verdict}  {export} in {record.engine} {record.versions.get(record.engine, '')}", table(rows)]
+    engine = f"{record.engine} {record.versions.get(record.engine, '(not started)')}"
+    lines = [f"{record.verdict}  {export} in {engine}", table(rows)]
     lines += [f"  rejected: {reason}" for reason in record.reasons]
     return "\n".join([*lines, *(f"  not proved: {text}" for text in record.not_proved)])
 

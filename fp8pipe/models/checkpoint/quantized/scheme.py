@@ -55,9 +55,9 @@ class Scheme:
 
 
 def refusal(root: Path, why: str) -> ConfigurationError:
-    """The error for a base model in an unsupported format, with the reason `why`; the caller raises it."""
+    """The error for a quantized base model that is of another format or damaged, because of `why`; the caller raises it."""
     return ConfigurationError(
-        f"the model in {root} is quantized already, in a format that is not supported for base models",
+        f"the model in {root} is quantized already, and cannot be a base model as it is",
         why=why,
         fix=f"start from the original bf16, fp16 or fp32 checkpoint; quantized ones may be {_READ}",
     )
