@@ -191,6 +191,7 @@ def _convert_into(gguf: Path, root: Path) -> None:
             why=f"none of its tensors has the name and shape for {', '.join(missing[:_SHOWN])}; they would be random",
             fix="download it again, or give the original Hugging Face checkpoint instead",
         )
+    _check_blocks(gguf)
     _fix_pre_tokenizer(tokenizer, gguf)
     tokenizer.model_max_length = loaded.config.max_position_embeddings
     root.mkdir()
@@ -212,6 +213,21 @@ def _unmarked(loaded: Any) -> Any:
     fresh.tie_weights()
     fresh.generation_config = loaded.generation_config
     return fresh
+
+
+def _check_blocks(gguf: Path) -> None:
+    """Refuse a file with tensors of more decoder blocks than it declares, which transformers would leave out."""
+    from gguf import GGUFReader
+
+    reader = GGUFReader(gguf)
+    declared = next((f.contents() for name, f in reader.fields.items() if name.endswith(".block_count")), None)
+    numbers = [int(match[1]) for tensor in reader.tensors if (match := re.match(r"blk\.(\d+)\.", tensor.name))]
+    if declared is not None and numbers and max(numbers) >= declared:
+        raise ConfigurationError(
+            f"{gguf} contradicts itself",
+            why=f"it declares {declared} block(s), and has tensors of block {max(numbers)} (from 0)",
+            fix="give the original Hugging Face checkpoint instead",
+        )
 
 
 def _fix_pre_tokenizer(tokenizer: Any, gguf: Path) -> None:

@@ -55,7 +55,7 @@ class Scheme:
 
 
 def refusal(root: Path, why: str) -> ConfigurationError:
-    """The error for a quantized base model that is of another format or damaged, because of `why`; the caller raises it."""
+    """The error for a quantized base model that cannot be read, because of `why`; the caller raises it."""
     return ConfigurationError(
         f"the model in {root} is quantized already, and cannot be a base model as it is",
         why=why,

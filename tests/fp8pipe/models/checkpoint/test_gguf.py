@@ -23,7 +23,9 @@ from fp8pipe.models.language.sources import resolve_model
 ROOT = Path(__file__).resolve().parents[4]
 
 
-def write_gguf(path: Path, *, tied: bool, architecture: str = "llama", without: str = "") -> dict[str, torch.Tensor]:
+def write_gguf(
+    path: Path, *, tied: bool, architecture: str = "llama", without: str = "", blocks: int = 1
+) -> dict[str, torch.Tensor]:
     """A small GGUF file in the layout llama.cpp gives Llama models; returns what the checkpoint must hold."""
     from gguf import GGUFWriter
 
@@ -32,7 +34,7 @@ def write_gguf(path: Path, *, tied: bool, architecture: str = "llama", without: 
     writer = GGUFWriter(str(path), architecture)
     writer.add_context_length(128)
     writer.add_embedding_length(hidden)
-    writer.add_block_count(1)
+    writer.add_block_count(blocks)
     writer.add_feed_forward_length(inner)
     writer.add_head_count(heads)
     writer.add_head_count_kv(kv_heads)
@@ -92,6 +94,17 @@ def test_a_file_that_lacks_a_tensor_is_refused_and_nothing_is_cached(tmp_path: P
         convert_gguf(tmp_path / "m.gguf")
     assert "model.layers.0.mlp.up_proj.weight" in refused.value.why
     assert [path for path in cache.iterdir() if path.is_dir()] == []
+
+
+@needs_gguf
+@pytest.mark.parametrize(("blocks", "why"), [(0, "it declares 0 block"), (2, "none of its tensors")])
+def test_a_file_with_another_number_of_blocks_than_it_declares_is_refused(
+    blocks: int, why: str, tmp_path: Path, cache: Path
+) -> None:
+    write_gguf(tmp_path / "m.gguf", tied=True, blocks=blocks)
+    with pytest.raises(ConfigurationError) as refused:
+        convert_gguf(tmp_path / "m.gguf")
+    assert why in refused.value.why
 
 
 @needs_gguf
