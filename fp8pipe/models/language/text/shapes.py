@@ -14,6 +14,7 @@ from dataclasses import replace
 from typing import Any, Final
 
 from fp8pipe.models.language.text.conversation import ROLES, Message, Record
+from fp8pipe.models.language.text.images import IMAGE_TYPES, MARK, image_source
 
 SHAPES: Final = "messages, conversations, prompt + completion, or instruction (+ input) + output"
 # Other role names in use: ShareGPT's, OpenAI's older and newer ones, and Llama's for the result of a tool.
@@ -143,26 +144,37 @@ def _message(item: dict[str, Any]) -> Message:
     calls = _calls(fields)
     if calls and role != "assistant":
         raise BadRow(f"'tool_calls' in a message of role {named!r}")
-    content = _content(item, keys[1], needed=not calls and role != "tool")
+    content, images = _content(item, keys[1], needed=not calls and role != "tool")
+    if images and role == "assistant":
+        raise BadRow("an image in an assistant message, which cannot be learned")
     learned = _weight(fields, role)
     for key in (*keys, "weight", "tool_calls", "function_call"):
         fields.pop(key, None)
-    return Message(role, content, learned, fields | ({"tool_calls": calls} if calls else {}))
+    return Message(role, content, learned, fields | ({"tool_calls": calls} if calls else {}), images)
 
 
-def _content(item: dict[str, Any], key: str, *, needed: bool) -> str:
-    """A message's content, which is a text or a list of text parts to concatenate."""
+def _content(item: dict[str, Any], key: str, *, needed: bool) -> tuple[str, tuple[str, ...]]:
+    """A message's content, which is a text or a list of parts to concatenate, and the sources of its images."""
     parts = item.get(key)
     if not isinstance(parts, list):
-        return _text(item, key, needed=needed)
-    texts = []
+        return _text(item, key, needed=needed), ()
+    texts, images = [], []
     for index, part in enumerate(parts):
         part = {"text": part} if isinstance(part, str) else part
+        if isinstance(part, dict) and part.get("type") in IMAGE_TYPES:
+            try:
+                images.append(image_source(part))
+            except ValueError as error:
+                raise BadRow(f"part {index + 1} of {key!r}: {error}") from error
+            texts.append(MARK)
+            continue
         if not isinstance(part, dict) or part.get("type", "text") != "text":
             kind = part.get("type") if isinstance(part, dict) else _json_type(part)
-            raise BadRow(f"{key!r} must be text, or a list of text parts; part {index + 1} is {kind}")
+            raise BadRow(f"{key!r} must be text, or a list of parts of text and images; part {index + 1} is {kind}")
         texts.append(_text(part, "text", needed=False))
-    return _text({key: "".join(texts)}, key, needed=needed)
+    if images and sum(text.count(MARK) for text in texts) > len(images):
+        raise BadRow(f"{key!r} holds U+FFFC in its text, which stands for an image here")
+    return _text({key: "".join(texts)}, key, needed=needed), tuple(images)
 
 
 def _calls(fields: dict[str, Any]) -> list[dict[str, Any]]:

@@ -114,7 +114,7 @@ def _wanted(distinct: int, fraction: float | None, count: int | None) -> int:
 
 def _whole(record: Record) -> str:
     """The complete contents of a record as JSON text, to detect duplicates."""
-    turns = [(m.role, m.content, m.learned, dict(m.fields)) for m in record.messages]
+    turns = [(m.role, m.content, m.learned, dict(m.fields), m.images) for m in record.messages]
     return json.dumps([turns, list(record.tools)], sort_keys=True, default=str)
 
 
@@ -126,7 +126,7 @@ def _opening(record: Record) -> str:
             end = index
             break
         asked |= message.role in _PROMPTS
-    return "\x00".join(f"{m.role}:{_normalised(m.content)}" for m in record.messages[:end])
+    return "\x00".join(f"{m.role}:{_normalised(m.content)}{chr(1).join(m.images)}" for m in record.messages[:end])
 
 
 def _normalised(text: str) -> str:

@@ -1,0 +1,102 @@
+"""Images in the content of messages: the forms in which data gives them, where their files are, and how they are opened.
+
+In a message's content each image is the character `MARK`, which Unicode has for an object embedded in text, so that
+everything that works on texts keeps the images' places. An image is given by its source: the path of a file, or a
+`data:` URI. Nothing is downloaded. Files are opened when their pixels are needed, one batch at a time.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import io
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+from urllib.parse import unquote, urlsplit
+
+from fp8pipe.core.errors import ConfigurationError
+from fp8pipe.models.compat import import_transformers
+
+MARK: Final = "\ufffc"
+IMAGE_TYPES: Final = ("image", "image_url")
+_KEYS: Final = ("image", "url", "path", "image_url")
+_INLINE: Final = "data:"
+_SHOWN: Final = 60  # characters of a source in messages: data URIs are long
+
+
+def image_source(part: Mapping[str, Any]) -> str:
+    """The source of a part of type `image` or `image_url`: a path as given, or a `data:` URI.
+
+    Raises:
+        ValueError: the part names no image, or one on a server; the message says what to do.
+    """
+    given = [part[key] for key in _KEYS if part.get(key) is not None]
+    value = given[0].get("url") if len(given) == 1 and isinstance(given[0], Mapping) else given[0] if given else None
+    if len(given) != 1 or not isinstance(value, str) or not value.strip():
+        raise ValueError(f"an image part must name one file, as text, in {', '.join(map(repr, _KEYS))}")
+    scheme = value.partition(":")[0].lower() if "://" in value[:16] else ""
+    if scheme == "file":
+        return unquote(urlsplit(value).path)
+    if scheme:
+        raise ValueError(f"the image {value[:_SHOWN]!r} is on a server; download it and give the path of the file")
+    return value
+
+
+def located(source: str, folder: Path) -> str:
+    """A source whose relative path is resolved against `folder`, the folder of the data file."""
+    return source if source.startswith(_INLINE) else str((folder / Path(source).expanduser()).absolute())
+
+
+def image_bytes(source: str, name: str) -> bytes:
+    """The bytes of an image file or `data:` URI.
+
+    Args:
+        source: a located source.
+        name: the record's name in error messages.
+
+    Raises:
+        ConfigurationError: the file is missing or unreadable, or the URI is not base64.
+    """
+    try:
+        if source.startswith(_INLINE):
+            return base64.b64decode(source.partition(",")[2], validate=True)
+        return Path(source).read_bytes()
+    except (OSError, binascii.Error) as error:
+        raise _unreadable(source, name, f"{type(error).__name__}: {error}") from error
+
+
+def open_image(source: str, name: str) -> Any:
+    """An image as a PIL image in RGB, upright, as transformers' processors load it.
+
+    Other modes (CMYK, palette, grey) are converted; transparency is dropped, as transformers does.
+
+    Args:
+        source: a located source.
+        name: the record's name in error messages.
+
+    Raises:
+        ConfigurationError: there is no such image, it is damaged, or it has several frames.
+    """
+    from PIL import Image
+
+    import_transformers()
+    from transformers.image_utils import load_image
+
+    content = image_bytes(source, name)
+    try:
+        with Image.open(io.BytesIO(content)) as image:
+            frames = getattr(image, "n_frames", 1)
+            if frames == 1:
+                return load_image(image)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # what PIL's decoders raise
+        raise _unreadable(source, name, f"{type(error).__name__}: {error}") from error
+    raise _unreadable(source, name, f"it is animated: it has {frames} frames, and one would be chosen silently")
+
+
+def _unreadable(source: str, name: str, why: str) -> ConfigurationError:
+    return ConfigurationError(
+        f"the image {source[:_SHOWN] if source.startswith(_INLINE) else source} of {name} cannot be used",
+        why=why.replace("<_io.BytesIO object", "<the file")[:300],
+        fix="correct the path (relative paths start at the folder of the data file) or give a still image that opens",
+    )
