@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -46,9 +46,11 @@ from fp8pipe.models.language.base import (
 from fp8pipe.models.language.ending import GENERATION_FILE, Ending, ending_of
 from fp8pipe.models.language.sources import ModelSource, resolve_model
 from fp8pipe.models.language.text import (
+    Encoded,
     TemplateInfo,
     data_files,
     encode,
+    load_image_prompts,
     load_records,
     of_heldout,
     split,
@@ -67,7 +69,7 @@ from pipeline.finetune.loading import least_memory, load_model, weights_digest
 from pipeline.finetune.loop import Trainer, plot_run
 from pipeline.finetune.loss import answer_count, answer_loss, heldout_loss, model_inputs
 from pipeline.finetune.method import LoraMethod, Method, export_warnings
-from pipeline.finetune.packing import find_packing, give_masks, packing_warning
+from pipeline.finetune.packing import NOT_WITH_IMAGES, find_packing, give_masks, packing_warning
 from pipeline.finetune.weights import merge_facts, renamed, write_deployed
 
 _LOG = logging.getLogger(__name__)
@@ -86,7 +88,8 @@ class TrainingText:
         digests: sha256 of the local files that were read, by name, and of the encoded text, under ENCODED_TEXT.
         warnings: warnings, for instance about dropped records.
         ending: the token that ends answers, at which engines must stop.
-        packing: how examples of a row are isolated from each other; None until the model has been tested.
+        packing: how examples of a row are isolated from each other; None until the model has been tested, which texts
+            with images do not need.
     """
 
     train: Batches
@@ -169,7 +172,7 @@ def tune(
 
 
 def load_text(config: FinetuneConfig, source: ModelSource) -> TrainingText:
-    """Read, split, encode and batch the training text.
+    """Read, split, encode and batch the training text, with its images.
 
     Args:
         config: the resolved configuration.
@@ -177,18 +180,26 @@ def load_text(config: FinetuneConfig, source: ModelSource) -> TrainingText:
 
     Raises:
         ConfigurationError: the data is empty, malformed, without answers, or has examples with more tokens than the
-            model has positions; or the chat template is invalid.
+            model has positions; the chat template is invalid; or an image cannot be read, or not by this model.
         MissingCapabilityError: the data needs a package that is not installed.
     """
     tokenizer = load_tokenizer(source.path)
     template_info(tokenizer)  # rejects an invalid template before the data is read
     warnings: list[str] = []
     records = load_records(config.data, warnings.append)
+    images = load_image_prompts(source.path, config.model, records)
     train, heldout = split(records, heldout_fraction=config.heldout_fraction, seed=0, warn=warnings.append)
     heldout = heldout[: config.heldout_limit]
     heldout_warnings: list[str] = []
     encoded_train, encoded_heldout = (
-        encode(part, tokenizer, config.sequence_length, last_only=config.answers == "last", warn=found.append)
+        encode(
+            part,
+            tokenizer,
+            config.sequence_length,
+            images=images,
+            last_only=config.answers == "last",
+            warn=found.append,
+        )
         for part, found in ((train, warnings), (heldout, heldout_warnings))
     )
     warnings += of_heldout(heldout_warnings, warnings)
@@ -199,12 +210,16 @@ def load_text(config: FinetuneConfig, source: ModelSource) -> TrainingText:
     check_positions(source.path, config.model, texts)
     pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None and i < rows), 0)
     width = min(config.sequence_length, learned_positions(source.path) or config.sequence_length)
-    if config.packing and width < config.sequence_length:
+    if config.packing and images is None and width < config.sequence_length:
         warnings.append(f"rows hold {width} tokens, not {config.sequence_length}: the model has no further positions")
-    common = {"batch_size": config.batch_size, "sequence_length": width, "pad_id": pad}
+    packing = config.packing and images is None
+
+    def batches(examples: Sequence[Encoded], seed: int) -> Batches:
+        return Batches(examples, config.batch_size, width, seed, packing, pad, images)
+
     return TrainingText(
-        train=Batches(encoded_train.examples, seed=config.seed, packing=config.packing, **common),
-        heldout=Batches(encoded_heldout.examples, seed=0, packing=config.packing, **common),
+        train=batches(encoded_train.examples, config.seed),
+        heldout=batches(encoded_heldout.examples, 0),
         facts=TextFacts(records=len(records), train=len(train), heldout=len(heldout)),
         template=encoded_train.template,
         digests={
@@ -213,6 +228,7 @@ def load_text(config: FinetuneConfig, source: ModelSource) -> TrainingText:
         },
         warnings=[*warnings, *ending.warnings(example.labels for example in encoded_train.examples)],
         ending=ending,
+        packing=None if packing == config.packing else NOT_WITH_IMAGES,
     )
 
 
@@ -227,6 +243,8 @@ def _keep_apart(config: FinetuneConfig, model: nn.Module, text: TrainingText) ->
 
     If the model needs masks for that, a hook that adds them is registered.
     """
+    if text.packing is not None:
+        return text
     if not config.packing:
         return replace(text, packing=PackingFacts(how="off"))
     found = find_packing(model, text.train.at(0))

@@ -10,6 +10,19 @@ ROLES: Final = ("system", "user", "assistant", "tool")
 
 
 @dataclass(frozen=True, slots=True)
+class ImagePart:
+    """An image in the content of a message.
+
+    Attributes:
+        source: the path of its file, or a ``data:`` URI; see `images.image_source`.
+        place: position in the data ("line 3, messages[0], part 2"), for error messages; ignored when compared.
+    """
+
+    source: str
+    place: str = field(default="", compare=False)
+
+
+@dataclass(frozen=True, slots=True)
 class Message:
     """One message of a conversation.
 
@@ -20,14 +33,14 @@ class Message:
         learned: whether an assistant message is trained on; False if its ``weight`` (OpenAI's format) is 0.
         fields: all other fields that a chat template may read: ``tool_calls``, ``tool_call_id``, ``name``,
             ``reasoning_content`` and so on. The arguments of tool calls are objects, not JSON text.
-        images: sources of the images in the content, in order; see `images.image_source`.
+        images: the images in the content, in order.
     """
 
     role: str
     content: str
     learned: bool = True
     fields: Mapping[str, Any] = field(default_factory=dict)
-    images: tuple[str, ...] = ()
+    images: tuple[ImagePart, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +58,6 @@ class Record:
     place: str = field(default="", compare=False)
 
     @property
-    def images(self) -> tuple[str, ...]:
-        """Sources of the images of all messages, in order."""
-        return tuple(source for message in self.messages for source in message.images)
+    def images(self) -> tuple[ImagePart, ...]:
+        """The images of all messages, in order."""
+        return tuple(part for message in self.messages for part in message.images)

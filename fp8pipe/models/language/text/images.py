@@ -1,4 +1,4 @@
-"""Images in the content of messages: the forms in which data gives them, where their files are, and how they are opened.
+"""Images in the content of messages: the forms in which data gives them, where their files are, how they are opened.
 
 In a message's content each image is the character `MARK`, which Unicode has for an object embedded in text, so that
 everything that works on texts keeps the images' places. An image is given by its source: the path of a file, or a
@@ -17,6 +17,7 @@ from urllib.parse import unquote, urlsplit
 
 from fp8pipe.core.errors import ConfigurationError
 from fp8pipe.models.compat import import_transformers
+from fp8pipe.models.language.text.conversation import ImagePart
 
 MARK: Final = "\ufffc"
 IMAGE_TYPES: Final = ("image", "image_url")
@@ -44,59 +45,64 @@ def image_source(part: Mapping[str, Any]) -> str:
 
 
 def located(source: str, folder: Path) -> str:
-    """A source whose relative path is resolved against `folder`, the folder of the data file."""
-    return source if source.startswith(_INLINE) else str((folder / Path(source).expanduser()).absolute())
+    """A source whose relative path is resolved against `folder`, the folder of the data file.
+
+    Raises:
+        ValueError: there is no such file.
+    """
+    if source.startswith(_INLINE):
+        return source
+    path = (folder / Path(source).expanduser()).absolute()
+    if not path.is_file():
+        raise ValueError(f"there is no image file {path} (relative paths start at the folder of the data file)")
+    return str(path)
 
 
-def image_bytes(source: str, name: str) -> bytes:
+def image_bytes(part: ImagePart) -> bytes:
     """The bytes of an image file or `data:` URI.
-
-    Args:
-        source: a located source.
-        name: the record's name in error messages.
 
     Raises:
         ConfigurationError: the file is missing or unreadable, or the URI is not base64.
     """
     try:
-        if source.startswith(_INLINE):
-            return base64.b64decode(source.partition(",")[2], validate=True)
-        return Path(source).read_bytes()
+        if part.source.startswith(_INLINE):
+            return base64.b64decode(part.source.partition(",")[2], validate=True)
+        return Path(part.source).read_bytes()
     except (OSError, binascii.Error) as error:
-        raise _unreadable(source, name, f"{type(error).__name__}: {error}") from error
+        raise _unusable(part, f"{type(error).__name__}: {error}") from error
 
 
-def open_image(source: str, name: str) -> Any:
+def open_image(part: ImagePart, content: bytes) -> Any:
     """An image as a PIL image in RGB, upright, as transformers' processors load it.
 
     Other modes (CMYK, palette, grey) are converted; transparency is dropped, as transformers does.
 
     Args:
-        source: a located source.
-        name: the record's name in error messages.
+        part: the image, for error messages.
+        content: its `image_bytes`.
 
     Raises:
-        ConfigurationError: there is no such image, it is damaged, or it has several frames.
+        ConfigurationError: the image is damaged, of a format that PIL does not read, or has several frames.
     """
     from PIL import Image
 
     import_transformers()
     from transformers.image_utils import load_image
 
-    content = image_bytes(source, name)
     try:
         with Image.open(io.BytesIO(content)) as image:
             frames = getattr(image, "n_frames", 1)
             if frames == 1:
                 return load_image(image)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # what PIL's decoders raise
-        raise _unreadable(source, name, f"{type(error).__name__}: {error}") from error
-    raise _unreadable(source, name, f"it is animated: it has {frames} frames, and one would be chosen silently")
+        raise _unusable(part, f"{type(error).__name__}: {error}") from error
+    raise _unusable(part, f"it is animated: it has {frames} frames, and one would be chosen silently")
 
 
-def _unreadable(source: str, name: str, why: str) -> ConfigurationError:
+def _unusable(part: ImagePart, why: str) -> ConfigurationError:
     return ConfigurationError(
-        f"the image {source[:_SHOWN] if source.startswith(_INLINE) else source} of {name} cannot be used",
+        f"the image of {part.place} cannot be used: {part.source[:_SHOWN]}"
+        f"{'...' if part.source.startswith(_INLINE) else part.source[_SHOWN:]}",
         why=why.replace("<_io.BytesIO object", "<the file")[:300],
-        fix="correct the path (relative paths start at the folder of the data file) or give a still image that opens",
+        fix="give a still image that opens: PNG, JPEG, WebP and other formats of Pillow",
     )

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any, Final
 
 from fp8pipe.core.errors import ConfigurationError, MissingCapabilityError
-from fp8pipe.models.language.text.conversation import Record
-from fp8pipe.models.language.text.images import located
+from fp8pipe.models.language.text.conversation import ImagePart, Record
 from fp8pipe.models.language.text.files import data_files, rows_of, without_nested_nulls
+from fp8pipe.models.language.text.images import located
 from fp8pipe.models.language.text.shapes import SHAPES, BadRow, DamagedFile, pair, parse_row
 from fp8pipe.models.samples import chatterbot_conversations, sample_name
 
@@ -105,11 +105,21 @@ def _parse_all(src: str, rows: Iterable[tuple[str, Any, Path]], warn: Callable[[
 
 
 def _located(record: Record, folder: Path) -> Record:
-    """The record with absolute paths of its images."""
+    """The record with absolute paths of its images, and their places in the data.
+
+    Raises:
+        BadRow: there is no such file.
+    """
     if not record.images:
         return record
-    messages = (replace(m, images=tuple(located(source, folder) for source in m.images)) for m in record.messages)
-    return replace(record, messages=tuple(messages))
+
+    def absolute(part: ImagePart) -> ImagePart:
+        try:
+            return ImagePart(located(part.source, folder), f"{record.place}, {part.place}")
+        except ValueError as error:
+            raise BadRow(f"{part.place}: {error}") from error
+
+    return replace(record, messages=tuple(replace(m, images=tuple(map(absolute, m.images))) for m in record.messages))
 
 
 def _dataset_rows(src: str, path: Path | None) -> Iterator[tuple[str, Any]]:
