@@ -82,12 +82,10 @@ def test_the_loss_of_a_batch_is_that_of_its_rows(bases: dict[str, Path], name: s
             for part in talks[number][0]["content"]:
                 if part["type"] == "image_url":
                     part |= {"type": "image", "image": Image.open(tmp_path / part.pop("image_url")["url"])}
-            inputs = processor.apply_chat_template(
-                talks[number], tokenize=True, return_dict=True, return_tensors="pt"
-            )  # ends in a line break, which is not learned
+            inputs = processor.apply_chat_template(talks[number], tokenize=True, return_dict=True, return_tensors="pt")
             answer = len(talks[number][1]["content"])
-            logits = plain(**inputs).logits[0, -2 - answer : -2].log_softmax(-1)
-            targets = inputs["input_ids"][0, -1 - answer : -1]
+            logits = plain(**inputs).logits[0, -1 - answer : -1].log_softmax(-1)
+            targets = inputs["input_ids"][0, -answer:]
             assert loss == pytest.approx(-float(logits.gather(1, targets[:, None]).sum()), rel=1e-5)
 
 
@@ -157,7 +155,7 @@ def test_a_run_is_not_resumed_with_a_changed_image(
             finetune(how, output)
     before = (tmp_path / "3.png").read_bytes()
     paint(tmp_path / "3.png", (0, 255, 0), Image.open(tmp_path / "3.png").size)  # the tokens stay the same
-    with pytest.raises(ConfigurationError, match="the encoded training text"):
+    with pytest.raises(ConfigurationError, match="the training text is encoded differently"):
         finetune(how, output, resume=True)
     (tmp_path / "3.png").write_bytes(before)
     assert finetune(how, output, resume=True).manifest.details_of(TunedDetails).kv_cache is not None
