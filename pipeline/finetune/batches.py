@@ -136,6 +136,10 @@ class Batches:
         first, last = (len(order) * (within + i) // self._steps for i in (0, 1))
         return self._batch([self._rows[row] for row in order[first:last]])
 
+    def only(self, example: int) -> Batch:
+        """A batch of one example, by its index."""
+        return self._batch([[example]])
+
     def _generator(self, *stream: int) -> np.random.Generator:
         return np.random.default_rng([self._seed, *stream])
 

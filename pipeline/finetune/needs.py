@@ -28,7 +28,7 @@ from pipeline.falqon.rules import FinalMerge, Initialisation
 from pipeline.finetune.config import FinetuneConfig
 from pipeline.finetune.kv_cache import CALIBRATION_RECORDS, HELDOUT_RECORDS
 from pipeline.finetune.packing import packing_warning
-from pipeline.finetune.stage import TrainingText, load_text
+from pipeline.finetune.text import TrainingText, load_text
 
 # Allocated memory that the allocator holds beyond what is in use: 20 % in the runs that docs/planning.md compares.
 _ALLOCATOR: Final = 1.2

@@ -23,10 +23,11 @@ from fp8pipe.core.errors import ConfigurationError
 from fp8pipe.models.compat import import_transformers
 from fp8pipe.models.language.base import load_tokenizer
 from fp8pipe.models.language.sources import resolve_model
-from fp8pipe.models.language.text import encode, load_image_prompts, load_records
+from fp8pipe.models.language.text import ImagePrompts, encode, load_image_prompts, load_records
 from pipeline.finetune import stage
 from pipeline.finetune.batches import Batches
 from pipeline.finetune.compiled import decoder_layers
+from pipeline.finetune.image_check import check_images
 from pipeline.finetune.loading import load_model
 from pipeline.finetune.loss import answer_loss, model_inputs
 from pipeline.finetune.plan import plan_finetune
@@ -71,7 +72,7 @@ def test_the_loss_of_a_batch_is_that_of_its_rows(bases: dict[str, Path], name: s
     model.eval()
     with torch.no_grad():
         together = float(answer_loss(model, model_inputs(batch, "cpu"), batch.labels))
-        alone = [batches._batch([[index]]) for index in batch.examples]
+        alone = [batches.only(index) for index in batch.examples]
         rows = [float(answer_loss(model, model_inputs(row, "cpu"), row.labels)) for row in alone]
         assert together == pytest.approx(sum(rows), rel=1e-5)
         assert len({round(row, 3) for row in rows}) == len(rows) == 4
@@ -87,6 +88,35 @@ def test_the_loss_of_a_batch_is_that_of_its_rows(bases: dict[str, Path], name: s
             logits = plain(**inputs).logits[0, -1 - answer : -1].log_softmax(-1)
             targets = inputs["input_ids"][0, -answer:]
             assert loss == pytest.approx(-float(logits.gather(1, targets[:, None]).sum()), rel=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_model_that_mixes_rows_or_sees_later_tokens_is_refused(
+    bases: dict[str, Path], tmp_path: Path, dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the kinds of tokens of Gemma 3 an answer is made to look like an image, which is attended both ways."""
+    data = mixed(tmp_path)
+    for name in PICTURED:
+        how = config(bases[name], data, dtype=dtype, device="cpu")
+        model, batches = load_model(how, resolve_model(str(bases[name]))), batches_of(bases[name], data)
+        check_images(model, batches)
+    read = ImagePrompts.inputs
+
+    def two_ways(self: ImagePrompts, rows: Any, width: int) -> dict[str, torch.Tensor]:
+        found = read(self, rows, width)
+        return found | {"token_type_ids": torch.ones_like(found["token_type_ids"])}
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ImagePrompts, "inputs", two_ways)
+        with pytest.raises(ConfigurationError, match="Gemma3ForConditionalGeneration cannot be tuned on images"):
+            check_images(model, batches)
+
+    def first_row(module: Any, args: Any, output: torch.Tensor) -> torch.Tensor:
+        return output + 0.5 * output[:1].mean(1, keepdim=True) if len(output) > 1 else output
+
+    model.get_input_embeddings().register_forward_hook(first_row)
+    with pytest.raises(ConfigurationError, match="with the other examples of the batch"):
+        check_images(model, batches)
 
 
 @pytest.mark.parametrize("name", PICTURED)
