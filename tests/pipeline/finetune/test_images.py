@@ -16,6 +16,8 @@ from safetensors.torch import load_file
 from tiny_pictures import PICTURED, write_pictured
 from tuning_config import config
 
+from exporters.vllm.export import export_vllm
+from exporters.vllm.options import VllmExportOptions
 from fp8pipe.artifact import open_artifact
 from fp8pipe.artifact.kinds import TunedDetails
 from fp8pipe.cli import main
@@ -161,10 +163,13 @@ def test_a_run_learns_from_the_images_and_changes_only_the_decoder(bases: dict[s
     assert any(warning.startswith("packing is off") and "images" in warning for warning in artifact.manifest.warnings)
     assert details.kv_cache is not None
     assert details.heldout_loss.deployed < 0.2 * math.log(2)
-    base, tuned = (load_file(root / "model.safetensors") for root in (bases["qwen25vl"], output))
+    export_vllm(output, tmp_path / "export", VllmExportOptions())
+    places = (bases["qwen25vl"], output, tmp_path / "export")
+    base, tuned, export = (load_file(root / "model.safetensors") for root in places)
     changed = {key for key in base if base[key].dtype != tuned[key].dtype or not torch.equal(base[key], tuned[key])}
     assert len(changed) == 14
     assert not any("visual" in key for key in changed)
+    assert all(torch.equal(tuned[key].view(torch.uint8), export[key].view(torch.uint8)) for key in base)
     for copied in ("preprocessor_config.json", "processor_config.json", "chat_template.jinja"):
         there = bases["qwen25vl"] / copied
         assert not there.exists() or (output / copied).read_bytes() == there.read_bytes()

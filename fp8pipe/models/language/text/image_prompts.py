@@ -171,16 +171,16 @@ def load_image_prompts(directory: Path, origin: str, records: Sequence[Record]) 
     return ImagePrompts(processor)
 
 
-def refuse_images(records: Sequence[Record]) -> None:
+def refuse_images(records: Sequence[Record], fix: str = "give text without image parts") -> None:
     """Refuse records with images, for callers that read text alone.
+
+    Args:
+        records: the records.
+        fix: what the user can do about it.
 
     Raises:
         ConfigurationError: a record has an image.
     """
     first = next((record.images[0] for record in records if record.images), None)
     if first is not None:
-        raise ConfigurationError(
-            f"the image of {first.place} cannot be used",
-            why="only text is read here",
-            fix="give text without image parts",
-        )
+        raise ConfigurationError(f"the image of {first.place} cannot be used", why="only text is read here", fix=fix)
