@@ -14,11 +14,12 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
 from fp8pipe.core.errors import ConfigurationError
+from fp8pipe.core.progress import track
 from fp8pipe.models.language.text.conversation import Record
 from fp8pipe.models.language.text.image_prompts import ImagePrompts, PromptImages, refuse_images
 from fp8pipe.models.language.text.image_render import ImageRenderer, image_template
@@ -115,9 +116,9 @@ def encode(
             if not pieces:
                 counts["partial" if renderer.notes.counts[Kind.PARTIAL] > before else "unlearned"] += 1
             rendered += pieces
-        for piece, wholes in zip(rendered, _tokenize(rendered, tokenizer), strict=True):
+        for wholes in _tokenize(rendered, tokenizer) if images is None else _pictured(rendered, tokenizer, images):
             counts["merged"] += len(wholes) > 1
-            for whole in wholes if images is None else _with_images(piece, wholes, tokenizer, images):
+            for whole in wholes:
                 if (cut := _cut(whole, max_length, counts)) is not None:
                     examples.append(cut)
     reasons = _reasons(counts, max_length)
@@ -232,6 +233,14 @@ def _tokenize(rendered: Sequence[Rendered], tokenizer: Any) -> list[list[Encoded
     return examples
 
 
+def _pictured(rendered: Sequence[Rendered], tokenizer: Any, images: ImagePrompts) -> Iterator[Sequence[Encoded]]:
+    """Like `_tokenize`, for texts of which some have images; shows progress, because each image is read."""
+    with track(sum(bool(piece.images) for piece in rendered), "reading images") as progress:
+        for piece, wholes in zip(rendered, _tokenize(rendered, tokenizer), strict=True):
+            yield _with_images(piece, wholes, tokenizer, images) if piece.images else wholes
+            progress.advance(bool(piece.images))
+
+
 def _with_images(piece: Rendered, wholes: Sequence[Encoded], tokenizer: Any, images: ImagePrompts) -> Sequence[Encoded]:
     """Examples of a text with the processor's tokens in place of the tokenizer's before the first answer.
 
@@ -241,8 +250,6 @@ def _with_images(piece: Rendered, wholes: Sequence[Encoded], tokenizer: Any, ima
         tokenizer: the model's tokenizer.
         images: the model's processor.
     """
-    if not piece.images:
-        return wholes
     starts = [start for start, _ in piece.spans][: len(wholes)]
     found = []
     for start, whole in zip(starts, wholes, strict=True):
