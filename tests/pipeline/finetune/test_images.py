@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
+from image_families import IMAGE_FAMILIES, write_image_family
 from picture_data import about, paint, write_colours
 from PIL import Image
 from safetensors.torch import load_file
@@ -35,11 +36,14 @@ from pipeline.finetune.loss import answer_loss, model_inputs
 from pipeline.finetune.plan import plan_finetune
 from pipeline.finetune.stage import build_method, finetune
 
+ALL = [*PICTURED, *IMAGE_FAMILIES]
+
 
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("pictured")
-    return {name: write_pictured(root / name, name) for name in PICTURED}
+    pictured = {name: write_pictured(root / name, name) for name in PICTURED}
+    return pictured | {name: write_image_family(root / name, name) for name in IMAGE_FAMILIES}
 
 
 def mixed(folder: Path) -> Path:
@@ -57,11 +61,11 @@ def mixed(folder: Path) -> Path:
 def batches_of(base: Path, data: Path) -> Batches:
     records = load_records(str(data))
     images = load_image_prompts(base, "the model", records)
-    examples = encode(records, load_tokenizer(base), 128, images=images).examples
-    return Batches(examples, 4, 128, seed=0, packing=False, pad_id=0, images=images)
+    examples = encode(records, load_tokenizer(base), 256, images=images).examples
+    return Batches(examples, 4, 256, seed=0, packing=False, pad_id=0, images=images)
 
 
-@pytest.mark.parametrize("name", PICTURED)
+@pytest.mark.parametrize("name", ALL)
 def test_the_loss_of_a_batch_is_that_of_its_rows(bases: dict[str, Path], name: str, tmp_path: Path) -> None:
     """And that of each row is the one which transformers computes from the processor's own inputs.
 
@@ -98,7 +102,7 @@ def test_a_model_that_mixes_rows_or_sees_later_tokens_is_refused(
 ) -> None:
     """With the kinds of tokens of Gemma 3 an answer is made to look like an image, which is attended both ways."""
     data = mixed(tmp_path)
-    for name in PICTURED:
+    for name in (*IMAGE_FAMILIES, *PICTURED):
         how = config(bases[name], data, dtype=dtype, device="cpu")
         model, batches = load_model(how, resolve_model(str(bases[name]))), batches_of(bases[name], data)
         check_images(model, batches)
