@@ -12,12 +12,14 @@ import binascii
 import io
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import unquote, urlsplit
 
 from fp8pipe.core.errors import ConfigurationError
-from fp8pipe.models.compat import import_transformers
 from fp8pipe.models.language.text.conversation import ImagePart
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 MARK: Final = "\ufffc"
 IMAGE_TYPES: Final = ("image", "image_url")
@@ -72,10 +74,10 @@ def image_bytes(part: ImagePart) -> bytes:
         raise _unusable(part, f"{type(error).__name__}: {error}") from error
 
 
-def open_image(part: ImagePart, content: bytes) -> Any:
-    """An image as a PIL image in RGB, upright, as transformers' processors load it.
+def open_image(part: ImagePart, content: bytes) -> Image:
+    """An image as it will be served: upright, in RGB, and on white where it is transparent.
 
-    Other modes (CMYK, palette, grey) are converted; transparency is dropped, as transformers does.
+    That is how vLLM opens images. (transformers' own loader drops the transparency, which shows the colours beneath.)
 
     Args:
         part: the image, for error messages.
@@ -84,16 +86,19 @@ def open_image(part: ImagePart, content: bytes) -> Any:
     Raises:
         ConfigurationError: the image is damaged, of a format that PIL does not read, or has several frames.
     """
-    from PIL import Image
-
-    import_transformers()
-    from transformers.image_utils import load_image
+    from PIL import Image, ImageOps
 
     try:
         with Image.open(io.BytesIO(content)) as image:
-            frames = getattr(image, "n_frames", 1)
+            # Cameras append previews to a JPEG, which PIL calls MPO; its first frame is the picture.
+            frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
             if frames == 1:
-                return load_image(image)
+                upright = ImageOps.exif_transpose(image)
+                if upright.mode == "RGB" or not upright.has_transparency_data:
+                    return upright.convert("RGB")
+                colours, white = upright.convert("RGBA"), Image.new("RGB", upright.size, "white")
+                white.paste(colours, mask=colours.getchannel("A"))
+                return white
     except Exception as error:  # decoders of damaged files raise any type
         raise _unusable(part, f"{type(error).__name__}: {error}") from error
     raise _unusable(part, f"it is animated: it has {frames} frames, and one would be chosen silently")

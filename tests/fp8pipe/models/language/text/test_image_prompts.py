@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from fp8pipe.core.errors import ConfigurationError
 from fp8pipe.models.compat import import_transformers
 from fp8pipe.models.language.base import load_tokenizer
 from fp8pipe.models.language.text import IGNORED, Encoding, ImagePrompts, encode, load_image_prompts, load_records
+from fp8pipe.models.language.text.conversation import ImagePart
+from fp8pipe.models.language.text.images import open_image
 
 RED, BLUE = (220, 10, 10), (10, 10, 220)
 
@@ -122,6 +125,33 @@ def test_a_data_uri_is_the_image_of_its_file(bases: dict[str, Path], tmp_path: P
     assert (one.tokens, one.digests) == (two.tokens, two.digests)
     made = [images.inputs([each], 64)["pixel_values"] for each in (one, two)]
     assert torch.equal(*made)
+
+
+def opened(image: Image.Image, kind: str, **options: Any) -> Image.Image:
+    with io.BytesIO() as file:
+        image.save(file, kind, **options)
+        return open_image(ImagePart("", "line 1"), file.getvalue())
+
+
+def test_images_are_opened_as_they_are_served() -> None:
+    """Upright, in RGB, on white where they are transparent; the picture of a camera's file is its first."""
+    clear = Image.new("RGBA", (2, 1), (*RED, 255))
+    clear.putpixel((1, 0), (*BLUE, 0))
+    grey = Image.new("LA", (2, 1), (40, 255))
+    grey.putpixel((1, 0), (40, 0))
+    palette = Image.new("P", (2, 1))
+    palette.putpalette([*RED, *BLUE])
+    palette.putpixel((1, 0), 1)
+    white = (255, 255, 255)
+    for image, left, options in ((clear, RED, {}), (grey, (40, 40, 40), {}), (palette, RED, {"transparency": 1})):
+        found = opened(image, "PNG", **options)
+        assert (found.mode, found.getpixel((0, 0)), found.getpixel((1, 0))) == ("RGB", left, white)
+    lying, tags = Image.new("RGB", (16, 8), RED), Image.Exif()
+    tags[0x0112] = 6  # to be turned by a quarter
+    assert opened(lying, "JPEG", exif=tags).size == (8, 16)
+    assert opened(Image.new("CMYK", (8, 8), (0, 0, 0, 255)), "JPEG").getpixel((4, 4)) == (0, 0, 0)
+    with_preview = opened(Image.new("L", (16, 8), 200), "MPO", save_all=True, append_images=[Image.new("L", (4, 4), 0)])
+    assert (with_preview.size, with_preview.getpixel((8, 4))) == ((16, 8), (200, 200, 200))
 
 
 @pytest.mark.parametrize("kind", ["text", "animation", "cut", "uri"])
