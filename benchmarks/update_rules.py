@@ -38,7 +38,8 @@ from fp8pipe.numerics.grids import E4M3, amax_scale
 from pipeline.falqon.rules import RULES
 from pipeline.finetune.config import FinetuneConfig
 from pipeline.finetune.loss import heldout_loss
-from pipeline.finetune.stage import finetune, load_text
+from pipeline.finetune.stage import finetune
+from pipeline.finetune.text import load_text
 
 
 def cast_tokens(module, args):

@@ -19,15 +19,16 @@ start at zero, like another example.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Final
 
 import numpy as np
 import torch
 
 from fp8pipe.core.errors import ConfigurationError
-from fp8pipe.models.language.text import IGNORED, Encoded
+from fp8pipe.models.language.text import IGNORED, Encoded, ImagePrompts
 
 ALIGNMENT: Final = 16
 # Combined with the seed, so that the assignment to rows and the order of each epoch use independent random streams.
@@ -35,12 +36,14 @@ _GROUPING, _EPOCH = 0, 1
 
 
 def encoded_digest(*parts: Sequence[Encoded]) -> str:
-    """The sha256, in hex, of the token ids and labels of several lists of examples, in the given order."""
+    """The sha256, in hex, of the token ids, labels and images of several lists of examples, in the given order."""
     digest = hashlib.sha256()
     for part in parts:
         digest.update(f"{len(part)} examples".encode())
         for example in part:
             digest.update(np.asarray([len(example.input_ids), *example.input_ids, *example.labels], "<i8").tobytes())
+            if example.images is not None:
+                digest.update("\n".join(["images", *example.images.digests]).encode())
     return digest.hexdigest()
 
 
@@ -57,6 +60,8 @@ class Batch:
         answer_tokens: number of tokens that enter the loss.
         examples: indices into the encoded examples, row by row.
         lengths: number of real tokens of each row.
+        image_inputs: reads the images of the batch and returns the model's other inputs, on the CPU; None if it has no
+            images.
     """
 
     input_ids: torch.Tensor
@@ -66,6 +71,7 @@ class Batch:
     answer_tokens: int
     examples: tuple[int, ...]
     lengths: tuple[int, ...] = ()
+    image_inputs: Callable[[], dict[str, torch.Tensor]] | None = None
 
 
 class Batches:
@@ -78,16 +84,18 @@ class Batches:
         seed: determines the random order; at least 0.
         packing: put several examples into a row.
         pad_id: token id used for padding.
+        images: the model's processor, if examples have images; these are not packed.
 
     Raises:
         ConfigurationError: no examples, a size below one, or an example longer than a row.
     """
 
     def __init__(
-        self, encoded: Sequence[Encoded], batch_size: int, sequence_length: int, seed: int, packing: bool, pad_id: int
-    ) -> None:
+        self, encoded: Sequence[Encoded], batch_size: int, sequence_length: int, seed: int, packing: bool, pad_id: int,
+        images: ImagePrompts | None = None,
+    ) -> None:  # fmt: skip
         _check(encoded, batch_size, sequence_length, seed)
-        self._encoded, self._seed, self._pad_id = encoded, seed, pad_id
+        self._encoded, self._seed, self._pad_id, self._images = encoded, seed, pad_id, images
         self._sequence_length, self._packing, self._batch_size = sequence_length, packing, batch_size
         self._rows = [[i] for i in range(len(encoded))]
         if packing:
@@ -105,9 +113,15 @@ class Batches:
         """Rows per epoch (packed or single)."""
         return len(self._rows)
 
+    @property
+    def has_images(self) -> bool:
+        """Whether some example has images."""
+        return any(example.images is not None for example in self._encoded)
+
     def unpacked(self) -> Batches:
         """Batches of the same examples without packing, one example per row."""
-        return Batches(self._encoded, self._batch_size, self._sequence_length, self._seed, False, self._pad_id)
+        sizes = self._batch_size, self._sequence_length
+        return Batches(self._encoded, *sizes, self._seed, False, self._pad_id, self._images)
 
     def at(self, step: int) -> Batch:
         """The batch of `step` (from 0), which belongs to epoch ``step // len(self)``.
@@ -121,6 +135,10 @@ class Batches:
         order = self._epoch_order(epoch)
         first, last = (len(order) * (within + i) // self._steps for i in (0, 1))
         return self._batch([self._rows[row] for row in order[first:last]])
+
+    def only(self, example: int) -> Batch:
+        """A batch of one example, by its index."""
+        return self._batch([[example]])
 
     def _generator(self, *stream: int) -> np.random.Generator:
         return np.random.default_rng([self._seed, *stream])
@@ -154,7 +172,10 @@ class Batches:
             position_ids[r, at:] = torch.arange(width - at) if self._packing else counted_on
         examples = tuple(i for row in rows for i in row)
         answers = int((labels != IGNORED).sum())
-        return Batch(input_ids, labels, position_ids, sum(lengths), answers, examples, tuple(lengths))
+        pictured, read = [self._encoded[i].images for i in examples], None
+        if self._images is not None and any(pictured):
+            read = partial(self._images.inputs, pictured, width)
+        return Batch(input_ids, labels, position_ids, sum(lengths), answers, examples, tuple(lengths), read)
 
 
 def first_fit(lengths: Sequence[int], order: Sequence[int], capacity: int) -> list[list[int]]:

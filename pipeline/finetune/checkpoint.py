@@ -79,9 +79,9 @@ class CheckpointStore:
             then, now = run["inputs"][ENCODED_TEXT], found.get(ENCODED_TEXT)
             raise ConfigurationError(
                 f"the training text is encoded differently than when the run in {self.root.parent} was started",
-                why=f"token ids and labels: sha256 {then} then, {now} now. No local data file changed; possible "
-                "causes: a chat template that inserts the current date (strftime_now); a changed tokenizer, chat "
-                "template or remote data set; another version of transformers or tokenizers",
+                why=f"token ids, labels and images: sha256 {then} then, {now} now. No local data file changed; "
+                "possible causes: a changed image; a chat template that inserts the current date (strftime_now); a "
+                "changed tokenizer, chat template or remote data set; another version of transformers or tokenizers",
                 fix="restore what changed (a fixed date in the chat template), or start anew (--force, or another "
                 "--output)",
             )

@@ -80,11 +80,15 @@ def uncompiled() -> AbstractContextManager[Any]:
 
 
 def decoder_layers(model: nn.Module) -> list[Any]:
-    """The decoder layers of a transformers model: those that support gradient checkpointing."""
+    """The decoder layers of a transformers model: those that support gradient checkpointing, but no vision tower's.
+
+    The layers of a tower are not trained, and each size of image would be another graph.
+    """
     import_transformers()
     from transformers.modeling_layers import GradientCheckpointingLayer
 
-    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    decoder: nn.Module = getattr(model, "get_decoder", lambda: model)()
+    return [module for module in decoder.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
 def wrap_layer(layer: Any, compiled: Callable[..., Any]) -> None:

@@ -10,7 +10,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import reduce
 from operator import add
 from pathlib import Path
@@ -206,11 +206,14 @@ class Trainer:
         self.metrics_file.write_text("".join(json.dumps(line) + "\n" for line in self.history))
         return True
 
-    def calibration_inputs(self) -> list[dict[str, Tensor]]:
-        """Model inputs from the first training batches: about `final_merge_batches` sequences, for the final merge."""
+    def calibration_inputs(self) -> Iterator[dict[str, Tensor]]:
+        """Model inputs from the first training batches: about `final_merge_batches` sequences, for the final merge.
+
+        They are made one batch at a time, as the pixel values of all would take much memory.
+        """
         count = math.ceil(self.config.final_merge_batches / self.config.batch_size)
-        batches = (self.train_batches.at(i) for i in range(count))
-        return [model_inputs(batch, self.config.device) for batch in batches]
+        for index in range(count):
+            yield model_inputs(self.train_batches.at(index), self.config.device)
 
 
 def _build_optimizer(config: FinetuneConfig, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:

@@ -123,8 +123,12 @@ def answer_count(labels: Tensor) -> int:
 
 
 def model_inputs(batch: Batch, device: torch.device | str) -> dict[str, Tensor]:
-    """`input_ids` and `position_ids` of a batch as keyword arguments of a model, on `device`."""
-    return {"input_ids": batch.input_ids.to(device), "position_ids": batch.position_ids.to(device)}
+    """The keyword arguments of a model for a batch, on `device`: `input_ids`, and `position_ids` or those of images.
+
+    Models derive the positions of image tokens themselves, from the sizes of the images.
+    """
+    others = {"position_ids": batch.position_ids} if batch.image_inputs is None else batch.image_inputs()
+    return {key: value.to(device) for key, value in {"input_ids": batch.input_ids, **others}.items()}
 
 
 @torch.no_grad()

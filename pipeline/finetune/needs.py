@@ -29,7 +29,7 @@ from pipeline.finetune.config import FinetuneConfig
 from pipeline.finetune.kv_cache import CALIBRATION_RECORDS, HELDOUT_RECORDS
 from pipeline.finetune.packing import packing_warning
 from pipeline.finetune.room import moment_bytes, output_sizes
-from pipeline.finetune.stage import TrainingText, load_text
+from pipeline.finetune.text import TrainingText, load_text
 
 # Allocated memory that the allocator holds beyond what is in use: 20 % in the runs that docs/planning.md compares.
 _ALLOCATOR: Final = 1.2
@@ -39,6 +39,10 @@ _PACKING: Final = {
     "off": "off: this model does not keep the examples of a row apart",
 }
 _MAPPED: Final = "mapped: weights in memory that the system drops and reads again from their files when it is short"
+_TOWER: Final = (
+    "the tokens of images are counted; not counted are memory and time of the vision tower, which is not trained, and "
+    "the reading of image files"
+)
 _NOT_PROBED: Final = "only if the model keeps the examples of a row apart, which is tested once it is loaded"
 
 
@@ -105,6 +109,7 @@ def estimate_needs(
     uncounted = "" if saved is not None else "; the activations of this architecture could not be counted"
     notes = (
         *((warning,) if warning else ()),
+        *((_TOWER,) if text.train.has_images else ()),
         f"memory{'' if on_cpu else ' (of the GPU)'} and disk are estimated from shapes, within about 20 %; memory is "
         f"largest in the phase {largest!r}{uncounted}",
         *((_MAPPED,) if work.mapped else ()),
@@ -119,6 +124,8 @@ def _packed(
     """The text as the run will batch it, what becomes of packing, and a warning or an empty string."""
     if not config.packing:
         return text, "off, as asked", ""
+    if text.packing is not None:
+        return text, f"off: {text.packing.reason}", packing_warning(text.packing)
     weights = sum(math.prod(shape) for shape in structure.tensors.values())
     found = probe_packing(settings, getattr(torch, config.dtype), weights, text.train)
     if found is None:

@@ -39,6 +39,11 @@ _APART_IN_HALF: Final = 0.1
 _NOISE_MOVED, _NOISE_APART, _MOST = 2, 8, 0.5  # tolerances as multiples of the measured noise, and their upper limit
 
 
+NOT_WITH_IMAGES: Final = PackingFacts(
+    how="off", reason="the data has images, whose tokens get positions from the model that do not restart in a row"
+)
+
+
 @dataclass(frozen=True, slots=True)
 class _Row:
     """A packed row and its variants.

@@ -10,7 +10,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -25,43 +25,25 @@ from fp8pipe.artifact import (
     NumberFormat,
     Verdict,
     check_place,
-    sha256_file,
 )
-from fp8pipe.artifact.kinds import FALQON_KIND, LORA_KIND, HeldoutLoss, PackingFacts, TextFacts, TunedDetails
+from fp8pipe.artifact.kinds import FALQON_KIND, LORA_KIND, HeldoutLoss, PackingFacts, TunedDetails
 from fp8pipe.core.devices import on_device
 from fp8pipe.core.plan import by_reason, enter_phase, refuse_impossible
 from fp8pipe.core.progress import track
 from fp8pipe.models.checkpoint.names import checkpoint_names
 from fp8pipe.models.checkpoint.quantized.base import read_base
 from fp8pipe.models.checkpoint.tensors import model_parent
-from fp8pipe.models.language.base import (
-    check_base,
-    check_positions,
-    check_tokens,
-    check_values,
-    embedding_rows,
-    learned_positions,
-    load_tokenizer,
-)
-from fp8pipe.models.language.ending import GENERATION_FILE, Ending, ending_of
+from fp8pipe.models.language.base import check_base, check_values
+from fp8pipe.models.language.ending import GENERATION_FILE
 from fp8pipe.models.language.sources import ModelSource, resolve_model
-from fp8pipe.models.language.text import (
-    TemplateInfo,
-    data_files,
-    encode,
-    load_records,
-    of_heldout,
-    split,
-    template_info,
-)
 from fp8pipe.numerics.backends import library
 from fp8pipe.numerics.bf16 import widen_bf16_products
 from pipeline.falqon.base_files import BaseFiles
 from pipeline.falqon.convert import read_convertible
 from pipeline.falqon.method import FalqonMethod
-from pipeline.finetune.batches import Batches, encoded_digest
-from pipeline.finetune.checkpoint import ENCODED_TEXT, CheckpointStore
+from pipeline.finetune.checkpoint import CheckpointStore
 from pipeline.finetune.config import FinetuneConfig
+from pipeline.finetune.image_check import check_images
 from pipeline.finetune.kv_cache import measure_kv_cache
 from pipeline.finetune.loading import least_memory, load_model, weights_digest
 from pipeline.finetune.loop import Trainer, plot_run
@@ -69,35 +51,11 @@ from pipeline.finetune.loss import answer_count, answer_loss, heldout_loss, mode
 from pipeline.finetune.method import LoraMethod, Method, export_warnings
 from pipeline.finetune.packing import find_packing, give_masks, packing_warning
 from pipeline.finetune.room import check_room
+from pipeline.finetune.text import TrainingText, load_text
 from pipeline.finetune.weights import merge_facts, renamed, write_deployed
 
 _LOG = logging.getLogger(__name__)
 _CHECKPOINTS, _METRICS, _PLOT = "checkpoints", "metrics.jsonl", "plot.png"
-
-
-@dataclass(frozen=True, slots=True)
-class TrainingText:
-    """The training text as batches, with everything that was learned while reading it.
-
-    Attributes:
-        train: training batches.
-        heldout: held-out batches, each used once per evaluation.
-        facts: numbers of records, for the manifest.
-        template: the chat template with which the text was rendered.
-        digests: sha256 of the local files that were read, by name, and of the encoded text, under ENCODED_TEXT.
-        warnings: warnings, for instance about dropped records.
-        ending: the token that ends answers, at which engines must stop.
-        packing: how examples of a row are isolated from each other; None until the model has been tested.
-    """
-
-    train: Batches
-    heldout: Batches
-    facts: TextFacts
-    template: TemplateInfo
-    digests: dict[str, str]
-    warnings: list[str]
-    ending: Ending
-    packing: PackingFacts | None = None
 
 
 def finetune(config: FinetuneConfig, output: Path, *, force: bool = False, resume: bool = False) -> Artifact:
@@ -170,65 +128,17 @@ def tune(
         return _deploy(config, source, text, writer, trainer, records, names)
 
 
-def load_text(config: FinetuneConfig, source: ModelSource) -> TrainingText:
-    """Read, split, encode and batch the training text.
-
-    Args:
-        config: the resolved configuration.
-        source: the base model, for its tokenizer, chat template and number of positions.
-
-    Raises:
-        ConfigurationError: the data is empty, malformed, without answers, or has examples with more tokens than the
-            model has positions; or the chat template is invalid.
-        MissingCapabilityError: the data needs a package that is not installed.
-    """
-    tokenizer = load_tokenizer(source.path)
-    template_info(tokenizer)  # rejects an invalid template before the data is read
-    warnings: list[str] = []
-    records = load_records(config.data, warnings.append)
-    train, heldout = split(records, heldout_fraction=config.heldout_fraction, seed=0, warn=warnings.append)
-    heldout = heldout[: config.heldout_limit]
-    heldout_warnings: list[str] = []
-    encoded_train, encoded_heldout = (
-        encode(part, tokenizer, config.sequence_length, last_only=config.answers == "last", warn=found.append)
-        for part, found in ((train, warnings), (heldout, heldout_warnings))
-    )
-    warnings += of_heldout(heldout_warnings, warnings)
-    ending = ending_of(source.path, tokenizer, encoded_train.template)
-    rows = embedding_rows(source.path)
-    texts = [example.input_ids for part in (encoded_train, encoded_heldout) for example in part.examples]
-    warnings += check_tokens(tokenizer, rows, texts)
-    check_positions(source.path, config.model, texts)
-    pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None and i < rows), 0)
-    width = min(config.sequence_length, learned_positions(source.path) or config.sequence_length)
-    if config.packing and width < config.sequence_length:
-        warnings.append(f"rows hold {width} tokens, not {config.sequence_length}: the model has no further positions")
-    common = {"batch_size": config.batch_size, "sequence_length": width, "pad_id": pad}
-    return TrainingText(
-        train=Batches(encoded_train.examples, seed=config.seed, packing=config.packing, **common),
-        heldout=Batches(encoded_heldout.examples, seed=0, packing=config.packing, **common),
-        facts=TextFacts(records=len(records), train=len(train), heldout=len(heldout)),
-        template=encoded_train.template,
-        digests={
-            **{name: sha256_file(file) for name, file in _named_files(config.data)},
-            ENCODED_TEXT: encoded_digest(encoded_train.examples, encoded_heldout.examples),
-        },
-        warnings=[*warnings, *ending.warnings(example.labels for example in encoded_train.examples)],
-        ending=ending,
-    )
-
-
-def _named_files(data: str) -> list[tuple[str, Path]]:
-    """Name and path of each local file of the training text; the name of a single file is the user's argument."""
-    files = data_files(data) or []
-    return [(data, files[0])] if len(files) == 1 else [(str(file), file) for file in files]
-
-
 def _keep_apart(config: FinetuneConfig, model: nn.Module, text: TrainingText) -> TrainingText:
     """The text with the packing result, and without packing if the model cannot isolate the examples of a row.
 
     If the model needs masks for that, a hook that adds them is registered.
+
+    Raises:
+        ConfigurationError: examples with images influence each other, or depend on later tokens.
     """
+    check_images(model, text.train)
+    if text.packing is not None:
+        return text
     if not config.packing:
         return replace(text, packing=PackingFacts(how="off"))
     found = find_packing(model, text.train.at(0))

@@ -31,7 +31,7 @@ from fp8pipe.core.errors import ConfigurationError
 from fp8pipe.models.checkpoint.tensors import read_tensor
 from fp8pipe.models.language.base import load_tokenizer
 from fp8pipe.models.language.structure import build_model, load_config
-from fp8pipe.models.language.text import Encoded, encode, load_records, split
+from fp8pipe.models.language.text import Encoded, encode, load_records, refuse_images, split
 from fp8pipe.numerics.quantizers import WeightCodes
 
 if TYPE_CHECKING:
@@ -261,9 +261,9 @@ def read_text(model: LanguageModel, data: str | None, records: int) -> ExportTex
             why="static activation scales are calibrated on text",
             fix="name a text with --calibration-data",
         )
-    train, heldout = split(
-        load_records(str(source)), heldout_fraction=float(config.get("heldout_fraction", _FRACTION)), seed=0
-    )
+    found = load_records(str(source))
+    refuse_images(found, fix="name a text without images with --calibration-data")
+    train, heldout = split(found, heldout_fraction=float(config.get("heldout_fraction", _FRACTION)), seed=0)
     tokenizer = load_tokenizer(model.root)
     length, last_only = int(config.get("sequence_length", LENGTH)), config.get("answers") == "last"
     limit = int(config.get("heldout_limit", _HELDOUT_LIMIT))

@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 from language_models import ARCHITECTURES
 from language_models import write as write_architecture
+from picture_data import about, paint
 
 from exporters.graph.layers import read_layers
 from exporters.tensorrt.language.graph import decoder_graph
@@ -57,6 +58,14 @@ def test_training_text_that_is_split_otherwise_than_in_training_is_refused(llama
     assert len(read_text(trained(54, 6), None, 8).heldout) == 6
     with pytest.raises(ConfigurationError, match="no longer splits as it did in training"):
         read_text(trained(50, 5), None, 8)
+
+
+def test_data_with_images_calls_for_another_text(llama, tmp_path):
+    data = tmp_path / "data.jsonl"
+    data.write_text(json.dumps(about(paint(tmp_path / "a.png", (9, 9, 9)), "What?")) + "\n")
+    with pytest.raises(ConfigurationError, match=r"the image of line 1, messages\[0\], part 1") as caught:
+        read_text(open_language(llama), str(data), 4)
+    assert "--calibration-data" in caught.value.fix
 
 
 def test_linears_that_read_two_axes_have_one_product_each(language_text, tmp_path):

@@ -10,7 +10,8 @@ from tuning_config import config
 from fp8pipe.core.errors import ConfigurationError
 from fp8pipe.models.language.base import positions
 from fp8pipe.models.language.sources import resolve_model
-from pipeline.finetune.stage import finetune, load_text
+from pipeline.finetune.stage import finetune
+from pipeline.finetune.text import load_text
 
 
 def test_what_is_dropped_and_passed_over_stands_in_the_manifest(make_base, tmp_path):

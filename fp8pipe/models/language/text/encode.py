@@ -5,6 +5,8 @@ template (see ``render``) and tokenized as a whole. A served prompt, however, en
 tokenized without the answer. If a token of the whole text extends across that boundary, or across the end of the
 answer, the conversation is split into one example per answer, with prompt and answer tokenized separately.
 
+Tokens that stand for images come from the model's processor, which is given the text before the first answer.
+
 For a base model without a chat template, ``PLAIN_TEMPLATE`` is used. The caller must save it with the trained model.
 """
 
@@ -12,12 +14,15 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
 from fp8pipe.core.errors import ConfigurationError
+from fp8pipe.core.progress import track
 from fp8pipe.models.language.text.conversation import Record
+from fp8pipe.models.language.text.image_prompts import ImagePrompts, PromptImages, refuse_images
+from fp8pipe.models.language.text.image_render import ImageRenderer, image_template
 from fp8pipe.models.language.text.notes import Kind
 from fp8pipe.models.language.text.render import Rendered, Renderer, shared
 from fp8pipe.models.language.text.template import TemplateInfo, template_info
@@ -34,11 +39,13 @@ class Encoded:
     """One training example: ``input_ids`` and ``labels`` of equal length.
 
     A label is the token id at the same position within an answer (the loss shifts the labels), and -100 elsewhere. The
-    first label is always -100, because no earlier token can predict the first token.
+    first label is always -100, because no earlier token can predict the first token. ``images`` are those of the
+    prompt; None if it has none.
     """
 
     input_ids: list[int]
     labels: list[int]
+    images: PromptImages | None = None
 
     @property
     def answer_tokens(self) -> int:
@@ -72,6 +79,7 @@ def encode(
     tokenizer: Any,
     max_length: int,
     *,
+    images: ImagePrompts | None = None,
     last_only: bool = False,
     warn: Callable[[str], None] = log.warning,
 ) -> Encoding:
@@ -81,12 +89,13 @@ def encode(
         records: the conversations.
         tokenizer: a transformers tokenizer, fast (with character offsets) or slow.
         max_length: maximum tokens per example, at least 2; longer examples are cut at the end.
+        images: the model's processor, from ``load_image_prompts``; None refuses records with images.
         last_only: train only on the last answer of each conversation.
         warn: called with each of the result's warnings.
 
     Raises:
-        ConfigurationError: the chat template is not valid, cannot render a record, or omits an answer; or no example
-            has a labelled token within ``max_length`` tokens.
+        ConfigurationError: the chat template is not valid, cannot render a record, or omits an answer; an image cannot
+            be used; or no example has a labelled token within ``max_length`` tokens.
     """
     if max_length < 2:
         raise ConfigurationError(
@@ -94,8 +103,7 @@ def encode(
             why="an example needs a prompt token and an answer token",
             fix="use for example 512",
         )
-    template = template_info(tokenizer)
-    renderer = Renderer(tokenizer, template, last_only=last_only)
+    renderer, template = _renderer(records, tokenizer, images, last_only)
     counts: Counter[str] = Counter()
     examples: list[Encoded] = []
     for start in range(0, len(records), _BATCH):
@@ -103,11 +111,12 @@ def encode(
         for index, record in enumerate(records[start : start + _BATCH], start=start):
             before = renderer.notes.counts[Kind.PARTIAL]
             pieces = renderer.render(record, f"the record at {record.place}" if record.place else f"record {index + 1}")
-            counts["expanded"] += len(pieces) > 1
+            if len(pieces) > 1:
+                counts["followed" if pieces[-1].images != pieces[0].images else "expanded"] += 1
             if not pieces:
                 counts["partial" if renderer.notes.counts[Kind.PARTIAL] > before else "unlearned"] += 1
             rendered += pieces
-        for wholes in _tokenize(rendered, tokenizer):
+        for wholes in _tokenize(rendered, tokenizer) if images is None else _pictured(rendered, tokenizer, images):
             counts["merged"] += len(wholes) > 1
             for whole in wholes:
                 if (cut := _cut(whole, max_length, counts)) is not None:
@@ -119,8 +128,20 @@ def encode(
     warnings = (*_warnings(total, counts, max_length, template), *renderer.notes.sentences())
     for warning in warnings:
         warn(warning)
-    dropped, expanded = total - len(examples), counts["expanded"] + counts["merged"]
+    dropped, expanded = total - len(examples), sum(counts[key] for key in ("expanded", "followed", "merged"))
     return Encoding(examples, template, counts["truncated"], dropped, expanded, warnings)
+
+
+def _renderer(
+    records: Sequence[Record], tokenizer: Any, images: ImagePrompts | None, last_only: bool
+) -> tuple[Renderer, TemplateInfo]:
+    """The renderer of the records, and the chat template that it uses."""
+    if images is not None:
+        template = image_template(images, tokenizer)
+        return ImageRenderer(images, tokenizer, template, last_only=last_only), template
+    refuse_images(records)
+    template = template_info(tokenizer)
+    return Renderer(tokenizer, template, last_only=last_only), template
 
 
 def _nothing_left(records: int, reasons: Sequence[tuple[str, int]], counts: Counter[str]) -> ConfigurationError:
@@ -139,7 +160,7 @@ def _nothing_left(records: int, reasons: Sequence[tuple[str, int]], counts: Coun
 def _cut(whole: Encoded, max_length: int, counts: Counter[str]) -> Encoded | None:
     """Truncate an example to ``max_length`` tokens; if no labelled token remains, count the reason and return None."""
     first = [IGNORED] if whole.labels else []
-    cut = Encoded(whole.input_ids[:max_length], first + whole.labels[1:max_length])
+    cut = Encoded(whole.input_ids[:max_length], first + whole.labels[1:max_length], whole.images)
     counts["truncated"] += len(whole.input_ids) > max_length
     if cut.answer_tokens:
         counts["bare"] += whole.labels[0] != IGNORED
@@ -173,6 +194,8 @@ def _warnings(total: int, counts: Counter[str], max_length: int, template: Templ
     if counts["expanded"]:
         why = "the chat template renders earlier answers differently once others follow"
         found.append(f"{counts['expanded']} {apart}{why}")
+    if counts["followed"]:
+        found.append(f"{counts['followed']} {apart}images follow their first answer, and only a prompt can have images")
     if counts["merged"]:
         why = "tokens reach over the border between a prompt and its answer, or over the answer's end"
         found.append(f"{counts['merged']} {apart}{why}")
@@ -208,6 +231,33 @@ def _tokenize(rendered: Sequence[Rendered], tokenizer: Any) -> list[list[Encoded
             labels[start:end] = ids[start:end]
         examples.append([Encoded(list(ids), labels)])
     return examples
+
+
+def _pictured(rendered: Sequence[Rendered], tokenizer: Any, images: ImagePrompts) -> Iterator[Sequence[Encoded]]:
+    """Like `_tokenize`, for texts of which some have images; shows progress, because each image is read."""
+    with track(sum(bool(piece.images) for piece in rendered), "reading images") as progress:
+        for piece, wholes in zip(rendered, _tokenize(rendered, tokenizer), strict=True):
+            yield _with_images(piece, wholes, tokenizer, images) if piece.images else wholes
+            progress.advance(bool(piece.images))
+
+
+def _with_images(piece: Rendered, wholes: Sequence[Encoded], tokenizer: Any, images: ImagePrompts) -> Sequence[Encoded]:
+    """Examples of a text with the processor's tokens in place of the tokenizer's before the first answer.
+
+    Args:
+        piece: the text; all its images precede the first answer.
+        wholes: its examples, from `_tokenize`, in which one token stands for an image.
+        tokenizer: the model's tokenizer.
+        images: the model's processor.
+    """
+    starts = [start for start, _ in piece.spans][: len(wholes)]
+    found = []
+    for start, whole in zip(starts, wholes, strict=True):
+        plain = len(_ids(piece.text[:start], tokenizer))
+        read = images.read(piece.text[:start], piece.images)
+        labels = [IGNORED] * len(read.tokens) + whole.labels[plain:]
+        found.append(Encoded([*read.tokens, *whole.input_ids[plain:]], labels, read))
+    return found
 
 
 def _places_by_offset(

@@ -9,12 +9,14 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
 from fp8pipe.core.errors import ConfigurationError, MissingCapabilityError
-from fp8pipe.models.language.text.conversation import Record
+from fp8pipe.models.language.text.conversation import ImagePart, Record
 from fp8pipe.models.language.text.files import data_files, rows_of, without_nested_nulls
+from fp8pipe.models.language.text.images import located
 from fp8pipe.models.language.text.shapes import SHAPES, BadRow, DamagedFile, pair, parse_row
 from fp8pipe.models.samples import chatterbot_conversations, sample_name
 
@@ -50,7 +52,8 @@ def load_records(src: str, warn: Callable[[str], None] = log.warning) -> list[Re
             why="no file or directory has that name",
             fix="check the path, or use sample:chatterbot to try things out",
         )
-    return _parse_all(src, _dataset_rows(src, path if path.is_dir() else None), warn)
+    rows = _dataset_rows(src, path if path.is_dir() else None)
+    return _parse_all(src, ((place, row, path if path.is_dir() else Path()) for place, row in rows), warn)
 
 
 def _is_saved_dataset(path: Path) -> bool:
@@ -58,24 +61,27 @@ def _is_saved_dataset(path: Path) -> bool:
     return (path / "state.json").is_file() or (path / "dataset_dict.json").is_file()
 
 
-def _file_rows(files: list[Path], root: Path) -> Iterator[tuple[str, Any]]:
-    """Rows of all files, as in `rows_of`; if there are several files, each position begins with the file's name."""
+def _file_rows(files: list[Path], root: Path) -> Iterator[tuple[str, Any, Path]]:
+    """Rows of all files, as in `rows_of`, with the file's folder, to which paths of images are relative.
+
+    If there are several files, each position begins with the file's name.
+    """
     for file in files:
         name = f"{file.relative_to(root) if file.is_relative_to(root) else file} " if len(files) > 1 else ""
         for place, row in rows_of(file):
-            yield f"{name}{place}", row
+            yield f"{name}{place}", row, file.parent
 
 
-def _parse_all(src: str, rows: Iterable[tuple[str, Any]], warn: Callable[[str], None]) -> list[Record]:
+def _parse_all(src: str, rows: Iterable[tuple[str, Any, Path]], warn: Callable[[str], None]) -> list[Record]:
     records: list[Record] = []
     problems: list[str] = []
     damaged: list[BadRow] = []
     unused: Counter[str] = Counter()
-    for place, row in rows:
+    for place, row, folder in rows:
         try:
             if isinstance(row, BadRow):
                 raise row
-            records.append(parse_row(row, place, unused))
+            records.append(_located(parse_row(row, place, unused), folder))
         except BadRow as error:
             problems.append(f"{place}: {error}")
             damaged += [error] if isinstance(error, DamagedFile) else []
@@ -96,6 +102,24 @@ def _parse_all(src: str, rows: Iterable[tuple[str, Any]], warn: Callable[[str], 
         fields = ", ".join(f"{key!r} (in {count} of {len(records)})" for key, count in unused.most_common())
         warn(f"fields of records that are not used: {fields}")
     return records
+
+
+def _located(record: Record, folder: Path) -> Record:
+    """The record with absolute paths of its images, and their places in the data.
+
+    Raises:
+        BadRow: there is no such file.
+    """
+    if not record.images:
+        return record
+
+    def absolute(part: ImagePart) -> ImagePart:
+        try:
+            return ImagePart(located(part.source, folder), f"{record.place}, {part.place}")
+        except ValueError as error:
+            raise BadRow(f"{part.place}: {error}") from error
+
+    return replace(record, messages=tuple(replace(m, images=tuple(map(absolute, m.images))) for m in record.messages))
 
 
 def _dataset_rows(src: str, path: Path | None) -> Iterator[tuple[str, Any]]:

@@ -21,9 +21,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
 from fp8pipe.core.errors import ConfigurationError
-from fp8pipe.models.language.text.conversation import Message, Record
+from fp8pipe.models.language.text.conversation import ImagePart, Record
 from fp8pipe.models.language.text.notes import Kind, Notes, special_pattern, special_tokens
-from fp8pipe.models.language.text.template import TemplateInfo, failing_line, in_parts, template_name
+from fp8pipe.models.language.text.template import TemplateInfo, failing_line, forms, in_parts, template_name
 
 _OTHERS: Final = ("\ue000", "0")  # substitute answers; no answer begins with the same character as both of them
 _SHOWN: Final = 20  # number of characters of a text shown in a warning
@@ -35,6 +35,8 @@ class Rendered(NamedTuple):
 
     text: str
     spans: list[tuple[int, int]]  # character ranges (start, end) of the answers to train on, in ascending order
+    messages: int  # number of the record's messages that were rendered
+    images: tuple[ImagePart, ...] = ()  # the images of these messages
 
 
 class Renderer:
@@ -51,7 +53,8 @@ class Renderer:
     """
 
     def __init__(self, tokenizer: Any, template: TemplateInfo, *, last_only: bool = False) -> None:
-        self._tokenizer, self._template, self._last_only = tokenizer, template, last_only
+        self._tokenizer, self._last_only = tokenizer, last_only
+        self._renders, self._source = tokenizer, None if template.origin == "tokenizer" else template.template
         self._seen: set[str] = set()  # fields and roles that are known to change the rendered text
         self._special = special_pattern(tokenizer)
         self.silent: dict[str, bool] = {}
@@ -74,15 +77,15 @@ class Renderer:
         learned = [i for i, m in enumerate(record.messages) if m.role == "assistant"]
         learned = [i for i in (learned[-1:] if self._last_only else learned) if record.messages[i].learned]
         failure: ConfigurationError | None = None
-        forms = _forms(record.messages)
-        for form, parts in [(form, parts) for parts in (False, True) for form in forms]:
+        every = forms(record.messages)
+        for form, parts in [(form, parts) for parts in (False, True) for form in every]:
             view = _View(self, form, list(record.tools) or None, name, Notes(), parts)
             try:
                 found = view.answers(learned)
             except ConfigurationError as error:
                 failure = failure or error
                 continue
-            pieces = _joined(found)
+            pieces = self.joined(found, record)
             if pieces:
                 self._look_for_losses(record, view, [*found], pieces)
             if pieces and self._special is not None:
@@ -92,6 +95,19 @@ class Renderer:
             return pieces
         assert failure is not None
         raise failure
+
+    def joined(self, answers: Mapping[int, Rendered], record: Record) -> list[Rendered]:
+        """Combine the texts of all answers into one if each is a continuation of the previous ones; else keep them.
+
+        Args:
+            answers: the answers to train on, by index of their messages in `record`.
+            record: the conversation.
+        """
+        pieces = [*answers.values()]
+        # Turns after the last answer are never trained on, so they are left out.
+        if pieces and all(pieces[-1].text.startswith(piece.text[: piece.spans[0][1]]) for piece in pieces):
+            return [pieces[-1]._replace(spans=[span for piece in pieces for span in piece.spans])]
+        return pieces
 
     def apply(self, messages: list[dict[str, Any]], tools: Any, name: str, *, prompt: bool = False) -> str:
         """Render messages with the chat template.
@@ -105,11 +121,10 @@ class Renderer:
         Raises:
             ConfigurationError: the template fails.
         """
-        own = None if self._template.origin == "tokenizer" else self._template.template
         try:
             return str(
-                self._tokenizer.apply_chat_template(
-                    messages, tools=tools, chat_template=own, tokenize=False, add_generation_prompt=prompt
+                self._renders.apply_chat_template(
+                    messages, tools=tools, chat_template=self._source, tokenize=False, add_generation_prompt=prompt
                 )
             )
         except Exception as error:  # a template is a program and may raise any type
@@ -154,7 +169,7 @@ class Renderer:
 
 
 class _View(NamedTuple):
-    """One record in one of the forms that templates may accept, see `_forms`."""
+    """One record in one of the forms that templates may accept, see `forms`."""
 
     renderer: Renderer
     messages: list[dict[str, Any]]
@@ -176,7 +191,7 @@ class _View(NamedTuple):
                 self.notes.count(Kind.UNLIKE, *unlike)
             if index and self._takes_no_prompt(index, prompt):
                 self._note_headers(index, text, prompt)
-            found[index] = Rendered(text, [(start, _answer_end(self.messages[index], text, start))])
+            found[index] = Rendered(text, [(start, _answer_end(self.messages[index], text, start))], index + 1)
         return found
 
     def unchanged(self, index: int, text: str, end: int, **change: Any) -> bool:
@@ -289,32 +304,6 @@ class _View(NamedTuple):
                 )
 
 
-def _forms(messages: Sequence[Message]) -> list[list[dict[str, Any]]]:
-    """Convert messages to the different forms that templates may expect, the most common form first.
-
-    Most templates expect the arguments of tool calls as objects, some as JSON text. If a message only calls tools, most
-    accept an empty content, but some require that the field is absent.
-    """
-    plain = [{"role": m.role, "content": m.content, **m.fields} for m in messages]
-    if not any(m.fields.get("tool_calls") for m in messages):
-        return [plain]
-    absent = [{k: v for k, v in m.items() if k != "content" or v or not m.get("tool_calls")} for m in plain]
-    return [plain, absent, [_as_text(m) for m in plain], [_as_text(m) for m in absent]]
-
-
-def _as_text(message: dict[str, Any]) -> dict[str, Any]:
-    if "tool_calls" not in message:
-        return message
-    calls = [
-        {
-            **call,
-            "function": call["function"] | {"arguments": json.dumps(call["function"]["arguments"], ensure_ascii=False)},
-        }
-        for call in message["tool_calls"]
-    ]
-    return message | {"tool_calls": calls}
-
-
 def _answer_end(message: Mapping[str, Any], text: str, start: int) -> int:
     """Position in `text` at which the answer ends.
 
@@ -324,15 +313,6 @@ def _answer_end(message: Mapping[str, Any], text: str, start: int) -> int:
     content = str(message.get("content") or "")
     at = text.rfind(content, start) if content and content[-1].isspace() else -1
     return max(end, at + len(content)) if at >= 0 else end
-
-
-def _joined(answers: Mapping[int, Rendered]) -> list[Rendered]:
-    """Combine the texts of all answers into one if each text is a continuation of the previous ones; else keep them."""
-    pieces = [*answers.values()]
-    # Turns after the last answer are never trained on, so they are left out.
-    if all(pieces[-1].text.startswith(piece.text[: piece.spans[0][1]]) for piece in pieces):
-        return [Rendered(pieces[-1].text, [span for piece in pieces for span in piece.spans])] if pieces else []
-    return pieces
 
 
 def _squeezed(text: str) -> str:

@@ -13,7 +13,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, Final
 
-from fp8pipe.models.language.text.conversation import ROLES, Message, Record
+from fp8pipe.models.language.text.conversation import ROLES, ImagePart, Message, Record
+from fp8pipe.models.language.text.images import IMAGE_TYPES, MARK, image_source
 
 SHAPES: Final = "messages, conversations, prompt + completion, or instruction (+ input) + output"
 # Other role names in use: ShareGPT's, OpenAI's older and newer ones, and Llama's for the result of a tool.
@@ -71,6 +72,8 @@ def parse_row(row: Any, place: str, unused: Counter[str]) -> Record:
         tools = _tools(opening.fields)
         messages[0] = replace(opening, fields={k: v for k, v in opening.fields.items() if k != "tools"})
     record = Record(tuple(messages), tools, place)
+    if record.images and sum(message.content.count(MARK) for message in messages) > len(record.images):
+        raise BadRow("its text holds the character U+FFFC, which stands for images in a record that has some")
     _check_encodable(record)
     return record
 
@@ -124,13 +127,13 @@ def _turns(value: Any, key: str) -> list[Message]:
         if not isinstance(item, dict):
             raise BadRow(f"{key}[{index}] must be an object with role and content, not {_json_type(item)}")
         try:
-            messages.append(_message(item))
+            messages.append(_message(item, f"{key}[{index}]"))
         except BadRow as error:
             raise BadRow(f"{key}[{index}]: {error}") from error
     return messages
 
 
-def _message(item: dict[str, Any]) -> Message:
+def _message(item: dict[str, Any], place: str) -> Message:
     fields = {k: v for k, v in item.items() if v is not None and v != []}
     keys = ("from", "value") if "from" in fields and "role" not in fields else ("role", "content")
     named = _text(item, keys[0])
@@ -143,26 +146,42 @@ def _message(item: dict[str, Any]) -> Message:
     calls = _calls(fields)
     if calls and role != "assistant":
         raise BadRow(f"'tool_calls' in a message of role {named!r}")
-    content = _content(item, keys[1], needed=not calls and role != "tool")
+    content, images = _content(item, keys[1], place, needed=not calls and role != "tool")
+    if images and role == "assistant":
+        raise BadRow("an assistant message has an image, and only text can be learned as an answer")
     learned = _weight(fields, role)
     for key in (*keys, "weight", "tool_calls", "function_call"):
         fields.pop(key, None)
-    return Message(role, content, learned, fields | ({"tool_calls": calls} if calls else {}))
+    return Message(role, content, learned, fields | ({"tool_calls": calls} if calls else {}), images)
 
 
-def _content(item: dict[str, Any], key: str, *, needed: bool) -> str:
-    """A message's content, which is a text or a list of text parts to concatenate."""
+def _content(item: dict[str, Any], key: str, place: str, *, needed: bool) -> tuple[str, tuple[ImagePart, ...]]:
+    """A message's content, which is a text or a list of parts to concatenate, and its images.
+
+    Args:
+        item: the message.
+        key: of its content.
+        place: of the message in the record.
+        needed: whether the content may not be empty.
+    """
     parts = item.get(key)
     if not isinstance(parts, list):
-        return _text(item, key, needed=needed)
-    texts = []
+        return _text(item, key, needed=needed), ()
+    texts, images = [], []
     for index, part in enumerate(parts):
         part = {"text": part} if isinstance(part, str) else part
+        if isinstance(part, dict) and part.get("type") in IMAGE_TYPES:
+            try:
+                images.append(ImagePart(image_source(part), f"{place}, part {index + 1}"))
+            except ValueError as error:
+                raise BadRow(f"part {index + 1}: {error}") from error
+            texts.append(MARK)
+            continue
         if not isinstance(part, dict) or part.get("type", "text") != "text":
             kind = part.get("type") if isinstance(part, dict) else _json_type(part)
-            raise BadRow(f"{key!r} must be text, or a list of text parts; part {index + 1} is {kind}")
+            raise BadRow(f"{key!r} must be text, or a list of parts of text and images; part {index + 1} is {kind}")
         texts.append(_text(part, "text", needed=False))
-    return _text({key: "".join(texts)}, key, needed=needed)
+    return _text({key: "".join(texts)}, key, needed=needed), tuple(images)
 
 
 def _calls(fields: dict[str, Any]) -> list[dict[str, Any]]:

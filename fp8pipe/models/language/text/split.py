@@ -16,7 +16,7 @@ from typing import Final
 import numpy as np
 
 from fp8pipe.core.errors import ConfigurationError
-from fp8pipe.models.language.text.conversation import Record
+from fp8pipe.models.language.text.conversation import Message, Record
 
 log = logging.getLogger(__name__)
 
@@ -114,7 +114,7 @@ def _wanted(distinct: int, fraction: float | None, count: int | None) -> int:
 
 def _whole(record: Record) -> str:
     """The complete contents of a record as JSON text, to detect duplicates."""
-    turns = [(m.role, m.content, m.learned, dict(m.fields)) for m in record.messages]
+    turns = [(m.role, m.content, m.learned, dict(m.fields), _sources(m)) for m in record.messages]
     return json.dumps([turns, list(record.tools)], sort_keys=True, default=str)
 
 
@@ -126,7 +126,11 @@ def _opening(record: Record) -> str:
             end = index
             break
         asked |= message.role in _PROMPTS
-    return "\x00".join(f"{m.role}:{_normalised(m.content)}" for m in record.messages[:end])
+    return "\x00".join("\x01".join([f"{m.role}:{_normalised(m.content)}", *_sources(m)]) for m in record.messages[:end])
+
+
+def _sources(message: Message) -> list[str]:
+    return [part.source for part in message.images]
 
 
 def _normalised(text: str) -> str:

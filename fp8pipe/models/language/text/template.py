@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import json
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 from fp8pipe.core.errors import ConfigurationError
+from fp8pipe.models.language.text.conversation import Message
 
 PLAIN_TEMPLATE: Final = (
     "{% for message in messages %}"
@@ -60,6 +62,32 @@ def in_parts(messages: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
         else {**message}
         for message in messages
     ]
+
+
+def forms(messages: Sequence[Message]) -> list[list[dict[str, Any]]]:
+    """Convert messages to the different forms that templates may expect, the most common form first.
+
+    Most templates expect the arguments of tool calls as objects, some as JSON text. If a message only calls tools, most
+    accept an empty content, but some require that the field is absent.
+    """
+    plain = [{"role": m.role, "content": m.content, **m.fields} for m in messages]
+    if not any(m.fields.get("tool_calls") for m in messages):
+        return [plain]
+    absent = [{k: v for k, v in m.items() if k != "content" or v or not m.get("tool_calls")} for m in plain]
+    return [plain, absent, [_as_text(m) for m in plain], [_as_text(m) for m in absent]]
+
+
+def _as_text(message: dict[str, Any]) -> dict[str, Any]:
+    if "tool_calls" not in message:
+        return message
+    calls = [
+        {
+            **call,
+            "function": call["function"] | {"arguments": json.dumps(call["function"]["arguments"], ensure_ascii=False)},
+        }
+        for call in message["tool_calls"]
+    ]
+    return message | {"tool_calls": calls}
 
 
 def _check_syntax(tokenizer: Any) -> None:

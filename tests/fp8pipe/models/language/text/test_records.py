@@ -70,7 +70,29 @@ def test_text_is_kept_exactly(tmp_path: Path) -> None:
         ('{"messages": [{"role": "bot", "content": "q"}]}', "role 'bot' is not one of"),
         (
             '{"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}',
-            "messages[0]: 'content' must be text, or",
+            "messages[0]: part 1: an image part must name one file",
+        ),
+        (
+            '{"messages": [{"role": "user", "content": ["a", {"type": "image", "image": "https://x.org/a.png"}]}]}',
+            "messages[0]: part 2: the image 'https://x.org/a.png' is on a server; download it",
+        ),
+        (
+            '{"messages": [{"role": "user", "content": [{"type": "image", "path": "no.png"}]}, {"role": "assistant", '
+            '"content": "a"}]}',
+            "messages[0], part 1: there is no image file /",
+        ),
+        (
+            '{"messages": [{"role": "assistant", "content": [{"type": "image", "path": "no.png"}]}]}',
+            "messages[0]: an assistant message has an image, and only text can be learned",
+        ),
+        (
+            '{"messages": [{"role": "user", "content": [{"type": "image", "path": "a.png"}, "\ufffc"]}, '
+            '{"role": "assistant", "content": "a"}]}',
+            "its text holds the character U+FFFC",
+        ),
+        (
+            '{"messages": [{"role": "user", "content": [{"type": "video", "path": "a.mp4"}]}]}',
+            "messages[0]: 'content' must be text, or a list of parts of text and images; part 1 is video",
         ),
         ('{"messages": [{"role": "assistant", "content": null}]}', "messages[0]: 'content' is null"),
         ('{"conversations": [{"from": "gpt"}]}', "conversations[0]: 'value' is missing"),

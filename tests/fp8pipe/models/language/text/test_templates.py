@@ -97,10 +97,10 @@ def test_exactly_the_answers_and_their_end_marks_are_learned(name: str, kind: st
 
 def _prompts(tokenizer: Any, record: Record) -> list[list[int]]:
     """What serving sends for each answer: all that comes before it, with the generation prompt."""
-    from fp8pipe.models.language.text.render import _forms
+    from fp8pipe.models.language.text.template import forms
 
     found = []
-    for form in _forms(record.messages):
+    for form in forms(record.messages):
         for end, message in enumerate(record.messages):
             if message.role == "assistant" and end:
                 try:
