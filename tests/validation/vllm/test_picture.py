@@ -1,4 +1,4 @@
-"""Models of pictures and text: the decoder is tuned, towers stay byte for byte, and vLLM answers about a picture."""
+"""Models of pictures and text: the decoder is tuned on both, towers stay as they are, and vLLM answers about a picture."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import torch
 from artifact_tree import rehash
 from breadth import only_long
 from held_weights import held_weights
+from picture_data import write_colours
 from safetensors.torch import load_file, save_file
 from tiny_pictures import PICTURED, write_pictured
 from torch import Tensor
@@ -38,9 +39,9 @@ TOWERS = {"qwen25vl": "visual.", "gemma3_mm": "vision_tower."}
 def made(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """`made(NAME)`: a directory with the base model, the tuned one and its export in FP8; each made once."""
     root = tmp_path_factory.mktemp("pictured")
-    text = root / "pairs.jsonl"
-    rows = [{"prompt": f"double {n}", "completion": f"{2 * n}"} for n in range(24)]
-    text.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    rows = [{"prompt": f"double {n}", "completion": f"{2 * n}"} for n in range(16)]
+    text = write_colours(root, 8)
+    text.write_text(text.read_text() + "".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
     def make(name: str) -> Path:
         if not (root / name).exists():
