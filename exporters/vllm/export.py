@@ -31,6 +31,7 @@ from fp8pipe.artifact.finding import refuse
 from fp8pipe.artifact.writer import partial_of
 from fp8pipe.core.errors import ConfigurationError
 from fp8pipe.core.progress import track
+from fp8pipe.models.checkpoint.stacks import stack_name
 from fp8pipe.models.checkpoint.tensors import model_parent, shard_names
 from fp8pipe.models.language.base import check_declared, check_tokens, load_tokenizer
 from fp8pipe.models.language.ending import read_ending
@@ -175,8 +176,8 @@ def plan_warnings(plan: ExportPlan) -> list[str]:
             "weights stored (in, out) hold FP8 codes: vLLM's loader transposes them; transformers does not "
             "decompress them, so it must not be used to load this export"
         )
-    single = any(unit.transposed and plan.structure.is_expert(unit.module) for unit in plan.units)
-    if single and not plan.options.format.quantized:
+    single = any(stack_name(plan.structure.model_type, unit.name) is not None for unit in plan.units)
+    if single and not any(unit.quantized and unit.transposed for unit in plan.units):
         warnings.append(
             "experts are stored one by one, as vLLM reads them: transformers would replace them by random ones and say "
             "so only in its log, so it must not be used to load this export"

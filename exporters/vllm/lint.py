@@ -190,7 +190,10 @@ def _shapes(plan: ExportPlan) -> Iterator[Finding]:
             yield _found("weight-shape", unit.entry.name, why)
     stored = {unit.name for unit in plan.units}  # in bf16 stacks stay whole
     for module in structure.projections.keys() - seen:
-        if f"{module}.weight" not in structure.tied and stack_name(f"{module}.weight") not in stored:
+        if (
+            f"{module}.weight" not in structure.tied
+            and stack_name(structure.model_type, f"{module}.weight") not in stored
+        ):
             yield _found("missing-weight", f"{module}.weight", "the model has it, the checkpoint lacks it")
 
 

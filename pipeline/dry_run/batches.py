@@ -8,8 +8,8 @@ from typing import Any, Final
 import torch
 
 from fp8pipe.artifact.kinds import PackingFacts
-from fp8pipe.models.language.experts import unstack_experts
 from fp8pipe.models.language.structure import model_class
+from fp8pipe.models.language.unstacking import unstack_experts
 from pipeline.dry_run.activations import layer_count, with_layers
 from pipeline.finetune.batches import Batches
 from pipeline.finetune.packing import find_packing

@@ -69,11 +69,13 @@ class GroupedExperts:
         if not supported(x) or any(layer.observer is not None for stack in stacks for layer in stack.layers):
             return None
         routes = Routes(index, len(self.down.layers))
+        shares = torch.where(index == len(self.down.layers), 0, weights).t().reshape(-1)[routes.order, None]
         rows = _Spread.apply(x, routes)  # type: ignore[no-untyped-call]
+        rows = rows * shares if experts.weighs_inputs else rows
         joined = [stack.apply(rows, routes) for stack in self.inner]
         outputs = self.down.apply(experts._apply_gate(joined[0] if len(joined) == 1 else torch.cat(joined, -1)), routes)
-        shares = torch.where(index == len(self.down.layers), 0, weights).t().reshape(-1)[routes.order, None]
-        combined: Tensor = _Combine.apply((outputs * shares).to(x.dtype), routes)  # type: ignore[no-untyped-call]
+        weighted = outputs if experts.weighs_inputs else outputs * shares
+        combined: Tensor = _Combine.apply(weighted.to(x.dtype), routes)  # type: ignore[no-untyped-call]
         return combined
 
 

@@ -32,9 +32,9 @@ from fp8pipe.models.checkpoint.quantized.base import read_base
 from fp8pipe.models.checkpoint.tensors import model_parent
 from fp8pipe.models.checkpoint.values import refuse_not_finite
 from fp8pipe.models.language.ending import GENERATION_FILE, read_ending
-from fp8pipe.models.language.experts import unstack_experts
 from fp8pipe.models.language.sources import resolve_model
 from fp8pipe.models.language.structure import read_structure
+from fp8pipe.models.language.unstacking import unstack_experts
 from fp8pipe.numerics.bf16 import widen_bf16_products
 from pipeline.falqon.flush import FlushReport
 from pipeline.falqon.method import FalqonMethod

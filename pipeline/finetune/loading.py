@@ -22,9 +22,9 @@ from fp8pipe.core.errors import ConfigurationError
 from fp8pipe.core.machine import format_bytes
 from fp8pipe.models.checkpoint.quantized.base import read_base
 from fp8pipe.models.checkpoint.tensors import DTYPES, weight_files
-from fp8pipe.models.language.experts import unstack_experts
 from fp8pipe.models.language.sources import ModelSource
 from fp8pipe.models.language.structure import ModelStructure, load_config, model_class
+from fp8pipe.models.language.unstacking import unstack_experts
 from pipeline.falqon.convert import read_convertible
 from pipeline.finetune.attention import use_matmul_attention
 from pipeline.finetune.config import FinetuneConfig

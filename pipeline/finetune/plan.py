@@ -15,9 +15,9 @@ from fp8pipe.core.plan import Missing, Plan, missing_disk, missing_memory, missi
 from fp8pipe.models.checkpoint.names import checkpoint_names
 from fp8pipe.models.language.base import check_base
 from fp8pipe.models.language.ending import read_ending
-from fp8pipe.models.language.experts import unstack_experts
 from fp8pipe.models.language.sources import resolve_model
 from fp8pipe.models.language.structure import load_config, model_class
+from fp8pipe.models.language.unstacking import unstack_experts
 from pipeline.dry_run.costs import (
     LIVE,
     LIVE_COMPILED,

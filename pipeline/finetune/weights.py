@@ -19,7 +19,7 @@ from fp8pipe.artifact.kinds import MergeHealth
 from fp8pipe.core.errors import BadArtifactError
 from fp8pipe.models.checkpoint.quantized.base import base_entries, copy_base_files
 from fp8pipe.models.checkpoint.sidecars import read_config
-from fp8pipe.models.checkpoint.stacks import ExpertEntry, join_stacks, split_stacks
+from fp8pipe.models.checkpoint.stacks import join_stacks, split_stacks
 from fp8pipe.models.checkpoint.tensors import (
     SCALE_SUFFIX,
     SINGLE_NAME,
@@ -65,7 +65,7 @@ def write_checkpoint(base: Path, root: Path, weights: Weights) -> None:
     copy_base_files(base, root)
     files = weight_files(base)
     entries = base_entries(base)
-    split = any(isinstance(entry, ExpertEntry) for entry in entries.values())
+    model_type = read_config(base / "config.json").get("model_type")
     trained = _tensors(weights)
     weight_map: dict[str, str] = {}
     total = 0
@@ -81,8 +81,8 @@ def write_checkpoint(base: Path, root: Path, weights: Weights) -> None:
                 tensors[name] = read_tensor(entry)
         if not tensors:  # the base's file holds only scales
             continue
-        if split and all(weight.scale is None for weight in weights.values()):
-            tensors = join_stacks(tensors)
+        if all(weight.scale is None for weight in weights.values()):
+            tensors = join_stacks(model_type, tensors)
         size = sum(t.numel() * t.element_size() for t in tensors.values())
         with disk_guard(root, size):
             save_file(tensors, root / file.name, metadata={"format": "pt"})

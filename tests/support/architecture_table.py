@@ -27,14 +27,13 @@ Rows marked * run in the long test suite only (`FP8PIPE_TEST_BREADTH=long`).
   16 (gates), which FP8 kernels do not support and which would limit the rank of every other layer. `--dry-run` and the
   manifest name each layer that is left out.
 * Experts are trained one by one where checkpoints store them one by one (Mixtral, Qwen-MoE, DeepSeek and similar), and
-  those of gpt-oss, which stores stacks ([falqon.md](falqon.md#experts)). Other stacks (Granite-MoE, Llama 4) keep their
-  dtype. Routers keep theirs in every family; they are recognized by their place beside the experts, with one row for
-  each.
+  those of gpt-oss, Granite-MoE and Llama 4, which store stacks ([falqon.md](falqon.md#experts)). Other stacks (Aria)
+  keep their dtype. Routers keep theirs in every family; they are recognized by their place beside the experts, with one
+  row for each.
 * Exports keep the tensor names of the original checkpoint, also where transformers renames or merges tensors on
-  loading (GPT-NeoX, Gemma 3 and Qwen2.5-VL with images, experts). FP8 exports of gpt-oss hold experts one by one.
-* `unknown-matrix`: the decoder has matrices that belong to no linear layer or embedding (stacked experts other than
-  gpt-oss's, state and convolution weights of Mamba), and how an engine stores them in an FP8 checkpoint is not
-  known.
+  loading (GPT-NeoX, Gemma 3 and Qwen2.5-VL with images, experts). FP8 exports hold experts one by one.
+* `unknown-matrix`: the decoder has matrices that belong to no linear layer or embedding (other stacked
+  experts, state and convolution weights of Mamba), and how an engine stores them in an FP8 checkpoint is not known.
 
 This page is written by `python tests/support/architecture_table.py` from `tests/support/language_models.py`;
 `tests/pipeline/finetune/test_architectures.py` checks that the two agree, and runs every row.

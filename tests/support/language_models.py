@@ -17,7 +17,7 @@ from tiny_checkpoints import write_tokenizer
 
 from fp8pipe.models.compat import import_transformers
 
-__all__ = ["ARCHITECTURES", "Architecture", "build", "write"]
+__all__ = ["ARCHITECTURES", "Architecture", "build", "llama_like", "write"]
 
 _IDS = {"bos_token_id": 1, "eos_token_id": 0, "pad_token_id": 0}
 _SMALL: dict[str, Any] = {
@@ -52,10 +52,17 @@ class Architecture:
     rare: bool = False
 
 
-def _llama_like(
-    name: str, trained: int = 14, refused: str = "", left_out: Mapping[str, str] | None = None, **more: Any
+def llama_like(
+    name: str,
+    trained: int = 14,
+    refused: str = "",
+    left_out: Mapping[str, str] | None = None,
+    config: str = "",
+    **more: Any,
 ) -> Architecture:
-    return Architecture(f"{name}ForCausalLM", f"{name}Config", {**_SMALL, **more}, trained, left_out or {}, refused)
+    """A row of the table whose settings have the names of Llama's."""
+    config = config or f"{name}Config"
+    return Architecture(f"{name}ForCausalLM", config, {**_SMALL, **more}, trained, left_out or {}, refused)
 
 
 def _partial(factor: float) -> dict[str, Any]:
@@ -68,23 +75,23 @@ _EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
 _SHORT = {n: f"a side of {n} is too short for FP8 kernels and for an adapter" for n in (1, 2, 8)}
 _MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 16, "mamba_n_groups": 1}
 ARCHITECTURES: dict[str, Architecture] = {
-    "llama": _llama_like("Llama", tie_word_embeddings=False),
-    "llama_bias": _llama_like("Llama", attention_bias=True, mlp_bias=True, tie_word_embeddings=False),
-    "mistral": _llama_like("Mistral", sliding_window=16),
-    "qwen2": _llama_like("Qwen2", tie_word_embeddings=True),
-    "qwen3": _llama_like("Qwen3", head_dim=32, tie_word_embeddings=True),
-    "gemma2": _llama_like("Gemma2", head_dim=16, sliding_window=16, query_pre_attn_scalar=16),
+    "llama": llama_like("Llama", tie_word_embeddings=False),
+    "llama_bias": llama_like("Llama", attention_bias=True, mlp_bias=True, tie_word_embeddings=False),
+    "mistral": llama_like("Mistral", sliding_window=16),
+    "qwen2": llama_like("Qwen2", tie_word_embeddings=True),
+    "qwen3": llama_like("Qwen3", head_dim=32, tie_word_embeddings=True),
+    "gemma2": llama_like("Gemma2", head_dim=16, sliding_window=16, query_pre_attn_scalar=16),
     "gemma3_text": Architecture(
         "Gemma3ForCausalLM", "Gemma3TextConfig",
         {**_SMALL, "head_dim": 16, "sliding_window": 16, "query_pre_attn_scalar": 16},
     ),
-    "phi": _llama_like("Phi", 12, rope_parameters=_partial(0.5)),
-    "phi3": _llama_like("Phi3", 8, rope_parameters=_partial(0.5), tie_word_embeddings=False),
-    "olmo2": _llama_like("Olmo2"),
-    "granite": _llama_like("Granite"),
-    "cohere": _llama_like("Cohere"),
-    "starcoder2": _llama_like("Starcoder2", 12),
-    "stablelm": _llama_like("StableLm", rope_parameters=_partial(0.25), use_qkv_bias=True),
+    "phi": llama_like("Phi", 12, rope_parameters=_partial(0.5)),
+    "phi3": llama_like("Phi3", 8, rope_parameters=_partial(0.5), tie_word_embeddings=False),
+    "olmo2": llama_like("Olmo2"),
+    "granite": llama_like("Granite"),
+    "cohere": llama_like("Cohere"),
+    "starcoder2": llama_like("Starcoder2", 12),
+    "stablelm": llama_like("StableLm", rope_parameters=_partial(0.25), use_qkv_bias=True),
     "gpt2": Architecture(
         "GPT2LMHeadModel", "GPT2Config",
         {"vocab_size": 272, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 256}, 8,
@@ -110,18 +117,19 @@ ARCHITECTURES: dict[str, Architecture] = {
         {"vocab_size": 272, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_kv_heads": 2,
          "new_decoder_architecture": True, "alibi": False, "bias": False, "parallel_attn": True, **_IDS}, 8,
     ),
-    "mixtral": _llama_like("Mixtral", 32, "", {"mlp.gate": _ROUTER}, **_EXPERTS),
-    "qwen3_moe": _llama_like(
+    "mixtral": llama_like("Mixtral", 32, "", {"mlp.gate": _ROUTER}, **_EXPERTS),
+    "qwen3_moe": llama_like(
         "Qwen3Moe", 32, "", {"mlp.gate": _ROUTER}, head_dim=16, num_experts=4, num_experts_per_tok=2,
         moe_intermediate_size=32,
     ),
-    "gpt_oss": _llama_like("GptOss", 24, "", {"mlp.router": _ROUTER}, head_dim=16, sliding_window=16, **_EXPERTS),
+    "gpt_oss": llama_like("GptOss", 24, "", {"mlp.router": _ROUTER}, head_dim=16, sliding_window=16, **_EXPERTS),
+    "granitemoe": llama_like("GraniteMoe", 32, "", {"block_sparse_moe.router": _ROUTER}, **_EXPERTS),
     "mamba2": Architecture(
         "Mamba2ForCausalLM", "Mamba2Config",
         {"vocab_size": 272, "hidden_size": 64, "num_hidden_layers": 2, "num_heads": 8, "head_dim": 16, "state_size": 16,
          "n_groups": 1, "expand": 2, **_IDS}, 2, {"mixer.out_proj": _READ}, _STACKED,
     ),
-    "jamba": _llama_like(
+    "jamba": llama_like(
         "Jamba", 16, _STACKED, {"mamba.dt_proj": _READ, "feed_forward.router": _ROUTER}, attn_layer_period=2,
         attn_layer_offset=1, expert_layer_period=2, expert_layer_offset=1, num_experts=2, num_experts_per_tok=1,
         mamba_d_state=8, mamba_dt_rank=16,
@@ -139,7 +147,7 @@ ARCHITECTURES: dict[str, Architecture] = {
          "vision_config": {**_VISION, "depth": 1, "num_heads": 2, "out_hidden_size": 64, "fullatt_block_indexes": [0]},
          "image_token_id": 5, "video_token_id": 6, "vision_start_token_id": 7, "vision_end_token_id": 8},
     ),
-    "qwen3_next": _llama_like(
+    "qwen3_next": llama_like(
         "Qwen3Next", 36, _STACKED,
         {"linear_attn.in_proj_ba": _SHORT[8], "mlp.shared_expert_gate": _SHORT[1], "mlp.gate": _ROUTER},
         head_dim=16, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32, shared_expert_intermediate_size=32,
@@ -176,17 +184,26 @@ def _rare() -> dict[str, Architecture]:
     """Further ones, each with a part that none above has, or of a family that many use."""
     mixed = ["linear_attention", "full_attention"]
     mla = {"q_lora_rank": 32, "kv_lora_rank": 32, "qk_rope_head_dim": 16, "qk_nope_head_dim": 16, "v_head_dim": 16}
+    llama4 = {
+        "head_dim": 16,
+        "intermediate_size_mlp": 96,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 1,
+        "interleave_moe_layer_step": 2,
+        "attention_chunk_size": 16,
+    }
+    router = {"feed_forward.router": _ROUTER}
     experts = {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "n_shared_experts": 1}
     out = {"mamba.out_proj": _READ}
     found = {
-        "glm4": _llama_like("Glm4", 12, head_dim=16, rope_parameters=_partial(0.5)),
-        "nemotron": _llama_like("Nemotron", 12, rope_parameters=_partial(0.5)),
-        "smollm3": _llama_like("SmolLM3"),
-        "ernie4_5": _llama_like("Ernie4_5", head_dim=16),
-        "exaone4": _llama_like("Exaone4", head_dim=16, sliding_window=16,
+        "glm4": llama_like("Glm4", 12, head_dim=16, rope_parameters=_partial(0.5)),
+        "nemotron": llama_like("Nemotron", 12, rope_parameters=_partial(0.5)),
+        "smollm3": llama_like("SmolLM3"),
+        "ernie4_5": llama_like("Ernie4_5", head_dim=16),
+        "exaone4": llama_like("Exaone4", head_dim=16, sliding_window=16,
                                layer_types=["sliding_attention", "full_attention"]),
-        "olmo3": _llama_like("Olmo3", sliding_window=16),
-        "apertus": _llama_like("Apertus", 12),
+        "olmo3": llama_like("Olmo3", sliding_window=16),
+        "apertus": llama_like("Apertus", 12),
         "gptj": Architecture(
             "GPTJForCausalLM", "GPTJConfig",
             {"vocab_size": 272, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 256, "rotary_dim": 8,
@@ -197,19 +214,30 @@ def _rare() -> dict[str, Architecture]:
             {"vocab_size": 272, "d_model": 64, "ffn_dim": 96, "num_layers": 2, "attention_heads": 4,
              "max_position_embeddings": 256, **_IDS}, 12,
         ),
-        "lfm2": _llama_like("Lfm2", 12, _STACKED, layer_types=["conv", "full_attention"], conv_L_cache=3),
-        "minimax": _llama_like("MiniMax", 19, "", {"mlp.gate": _ROUTER}, head_dim=16, num_local_experts=2,
+        "lfm2": llama_like("Lfm2", 12, _STACKED, layer_types=["conv", "full_attention"], conv_L_cache=3),
+        "minimax": llama_like("MiniMax", 19, "", {"mlp.gate": _ROUTER}, head_dim=16, num_local_experts=2,
                                num_experts_per_tok=1, block_size=32, layer_types=mixed[::-1]),
-        "deepseek_v3": _llama_like("DeepseekV3", 28, "", {"mlp.gate": _ROUTER}, num_key_value_heads=4,
+        "deepseek_v3": llama_like("DeepseekV3", 28, "", {"mlp.gate": _ROUTER}, num_key_value_heads=4,
                                    moe_intermediate_size=32, first_k_dense_replace=1, **mla, **experts),
-        "recurrent_gemma": _llama_like("RecurrentGemma", 19, _STACKED, num_hidden_layers=3, lru_width=64,
+        "recurrent_gemma": llama_like("RecurrentGemma", 19, _STACKED, num_hidden_layers=3, lru_width=64,
                                        attention_window_size=32, head_dim=16),
-        "bamba": _llama_like("Bamba", 11, _STACKED, out, attn_layer_indices=[1], **_MAMBA),
-        "granitemoehybrid": _llama_like(
-            "GraniteMoeHybrid", 9, _STACKED, {**out, "block_sparse_moe.router": _ROUTER}, num_local_experts=4,
+        "bamba": llama_like("Bamba", 11, _STACKED, out, attn_layer_indices=[1], **_MAMBA),
+        "llama4": llama_like("Llama4", 26, "", router, config="Llama4TextConfig", **llama4),
+        "llama4_mm": Architecture(
+            "Llama4ForConditionalGeneration", "Llama4Config",
+            {"text_config": {**_SMALL, **llama4}, "image_token_index": 5, "boi_token_index": 6, "eoi_token_index": 7,
+             "vision_config": {"hidden_size": 32, "intermediate_size": 128, "num_hidden_layers": 1,
+                               "num_attention_heads": 2, "image_size": 28, "patch_size": 14, "projector_input_dim": 32,
+                               "projector_output_dim": 32, "vision_output_dim": 32, "pixel_shuffle_ratio": 1.0}},
+            26, router,
+        ),
+        "granitemoeshared": llama_like("GraniteMoeShared", 36, "", {"block_sparse_moe.router": _ROUTER},
+                                        shared_intermediate_size=64, **_EXPERTS),
+        "granitemoehybrid": llama_like(
+            "GraniteMoeHybrid", 33, _STACKED, {**out, "block_sparse_moe.router": _ROUTER}, num_local_experts=4,
             num_experts_per_tok=2, shared_intermediate_size=64, layer_types=["mamba", "attention"], **_MAMBA),
-        "falcon_h1": _llama_like("FalconH1", 16, _STACKED, out, head_dim=16, mamba_d_ssm=128, **_MAMBA),
-        "zamba2": _llama_like(
+        "falcon_h1": llama_like("FalconH1", 16, _STACKED, out, head_dim=16, mamba_d_ssm=128, **_MAMBA),
+        "zamba2": llama_like(
             "Zamba2", 13, _STACKED, out, num_hidden_layers=4, mamba_d_state=16, mamba_headdim=16, n_mamba_heads=8,
             mamba_ngroups=1, layers_block_type=["mamba", "mamba", "hybrid", "mamba"], use_mem_rope=True,
             num_mem_blocks=1, adapter_rank=16),

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from language_models import ARCHITECTURES, build
 
-from fp8pipe.models.language.experts import UnstackedExperts, unstack_experts
+from fp8pipe.models.language.experts import UnstackedExperts
+from fp8pipe.models.language.unstacking import unstack_experts
 from pipeline.falqon.method import FalqonMethod
 from pipeline.falqon.rules import Initialisation, update_rule
 from pipeline.finetune.loss import answer_loss

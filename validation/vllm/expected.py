@@ -82,7 +82,7 @@ class ExpectedWeights:
         units = {name: self._unit(name) for name in self.names if name not in self.kv_scales}
         entries = split_stacks(self._structure.model_type, {name: unit.entry for name, unit in units.items()})
         units |= {
-            name: replace(units[entry.stack.name], entry=entry, transposed=True)
+            name: replace(units[entry.stack.name], entry=entry)
             for name, entry in entries.items() if isinstance(entry, ExpertEntry) and name not in units
         }  # fmt: skip
         return StoredWeights(entries, lambda name: expected_blocks(units[name]))

@@ -38,7 +38,7 @@ from validation.vllm.layout import Head, Layout, Origin, learn
 from validation.vllm.products import examine
 from validation.vllm.rebuild import Found, Rebuild
 
-__all__ = ["Reading"]
+__all__ = ["Reading", "loadable"]
 
 _SAMPLED_COLUMNS = 8  # number of columns of a stored weight that are compared with the GEMM
 _SCALE = "_scale"  # suffix of the name of the scales, after the name of the FP8 codes
@@ -87,8 +87,7 @@ class Reading:
         def load(loader: Any, model: Any, config: Any) -> None:
             weights = loader.get_all_weights(config, model)
             heads = [Head(name, tuple(tensor.shape), tensor.dtype) for name, tensor in weights]
-            held = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-            held = {n: t for n, t in held.items() if t.numel() and t.is_contiguous() and not t.is_meta}
+            held = loadable(model)
             self.layout = learn(held, heads, model.load_weights)
             self.rebuild = Rebuild(self.layout)
             self._find_computed(loader.get_all_weights(config, model), model.load_weights, held)
@@ -271,6 +270,16 @@ def _module(model: torch.nn.Module, name: str) -> Any:
         return model.get_submodule(name.rpartition(".")[0])
     except AttributeError:
         return None
+
+
+def loadable(model: torch.nn.Module) -> dict[str, Tensor]:
+    """The parameters and buffers that a checkpoint may fill, by name.
+
+    No checkpoint holds complex numbers: they are rotations that the engine computes, as in the vision tower of Llama 4.
+    """
+    held = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    held = {name: tensor for name, tensor in held.items() if tensor.numel() and tensor.is_contiguous()}
+    return {name: tensor for name, tensor in held.items() if not (tensor.is_meta or tensor.is_complex())}
 
 
 def _packs_itself(module: Any) -> bool:

@@ -32,9 +32,11 @@ def row_blocks(entry: TensorEntry, multiple: int = 1) -> list[range]:
     """Divide a tensor into ranges of rows (indices along the first axis) of about 2^18 values each.
 
     All ranges but the last have a multiple of `multiple` rows. A scalar counts as one row. For an empty tensor, the
-    result is a single empty range.
+    result is a single empty range; for one that cannot be read by rows, it is a range of all.
     """
     rows = entry.shape[0] if entry.shape else 1
+    if not entry.by_rows:
+        return [range(rows)]
     size = max(1, _BLOCK_VALUES // max(1, math.prod(entry.shape[1:])) // multiple) * multiple
     return [range(start, min(start + size, rows)) for start in range(0, rows, size)] or [range(0)]
 

@@ -1,15 +1,16 @@
 """Presents experts that a checkpoint stores as one stacked tensor as one tensor per expert, and puts them back.
 
-gpt-oss checkpoints hold all experts of a layer in one tensor, `(experts, in, out)`. Training, recording and reading
-back work on single linear layers, so every stage sees the slices, under the names that unstacked experts have
-(`experts.3.gate_up_proj.weight`). A slice is a contiguous range of bytes of its file: nothing is copied. vLLM reads the
-same names. transformers does not, so a state for transformers is stacked again.
+Checkpoints of gpt-oss, Granite-MoE and Llama 4 hold all experts of a layer in one tensor. Training, recording and
+reading back work on single linear layers, so every stage sees the parts, under the names that unstacked experts have
+(`experts.3.down_proj.weight`), and vLLM reads the same names. transformers does not, so a state for transformers is
+stacked again. A part is a contiguous range of bytes of its file, except where a stack is transposed (Llama 4): there
+each part is read as a whole.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Final
 
@@ -18,12 +19,53 @@ from torch import Tensor
 
 from fp8pipe.models.checkpoint.tensors import TensorEntry
 
-__all__ = ["STACKED_FAMILIES", "ExpertEntry", "join_entries", "join_stacks", "split_stacks", "stack_name", "stacks_of"]
+__all__ = [
+    "LAYOUTS", "ExpertEntry", "StackLayout", "join_entries", "join_stacks", "split_stacks", "stack_name",
+]  # fmt: skip
 
-STACKED_FAMILIES: Final = frozenset({"gpt_oss"})  # model types whose checkpoints hold stacks that can be split
+
+@dataclass(frozen=True, slots=True)
+class StackLayout:
+    """How the checkpoints of a model family stack experts.
+
+    Attributes:
+        transposed: the weight of an expert is stored `(in, out)`.
+        whole: gate and up stay one layer, with biases, and parts are left transposed: their features are interleaved.
+            Otherwise gate comes before up.
+        spelling: names of the stacks after that of the module around the experts, if they differ from those in
+            transformers' model.
+    """
+
+    transposed: bool
+    whole: bool = False
+    spelling: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def splits(self) -> Mapping[str, tuple[str, ...]]:
+        """Names of the layers of an expert by the stack that holds them, in the order of their outputs."""
+        return {"gate_up_proj": ("gate_up_proj",) if self.whole else ("gate_proj", "up_proj"),
+                "down_proj": ("down_proj",)}  # fmt: skip
+
+    @property
+    def turned(self) -> bool:
+        """Whether the parts are transposed on reading, so that they are `(out, in)`."""
+        return self.transposed and not self.whole
+
+
+_GRANITE: Final = StackLayout(
+    transposed=False,
+    spelling=((".experts.gate_up_proj", ".input_linear.weight"), (".experts.down_proj", ".output_linear.weight")),
+)
+_LLAMA4: Final = StackLayout(transposed=True)
+# By the model type in config.json. Stacks of other families are left as they are.
+LAYOUTS: Final[Mapping[object, StackLayout]] = {
+    "gpt_oss": StackLayout(transposed=True, whole=True),
+    "granitemoe": _GRANITE, "granitemoeshared": _GRANITE, "granitemoehybrid": _GRANITE,
+    "llama4": _LLAMA4, "llama4_text": _LLAMA4,
+}  # fmt: skip
 
 _STACK: Final = re.compile(r"(.+\.experts)\.(gate_up_proj|down_proj)(_bias)?")
-_EXPERT: Final = re.compile(r"(.+\.experts)\.(\d+)\.(gate_up_proj|down_proj)\.(weight|bias)")
+_EXPERT: Final = re.compile(r"(.+\.experts)\.(\d+)\.(gate_up_proj|gate_proj|up_proj|down_proj)\.(weight|bias)")
 _AXES: Final = {None: 3, "_bias": 2}
 
 
@@ -34,43 +76,71 @@ class ExpertEntry(TensorEntry):
     Attributes:
         stack: the entry of the stacked tensor.
         number: the expert's index along its first axis.
+        first: where the part's outputs begin among those of the expert's tensor.
+        turned: whether the expert's tensor is transposed on reading.
     """
 
     stack: TensorEntry
     number: int
+    first: int = 0
+    turned: bool = False
+
+    @property
+    def by_rows(self) -> bool:
+        """Whether the part lies in the file as its rows, beginning at `start`."""
+        return type(self.stack) is TensorEntry and not self.turned
 
     def read(self) -> Tensor:
-        """The expert's tensor, `stack.shape[1:]`, on the CPU."""
-        return self.stack.read_rows(range(self.number, self.number + 1))[0]
+        """The part, on the CPU."""
+        expert = self.stack.read_rows(range(self.number, self.number + 1))[0]
+        return (expert.t() if self.turned else expert)[self.first : self.first + self.shape[0]].contiguous()
 
     def read_rows(self, rows: range) -> Tensor:
-        """Consecutive rows of the expert's tensor."""
-        if type(self.stack) is TensorEntry:
-            return TensorEntry.read_rows(self, rows)  # its bytes begin at `start`
+        """Consecutive rows of the part."""
+        if self.by_rows:
+            return TensorEntry.read_rows(self, rows)
         return self.read()[rows.start : rows.stop]
 
 
 def split_stacks(model_type: object, entries: Mapping[str, TensorEntry]) -> dict[str, TensorEntry]:
-    """The entries with every stack replaced by one entry per expert.
+    """The entries with every stack replaced by the parts of its experts.
 
     Args:
-        model_type: of config.json; nothing is split except in `STACKED_FAMILIES`.
+        model_type: of config.json; nothing is split except in `LAYOUTS`.
         entries: by name in the checkpoint.
     """
-    if model_type not in STACKED_FAMILIES:
+    layout = LAYOUTS.get(model_type)
+    if layout is None:
         return dict(entries)
     found: dict[str, TensorEntry] = {}
     for name, entry in entries.items():
-        match = _STACK.fullmatch(name)
+        match = _STACK.fullmatch(_as_in_the_model(name, layout))
         if match is None or len(entry.shape) != _AXES[match[3]]:
             found[name] = entry
             continue
-        for number in range(entry.shape[0]):
-            single = f"{match[1]}.{number}.{match[2]}.{'weight' if match[3] is None else 'bias'}"
-            size = entry.size_bytes // entry.shape[0]
-            place = entry.file, entry.start + number * size
-            found[single] = ExpertEntry(single, entry.dtype, entry.shape[1:], *place, entry, number)
+        end = "weight" if match[3] is None else "bias"
+        found |= {part.name: part for part in _parts(entry, layout, layout.splits[match[2]], match[1], end)}
     return found
+
+
+def _as_in_the_model(name: str, layout: StackLayout) -> str:
+    """The name of a stack in transformers' model; other names are unchanged."""
+    for known, stored in layout.spelling:
+        if name.endswith(f".block_sparse_moe{stored}"):
+            return name.removesuffix(stored) + known
+    return name
+
+
+def _parts(
+    entry: TensorEntry, layout: StackLayout, leaves: tuple[str, ...], module: str, end: str
+) -> Iterator[ExpertEntry]:
+    outputs, *others = reversed(entry.shape[1:]) if layout.turned else entry.shape[1:]
+    shape = (outputs // len(leaves), *others)
+    for number in range(entry.shape[0]):
+        for place, leaf in enumerate(leaves):
+            start = entry.start + (number * len(leaves) + place) * (entry.size_bytes // entry.shape[0] // len(leaves))
+            name, first = f"{module}.{number}.{leaf}.{end}", place * shape[0]
+            yield ExpertEntry(name, entry.dtype, shape, entry.file, start, entry, number, first, layout.turned)
 
 
 def join_entries(entries: Mapping[str, TensorEntry]) -> dict[str, TensorEntry]:
@@ -79,25 +149,45 @@ def join_entries(entries: Mapping[str, TensorEntry]) -> dict[str, TensorEntry]:
     return {entry.name: entry for entry in whole}
 
 
-def stack_name(name: str) -> str | None:
-    """The name of the stacked tensor to which one expert's weight or bias belongs; None for other names."""
-    match = _EXPERT.fullmatch(name)
-    return None if match is None else f"{match[1]}.{match[3]}{'_bias' if match[4] == 'bias' else ''}"
+def stack_name(model_type: object, name: str) -> str | None:
+    """The name in transformers' model of the stacked tensor to which one expert's weight or bias belongs.
+
+    Args:
+        model_type: of config.json.
+        name: of any tensor.
+
+    Returns:
+        None for other tensors, and in families whose experts are not stacked or not split.
+    """
+    layout, match = LAYOUTS.get(model_type), _EXPERT.fullmatch(name)
+    if layout is None or match is None:
+        return None
+    stack = next((stack for stack, leaves in layout.splits.items() if match[3] in leaves), None)
+    return stack and f"{match[1]}.{stack}{'_bias' if match[4] == 'bias' else ''}"
 
 
-def stacks_of(names: Iterable[str]) -> dict[str, list[str]]:
-    """The names of the experts' tensors in order of the expert, by the name of the stack they belong to."""
-    found: dict[str, dict[int, str]] = {}
-    for name in names:
-        if (stack := stack_name(name)) is not None:
-            match = _EXPERT.fullmatch(name)
-            found.setdefault(stack, {})[int(match[2]) if match else 0] = name
-    return {stack: [members[number] for number in sorted(members)] for stack, members in found.items()}
+def join_stacks(model_type: object, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors with those of single experts stacked again, as checkpoints hold them; others are unchanged."""
+    layout = LAYOUTS.get(model_type)
+    if layout is None:
+        return dict(tensors)
+    members: dict[str, dict[int, dict[str, Tensor]]] = {}
+    joined: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        stack, match = stack_name(model_type, name), _EXPERT.fullmatch(name)
+        if stack is None or match is None:
+            joined[name] = tensor
+        else:
+            members.setdefault(stack, {}).setdefault(int(match[2]), {})[match[3]] = tensor
+    for stack, experts in members.items():
+        leaves = layout.splits[stack.rpartition(".")[2].removesuffix("_bias")]
+        whole = (torch.cat([experts[number][leaf] for leaf in leaves]) for number in sorted(experts))
+        joined[_as_stored(stack, layout)] = torch.stack([one.t() if layout.turned else one for one in whole])
+    return joined
 
 
-def join_stacks(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors with those of single experts stacked again, as transformers loads them; others are unchanged."""
-    stacks = stacks_of(tensors)
-    single = {name for members in stacks.values() for name in members}
-    joined = {stack: torch.stack([tensors[name] for name in members]) for stack, members in stacks.items()}
-    return {name: tensor for name, tensor in tensors.items() if name not in single} | joined
+def _as_stored(stack: str, layout: StackLayout) -> str:
+    for known, stored in layout.spelling:
+        if stack.endswith(known):
+            return stack.removesuffix(known) + stored
+    return stack

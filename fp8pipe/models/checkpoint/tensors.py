@@ -82,6 +82,11 @@ class TensorEntry(TensorHeader):
     file: Path
     start: int
 
+    @property
+    def by_rows(self) -> bool:
+        """Whether a few rows can be read without reading the whole tensor."""
+        return True
+
     def read(self) -> Tensor:
         """The tensor as stored, on the CPU. It is memory-mapped and must not be written to."""
         with safe_open(str(self.file), framework="pt") as handle:

@@ -1,14 +1,9 @@
-"""Splits the stacked experts of mixture-of-experts (MoE) models into one linear layer per expert and projection.
+"""The experts of mixture-of-experts (MoE) models as one linear layer per expert and projection, and their routers.
 
 transformers stacks the expert weights of a layer into one tensor per projection, but most checkpoints store each
-expert separately, and engines read them that way. Once unstacked, each projection of an expert is an ordinary linear
-layer with its own scale and adapter, which the same code trains, quantizes and exports as any other. An expert that
-receives no tokens has no gradient and stays unchanged.
-
-gpt-oss stores stacks: weights as `(experts, in, out)`, and gate and up with their columns interleaved. Its experts are
-unstacked, too, with gate and up left in one layer, which holds its weight transposed as the checkpoint does; the
-checkpoint is read as if it stored them one by one (`checkpoint.stacks`). Families that store stacks of other kinds keep
-them, and those are not quantized.
+expert separately, and engines read them that way. Once unstacked (`unstacking`), each projection of an expert is an
+ordinary linear layer with its own scale and adapter, which the same code trains, quantizes and exports as any other. An
+expert that receives no tokens has no gradient and stays unchanged.
 
 Routers are recognized by their structure rather than by name: a router is a sibling of the experts module, and its
 weight has one row per expert.
@@ -25,15 +20,14 @@ import torch
 from torch import Tensor, nn
 
 from fp8pipe.core.errors import ConfigurationError
-from fp8pipe.models.checkpoint.stacks import STACKED_FAMILIES
-from fp8pipe.models.compat import import_transformers
 
 __all__ = [
-    "UnstackedExperts", "call_every_expert", "check_expert_counts", "expert_of", "find_routers", "in_experts",
-    "unstack_experts", "wrong_expert_settings",
+    "PROJECTIONS", "Expert", "StackedExpert", "UnstackedExperts", "call_every_expert", "check_expert_counts",
+    "expert_of", "find_routers", "in_experts", "joins_experts", "wrong_expert_settings",
 ]  # fmt: skip
 
-_PROJECTIONS: Final = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
+# The stacks of transformers' modules, and the layers of an expert that each holds.
+PROJECTIONS: Final = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
 # Settings of config.json: the number of experts of a layer, and how many of them a token goes to.
 _COUNTS: Final = ("num_local_experts", "num_experts", "n_routed_experts")
 _CHOSEN: Final = "num_experts_per_tok"
@@ -76,16 +70,18 @@ class UnstackedExperts(nn.Module):
 
     Attributes:
         call_all: also call the experts that no token is routed to, on an input of shape `(0, hidden)`.
+        weighs_inputs: the routing weight of a token multiplies the input of an expert, not its output.
         grouped: computes the same for all experts at once, given this module and the arguments of `forward`; returns
             None where it cannot. None runs them in turn.
     """
 
     num_experts: int
     call_all: bool = False
+    weighs_inputs: bool = False
     grouped: Callable[[UnstackedExperts, Tensor, Tensor, Tensor], Tensor | None] | None = None
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """For each token, the weighted sum of the outputs of its experts.
+        """For each token, the sum of the outputs of its experts, weighted as `weighs_inputs` says.
 
         Args:
             hidden_states: `(tokens, hidden)`, floating point.
@@ -106,8 +102,11 @@ class UnstackedExperts(nn.Module):
                 continue
             place, token = torch.where((top_k_index == number).t())
             expert: Any = self.get_submodule(str(number))
-            x = hidden_states[token]
-            weighted = expert.down_proj(self._inner(expert, x)) * top_k_weights[token, place, None]
+            x, weight = hidden_states[token], top_k_weights[token, place, None]
+            if self.weighs_inputs:
+                weighted = expert.down_proj(self._inner(expert, x * weight))
+            else:
+                weighted = expert.down_proj(self._inner(expert, x)) * weight
             summed.index_add_(0, token, weighted.to(summed.dtype))
         return summed
 
@@ -119,103 +118,11 @@ class UnstackedExperts(nn.Module):
         return product
 
 
-def unstack_experts(model: nn.Module) -> tuple[str, ...]:
-    """Unstack, in place, all experts that the family's checkpoints store separately, and gpt-oss's; copies no weight.
-
-    Args:
-        model: a transformers model, real or on the meta device.
-
-    Returns:
-        Names of the modules whose experts were unstacked; empty for a module that is not a transformers model.
-    """
-    if not isinstance(model, import_transformers().PreTrainedModel):
-        return ()
-    stored_singly = _stored_singly(model)
-    stacked_family = getattr(model.config, "model_type", None) in STACKED_FAMILIES
-    found: dict[str, Callable[[Any], None]] = {}
-    for name, module in model.named_modules():
-        if isinstance(module, UnstackedExperts):
-            continue
-        if stored_singly(name) and _is_plain(module):
-            found[name] = _unstack
-        elif stacked_family and _is_stack(module):
-            found[name] = _unstack_transposed
-    for name, unstack in found.items():
-        unstack(model.get_submodule(name))
-    return tuple(found)
-
-
-def _is_plain(module: Any) -> bool:
-    """Whether a module holds stacked gated experts without biases, with weights of shape `(experts, out, in)`."""
-    own = dict(module.named_parameters(recurse=False))
-    if own.keys() != _PROJECTIONS.keys() or any(parameter.dim() != 3 for parameter in own.values()):
-        return False
-    told = [getattr(module, flag, None) for flag in ("has_gate", "is_concatenated", "is_transposed", "has_bias")]
-    joined, down = own["gate_up_proj"].shape, own["down_proj"].shape
-    fits = joined[0] == down[0] == getattr(module, "num_experts", None) and joined[1:] == (2 * down[2], down[1])
-    return told == [True, True, False, False] and not getattr(module, "has_post_expert_norm", False) and fits
-
-
-def _is_stack(module: Any) -> bool:
-    """Whether a module is a stack of gated experts with biases, with each weight stored as `(in, out)`."""
-    own = dict(module.named_parameters(recurse=False))
-    if own.keys() != {name for leaf in _PROJECTIONS for name in (leaf, f"{leaf}_bias")}:
-        return False
-    told = [getattr(module, flag, None) for flag in ("has_gate", "is_transposed", "has_bias")]
-    joined, down, count = own["gate_up_proj"].shape, own["down_proj"].shape, getattr(module, "num_experts", None)
-    fits = joined == (count, down[2], 2 * down[1]) and own["gate_up_proj_bias"].shape == (count, joined[2])
-    return told == [True] * 3 and not getattr(module, "has_post_expert_norm", False) and fits
-
-
-def _stored_singly(model: Any) -> Callable[[str], bool]:
-    """A predicate on module names: whether checkpoints of this model family store the module's experts separately.
-
-    It follows the rules by which transformers converts these checkpoints.
-    """
-    from transformers.conversion_mapping import get_model_conversion_mapping
-
-    rules = [rule for rule in get_model_conversion_mapping(model) if hasattr(rule, "operations")]
-    targets = {leaf: [target for rule in rules if _joins_experts(rule) for target in rule.target_patterns
-                      if target.endswith(leaf)] for leaf in _PROJECTIONS}  # fmt: skip
-
-    def stored(name: str) -> bool:
-        return all(any(f".{name}.{leaf}".endswith(t.lstrip("^")) for t in found) for leaf, found in targets.items())
-
-    return stored
-
-
-def _joins_experts(rule: Any) -> bool:
+def joins_experts(rule: Any) -> bool:
     """Whether all that a transformers conversion rule does is stack experts, and possibly concatenate gate and up."""
     kinds = [type(operation).__name__ for operation in rule.operations]
     sources = len(rule.source_patterns)
     return (kinds, sources) in (([_MERGE], 1), ([_MERGE, _CONCATENATE], 2))
-
-
-def _unstack(module: Any) -> None:
-    joined, down = module.gate_up_proj.detach(), module.down_proj.detach()
-    del module.gate_up_proj, module.down_proj
-    _change_class(module)
-    for number in range(joined.shape[0]):
-        gate, up = joined[number].chunk(2)
-        weights = {"gate_proj": gate, "up_proj": up, "down_proj": down[number]}
-        module.add_module(str(number), Expert(weights))
-
-
-def _unstack_transposed(module: Any) -> None:
-    stacks = {leaf: (getattr(module, leaf).detach(), getattr(module, f"{leaf}_bias").detach()) for leaf in _PROJECTIONS}
-    for leaf in _PROJECTIONS:
-        delattr(module, leaf)
-        delattr(module, f"{leaf}_bias")
-    _change_class(module)
-    for number in range(module.num_experts):
-        parts = {leaf: (weight[number], bias[number]) for leaf, (weight, bias) in stacks.items()}
-        module.add_module(str(number), StackedExpert(parts))
-
-
-def _change_class(module: Any) -> None:
-    """Let the module run its experts one by one and keep its own gate."""
-    kind = type(module)
-    module.__class__ = type(f"Unstacked{kind.__name__}", (UnstackedExperts, kind), {})
 
 
 def expert_of(rule: Any, stored: str, pattern: str, joined: str) -> str | None:
@@ -232,10 +139,10 @@ def expert_of(rule: Any, stored: str, pattern: str, joined: str) -> str | None:
     """
     module, _, leaf = joined.rpartition(".")
     sources = list(rule.source_patterns)
-    if leaf not in _PROJECTIONS or not _joins_experts(rule) or len(sources) != len(_PROJECTIONS[leaf]):
+    if leaf not in PROJECTIONS or not joins_experts(rule) or len(sources) != len(PROJECTIONS[leaf]):
         return None
     number = re.search(pattern.replace("*.", r"(\d+)\."), stored)
-    return None if number is None else f"{module}.{number[1]}.{_PROJECTIONS[leaf][sources.index(pattern)]}.weight"
+    return None if number is None else f"{module}.{number[1]}.{PROJECTIONS[leaf][sources.index(pattern)]}.weight"
 
 
 def find_routers(model: nn.Module) -> frozenset[str]:
@@ -318,7 +225,7 @@ def wrong_expert_settings(config: Any, place: str = "") -> Iterator[str]:
 def _counts(names: Iterable[str]) -> dict[str, int]:
     """Number of experts by the name of the module that contains them."""
     numbers: dict[str, set[str]] = {}
-    leaves = "|".join(leaf for stack, group in _PROJECTIONS.items() for leaf in {stack, *group})
+    leaves = "|".join(leaf for stack, group in PROJECTIONS.items() for leaf in {stack, *group})
     for name in names:
         if match := re.fullmatch(rf"(.+)\.(\d+)\.(?:{leaves})\.weight", name):
             numbers.setdefault(match[1], set()).add(match[2])

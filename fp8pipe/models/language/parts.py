@@ -28,8 +28,8 @@ from torch.utils._pytree import tree_map
 from fp8pipe.core.machine import return_freed_memory
 from fp8pipe.core.turns import Turns
 from fp8pipe.models.checkpoint.tensors import DTYPES, TensorHeader
-from fp8pipe.models.language.experts import unstack_experts
 from fp8pipe.models.language.structure import build_model, read_structure
+from fp8pipe.models.language.unstacking import unstack_experts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -178,6 +178,8 @@ class _Place:
         return tensor
 
     def put(self, value: Tensor) -> None:
+        if self.like.ndim == 2 and self.like.stride(0) < self.like.stride(1) and not isinstance(value, _Absent):
+            value = value.t().contiguous().t()  # a GEMM sums in another order if its weight lies transposed in memory
         if self.kind == _PARAMETERS and not isinstance(value, _Absent):
             # Even where no gradient is computed, torch chooses some GEMMs by this flag.
             value = nn.Parameter(value, requires_grad=self.like.requires_grad)

@@ -24,10 +24,11 @@ from fp8pipe.core.errors import ConfigurationError
 from fp8pipe.models.checkpoint.blame import unusable
 from fp8pipe.models.checkpoint.names import Naming, naming_of
 from fp8pipe.models.checkpoint.sidecars import read_config
-from fp8pipe.models.checkpoint.stacks import STACKED_FAMILIES, join_stacks
+from fp8pipe.models.checkpoint.stacks import join_stacks
 from fp8pipe.models.compat import import_transformers
-from fp8pipe.models.language.experts import call_every_expert, find_routers, unstack_experts, wrong_expert_settings
+from fp8pipe.models.language.experts import call_every_expert, find_routers, wrong_expert_settings
 from fp8pipe.models.language.probing import watch_pass
+from fp8pipe.models.language.unstacking import unstack_experts
 from fp8pipe.models.settings import check_config
 
 if TYPE_CHECKING:
@@ -331,7 +332,7 @@ def build_model(directory: Path, state: dict[str, Tensor], dtype: torch.dtype, *
         ConfigurationError: see `load_config` and `model_class`.
     """
     config = load_config(directory)
-    state = join_stacks(state) if config.model_type in STACKED_FAMILIES else state
+    state = join_stacks(config.model_type, state)
     built = model_class(config).from_pretrained(None, config=config, state_dict=state, dtype=dtype, **options)
     model: PreTrainedModel = built.eval()
     return model

@@ -128,12 +128,16 @@ class CpuFp8MoEMethod(UnquantizedFusedMoEMethod):
         summed = torch.zeros(x.shape)
         for number in topk_ids.unique().tolist():
             token, place = torch.where(topk_ids == number)
-            inputs = round_trip(x[token], self.activations)
+            weight = topk_weights[token, place, None]
+            # As vLLM's kernels do, Llama 4's inputs are weighted in the model's dtype before they are quantized.
+            given = x[token] * weight.to(x.dtype) if layer.apply_router_weight_on_input else x[token]
+            inputs = round_trip(given, self.activations)
             w13, w2 = (None if bias is None else bias[number] for bias in biases)
             joined = torch.nn.functional.linear(inputs, layer.w13_weight[number], w13)
             inner = round_trip(_gated(joined, layer.activation), self.activations)
             product = torch.nn.functional.linear(inner, layer.w2_weight[number], w2)
-            summed.index_add_(0, token, product.float() * topk_weights[token, place, None].float())
+            weighted = product.float() if layer.apply_router_weight_on_input else product.float() * weight.float()
+            summed.index_add_(0, token, weighted)
         return summed.to(x.dtype)
 
 

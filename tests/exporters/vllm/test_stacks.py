@@ -14,26 +14,37 @@ from exporters.vllm.options import ExportFormat
 from fp8pipe.artifact.kinds import FALQON_KIND, LORA_KIND
 from fp8pipe.models.language.base import check_base
 
-STACK = "model.layers.1.mlp.experts"
+# Families -> name of a stack, of the same weights of one expert, and the shape of their scales: vLLM transposes those
+# of gpt-oss together with the weights.
+FAMILIES = {
+    "gpt_oss": ("model.layers.1.mlp.experts.gate_up_proj", "model.layers.1.mlp.experts.3.gate_up_proj", (1, 192)),
+    "granitemoe": ("model.layers.1.block_sparse_moe.input_linear.weight",
+                   "model.layers.1.block_sparse_moe.experts.3.up_proj", (96, 1)),
+    "llama4": ("model.layers.1.feed_forward.experts.gate_up_proj",
+               "model.layers.1.feed_forward.experts.3.up_proj", (96, 1)),
+}  # fmt: skip
+RANDOM = "transformers would replace them by random ones"
+BIASES = "does not load FP8 experts with biases on GPUs"
 
 
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(
-    ("kind", "form", "single", "told"),
-    [(FALQON_KIND, ExportFormat.FP8, True, "does not load FP8 experts with biases on GPUs"),
-     (FALQON_KIND, ExportFormat.BF16, True, "transformers would replace them by random ones"),
-     (LORA_KIND, ExportFormat.FP8, True, "does not load FP8 experts with biases on GPUs"),
-     (LORA_KIND, ExportFormat.BF16, False, "")],
+    ("kind", "form", "single"),
+    [(FALQON_KIND, ExportFormat.FP8, True), (FALQON_KIND, ExportFormat.BF16, True),
+     (LORA_KIND, ExportFormat.FP8, True), (LORA_KIND, ExportFormat.BF16, False)],
 )  # fmt: skip
 def test_experts_lie_as_the_format_needs(
-    kind: str, form: ExportFormat, single: bool, told: str, tmp_path: Path
+    family: str, kind: str, form: ExportFormat, single: bool, tmp_path: Path
 ) -> None:
-    base = write(ARCHITECTURES["gpt_oss"], tmp_path)
+    base = write(ARCHITECTURES[family], tmp_path)
     plan = plan_ahead(base, kind, check_base(base, "mine").trainable, form)
     assert lint_structure(plan) == []
     shapes = {output.name: output.shape for unit in plan.units for output in unit.outputs}
-    assert (f"{STACK}.gate_up_proj" in shapes) is not single
-    assert (f"{STACK}.3.gate_up_proj.bias" in shapes) is single
-    scale = shapes.get(f"{STACK}.3.gate_up_proj.weight_scale")
-    assert scale == ((1, 192) if form.quantized else None)  # vLLM transposes it together with the weight
+    stack, one, scale = FAMILIES[family]
+    assert (stack in shapes) is not single
+    assert (f"{one}.weight" in shapes) is single
+    assert (f"{one}.bias" in shapes) is (single and family == "gpt_oss")
+    assert shapes.get(f"{one}.weight_scale") == (scale if form.quantized else None)
     warnings = [said for said in plan_warnings(plan) if "experts" in said and "stay unquantized" not in said]
-    assert [told in said for said in warnings] == ([True] if told else [])
+    told = BIASES if family == "gpt_oss" and form.quantized else RANDOM
+    assert [told in said for said in warnings] == ([True] if single else [])

@@ -55,9 +55,13 @@ def test_an_expert_of_a_stack_is_two_layers_with_biases() -> None:
     assert weights["model.layers.0.mlp.experts.1.gate_up_proj"].values.shape == (64, 192)  # as the checkpoint has it
 
 
-@pytest.mark.parametrize("rule", ["live", "live-flush", "released"])
-def test_experts_without_a_token_keep_their_codes_and_others_do_not(rule: str) -> None:
-    model = mixture()
+@pytest.mark.parametrize(
+    ("family", "rule"),
+    [("mixtral", "live"), ("mixtral", "live-flush"), ("mixtral", "released"), ("granitemoe", "live"),
+     ("llama4", "live-flush")],
+)  # fmt: skip
+def test_experts_without_a_token_keep_their_codes_and_others_do_not(family: str, rule: str) -> None:
+    model = mixture(family)
     never_to(model, 1)
     method = method_of(rule)
     method.prepare(model)
@@ -74,7 +78,7 @@ def test_experts_without_a_token_keep_their_codes_and_others_do_not(rule: str) -
             if torch.equal(before[name].view(torch.uint8), layer.weight_codes.view(torch.uint8))}  # fmt: skip
     assert kept == {name for name in method.layers if ".experts.1." in name}
     assert all(layer.lora_B.shape[1] == RANK for layer in method.layers.values())
-    assert len(method.deployed_weights()) == ARCHITECTURES["mixtral"].trained
+    assert len(method.deployed_weights()) == ARCHITECTURES[family].trained
 
 
 def test_the_gradient_initialisation_says_which_experts_it_knows_nothing_of(caplog: pytest.LogCaptureFixture) -> None:

@@ -15,6 +15,9 @@ from fp8pipe.models.language.experts import UnstackedExperts
 from pipeline.falqon import grouped
 from pipeline.falqon.method import FalqonMethod
 
+# gpt-oss has biases, and in Llama 4 routing weights multiply inputs.
+FAMILIES = ("mixtral", "gpt_oss", "llama4")
+
 
 def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(grouped, "supported", lambda x: True)
@@ -49,7 +52,7 @@ def results(model: torch.nn.Module, x: torch.Tensor, index: torch.Tensor) -> lis
     return [y.detach(), own.grad, weights.grad, *(b.grad for b in experts.parameters() if b.requires_grad)]
 
 
-@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(("rule", "std"), [("live", 0.0), ("live", 0.02), ("accumulate", 0.02)])
 def test_grouped_products_are_the_loop(family: str, rule: str, std: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """Bit for bit, but that O B^T is rounded before it is added, after which some codes of `down`'s input are others.
@@ -180,7 +183,7 @@ def test_kernels_on_cuda_do_not_grow_with_the_number_of_experts(monkeypatch: pyt
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_grouped_products_on_a_gpu_are_near_the_loop(family: str) -> None:
     """fp32 sums in another order, so two bf16 units."""
     if torch.cuda.get_device_capability()[0] not in (9, 10):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 from language_models import ARCHITECTURES, write
 from safetensors.torch import load_file
@@ -11,6 +12,25 @@ from safetensors.torch import load_file
 from pipeline.finetune.weights import Deployed, count_differing, write_checkpoint
 
 STACK = "model.layers.1.mlp.experts"
+
+
+@pytest.mark.parametrize(
+    ("family", "stack", "single"),
+    [("granitemoe", "block_sparse_moe.input_linear.weight", "block_sparse_moe.experts.2.up_proj"),
+     ("llama4", "feed_forward.experts.gate_up_proj", "feed_forward.experts.2.up_proj")],
+)  # fmt: skip
+def test_gate_and_up_are_stacked_again(family: str, stack: str, single: str, tmp_path: Path) -> None:
+    base = write(ARCHITECTURES[family], tmp_path / "base")
+    wanted, changed = load_file(base / "model.safetensors"), torch.randn(96, 64).to(torch.bfloat16)
+    expert = wanted[f"model.layers.1.{stack}"][2]
+    (expert.t() if family == "llama4" else expert)[96:] = changed
+    (tmp_path / "floats").mkdir()
+    weights = {f"model.layers.1.{single}": Deployed(changed, None, False)}
+    write_checkpoint(base, tmp_path / "floats", weights)
+    assert count_differing(tmp_path / "floats", weights) == 0
+    found = load_file(tmp_path / "floats" / "model.safetensors")
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
 
 
 def test_experts_are_stored_as_their_readers_need_them(tmp_path: Path) -> None:

@@ -24,14 +24,31 @@ try:
     experts.CpuFp8MoEMethod(SimpleNamespace(activation=MoEActivation.GELU), Activations(Granularity.TOKEN))
 except ValueError as error:
     found["refused"] = str(error)
+
+method = SimpleNamespace(activations=Activations(Granularity.TOKEN))
+x, ids, weights = torch.randn(6, 32), torch.arange(6)[:, None] % 2, torch.rand(6, 1)
+w13, w2 = torch.randn(2, 32, 32), torch.randn(2, 32, 16)
+layer = SimpleNamespace(w13_weight=w13, w2_weight=w2, activation=MoEActivation.SILU)
+
+def run(x, weights, on_input):
+    layer.apply_router_weight_on_input = on_input
+    return experts.CpuFp8MoEMethod._rounded(method, layer, x, weights, ids)
+
+inputs = run(x, weights, True)
+found["inputs"] = torch.equal(inputs, run(x * weights, torch.ones(6, 1), False))
+found["outputs"] = torch.equal(run(x, weights, False), run(x, torch.ones(6, 1), False) * weights)
+found["same"] = torch.allclose(inputs, run(x, weights, False))
 print(json.dumps(found))
 """
 
 
 @pytest.mark.vllm
-def test_vllms_activations_are_emulated_and_others_refused_at_load(in_vllm: Callable[..., Any]) -> None:
+def test_activations_and_routing_weights_are_vllms_and_others_refused_at_load(in_vllm: Callable[..., Any]) -> None:
     found = in_vllm(SCRIPT, FP8PIPE_VLLM_ACTIVATIONS="quant")
     # Products of three numbers up to 50, in another order of multiplication: a few roundings in fp32.
     assert found["silu"] < 1e-4
     assert found["swigluoai"] < 1e-4
     assert "silu and swigluoai, not with gelu" in found["refused"]
+    assert found["inputs"]  # routing weights of Llama 4 multiply what an expert reads
+    assert found["outputs"]
+    assert not found["same"]

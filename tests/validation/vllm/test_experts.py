@@ -36,6 +36,9 @@ _SHAPE = {
 }  # fmt: skip
 # vLLM's latent attention for CPUs takes keys of 576 features alone: 512 and the rotated 64.
 _MLA = {"q_lora_rank": 48, "kv_lora_rank": 512, "qk_rope_head_dim": 64, "qk_nope_head_dim": 64, "v_head_dim": 64}
+# Multipliers of Granite 3.0. Those of transformers' defaults would leave attention to one token.
+_GRANITE = {"num_local_experts": 4, "num_experts_per_tok": 2, "attention_multiplier": 0.0156, "logits_scaling": 6.0,
+            "embedding_multiplier": 12.0, "residual_multiplier": 0.22}  # fmt: skip
 FAMILIES = {
     "mixtral": ("MixtralConfig", {"num_local_experts": 4, "num_experts_per_tok": 2}),
     "qwen3_moe": ("Qwen3MoeConfig", {"head_dim": 32, "num_experts": 4, "num_experts_per_tok": 2,
@@ -48,9 +51,28 @@ FAMILIES = {
                                  "pad_token_id": None, "rope_parameters": {
                                      "rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "beta_fast": 32.0,
                                      "beta_slow": 1.0, "original_max_position_embeddings": 32}}),
+    "granitemoe": ("GraniteMoeConfig", _GRANITE),
+    "granitemoeshared": ("GraniteMoeSharedConfig", {**_GRANITE, "shared_intermediate_size": 64}),
+    "granitemoehybrid": ("GraniteMoeHybridConfig", {**_GRANITE, "shared_intermediate_size": 64,
+                                                    "layer_types": ["attention"] * 2}),
+    # vLLM's attention in chunks needs whole blocks of its cache, which have 128 tokens on CPUs.
+    "llama4": ("Llama4TextConfig", {"head_dim": 32, "num_local_experts": 4, "num_experts_per_tok": 1,
+                                    "intermediate_size_mlp": 160, "interleave_moe_layer_step": 1,
+                                    "no_rope_layers": [1, 0], "attention_chunk_size": 128, "pad_token_id": None}),
 }  # fmt: skip
-READ_BACK = ("qwen3_moe", "gpt_oss")  # experts without and with biases, gate and up one after the other or interleaved
-LAYER = "model.layers.1.mlp.experts"
+# Experts without and with biases, gate and up one after the other or interleaved, and routing weights on inputs.
+READ_BACK = ("qwen3_moe", "gpt_oss", "granitemoe", "llama4")
+BLOCKS = {
+    "granitemoe": "block_sparse_moe",
+    "granitemoeshared": "block_sparse_moe",
+    "granitemoehybrid": "block_sparse_moe",
+    "llama4": "feed_forward",
+}
+
+
+def layer_of(name: str) -> str:
+    """The name of the experts of the second layer."""
+    return f"model.layers.1.{BLOCKS.get(name, 'mlp')}.experts"
 
 
 def leaves(name: str) -> tuple[str, ...]:
@@ -73,25 +95,23 @@ def write_model(folder: Path, name: str) -> Path:
     return write_plain(folder, model)
 
 
-def swapped(export: Path, copy: Path) -> list[str]:
-    """A copy with two experts in each other's place, scales and all; names of what is wrong then."""
-    shutil.copytree(export, copy)
-    found = load_file(export / "model.safetensors")
-    ends = [name.removeprefix(f"{LAYER}.1.") for name in found if name.startswith(f"{LAYER}.1.")]
+def swapped(name: str, export: Path) -> list[str]:
+    """Put two experts in each other's place, scales and all; names of what is wrong then."""
+    found, layer = load_file(export / "model.safetensors"), layer_of(name)
+    ends = [key.removeprefix(f"{layer}.1.") for key in found if key.startswith(f"{layer}.1.")]
     for end in ends:
-        one, other = (f"{LAYER}.{number}.{end}" for number in (1, 2))
+        one, other = (f"{layer}.{number}.{end}" for number in (1, 2))
         found[one], found[other] = found[other], found[one]
-    save_file(found, copy / "model.safetensors", metadata={"format": "pt"})
-    return sorted(f"{LAYER}.{number}.{end}" for number in (1, 2) for end in ends if not end.endswith("_scale"))
+    save_file(found, export / "model.safetensors", metadata={"format": "pt"})
+    return sorted(f"{layer}.{number}.{end}" for number in (1, 2) for end in ends if not end.endswith("_scale"))
 
 
-def scaled(export: Path, copy: Path) -> list[str]:
-    """A copy in which one expert's scales are doubled; its name."""
-    shutil.copytree(export, copy)
+def scaled(name: str, export: Path) -> list[str]:
+    """Double the scales of one expert; its name."""
     found = load_file(export / "model.safetensors")
-    found[f"{LAYER}.3.down_proj.weight_scale"].mul_(2)
-    save_file(found, copy / "model.safetensors", metadata={"format": "pt"})
-    return [f"{LAYER}.3.down_proj.weight"]
+    found[f"{layer_of(name)}.3.down_proj.weight_scale"].mul_(2)
+    save_file(found, export / "model.safetensors", metadata={"format": "pt"})
+    return [f"{layer_of(name)}.3.down_proj.weight"]
 
 
 @pytest.fixture(scope="module")
@@ -127,14 +147,13 @@ def probe(python: Path, folder: Path, jobs: list[tuple[Path, dict[str, Any], str
 def test_every_expert_is_read_back_and_a_wrong_one_is_named(exports: Path, python: Path, tmp_path: Path) -> None:
     cases = []
     for name in READ_BACK:
-        export, changed = exports / f"{name}-export", tmp_path / name
+        export, wrong = exports / f"{name}-export", tmp_path / name
         artifact = open_artifact(export)
         expected = ExpectedWeights(artifact, plan_of(artifact, exports / name))
         digests = {tensor.name: tensor.digests() for tensor in expected}
-        swaps, scales = changed / "swapped", changed / "scaled"
-        wrong = {swaps: swapped(export, swaps), scales: scaled(export, scales)}
-        runs = [(export, "none"), (swaps, "none"), (scales, "none"), (export, "quant")]
-        cases += [(name, expected, digests, place, way, wrong.get(place, [])) for place, way in runs]
+        shutil.copytree(export, wrong)
+        names = sorted([*swapped(name, wrong), *scaled(name, wrong)])
+        cases += [(name, expected, digests, wrong, "none", names), (name, expected, digests, export, "quant", [])]
     results = probe(python, tmp_path, [(place, digests, way) for _, _, digests, place, way, _ in cases])
     for (name, expected, digests, place, way, wrong), result in zip(cases, results, strict=True):
         case = f"{name} {place.name} {way}"
@@ -160,7 +179,8 @@ def test_a_whole_validation_accepts(name: str, python: Path, tmp_path: Path) -> 
 @pytest.mark.parametrize("change", [swapped, scaled])
 @pytest.mark.parametrize("name", READ_BACK)
 def test_a_whole_validation_rejects_by_name(name, change, exports: Path, python: Path, tmp_path: Path) -> None:
-    names = change(exports / f"{name}-export", tmp_path / "export")
+    shutil.copytree(exports / f"{name}-export", tmp_path / "export")
+    names = change(name, tmp_path / "export")
     rehash(tmp_path / "export")
     with pytest.raises(ExportRejectedError) as caught:
         validate_export(tmp_path / "export", against=exports / name, prompts=["Hello"], max_tokens=2)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from validation.vllm.held import Expected
 from validation.vllm.layout import Head, learn
-from validation.vllm.readback import Reading
+from validation.vllm.readback import Reading, loadable
 from validation.vllm.rebuild import Rebuild
 
 LOG = torch.tensor([0.5, 2.0, -1.0, 0.25])
@@ -55,6 +55,13 @@ def test_numbers_that_the_loader_computes_are_held_against_what_it_made(read: tu
     reading._take("mixer.A", engine.held["mixer.A"], "stored")
     assert reading.report["mixer.A_log"]["status"] == "differs"
     assert reading.unexplained == []
+
+
+def test_rotations_that_an_engine_computes_are_no_weights() -> None:
+    tower = torch.nn.Linear(2, 2)
+    tower.register_buffer("rotations", torch.polar(torch.ones(2), torch.ones(2)))
+    tower.register_buffer("table", torch.ones(2))
+    assert loadable(tower).keys() == {"weight", "bias", "table"}
 
 
 def test_a_tied_head_is_excused_only_by_equal_embeddings_that_serve_for_it(read: tuple[Reading, Engine]) -> None:

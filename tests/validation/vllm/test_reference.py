@@ -14,8 +14,8 @@ from torch import Tensor
 from exporters.vllm.export import export_vllm
 from exporters.vllm.options import ExportFormat, VllmExportOptions
 from exporters.vllm.reopen import load_torch_model
-from fp8pipe.models.language.experts import unstack_experts
 from fp8pipe.models.language.structure import build_model
+from fp8pipe.models.language.unstacking import unstack_experts
 from validation.vllm.expected import ExpectedWeights, plan_of
 from validation.vllm.reference import Reference, Text, gaps
 
@@ -64,14 +64,15 @@ def test_a_form_is_taken_by_every_part(checkpoint: tuple[Path, dict[str, Tensor]
     assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
 
 
-@pytest.mark.parametrize("against", [True, False])
-def test_experts_that_an_export_holds_stacked_are_read_one_by_one(tmp_path: Path, against: bool) -> None:
-    base = write(ARCHITECTURES["gpt_oss"], tmp_path / "base")
+@pytest.mark.parametrize(("family", "against"), [("gpt_oss", True), ("gpt_oss", False), ("llama4", True)])
+def test_experts_that_an_export_holds_stacked_are_read_one_by_one(tmp_path: Path, family: str, against: bool) -> None:
+    base = write(ARCHITECTURES[family], tmp_path / "base")
     export = export_vllm(base, tmp_path / "export", VllmExportOptions(format=ExportFormat.BF16))
     expected = ExpectedWeights(export, plan_of(export, base) if against else None)
-    stack = "model.layers.1.mlp.experts"
+    stack = f"model.layers.1.{'feed_forward' if family == 'llama4' else 'mlp'}.experts"
     assert f"{stack}.down_proj" in expected.names
-    assert {f"{stack}.3.down_proj.weight", f"{stack}.3.down_proj.bias"} <= expected.stored.headers.keys()
+    ends = ["weight"] if family == "llama4" else ["weight", "bias"]
+    assert {f"{stack}.3.down_proj.{end}" for end in ends} <= expected.stored.headers.keys()
     model = load_torch_model(export.root, torch.float32)
     unstack_experts(model)
     with torch.inference_mode():

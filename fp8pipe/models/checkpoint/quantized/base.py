@@ -27,7 +27,7 @@ from fp8pipe.models.checkpoint.quantized.scheme import (
     without_quantization,
 )
 from fp8pipe.models.checkpoint.sidecars import BASE_MODEL_FILES, copy_sidecars, read_config
-from fp8pipe.models.checkpoint.stacks import STACKED_FAMILIES, join_entries, split_stacks, stack_name
+from fp8pipe.models.checkpoint.stacks import join_entries, split_stacks, stack_name
 from fp8pipe.models.checkpoint.tensors import PLAIN_FLOATS, TensorEntry, weight_entries
 
 __all__ = ["BaseCheckpoint", "base_entries", "copy_base_files", "read_base"]
@@ -137,11 +137,12 @@ def _dtype(config: dict[str, Any], entries: dict[str, TensorEntry]) -> str:
 
 def _refuse_single_experts(root: Path, config: dict[str, Any], entries: dict[str, TensorEntry]) -> None:
     """Refuse what transformers would load without a word, with random experts in place of those it does not find."""
-    single = next((name for name in entries if stack_name(name) is not None), None)
-    if config.get("model_type") in STACKED_FAMILIES and single is not None:
+    kind = config.get("model_type")
+    single = next((name for name in entries if stack_name(kind, name) is not None), None)
+    if single is not None:
         raise ConfigurationError(
             f"the experts of the model in {root} are stored one by one, as vLLM reads them: it cannot be a base",
-            why=f"it holds {single}, and transformers loads {stack_name(single)}",
+            why=f"it holds {single}, and transformers loads {stack_name(kind, single)}",
             fix="start from the model that it was made from",
         )
 

@@ -13,7 +13,6 @@ from typing import Any, Final, Literal
 
 from fp8pipe.core.errors import ConfigurationError
 from fp8pipe.models.checkpoint.sidecars import read_config
-from fp8pipe.models.checkpoint.stacks import STACKED_FAMILIES
 
 __all__ = ["QUANT_FILE", "Scheme", "read_scheme", "refusal", "without_quantization"]
 
@@ -88,7 +87,7 @@ def read_scheme(root: Path) -> Scheme | None:
         return _fp8(root, block)
     if method == "modelopt":
         return _modelopt(root, _algorithm(block) or algorithm or "none")
-    if method == "mxfp4" and config.get("model_type") in STACKED_FAMILIES:
+    if method == "mxfp4" and config.get("model_type") == "gpt_oss":
         return Scheme("mxfp4", frozenset({"per-block"}), (1, 32))
     raise refusal(root, f"config.json has a quantization_config (method {method or 'unknown'})")
 

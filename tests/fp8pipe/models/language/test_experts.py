@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from language_models import ARCHITECTURES, build, write
+from language_models import ARCHITECTURES, build, llama_like, write
 from safetensors.torch import load_file, save_file
 
 from exporters.vllm.export import plan_export
@@ -16,8 +17,9 @@ from fp8pipe.core.errors import ConfigurationError
 from fp8pipe.models.checkpoint.names import naming_of
 from fp8pipe.models.compat import import_transformers
 from fp8pipe.models.language.base import check_base
-from fp8pipe.models.language.experts import UnstackedExperts, call_every_expert, find_routers, unstack_experts
+from fp8pipe.models.language.experts import UnstackedExperts, call_every_expert, find_routers
 from fp8pipe.models.language.structure import load_config, structure_of
+from fp8pipe.models.language.unstacking import unstack_experts
 
 FAMILIES = ("mixtral", "qwen3_moe", "deepseek_v3")  # whose checkpoints store experts one by one
 
@@ -26,7 +28,7 @@ def experts_of(model: torch.nn.Module) -> UnstackedExperts:
     return next(module for module in model.modules() if isinstance(module, UnstackedExperts))
 
 
-@pytest.mark.parametrize("name", [*FAMILIES, "gpt_oss"])
+@pytest.mark.parametrize("name", [*FAMILIES, "gpt_oss", "granitemoe", "granitemoeshared", "granitemoehybrid", "llama4"])
 def test_the_model_says_what_it_said(name: str) -> None:
     model = build(ARCHITECTURES[name]).float()
     ids = torch.arange(3, 19)[None]
@@ -39,8 +41,9 @@ def test_the_model_says_what_it_said(name: str) -> None:
     assert unstack_experts(model) == ()  # once is enough
 
 
-def test_all_experts_with_equal_weights_are_a_dense_layer() -> None:
-    model = build(ARCHITECTURES["mixtral"]).float()
+@pytest.mark.parametrize("name", ["mixtral", "granitemoe"])
+def test_all_experts_with_equal_weights_are_a_dense_layer(name: str) -> None:
+    model = build(ARCHITECTURES[name]).float()
     unstack_experts(model)
     experts, x = experts_of(model), torch.randn(7, 64)
     dense = torch.zeros_like(x)
@@ -69,6 +72,33 @@ def test_an_expert_with_interleaved_gate_and_clamps_is_a_dense_layer() -> None:
         dense += 0.25 * torch.addmm(stack["down_proj_bias"][number], inner, stack["down_proj"][number])
     found = experts(x, torch.arange(4).expand(7, 4), torch.full((7, 4), 0.25))
     assert torch.equal(found, dense)
+
+
+@pytest.mark.parametrize("chosen", [1, 2])
+def test_experts_of_weighed_inputs_are_a_dense_layer(chosen: int) -> None:
+    """Llama 4's: the router's sigmoid multiplies the input of an expert, and the shared expert has none."""
+    layer: Any = build(ARCHITECTURES["llama4"]).float().model.layers[1].feed_forward
+    layer.top_k = layer.router.top_k = chosen
+    inner, outer = layer.experts.gate_up_proj.detach(), layer.experts.down_proj.detach()
+    x = torch.randn(5, 64)
+    logits = x @ layer.router.weight.t()
+    taken = logits.topk(chosen).indices
+    dense = torch.zeros_like(x)
+    for number in range(4):
+        mine = (taken == number).any(1)
+        rows = x[mine] * logits[mine][:, [number]].sigmoid()
+        gate, up = rows @ inner[number][:, :96], rows @ inner[number][:, 96:]
+        dense[mine] += (up * torch.nn.functional.silu(gate)) @ outer[number]
+    wrapped = build(ARCHITECTURES["llama4"]).float()
+    unstack_experts(wrapped)
+    found: Any = wrapped.model.layers[1].feed_forward
+    found.top_k = found.router.top_k = chosen
+    with torch.no_grad():
+        wanted, theirs = layer(x[None])
+        output, told = found(x[None])
+        assert torch.equal(output, found.shared_expert(x) + dense)
+    assert torch.equal(told, theirs)
+    torch.testing.assert_close(output, wanted, rtol=0, atol=1e-6)  # sums of 64 numbers in another order
 
 
 def test_an_expert_that_no_token_reaches_is_not_run_unless_all_are_asked_for() -> None:
@@ -106,6 +136,8 @@ def test_every_tensor_of_a_checkpoint_is_one_of_the_unstacked_model(name: str, t
     ("name", "routers"),
     [("mixtral", {"model.layers.0.mlp.gate", "model.layers.1.mlp.gate"}), ("deepseek_v3", {"model.layers.1.mlp.gate"}),
      ("gpt_oss", {"model.layers.0.mlp.router", "model.layers.1.mlp.router"}),
+     ("granitemoe", {f"model.layers.{layer}.block_sparse_moe.router" for layer in (0, 1)}),
+     ("llama4", {"model.layers.1.feed_forward.router"}),
      ("jamba", {"model.layers.1.feed_forward.router"}), ("llama", set())],
 )  # fmt: skip
 def test_routers_are_found_by_their_place_and_never_trained(name: str, routers: set[str]) -> None:
@@ -118,7 +150,8 @@ def test_routers_are_found_by_their_place_and_never_trained(name: str, routers: 
 
 
 def test_stacks_of_other_families_stay_stacked() -> None:
-    assert unstack_experts(build(ARCHITECTURES["granitemoehybrid"])) == ()
+    aria = {"moe_num_experts": 4, "moe_topk": 2, "moe_num_shared_experts": 1}
+    assert unstack_experts(build(llama_like("AriaText", **aria))) == ()
     assert unstack_experts(torch.nn.Linear(2, 2)) == ()
 
 

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from fp8pipe.models.checkpoint.stacks import split_stacks
 from fp8pipe.models.checkpoint.tensors import read_tensor, weight_entries
-from fp8pipe.models.language.experts import unstack_experts
 from fp8pipe.models.language.parts import PART_BYTES, PartedModel, StoredWeights
 from fp8pipe.models.language.structure import build_model
+from fp8pipe.models.language.unstacking import unstack_experts
 
 TEXTS = [torch.arange(3, 3 + length)[None] * 7 % VOCABULARY for length in (5, 21)]
 UP = "model.layers.1.mlp.up_proj.weight"

@@ -9,8 +9,8 @@ from torch import nn
 
 from fp8pipe.core.errors import ConfigurationError
 from fp8pipe.models.compat import import_transformers
-from fp8pipe.models.language.experts import unstack_experts
 from fp8pipe.models.language.structure import structure_of
+from fp8pipe.models.language.unstacking import unstack_experts
 
 
 class Reads(nn.Module):
