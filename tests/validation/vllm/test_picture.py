@@ -1,4 +1,4 @@
-"""Models of pictures and text: the decoder is tuned on both, towers stay as they are, and vLLM answers about a picture."""
+"""Models of pictures and text: the decoder is tuned, towers stay byte for byte, and vLLM answers about a picture."""
 
 from __future__ import annotations
 
