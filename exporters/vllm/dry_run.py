@@ -19,11 +19,13 @@ import torch
 from safetensors.torch import save_file
 
 from exporters.vllm.export import plan_export, plan_warnings
+from exporters.vllm.lint import lint_structure
 from exporters.vllm.options import ExportFormat, VllmExportOptions
 from exporters.vllm.plan import Action, ExportPlan, Unit
 from exporters.vllm.reopen import reopen
 from exporters.vllm.writer import CONFIG_NAME, write_auxiliary, write_weights
 from fp8pipe.artifact import sha256_file
+from fp8pipe.artifact.finding import refuse
 from fp8pipe.core.machine import free_bytes
 from fp8pipe.core.plan import PhaseMeter, Plan, can_measure, missing_disk, missing_memory
 from fp8pipe.models.checkpoint.sidecars import SERVED_FILES, sidecar_bytes
@@ -46,8 +48,13 @@ _ROWS_BYTES: Final = 1 << 25  # of a tensor, in the source's dtype: some sixty b
 
 
 def plan_vllm(source: Path, output: Path, options: VllmExportOptions) -> tuple[dict[str, Any], Plan]:
-    """The dry run, as a JSON document and as a plan; no weights are read, so the linter does not check their values."""
+    """The dry run, as a JSON document and as a plan; no weights are read, so the linter does not check their values.
+
+    Raises:
+        LintFindingsError: the export would be refused for names, shapes or the model's structure.
+    """
     plan = plan_export(source, options, verify=False)
+    refuse(lint_structure(plan), str(source))
     free, (peak, seconds) = free_bytes(output), measure(plan)
     converted = sum(layer.converted for layer in plan.layers)
     written = plan.payload_bytes + sidecar_bytes(plan.source.root, SERVED_FILES)
