@@ -93,6 +93,13 @@ def test_without_codes_a_weight_is_rounded_once(scale: torch.Tensor | None) -> N
     assert again.value is held.value  # nothing to round: a copy may have gigabytes
 
 
+def test_one_element_that_is_no_number_of_the_dtype_is_rounded() -> None:
+    value = torch.ones(3, 700_001)  # more than are looked at together
+    value[-1, -1] = 0.1
+    (held,) = Expected("w", value, None, False).held(BF16)
+    assert same_bits(held.value, value.bfloat16().float())
+
+
 def test_what_is_not_quantized_has_no_codes() -> None:
     (held,) = Expected("w", torch.full((2, 2), 0.1), None, False).held(CODES)
     assert same_bits(held.value, torch.full((2, 2), 0.1).bfloat16().float())
