@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -208,6 +209,12 @@ def test_only_gpus_with_a_kernel_group(capability: tuple[int, int]) -> None:
         ]  # fmt: skip
     has = capability[0] in (9, 10)
     assert found == [False, False, False, has, False, False, has, False, False]
+
+
+def test_torch_has_the_kernel_on_linux_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert grouped.has_kernel(torch.bfloat16, (9, 0)) == (sys.platform == "linux")
+    monkeypatch.setattr(sys, "platform", "win32")
+    assert not grouped.has_kernel(torch.bfloat16, (9, 0))
 
 
 @pytest.mark.parametrize(
