@@ -31,6 +31,17 @@ CHAT_TEMPLATE = (
 )
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Fixtures of a module draw the same numbers, whatever ran before them in their process."""
+    torch.manual_seed(1)
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    """A test draws the same numbers, whichever tests ran before it: what fails by chance, nobody can reproduce."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread() -> Iterator[None]:
     """Threads would fight over the cores of a shared machine, and tests run in parallel processes."""

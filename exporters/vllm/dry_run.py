@@ -18,11 +18,12 @@ from typing import Any, Final, TypeVar
 import torch
 from safetensors.torch import save_file
 
-from exporters.vllm.export import plan_export, plan_warnings
+from exporters.vllm.export import plan_export
 from exporters.vllm.lint import lint_structure
 from exporters.vllm.options import ExportFormat, VllmExportOptions
 from exporters.vllm.plan import Action, ExportPlan, Unit
 from exporters.vllm.reopen import reopen
+from exporters.vllm.warnings import plan_warnings
 from exporters.vllm.writer import CONFIG_NAME, write_auxiliary, write_weights
 from fp8pipe.artifact import sha256_file
 from fp8pipe.artifact.finding import refuse

@@ -9,13 +9,14 @@ from pathlib import Path
 
 from exporters.vllm.kv_cache import cost_gate, kv_scales
 from exporters.vllm.lint import lint, lint_others, lint_structure
-from exporters.vllm.options import ExportFormat, VllmExportOptions
-from exporters.vllm.plan import Action, ExportPlan, build_plan
+from exporters.vllm.options import VllmExportOptions
+from exporters.vllm.plan import ExportPlan, build_plan
 from exporters.vllm.reopen import reopen
 from exporters.vllm.resume import PROGRESS_NAME, ExportProgress
-from exporters.vllm.source import HUGGING_FACE, open_source
+from exporters.vllm.source import open_source
 from exporters.vllm.target import KIND, VllmDetails
-from exporters.vllm.writer import auxiliary_warnings, write_auxiliary, write_weights
+from exporters.vllm.warnings import plan_warnings
+from exporters.vllm.writer import write_auxiliary, write_weights
 from fp8pipe.artifact import (
     MANIFEST_NAME,
     Artifact,
@@ -31,9 +32,8 @@ from fp8pipe.artifact.finding import refuse
 from fp8pipe.artifact.writer import partial_of
 from fp8pipe.core.errors import ConfigurationError
 from fp8pipe.core.progress import track
-from fp8pipe.models.checkpoint.stacks import stack_name
 from fp8pipe.models.checkpoint.tensors import model_parent, shard_names
-from fp8pipe.models.language.base import check_declared, check_tokens, load_tokenizer
+from fp8pipe.models.language.base import check_declared
 from fp8pipe.models.language.ending import read_ending
 from fp8pipe.models.language.experts import check_expert_counts
 from fp8pipe.models.language.structure import read_structure
@@ -158,69 +158,6 @@ def _compare(plan: ExportPlan, root: Path) -> tuple[list[Gate], Parent, dict[str
     if not parent.digest:
         parent = model_parent(source, parent.path, parent.stored, digests)
     return gates, parent, {file.name: digest for file, digest in digests.items() if file.parent == root}
-
-
-def plan_warnings(plan: ExportPlan) -> list[str]:
-    """The warnings about an export that are recorded in its manifest."""
-    warnings = [*auxiliary_warnings(plan.source.root), *_token_warnings(plan), *plan.ending.warnings()]
-    warnings += [] if plan.source.base is None else plan.source.base.warnings()
-    quantized = [unit for unit in plan.units if unit.action is Action.QUANTIZE]
-    if quantized:
-        warnings.append(
-            f"{len(quantized)} weight(s) were quantized by this export (round to nearest, one scale per "
-            f"{'row' if plan.options.format.block is None else 'block'}, from {plan.source.kind}); they were not "
-            "trained in FP8"
-        )
-    if any(unit.quantized and unit.transposed for unit in plan.units):
-        warnings.append(
-            "weights stored (in, out) hold FP8 codes: vLLM's loader transposes them; transformers does not "
-            "decompress them, so it must not be used to load this export"
-        )
-    single = any(stack_name(plan.structure.model_type, unit.name) is not None for unit in plan.units)
-    if single and not any(unit.quantized and unit.transposed for unit in plan.units):
-        warnings.append(
-            "experts are stored one by one, as vLLM reads them: transformers would replace them by random ones and say "
-            "so only in its log, so it must not be used to load this export"
-        )
-    if plan.options.format.block is not None:
-        warnings.append(
-            "vLLM's DeepGEMM kernels (Hopper and Blackwell GPUs) round weights with a scale per block again, to scales "
-            "that are powers of two: serve with VLLM_USE_DEEP_GEMM=0, as fp8pipe does"
-        )
-    experts = [unit for unit in plan.units if unit.quantized and plan.structure.is_expert(unit.module)]
-    if experts and plan.options.format is ExportFormat.W8A16:
-        warnings.append(
-            f"vLLM {plan.schema.vllm_version} has no kernel for GPUs with FP8 experts and unquantized inputs: "
-            "to serve on GPUs, export with --format fp8; on CPUs the plugin serves this export"
-        )
-    if any(f"{plan.spelt[unit.module or '']}.bias" in plan.names for unit in experts):
-        warnings.append(
-            f"vLLM {plan.schema.vllm_version} does not load FP8 experts with biases on GPUs and stops with an error: "
-            "there this model needs --format bf16; on CPUs the plugin serves it"
-        )
-    warnings += [f"{u.entry.name} was left out: config.json ties it to a stored tensor" for u in plan.dropped]
-    if not plan.schema.tested:
-        warnings.append(f"checkpoints of this schema have not been tested in vLLM {plan.schema.vllm_version} yet")
-    skipped = [layer for layer in plan.layers if not layer.converted and layer.name != plan.structure.output_head]
-    if plan.options.format.quantized and skipped:
-        warnings.append(
-            f"{len(skipped)} linear layer(s) stay unquantized; the first: {skipped[0].name}: {skipped[0].reason}"
-        )
-    return warnings
-
-
-def _token_warnings(plan: ExportPlan) -> list[str]:
-    """Warnings about tokens of a plain model's tokenizer that have no embedding row.
-
-    For trained models, `finetune` has already warned.
-    """
-    if plan.source.kind != HUGGING_FACE or plan.structure.embedding is None:
-        return []
-    try:
-        tokenizer = load_tokenizer(plan.source.root)
-    except ConfigurationError:  # no tokenizer, or an unusable one: other warnings say so
-        return []
-    return check_tokens(tokenizer, plan.structure.tensors[f"{plan.structure.embedding}.weight"][0], ())
 
 
 def details_of(plan: ExportPlan) -> VllmDetails:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from exporters.vllm.blocks import by_unit
+from exporters.vllm.divided import part_rows
 from exporters.vllm.plan import DIMENSION_MULTIPLE, ExportPlan, Unit, fused_siblings
 from fp8pipe.artifact.finding import Finding
 from fp8pipe.models.checkpoint.rows import read_rows, same_values
@@ -254,7 +255,7 @@ def _blocks(plan: ExportPlan) -> Iterator[Finding]:
     """With a scale per block, both sides must consist of whole blocks, and trained scales must be scales of blocks.
 
     vLLM quantizes inputs in groups of a block's width, and concatenates the scales of fused layers. An incomplete block
-    of outputs it takes in some layers only.
+    of outputs it takes in some layers only. Weights that it divides must have whole blocks in each part.
     """
     block = plan.options.format.block
     if block is None:
@@ -265,6 +266,11 @@ def _blocks(plan: ExportPlan) -> Iterator[Finding]:
         if uneven:
             why = f"shape {shape}: blocks of {block[0]} x {block[1]} do not divide {' and '.join(uneven)}"
             yield _found("block-size", unit.entry.name, why)
+        elif unit.module in plan.structure.projections and not unit.transposed:
+            parts = part_rows(unit.module, plan.structure, plan.source.config)
+            if cut := [f"{rows} ({part})" for part, rows in parts.items() if rows % block[0]]:
+                why = f"vLLM divides its {shape[0]} rows; blocks of {block[0]} do not divide parts of {', '.join(cut)}"
+                yield _found("block-size", unit.entry.name, why)
         if unit.block is None:
             yield _found("block-scale", unit.entry.name, _why_no_blocks(plan, unit))
 

@@ -78,24 +78,36 @@ def _head(work: Workload) -> int:
 
 
 def _layer(work: Workload) -> int:
-    """The largest layer's product in the backward pass: decoded weights, gradients, casts."""
+    """The largest product in the backward pass: decoded weights, gradients, casts; of one layer, or of all experts."""
     return max(
-        work.itemsize * (g.weights + work.rank * g.width + int(work.tokens * g.share) * (2 * g.rows + g.width))
+        work.itemsize
+        * g.together
+        * (g.weights + work.rank * g.width + int(work.tokens * g.share) * (2 * g.rows + g.width))
         for g in work.groups
     )
 
 
+def _stack(work: Workload) -> int:
+    """Codes and B of the largest projection of all experts, beside those of its layers, of which they are copies."""
+    stacks = [g for g in work.groups if g.together > 1]
+    return max((g.together * (g.weights + work.rank * (g.width + _FP32 * g.rows)) for g in stacks), default=0)
+
+
 def _prepare(work: Workload, largest: Group, head: int) -> int:
     """Gradients of the unconverted model, layer by layer; then its conversion, layer by layer."""
-    loaded = 0 if work.mapped else work.others + work.itemsize * work.weights
+    elsewhere = work.mapped or work.streamed
+    loaded = (0 if work.mapped else work.others) + (0 if elsewhere else work.itemsize * work.weights)
     if work.method != "falqon":
         return loaded + (_base(work, False) if work.method == "qlora" else 0) + _FP32 * work.trained
     inputs = work.layers * work.tokens * work.hidden * work.itemsize
     observed = 2 * work.saved + head + inputs if work.gradients else 0
+    observed += work.itemsize * largest.weights if work.streamed else 0
     per_weight = _CONVERSION if work.gradients else _CONVERSION + _SVD
-    converted = _base(work, False) + _FP32 * work.trained + work.directions + per_weight * largest.weights
+    result = _base(work, False) + _FP32 * work.trained
+    converted = result + work.directions + per_weight * largest.weights
     converted += min(SHARD_BYTES, work.codes) if work.filed else 0
-    return max(loaded + observed + work.directions, converted if work.mapped else loaded + converted // 2)
+    converted = converted if elsewhere else loaded + converted // 2
+    return max(loaded + observed + work.directions, converted, result + _stack(work))
 
 
 def _merge(work: Workload, base: int) -> int:

@@ -17,11 +17,13 @@ class Group:
         outs: `out_features` of each.
         width: their common `in_features`.
         share: fraction of the tokens that reach them; below 1 for experts.
+        together: experts of one layer, all like these, whose products are one (`pipeline.falqon.grouped`); else 1.
     """
 
     outs: tuple[int, ...]
     width: int
     share: float = 1.0
+    together: int = 1
 
     @property
     def rows(self) -> int:
@@ -52,6 +54,7 @@ class Workload:
         itemsize: bytes per activation.
         stored: bytes of the base checkpoint as plain tensors: trained weights, and all others.
         mapped: the base's weights stay mapped from its files until they are converted.
+        streamed: they stay on the host until then, and are copied to the GPU for each use.
         filed: FALQON's codes are mapped from the base's files until they are changed.
         shard: bytes of the largest weight file of the output.
         tokens, length, answers: of the largest micro-batch: tokens with padding, the row's length, answer tokens.
@@ -72,6 +75,7 @@ class Workload:
     itemsize: int
     stored: tuple[int, int]
     mapped: bool
+    streamed: bool
     filed: bool
     shard: int
     tokens: int

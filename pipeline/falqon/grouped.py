@@ -16,7 +16,7 @@ experts have tokens is copied to the host without waiting in the forward pass, a
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -45,9 +45,18 @@ def group_experts(model: nn.Module) -> None:
 
 
 def supported(x: Tensor) -> bool:
-    """Whether torch has a kernel for grouped products of bf16 on the device of `x`, `(tokens, hidden)`."""
-    fits = x.is_cuda and x.dtype == torch.bfloat16 and sys.platform == "linux"
-    return fits and x.shape[0] > 0 and cuda.capability(x.get_device())[0] in _GENERATIONS
+    """Whether grouped products run on the device of `x`, `(tokens, hidden)`."""
+    return x.is_cuda and x.shape[0] > 0 and has_kernel(x.dtype, cuda.capability(x.get_device()))
+
+
+def has_kernel(dtype: torch.dtype, capability: tuple[int, int]) -> bool:
+    """Whether torch has a kernel for grouped products of this dtype on GPUs of this compute capability."""
+    return dtype == torch.bfloat16 and sys.platform == "linux" and capability[0] in _GENERATIONS
+
+
+def fits(rule: ScaleRule, sides: Iterable[int]) -> bool:
+    """Whether grouped products take these scales, and layers with these sides: rank, inputs and outputs."""
+    return rule is ScaleRule.POWER_OF_TWO and not any(side % _ALIGN for side in sides)
 
 
 class GroupedExperts:
@@ -252,5 +261,4 @@ def _unfit(layers: Sequence[FalqonLinear]) -> bool:
     first = layers[0]
     sides = first.rank, first.out_features, first.in_features
     shapes = {(layer.codes.shape, layer.rank, layer.live, layer.bias is None, layer.codes.device) for layer in layers}
-    rounded = first.code_scale.rule is ScaleRule.POWER_OF_TWO
-    return len(shapes) > 1 or not rounded or any(side % _ALIGN for side in sides)
+    return len(shapes) > 1 or not fits(first.code_scale.rule, sides)

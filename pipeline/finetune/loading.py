@@ -84,20 +84,25 @@ def load_model(config: FinetuneConfig, source: ModelSource) -> nn.Module:
 
 def _streamed(config: FinetuneConfig, kind: Any, settings: Any) -> tuple[str, ...]:
     """The layers whose weights stay on the host until they are converted; none if the model fits on the GPU."""
-    if config.device == "cpu" or config.method != "falqon":
+    if config.device == "cpu":
         return ()
     with torch.device("meta"):
         model = kind._from_config(settings, dtype=getattr(torch, config.dtype))
-    size, memory = sum(parameter.nbytes for parameter in model.parameters()), machine.gpus()[0].memory_bytes
-    if size <= _RESIDENT * memory:
+    size = sum(parameter.nbytes for parameter in model.parameters())
+    if not waits_on_host(config, size):
         return ()
     model.tie_weights()
     unstack_experts(model)
     _LOG.info(
         "the model has %s in %s and the GPU %s of memory: until they are converted, weights are copied there for "
-        "each use", format_bytes(size), config.dtype, format_bytes(memory),
+        "each use", format_bytes(size), config.dtype, format_bytes(machine.gpus()[0].memory_bytes),
     )  # fmt: skip
     return read_convertible(model, config.rank).trainable
+
+
+def waits_on_host(config: FinetuneConfig, size: int) -> bool:
+    """Whether a model of `size` bytes is too large for the GPU as a whole, and FALQON converts it layer by layer."""
+    return config.device != "cpu" and config.method == "falqon" and size > _RESIDENT * machine.gpus()[0].memory_bytes
 
 
 def least_memory(config: FinetuneConfig, source: ModelSource, structure: ModelStructure) -> int:

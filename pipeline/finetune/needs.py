@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import torch
 
+from fp8pipe.core import machine
 from fp8pipe.core.machine import format_bytes, resident_bytes
 from fp8pipe.models.checkpoint.quantized.base import read_base
 from fp8pipe.models.checkpoint.sidecars import BASE_MODEL_FILES, sidecar_bytes
@@ -24,9 +26,11 @@ from pipeline.dry_run.memory import mapped_bytes, phase_bytes, sums_bytes
 from pipeline.dry_run.rates import measure_rates
 from pipeline.dry_run.times import Schedule, phase_seconds
 from pipeline.dry_run.workload import Group, Workload
+from pipeline.falqon.grouped import fits, has_kernel
 from pipeline.falqon.rules import FinalMerge, Initialisation
 from pipeline.finetune.config import FinetuneConfig
 from pipeline.finetune.kv_cache import CALIBRATION_RECORDS, HELDOUT_RECORDS
+from pipeline.finetune.loading import waits_on_host
 from pipeline.finetune.packing import packing_warning
 from pipeline.finetune.room import moment_bytes, output_sizes
 from pipeline.finetune.text import TrainingText, load_text
@@ -126,13 +130,16 @@ def _packed(
         return text, "off, as asked", ""
     if text.packing is not None:
         return text, f"off: {text.packing.reason}", packing_warning(text.packing)
-    weights = sum(math.prod(shape) for shape in structure.tensors.values())
-    found = probe_packing(settings, getattr(torch, config.dtype), weights, text.train)
+    found = probe_packing(settings, getattr(torch, config.dtype), _weights(structure), text.train)
     if found is None:
         return text, _NOT_PROBED, ""
     if found.how == "off":
         text = replace(text, train=text.train.unpacked(), heldout=text.heldout.unpacked())
     return text, _PACKING[found.how], packing_warning(found)
+
+
+def _weights(structure: ModelStructure) -> int:
+    return sum(math.prod(shape) for shape in structure.tensors.values())
 
 
 def _workload(
@@ -143,10 +150,11 @@ def _workload(
     falqon, text = config.method == "falqon", settings.get_text_config(decoder=True)
     stacked = not falqon or config.rule.stacked
     members = structure.input_groups if stacked else tuple((name,) for name in structure.trainable)
+    together = _together(config, structure, members) if falqon and config.device != "cpu" else {}
     groups = tuple(
         Group(
             tuple(structure.shape(name)[0] for name in each), structure.shape(each[0])[1],
-            _expert_share(text) if structure.is_expert(each[0]) else 1.0,
+            _expert_share(text) if structure.is_expert(each[0]) else 1.0, together.get(each[0], 1),
         )
         for each in members
     )  # fmt: skip
@@ -162,7 +170,8 @@ def _workload(
         flushes=falqon and config.rule.flush_every_step,
         layers=layers, hidden=hidden, query=heads * int(getattr(text, "head_dim", None) or hidden // heads),
         vocabulary=int(text.vocab_size), itemsize=itemsize, stored=(0, 0), mapped=False,
-        filed=falqon and config.device == "cpu", shard=max(shards.values()),
+        streamed=waits_on_host(config, itemsize * _weights(structure)), filed=falqon and config.device == "cpu",
+        shard=max(shards.values()),
         tokens=tokens, length=train.length, answers=train.answers, saved=saved,
         checkpointing=config.gradient_checkpointing,
     )  # fmt: skip
@@ -173,6 +182,24 @@ def _expert_share(text: Any) -> float:
     numbers = (getattr(text, name, None) for name in ("num_local_experts", "num_experts", "n_routed_experts"))
     count = next((number for number in numbers if number), 1)
     return min(1.0, int(getattr(text, "num_experts_per_tok", count)) / int(count))
+
+
+def _together(
+    config: FinetuneConfig, structure: ModelStructure, members: Sequence[tuple[str, ...]]
+) -> Mapping[str, int]:
+    """How many experts this machine's GPU multiplies at once, by the first linear of each group of such experts."""
+    gpu = next(iter(machine.gpus()), None)
+    if gpu is None or not has_kernel(getattr(torch, config.dtype), gpu.capability):
+        return {}
+    found: dict[str, int] = {}
+    for layer in structure.naming.experts:
+        experts = [each for each in members if each[0].startswith(f"{layer}.")]
+        shapes = [(sum(structure.shape(name)[0] for name in each), structure.shape(each[0])[1]) for each in experts]
+        if fits(config.rule.scale, (config.rank, *(side for shape in shapes for side in shape))):
+            leaves = [each[0].removeprefix(f"{layer}.").partition(".")[2] for each in experts]
+            counts = Counter(leaves)
+            found |= {each[0]: counts[leaf] for each, leaf in zip(experts, leaves, strict=True)}
+    return found
 
 
 def _seconds(

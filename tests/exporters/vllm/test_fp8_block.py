@@ -23,6 +23,7 @@ from trained_exports import write_trained
 
 from exporters.vllm.dry_run import _some_rows, plan_vllm
 from exporters.vllm.export import export_vllm, plan_export
+from exporters.vllm.lint import lint_structure
 from exporters.vllm.options import ExportFormat, VllmExportOptions
 from exporters.vllm.reopen import iter_weights, reopen
 from fp8pipe.artifact import ArtifactWriter
@@ -187,6 +188,36 @@ def test_sides_that_are_no_whole_blocks_are_refused_with_their_numbers(
     assert any("down_proj" in line and "do not divide 192" in line for line in found["block-size"])
     with pytest.raises(LintFindingsError, match="block-size"):  # a dry run says the same
         plan_vllm(base, tmp_path / "export", OPTIONS)
+
+
+WIDE = {"hidden_size": 256, "intermediate_size": 256}
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "expected"),
+    [
+        ("phi3", {"num_key_value_heads": 1}, "its 384 rows; blocks of 128 do not divide parts of 64 (k), 64 (v)"),
+        ("phi3", {"intermediate_size": 192}, "its 384 rows; blocks of 128 do not divide parts of 192 (gate), 192 (up)"),
+        ("bloom", {"n_head": 4}, "its 768 rows; blocks of 128 do not divide parts of 64 (each head)"),
+        ("falcon", {"num_attention_heads": 4}, "its 512 rows; blocks of 128 do not divide parts of 64 (each head)"),
+        ("phi3", {"num_key_value_heads": 2, "num_attention_heads": 2}, None),
+        ("bloom", {"n_head": 2}, None),
+        ("falcon", {"num_attention_heads": 2}, None),
+        ("gpt_neox", {}, None),
+    ],
+)
+def test_parts_of_one_tensor_that_are_no_whole_blocks_are_refused_before_vllm_does(
+    name: str, settings: dict[str, int], expected: str | None, tmp_path: Path
+) -> None:
+    one = ARCHITECTURES[name]
+    base = write_architecture(replace(one, settings={**one.settings, **WIDE, **settings}), tmp_path / "base")
+    plan = plan_export(base, OPTIONS)
+    found = [(finding.rule, finding.why) for finding in lint_structure(plan)]
+    assert {rule for rule, _ in found} <= {"block-size"}
+    assert ({why.removeprefix("vLLM divides ") for _, why in found if "divides its" in why} or {None}) == {expected}
+    if expected is not None:
+        with pytest.raises(LintFindingsError, match="with --format fp8, which has one scale per row"):
+            plan_vllm(base, tmp_path / "export", OPTIONS)
 
 
 def test_trained_scales_that_are_not_those_of_blocks_are_refused(

@@ -202,6 +202,20 @@ def test_the_ignore_list_is_checked_both_ways(llama: Path, falqon: Callable[...,
         assert {finding.rule for finding in lint(replace(plan, ignore=ignore))} == {rule}
 
 
+def test_a_tied_head_with_the_same_values_is_left_out(qwen2: Path, falqon: Callable[..., Path]) -> None:
+    def copied(tensors: dict[str, Tensor]) -> None:
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+
+    plan = plan_export(falqon(qwen2, edit=copied), FP8)
+    assert [unit.entry.name for unit in plan.dropped] == ["lm_head.weight"]
+    assert lint(plan) == []
+
+
+def test_codes_in_the_output_head_are_told_by_that_name(llama: Path, falqon: Callable[..., Path]) -> None:
+    (found,) = lint(plan_export(falqon(llama, edit=quantized_head), FP8))
+    assert found.why == "FP8 codes in the output head, which the engine loads without a scale"
+
+
 def test_a_tied_head_is_in_the_ignore_list(qwen2: Path, falqon: Callable[..., Path]) -> None:
     """transformers has an lm_head module even when it shares its weight, and would quantize it otherwise."""
     assert plan_export(falqon(qwen2), FP8).ignore == ("lm_head",)

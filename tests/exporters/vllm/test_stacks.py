@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 from language_models import ARCHITECTURES, write
 
-from exporters.vllm.export import plan_warnings
 from exporters.vllm.foresee import plan_ahead
 from exporters.vllm.lint import lint_structure
 from exporters.vllm.options import ExportFormat
+from exporters.vllm.warnings import plan_warnings
 from fp8pipe.artifact.kinds import FALQON_KIND, LORA_KIND
 from fp8pipe.models.language.base import check_base
 

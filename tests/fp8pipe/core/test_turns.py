@@ -78,3 +78,20 @@ def test_what_cannot_be_brought_is_raised() -> None:
     turns = [Turns(missing)]
     with pytest.raises(FileNotFoundError):
         turns[0].run([partial(visit, turns, [], "a", 0)])
+
+
+def test_a_thread_that_the_system_refuses_is_the_error_and_those_before_it_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[threading.Thread] = []
+    start = threading.Thread.start
+
+    def start_one(thread: threading.Thread) -> None:
+        if started:
+            raise RuntimeError("can't start new thread")
+        started.append(thread)
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", start_one)
+    turns = [Turns(lambda thing: None)]
+    with pytest.raises(RuntimeError, match="can't start new thread"):
+        turns[0].run([partial(visit, turns, [], name, 0) for name in "abc"])
+    assert not started[0].is_alive()

@@ -89,6 +89,11 @@ def test_a_scale_per_tensor_is_repeated_and_other_shapes_are_refused() -> None:
         block_scale(grid.bfloat16(), (8, 7), SMALL)
 
 
+def test_a_stack_of_weights_has_a_grid_for_each() -> None:
+    assert block_grid((5, 9, 7), SMALL) == (5, 3, 3)
+    assert block_grid((6, 5, 8, 6), SMALL) == (6, 5, 2, 2)
+
+
 def test_a_single_column_of_blocks_broadcasts() -> None:
     assert spread_scale(torch.tensor([[1.0], [2.0]]), (2, 9), (3, 5)).tolist() == [[1.0], [1.0], [2.0]]
     assert spread_scale(torch.tensor([[1.0, 2.0]]), (2, 2), (1, 3)).tolist() == [[1.0, 1.0, 2.0]]

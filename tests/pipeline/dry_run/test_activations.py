@@ -76,8 +76,8 @@ def test_a_step_saves_what_was_counted(family, method):
     saved = saved_bytes(settings, torch.bfloat16, BATCH, LENGTH)
     work = Workload(
         method=method, groups=groups, rank=RANK, gradients=False, compensated=False, flushes=False, layers=3,
-        hidden=128, query=128, vocabulary=256, itemsize=2, stored=(0, 0), mapped=True, filed=True, shard=0,
-        tokens=BATCH * LENGTH, length=LENGTH, answers=BATCH, saved=saved, checkpointing=False,
+        hidden=128, query=128, vocabulary=256, itemsize=2, stored=(0, 0), mapped=True, streamed=False, filed=True,
+        shard=0, tokens=BATCH * LENGTH, length=LENGTH, answers=BATCH, saved=saved, checkpointing=False,
     )  # fmt: skip
     assert activation_bytes(work) == pytest.approx(found, rel=0.1)
 

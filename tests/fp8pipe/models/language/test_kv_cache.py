@@ -53,6 +53,11 @@ def test_the_range_of_several_batches_is_the_largest_and_nan_is_not_lost():
         observe_ranges(model, [({"input_ids": row[None]}, (8,)) for row in ids])
 
 
+def test_a_model_of_whose_keys_nothing_was_seen_has_no_ranges():
+    with pytest.raises(ConfigurationError, match="fills no key/value cache"):
+        observe_ranges(tiny("llama"), [])
+
+
 @pytest.mark.parametrize("toward_zero", [False, True])
 def test_rounded_keys_and_values_are_numbers_of_the_grid_times_the_scale(toward_zero):
     """In the first layer, whose keys and values depend on nothing that was rounded before."""

@@ -126,6 +126,33 @@ def test_changed_values_are_changed_in_every_part(saved: Any) -> None:
     assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
 
 
+def rounded(module: str, key: str, values: Tensor) -> Tensor:
+    return values if "down_proj" in module else values.bfloat16().float()
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt_oss"])
+def test_each_parameter_is_changed_as_that_of_its_own_module(saved: Any, name: str) -> None:
+    """Also what stays in memory, such as the stacked experts of gpt-oss."""
+    root, state = saved(name)
+    model, whole = PartedModel(root, held_weights(state), part_bytes=1), build_model(root, state, torch.float32)
+    unstack_experts(whole)
+    model.change(rounded)
+    for place, module in whole.named_modules():
+        for key, parameter in module.named_parameters(recurse=False):
+            parameter.data = rounded(place, key, parameter.data)
+    for ours, ids in zip(model.run(asked(model)), TEXTS, strict=True):
+        assert torch.equal(ours, logits(whole, ids))
+
+
+def test_a_weight_that_was_taken_before_it_was_there_is_read_once(saved: Any) -> None:
+    root, state = saved("llama")
+    read: list[str] = []
+    kept = PartedModel(root, held_weights(state, read), part_bytes=1).model.get_parameter(UP)
+    for _ in range(2):
+        assert torch.equal(kept + 0.0, state[UP])
+    assert read.count(UP) == 1
+
+
 @torch.inference_mode()
 def out_of_turn(model: nn.Module, ids: Tensor) -> Tensor:
     """As code does that multiplies by a weight of another layer."""
