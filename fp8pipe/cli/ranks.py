@@ -16,8 +16,8 @@ __all__ = ["one_report"]
 def one_report() -> Iterator[bool]:
     """A context for a command's work; the value is whether this process reports the result.
 
-    Of the errors of several processes, only the first is raised; a process with a later one ends without printing, with
-    the exit code of its own error.
+    Of the errors of several processes, only the first is raised; the other processes end without printing, with the
+    same exit code.
     """
     from pipeline.finetune.distributed.launch import launched, own_failure
 
@@ -27,8 +27,7 @@ def one_report() -> Iterator[bool]:
     except BaseException as error:
         if place is None:
             raise
-        code = failure_of(error).exit_code
-        printed = own_failure(place, error, code)
+        printed, code = own_failure(place, error, failure_of(error).exit_code)
         if printed is None:
             raise click.exceptions.Exit(code) from error
         if printed is error:

@@ -35,6 +35,8 @@ class FalqonMethod(Method):
         seed: seed of the initialisation and of stochastic rounding.
     """
 
+    place: torch.device | None = None  # where codes wait if they will be sharded
+
     def __init__(
         self, rule: UpdateRule, *, rank: int, rows: int | None, initialisation: Initialisation, seed: int
     ) -> None:
@@ -56,9 +58,11 @@ class FalqonMethod(Method):
             ConfigurationError: the model cannot be converted (see `convert_model`).
         """
         settings = self.rule, self.rank, self.initialisation, self.seed
-        self.groups, records = convert_model(model, *settings, base=base, losses=losses)
+        self.groups, records = convert_model(model, *settings, base=base, losses=losses, place=self.place)
         self.layers = {group.name: group.layer for group in self.groups}
-        if next(model.parameters()).is_cuda:  # elsewhere experts run one by one, and nothing need be copied
+        if (
+            next(model.parameters()).is_cuda and self.place is None
+        ):  # elsewhere experts run one by one, and nothing need be copied
             group_experts(model)
         self.names = tuple(name for group in self.groups for name in group.members)
         return records

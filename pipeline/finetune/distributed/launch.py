@@ -11,6 +11,7 @@ from __future__ import annotations
 import atexit
 import logging
 import os
+import platform
 import sys
 import threading
 from dataclasses import dataclass
@@ -95,23 +96,30 @@ def launched() -> Place | None:
     return place
 
 
-def own_failure(place: Place, error: BaseException, exit_code: int) -> BaseException | None:
-    """The error to print in this process after `error`; None if another process has printed one, or will.
+def own_failure(place: Place, error: BaseException, exit_code: int) -> tuple[BaseException | None, int]:
+    """What this process has to do after `error`, of which the others are told.
 
     Args:
         place: the place of this process.
         error: what ended its work.
         exit_code: the exit code that belongs to `error`.
+
+    Returns:
+        The error to print; None if another process has printed one, or will. And the exit code, which is that of the
+        printed error.
     """
     lost = _lost(error)
     if lost is not None:
         exit_code = lost.exit_code
     try:
         first = place.fail(exit_code)
+        exit_code = (place.failed() or (place.rank, exit_code))[1]
     except RuntimeError:  # the store is gone, and with it the launcher, which has told why
         first = False
     _leave_at_exit(exit_code)
-    return (lost or error) if first else None
+    if first and place.rank:
+        _LOG.error("rank %d of %d, on %s, failed:", place.rank, place.size, platform.node())
+    return (lost or error) if first else None, exit_code
 
 
 def _lost(error: BaseException) -> Fp8PipeError | None:

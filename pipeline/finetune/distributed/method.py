@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -13,8 +14,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from fp8pipe.artifact import LayerRecord, disk_guard
+from fp8pipe.core.errors import ConfigurationError
 from fp8pipe.models.language.experts import in_experts
-from pipeline.falqon.base_files import BaseFiles
+from pipeline.falqon.base_files import RECORD, BaseFiles
 from pipeline.falqon.final_merge import Inputs
 from pipeline.falqon.flush import FlushReport
 from pipeline.falqon.layer import FalqonLinear
@@ -36,6 +38,8 @@ class ShardedFalqon(FalqonMethod):
         folder: where the main process writes the deployed codes while they are collected.
     """
 
+    place = torch.device("cpu")  # FSDP moves the codes of one decoder layer at a time to the device
+
     def __init__(self, *args: Any, group: Group, folder: Path, **options: Any) -> None:
         super().__init__(*args, **options)
         self.group, self.folder = group, folder
@@ -46,7 +50,17 @@ class ShardedFalqon(FalqonMethod):
     def prepare(
         self, model: nn.Module, base: BaseFiles | None = None, losses: Losses | None = None
     ) -> list[LayerRecord]:
-        """As in one process; experts are not grouped, as the groups would hold copies of sharded tensors."""
+        """As in one process; experts are not grouped, as the groups would hold copies of sharded tensors.
+
+        Raises:
+            ConfigurationError: the processes do not share the directory of the output.
+        """
+        if self.group.rank and not (self.folder / RECORD).exists():
+            raise ConfigurationError(
+                f"{self.folder} is not the directory that rank 0 has written",
+                why=f"it has no {RECORD} in rank {self.group.rank}, on {platform.node()}",
+                fix="give an --output on a file system that all machines share",
+            )
         records = super().prepare(model, base, losses)
         self._model = model
         self.experts = tuple(name for name, group in zip(self.layers, self.groups, strict=True)
