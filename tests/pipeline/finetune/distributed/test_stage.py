@@ -53,7 +53,7 @@ def test_any_number_of_processes_ends_with_the_bits_of_one(make_base, pairs, tmp
 
 
 def test_experts_that_only_some_processes_reach_end_with_the_bits_of_one(make_base, pairs, tmp_path):
-    experts = {"num_local_experts": 8, "num_experts_per_tok": 1, "hidden_size": 32, "intermediate_size": 32}
+    experts = {"num_local_experts": 24, "num_experts_per_tok": 1, "hidden_size": 32, "intermediate_size": 32}
     base = make_base("mixtral", num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, **experts)
     settings = {
         "base": str(base), "data": str(pairs), **SETTINGS, "gradient_accumulation": 2, "batch_size": 1, "packing": False
