@@ -89,13 +89,17 @@ class FalqonMethod(Method):
 
     def health(self, step: int) -> FlushReport:
         """Report what flushing B with rounding to nearest would do now, for a few layers that change with `step`."""
-        layers = list(self.layers.items())
-        stride = max(1, len(layers) // _HEALTH_LAYERS)
         total = FlushReport()
-        for name, layer in layers[step % stride :: stride]:
-            with self.whole(name, layer):
-                total += preview(layer)
+        for name in self.sample(step):
+            with self.whole(name, self.layers[name]):
+                total += preview(self.layers[name])
         return total
+
+    def sample(self, step: int) -> list[str]:
+        """Names of a few layers, which change with `step`."""
+        names = list(self.layers)
+        stride = max(1, len(names) // _HEALTH_LAYERS)
+        return names[step % stride :: stride]
 
     def step_state(self) -> dict[str, Tensor]:
         """The tensors that training steps change: B, and the codes if the rule flushes every step."""

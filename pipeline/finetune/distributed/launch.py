@@ -14,7 +14,7 @@ import os
 import platform
 import sys
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import lru_cache
 from typing import Any, Final
@@ -92,7 +92,7 @@ def launched() -> Place | None:
     if rank:
         logging.disable(logging.WARNING)
         configure(quiet=True)
-    threading.Thread(target=_watch, args=(place, next(rendezvous("env://"))[0]), daemon=True).start()
+    _start_to_watch(place, next(rendezvous("env://"))[0])
     return place
 
 
@@ -137,17 +137,27 @@ def _lost(error: BaseException) -> Fp8PipeError | None:
     )
 
 
-def _watch(place: Place, store: Any) -> None:
+def _start_to_watch(place: Place, store: Any) -> None:
+    """Watch for failures of other processes until this one exits, over a connection that nothing else waits for."""
+    over = threading.Event()
+    thread = threading.Thread(target=_watch, args=(replace(place, store=store), over), daemon=True)
+    thread.start()
+
+    def stop() -> None:  # a thread in torch's C++ code must not be there when the interpreter ends
+        over.set()
+        thread.join(_WATCH_S)
+
+    atexit.register(stop)
+
+
+def _watch(place: Place, over: threading.Event) -> None:
     """End this process if another one has failed and nothing else ends it."""
-    mine = Place(place.rank, place.size, place.local, store)  # a connection of its own, as the other one may be waiting
-    pause = threading.Event()
-    while not pause.wait(_WATCH_S):
+    while not over.wait(_WATCH_S):
         try:
-            found = mine.failed()
+            found = place.failed()
         except RuntimeError:  # the launcher is gone
             return
-        if found is not None and found[0] != place.rank:
-            pause.wait(_GRACE_S)
+        if found is not None and found[0] != place.rank and not over.wait(_GRACE_S):
             _leave(found[1])
 
 

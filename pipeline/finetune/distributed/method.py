@@ -45,7 +45,7 @@ class ShardedFalqon(FalqonMethod):
         self.group, self.folder = group, folder
         self.experts: tuple[str, ...] = ()
         self._model: nn.Module | None = None
-        self._compared = False
+        self._compared: frozenset[str] = frozenset()  # names of layers
 
     def prepare(
         self, model: nn.Module, base: BaseFiles | None = None, losses: Losses | None = None
@@ -68,18 +68,18 @@ class ShardedFalqon(FalqonMethod):
         return records
 
     def after_step(self, step: int, measure: bool) -> FlushReport | None:
-        """As in one process; processes compare the codes that they have computed in each step that is measured."""
-        self._compared = measure
+        """As in one process; in each step that is measured, processes compare what they computed for some layers."""
+        self._compared = frozenset(self.sample(step) if measure else ())
         return super().after_step(step, measure)
 
     def finish(self, model: nn.Module, inputs: Inputs) -> dict[str, FlushReport]:
         """As in one process; the processes compare all codes."""
-        self._compared = True
+        self._compared = frozenset(self.layers)
         return super().finish(model, inputs)
 
     def health(self, step: int) -> FlushReport:
         """As in one process."""
-        self._compared = False
+        self._compared = frozenset()
         return super().health(step)
 
     def whole(self, name: str, layer: FalqonLinear) -> AbstractContextManager[Any]:
@@ -93,7 +93,7 @@ class ShardedFalqon(FalqonMethod):
             reshard(self._model)
         with whole_layer(layer):
             yield
-            if self._compared:
+            if name in self._compared:
                 self.group.require_equal({f"{name}.codes": layer.code_bytes, f"{name}.lora_B": layer.lora_B})
 
     def moments(self, model: nn.Module, layers: dict[str, FalqonLinear], inputs: Inputs) -> dict[str, Tensor]:
@@ -121,7 +121,7 @@ class ShardedFalqon(FalqonMethod):
             OutOfMemoryError: the disk has no room for the files.
         """
         weights, adapter = _Spilled(self.folder), dict[str, Tensor]()
-        self._compared = False
+        self._compared = frozenset()
         for group in self.groups:
             with self.whole(group.name, group.layer):
                 if self.group.rank == 0:

@@ -34,7 +34,8 @@ def assert_same(one, other):
 @pytest.mark.parametrize(
     ("changes", "blank", "sizes"),
     [
-        pytest.param({"gradient_accumulation": 4}, (), (2, 4), id="live"),
+        # In fp32, as sums of a few bf16 gradients are exact, whatever their order.
+        pytest.param({"gradient_accumulation": 4, "dtype": "float32"}, (), (2, 4), id="live"),
         pytest.param({"gradient_accumulation": 3, "gradient_checkpointing": True}, (1, 4), (2,), id="uneven"),
         pytest.param({"gradient_accumulation": 2, "update_rule": "released"}, (), (2,), id="released"),
         pytest.param(
