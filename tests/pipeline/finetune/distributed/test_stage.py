@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import subprocess
+import sys
 
 import pytest
 import torch
 from rank_work import command, tuned
-from ranks import run_ranks
+from ranks import ROOT, run_ranks
 from safetensors.torch import load_file
 
 # The norm of the gradients is above the limit, so that they are scaled.
@@ -91,6 +95,21 @@ def test_a_fault_of_one_process_ends_all_with_one_error_and_another_number_of_th
     tuned(settings, str(tmp_path / "whole"))
     assert_same(tmp_path / "whole", output)
     assert all(torch.isfinite(t).all() for n, t in load_file(output / "adapter.safetensors").items() if "_B" in n)
+
+
+def test_torchrun_reports_one_error_and_the_exit_code(make_base, pairs, tmp_path):
+    """The whole command in new processes, which takes ten seconds: how an interpreter ends is part of it."""
+    command = [
+        "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "fp8pipe", "finetune", "--model",
+        str(make_base()), "--data", str(pairs), "--output", str(tmp_path / "out"), "--device", "cpu",
+    ]  # fmt: skip
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    ended = subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, check=False)
+    assert ended.returncode == 1  # torchrun's own
+    assert ended.stderr.count("error: 2 processes have 1 micro-batch(es) per step to share") == 1
+    codes = set(re.findall(r"exitcode  : (-?\d+)", ended.stderr))
+    assert "10" in codes
+    assert codes <= {"10", "-15"}  # torchrun ends the other one if it has not yet ended by itself
 
 
 @pytest.mark.parametrize(
