@@ -70,6 +70,8 @@ def command(settings: dict[str, Any], output: str, fault: str, rank: int, step: 
     os.dup2(log, 1)
     os.dup2(log, 2)
     sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
+    if fault == "elsewhere" and os.environ["RANK"] == str(rank):
+        output += "-elsewhere"
     try:
         main(["finetune", "--config", str(file), "--output", output, "--json"])
     except SystemExit as end:
@@ -87,6 +89,7 @@ _FAULTS: dict[str, Callable[[], None]] = {
     "interrupt": lambda: os.kill(os.getpid(), signal.SIGINT),
     "killed": lambda: os.kill(os.getpid(), signal.SIGKILL),
     "none": lambda: None,
+    "elsewhere": lambda: None,  # another directory is this rank's output
 }
 
 

@@ -97,6 +97,15 @@ def test_a_fault_of_one_process_ends_all_with_one_error_and_another_number_of_th
     assert all(torch.isfinite(t).all() for n, t in load_file(output / "adapter.safetensors").items() if "_B" in n)
 
 
+def test_an_output_that_processes_do_not_share_is_refused(make_base, pairs, tmp_path):
+    settings = {"base": str(make_base()), "data": str(pairs), "gradient_accumulation": 2}
+    ended = run_ranks(2, command, settings, str(tmp_path / "out"), "elsewhere", 1, 0)
+    assert ended[1] == 10
+    told = (tmp_path / "out-1.log").read_text()
+    assert "is not the directory that rank 0 has written" in told
+    assert not (tmp_path / "out-elsewhere.partial").exists()
+
+
 def test_torchrun_reports_one_error_and_the_exit_code(make_base, pairs, tmp_path):
     """The whole command in new processes, which takes ten seconds: how an interpreter ends is part of it."""
     command = [
