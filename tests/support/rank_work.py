@@ -20,9 +20,11 @@ from fp8pipe.cli import main
 from fp8pipe.core.errors import Fp8PipeError
 from fp8pipe.models.compat import import_transformers
 from fp8pipe.models.language.text import IGNORED
+from pipeline.falqon.final_merge import second_moments
 from pipeline.finetune.batches import Batch, Batches
 from pipeline.finetune.distributed.group import Group, joined
 from pipeline.finetune.distributed.launch import launched
+from pipeline.finetune.distributed.moments import shared_moments
 from pipeline.finetune.distributed.shard import shard
 from pipeline.finetune.distributed.tensors import assign, sharded_like, wholes
 from pipeline.finetune.distributed.trainer import RankedTrainer
@@ -123,13 +125,15 @@ def compared() -> list[str]:
 
 
 def turns(log: str) -> None:
-    """Appends this process's rank to a file, in turn."""
+    """Appends this process's rank to a file, in turn, in each of two runs."""
     with _group() as group:
 
         def write() -> None:
             with Path(log).open("a") as handle:
                 handle.write(str(group.rank))
 
+        group.in_turn(write)
+    with _group() as group:  # another run of the same processes
         group.in_turn(write)
 
 
@@ -164,3 +168,21 @@ def shares(family: str) -> dict[str, tuple[int, int]]:
             found[kind][0] += parameter.to_local().untyped_storage().nbytes()
             found[kind][1] += parameter.numel() * parameter.element_size()
     return {kind: (mine, whole) for kind, (mine, whole) in found.items()}
+
+
+def moments() -> list[tuple[bool, bool]]:
+    """For each layer: whether its shared moments are those of one process, and those of batches in another order."""
+    from mixtures import method_of, mixture
+
+    model = mixture("llama")
+    method = method_of("live")
+    method.prepare(model)
+    generator = torch.Generator().manual_seed(0)
+    batches = [{"input_ids": torch.randint(3, 200, (2, 24), generator=generator)} for _ in range(3)]
+    with torch.no_grad():
+        alone = second_moments(model, method.layers, lambda: batches)
+        other = second_moments(model, method.layers, lambda: batches[::-1])
+        with _group() as group:
+            shard(model, group.mesh)
+            shared = shared_moments(model, method.layers, lambda: batches, group)
+    return [(torch.equal(shared[name], alone[name]), torch.equal(shared[name], other[name])) for name in alone]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import logging
 import time
 from collections.abc import Callable, Iterator
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._C._distributed_c10d import PrefixStore
+from torch._C._distributed_c10d import PrefixStore, Store
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from fp8pipe.core.errors import ConfigurationError, GateFailedError, MissingCapabilityError
@@ -27,6 +28,7 @@ T = TypeVar("T")
 # Only what no failure of a process ends: a computation that takes longer between two operations is taken for stuck.
 _TIMEOUT: Final = timedelta(minutes=30)
 _POLL_S: Final = 0.1
+_runs = itertools.count()  # of this process: a script may call for several, in the same order in all processes
 
 
 class Group:
@@ -35,6 +37,7 @@ class Group:
     Args:
         place: the place of this process.
         device: `cpu` or `cuda`.
+        store: the key-value store of this run alone.
 
     Attributes:
         rank: number of this process.
@@ -42,8 +45,8 @@ class Group:
         mesh: all processes in one dimension.
     """
 
-    def __init__(self, place: Place, device: str) -> None:
-        self.place, self.device = place, device
+    def __init__(self, place: Place, device: str, store: Store) -> None:
+        self.device, self.store = device, store
         self.rank, self.size = place.rank, place.size
         self.mesh: DeviceMesh = init_device_mesh(device, (place.size,))
         self._turns = 0
@@ -51,17 +54,17 @@ class Group:
     def in_turn(self, function: Callable[[], T]) -> T:
         """The result of `function`, which rank 0 runs before the others do, however long that takes."""
         self._turns += 1
-        key = f"fp8pipe/turn/{self._turns}"
+        key = f"turn/{self._turns}"
         if self.rank == 0:
             result = function()
-            self.place.store.set(key, "over")
+            self.store.set(key, "over")
             return result
         self.wait(key)
         return function()
 
     def wait(self, key: str) -> None:
         """Wait until rank 0 has set this key of the store; unlike in a collective operation, for any time."""
-        while not self.place.store.check([key]):
+        while not self.store.check([key]):
             time.sleep(_POLL_S)
 
     def total(self, values: Tensor) -> Tensor:
@@ -113,6 +116,7 @@ def joined(place: Place, device: str) -> Iterator[SeveralProcesses]:
     """The processes of a run on `device`, one of its devices for each process, for as long as the context lasts.
 
     Raises:
+        ConfigurationError: the script has made a process group of its own.
         MissingCapabilityError: there are more processes on this machine than GPUs.
     """
     from pipeline.finetune.distributed.processes import SeveralProcesses
@@ -129,12 +133,18 @@ def joined(place: Place, device: str) -> Iterator[SeveralProcesses]:
         own = torch.device("cuda", place.local)
         torch.cuda.set_device(own)
     backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
-    store = PrefixStore("fp8pipe/group", place.store)
+    if dist.is_initialized():
+        raise ConfigurationError(
+            "a process group exists already",
+            why="this script has called torch.distributed.init_process_group",
+            fix="leave that to fp8pipe, or call destroy_process_group before",
+        )
+    store = PrefixStore(f"fp8pipe/run/{next(_runs)}", place.store)
     dist.init_process_group(
         backend, store=store, rank=place.rank, world_size=place.size, timeout=_TIMEOUT, device_id=own
     )
     _LOG.info("%d processes, connected by %s", place.size, backend)
-    yield SeveralProcesses(Group(place, device))
+    yield SeveralProcesses(Group(place, device, store))
     # Only after success, as it would wait for operations that are pending after an error.
     dist.barrier()  # rank 0 may hold the store, so it must not leave first
     dist.destroy_process_group()

@@ -25,7 +25,7 @@ from pipeline.finetune.processes import Processes
 from pipeline.finetune.weights import Weights
 
 T = TypeVar("T")
-_WRITTEN = "fp8pipe/written"  # key in the store, set when the artifact is complete
+_WRITTEN = "written"  # key in the store, set when the artifact is complete
 
 
 class SeveralProcesses(Processes):
@@ -102,7 +102,7 @@ class SeveralProcesses(Processes):
         """The artifact, which the main process writes while the others wait."""
         if self.main:
             artifact = write()
-            self.group.place.store.set(_WRITTEN, "done")
+            self.group.store.set(_WRITTEN, "done")
             return artifact
         self.group.wait(_WRITTEN)
         return open_artifact(output, verify=False)  # which the main process has just done
