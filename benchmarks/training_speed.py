@@ -53,7 +53,8 @@ def build_trainer(name, options, scratch):
     from pipeline.finetune.checkpoint import CheckpointStore
     from pipeline.finetune.config import FinetuneConfig
     from pipeline.finetune.loop import Trainer
-    from pipeline.finetune.stage import build_method, load_model
+    from pipeline.finetune.processes import build_method
+    from pipeline.finetune.stage import load_model
     from pipeline.finetune.text import load_text
 
     widen_bf16_products()

@@ -82,7 +82,7 @@ def _config(family: str, **changes: object) -> object:
     transformers = import_transformers()
     if family == "gpt2":
         return transformers.GPT2Config(**({"vocab_size": 272, "n_embd": 32, "n_layer": 2, "n_head": 2} | changes))
-    cls = {"llama": transformers.LlamaConfig, "qwen2": transformers.Qwen2Config}[family]
+    cls = getattr(transformers, f"{family.capitalize()}Config")
     common = {
         "vocab_size": 272, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
         "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512, "tie_word_embeddings": True,

@@ -9,6 +9,7 @@ import click
 
 from fp8pipe.cli.common import Console, common_options, show_artifact, show_plan, stage_options
 from fp8pipe.cli.options import model_options, resolve
+from fp8pipe.cli.ranks import one_report
 from fp8pipe.core.machine import wait_briefly
 from fp8pipe.core.progress import setup_logging
 from fp8pipe.core.ranks import ranks_of_environment
@@ -32,23 +33,27 @@ def finetune_command(
     The adapter is merged into the FP8 weights (FALQON); the artifact contains the codes that `export` writes for the
     engine.
     """
-    settings = resolve(FinetuneConfig, config, options)
     wait_briefly()
-    with console.capture_stdout():
-        if dry_run:
-            from pipeline.finetune.plan import plan_finetune
+    with one_report() as reports:
+        settings = resolve(FinetuneConfig, config, options)
+        with console.capture_stdout():
+            if dry_run:
+                from pipeline.finetune.plan import plan_finetune
 
-            show_plan(console, plan_finetune(settings, output))
+                if reports:
+                    show_plan(console, plan_finetune(settings, output))
+                return
+            from pipeline.finetune.stage import finetune
+
+            artifact = finetune(settings, output, force=force, resume=resume)
+        if not reports:
             return
-        from pipeline.finetune.stage import finetune
-
-        artifact = finetune(settings, output, force=force, resume=resume)
-    show_artifact(
-        console, artifact, finetuned_lines(artifact),
-        next_export(artifact),
-        remedy="train longer, with another learning rate or on more data; the artifact is kept for inspection",
-        heldout_loss=_losses(artifact).model_dump(),
-    )  # fmt: skip
+        show_artifact(
+            console, artifact, finetuned_lines(artifact),
+            next_export(artifact),
+            remedy="train longer, with another learning rate or on more data; the artifact is kept for inspection",
+            heldout_loss=_losses(artifact).model_dump(),
+        )  # fmt: skip
 
 
 def finetuned_lines(artifact: Artifact) -> list[str]:

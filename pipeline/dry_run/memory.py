@@ -14,7 +14,7 @@ from typing import Final
 
 from pipeline.dry_run.workload import Group, Workload
 from pipeline.falqon.base_files import SHARD_BYTES
-from pipeline.falqon.flush import held_moments
+from pipeline.falqon.final_merge import held_moments
 
 _FP32: Final = 4  # bytes
 _STATES: Final = 4 * _FP32  # per trained value: itself, its gradient, AdamW's two moments

@@ -23,10 +23,10 @@ from fp8pipe.artifact import disk_guard, sha256_file
 from fp8pipe.artifact.writer import sync
 from fp8pipe.core.errors import BadArtifactError
 
-__all__ = ["BaseFiles"]
+__all__ = ["RECORD", "BaseFiles"]
 
 _LOG = logging.getLogger(__name__)
-_RECORD, _DIRECTIONS = "base.json", "directions.safetensors"
+RECORD, _DIRECTIONS = "base.json", "directions.safetensors"
 SHARD_BYTES = 1 << 28  # a file's codes are in memory until it is written
 
 Make = Callable[[], dict[str, Tensor]]
@@ -108,7 +108,7 @@ class BaseFiles:
             save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, path)
             sync(path)
             self._finished[path.name] = sha256_file(path)
-            record, scratch = self._folder / _RECORD, self._folder / f"{_RECORD}.writing"
+            record, scratch = self._folder / RECORD, self._folder / f"{RECORD}.writing"
             scratch.write_text(json.dumps({"key": self._key, "files": self._finished}, indent=1))
             sync(scratch)
             scratch.rename(record)
@@ -116,7 +116,7 @@ class BaseFiles:
 
     def _recorded(self) -> dict[str, str]:
         """sha256 of each finished file of this run, by name; files of other runs are deleted."""
-        record = self._folder / _RECORD
+        record = self._folder / RECORD
         found = json.loads(record.read_text()) if record.is_file() else {"key": None, "files": {}}
         finished: dict[str, str] = found["files"] if found["key"] == self._key else {}
         if found["files"] and not finished:

@@ -78,12 +78,13 @@ def convert_model(
     *,
     base: BaseFiles | None = None,
     losses: Losses | None = None,
+    place: torch.device | None = None,
 ) -> tuple[list[FalqonGroup], list[LayerRecord]]:
     """Replace every eligible linear layer with a FALQON layer, in place, and freeze everything but B.
 
     Args:
         model: a causal LM in its training dtype. Weights to convert may be on another device than the rest
-            (`pipeline.finetune.streaming`); codes go to the device of the input embedding.
+            (`pipeline.finetune.streaming`).
         rule: determines the scale rule, whether B takes part in the forward pass, and whether layers that share an
             input are stacked.
         rank: number of rows of A in every layer.
@@ -92,6 +93,7 @@ def convert_model(
         base: where codes and scales are written as they are computed, and found if an earlier process computed them;
             None keeps them in memory.
         losses: runs a few training batches and yields the loss of each; needed by the `gradient` initialisation.
+        place: where the codes go; default: the device of the input embedding.
 
     Returns:
         The FALQON layers with the linear layers that each one replaces, and one record for every linear layer of the
@@ -131,7 +133,7 @@ def convert_model(
 
     groups = []
     for first, made in base.codes(quantized) if base is not None else ((name, quantized(name)) for name in names):
-        members, found = names[first], {key: tensor.to(device) for key, tensor in made.items()}
+        members, found = names[first], {key: tensor.to(place or device) for key, tensor in made.items()}
         widths = [structure.shape(name)[0] for name in members]
         biases = [getattr(model.get_submodule(name), "bias", None) for name in members]
         layer = FalqonLinear(

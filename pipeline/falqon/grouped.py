@@ -140,7 +140,7 @@ class LayerStack:
         biases = [layer.bias for layer in self.layers if layer.bias is not None]
         self.bias = torch.stack(biases) if biases else None
         for layer, codes, b in zip(self.layers, self.codes.unbind(), self.b.unbind(), strict=True):
-            layer.codes, layer.lora_B.data = codes, b
+            layer.code_bytes.data, layer.lora_B.data = codes.view(torch.uint8), b
 
     def _complete(self) -> bool:
         """Whether every layer's tensors are still views of the stacks: moving a module replaces them."""

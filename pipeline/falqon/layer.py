@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from fp8pipe.numerics.backends import backend
-from fp8pipe.numerics.grids import Scale
+from fp8pipe.numerics.grids import E4M3, Scale
 from fp8pipe.numerics.kinds import ScaleRule
 
 
@@ -52,7 +52,7 @@ class FalqonLinear(nn.Module):
         ValueError: `parts` do not add up to the rows of W, or the layer is live but its scales are not powers of two.
     """
 
-    codes: Tensor
+    code_bytes: Tensor
     scale: Tensor
     inverse_scale: Tensor | None
     columns: Tensor | None
@@ -80,7 +80,8 @@ class FalqonLinear(nn.Module):
             raise ValueError(f"parts {self.parts} do not add up to {self.out_features} rows")
         if live and scale.rule is ScaleRule.EXACT:
             raise ValueError("a live layer needs power-of-two scales: B's products share a buffer with FP8 values")
-        self.register_buffer("codes", codes)
+        # A parameter, as FSDP shards no buffers; of bytes, as DTensor cannot gather float8.
+        self.code_bytes = nn.Parameter(codes.view(torch.uint8), requires_grad=False)
         self.register_buffer("scale", scale.value)
         self.register_buffer("inverse_scale", scale.inverse_scale)
         # The scale, repeated for each column of a GEMM (padded to a multiple of 16); cached, as it never changes.
@@ -89,6 +90,11 @@ class FalqonLinear(nn.Module):
         self.register_buffer("one", None if columns is None else torch.ones_like(scale.value), persistent=False)
         self.register_buffer("bias", None if bias is None else bias.detach())
         self.lora_B = nn.Parameter(torch.zeros(self.out_features, rank, device=codes.device))
+
+    @property
+    def codes(self) -> Tensor:
+        """M = [W; A], `(out + rank, in)` float8_e4m3fn, a view of `code_bytes`."""
+        return self.code_bytes.view(E4M3.dtype)
 
     @property
     def code_scale(self) -> Scale:

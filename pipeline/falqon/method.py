@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -9,7 +12,8 @@ from fp8pipe.artifact import LayerRecord
 from fp8pipe.numerics.kinds import ScaleRule
 from pipeline.falqon.base_files import BaseFiles
 from pipeline.falqon.convert import FalqonGroup, convert_model
-from pipeline.falqon.flush import FlushReport, Inputs, flush_rows, merge_all, preview, select_rows
+from pipeline.falqon.final_merge import Inputs, merge_all, second_moments
+from pipeline.falqon.flush import FlushReport, flush_rows, preview, select_rows
 from pipeline.falqon.grouped import group_experts
 from pipeline.falqon.layer import FalqonLinear
 from pipeline.falqon.observed import Losses
@@ -30,6 +34,8 @@ class FalqonMethod(Method):
         initialisation: how A is initialised.
         seed: seed of the initialisation and of stochastic rounding.
     """
+
+    place: torch.device | None = None  # where codes wait if they will be sharded
 
     def __init__(
         self, rule: UpdateRule, *, rank: int, rows: int | None, initialisation: Initialisation, seed: int
@@ -52,9 +58,11 @@ class FalqonMethod(Method):
             ConfigurationError: the model cannot be converted (see `convert_model`).
         """
         settings = self.rule, self.rank, self.initialisation, self.seed
-        self.groups, records = convert_model(model, *settings, base=base, losses=losses)
+        self.groups, records = convert_model(model, *settings, base=base, losses=losses, place=self.place)
         self.layers = {group.name: group.layer for group in self.groups}
-        if next(model.parameters()).is_cuda:  # elsewhere experts run one by one, and nothing need be copied
+        if (
+            next(model.parameters()).is_cuda and self.place is None
+        ):  # elsewhere experts run one by one, and nothing need be copied
             group_experts(model)
         self.names = tuple(name for group in self.groups for name in group.members)
         return records
@@ -72,17 +80,26 @@ class FalqonMethod(Method):
         if not self.rule.flush_every_step:
             return None
         total = FlushReport()
-        for index, layer in enumerate(self.layers.values()):
+        for index, (name, layer) in enumerate(self.layers.items()):
             # Seeded by step and layer, so that a resumed run, or another process, draws the same numbers.
             generator = torch.Generator().manual_seed(hash((self.seed, step, index)) & 0x7FFFFFFF)
-            total += flush_rows(layer, select_rows(layer, self.rows), self.rule, generator, measure=measure)
+            with self.whole(name, layer):
+                total += flush_rows(layer, select_rows(layer, self.rows), self.rule, generator, measure=measure)
         return total
 
     def health(self, step: int) -> FlushReport:
         """Report what flushing B with rounding to nearest would do now, for a few layers that change with `step`."""
-        layers = list(self.layers.values())
-        stride = max(1, len(layers) // _HEALTH_LAYERS)
-        return sum((preview(layer) for layer in layers[step % stride :: stride]), FlushReport())
+        total = FlushReport()
+        for name in self.sample(step):
+            with self.whole(name, self.layers[name]):
+                total += preview(self.layers[name])
+        return total
+
+    def sample(self, step: int) -> list[str]:
+        """Names of a few layers, which change with `step`."""
+        names = list(self.layers)
+        stride = max(1, len(names) // _HEALTH_LAYERS)
+        return names[step % stride :: stride]
 
     def step_state(self) -> dict[str, Tensor]:
         """The tensors that training steps change: B, and the codes if the rule flushes every step."""
@@ -100,23 +117,39 @@ class FalqonMethod(Method):
 
     def deployed_weights(self) -> Weights:
         """FP8 codes in the checkpoint's orientation and fp32 scalar scales, by module path of the linear layer."""
-        weights: Weights = {}
-        for group in self.groups:
-            parts = group.layer.weight_codes.view(torch.uint8).split(group.layer.parts)
-            for name, part, transposed in zip(group.members, parts, group.transposed, strict=True):
-                codes = part.t().contiguous() if transposed else part.contiguous()
-                weights[name] = Deployed(codes.view(group.layer.codes.dtype), group.layer.scale.clone(), transposed)
-        return weights
+        return {name: weight for group in self.groups for name, weight in deployed_of(group).items()}
 
     def adapter(self) -> dict[str, Tensor]:
         """The codes and scale of A, and B, for each FALQON layer, as `NAME.lora_A`, `.lora_A_scale` and `.lora_B`."""
-        tensors: dict[str, Tensor] = {}
-        for name, layer in self.layers.items():
-            tensors[f"{name}.lora_A"] = layer.adapter_codes.clone()
-            tensors[f"{name}.lora_A_scale"] = layer.scale.clone()
-            tensors[f"{name}.lora_B"] = layer.lora_B.detach().clone()
-        return tensors
+        return {key: tensor for name, layer in self.layers.items() for key, tensor in adapter_of(name, layer).items()}
 
     def finish(self, model: nn.Module, inputs: Inputs) -> dict[str, FlushReport]:
         """Merge B into the codes with the rule's final merge; returns a report for each FALQON layer."""
-        return merge_all(model, self.layers, self.rule.final, inputs)
+        return merge_all(model, self.layers, self.rule.final, inputs, self.moments, self.whole)
+
+    def whole(self, name: str, layer: FalqonLinear) -> AbstractContextManager[Any]:
+        """A context in which `layer`, called `name`, has all of its tensors, which may be changed in place."""
+        return nullcontext()
+
+    def moments(self, model: nn.Module, layers: dict[str, FalqonLinear], inputs: Inputs) -> dict[str, Tensor]:
+        """The second moments of the inputs of layers; see `second_moments`."""
+        return second_moments(model, layers, inputs)
+
+
+def deployed_of(group: FalqonGroup) -> Weights:
+    """The deployed weights of one layer; see `FalqonMethod.deployed_weights`."""
+    weights: Weights = {}
+    parts = group.layer.weight_codes.view(torch.uint8).split(group.layer.parts)
+    for name, part, transposed in zip(group.members, parts, group.transposed, strict=True):
+        codes = part.t().contiguous() if transposed else part.contiguous()
+        weights[name] = Deployed(codes.view(group.layer.codes.dtype), group.layer.scale.clone(), transposed)
+    return weights
+
+
+def adapter_of(name: str, layer: FalqonLinear) -> dict[str, Tensor]:
+    """The adapter of one layer; see `FalqonMethod.adapter`."""
+    return {
+        f"{name}.lora_A": layer.adapter_codes.clone(),
+        f"{name}.lora_A_scale": layer.scale.clone(),
+        f"{name}.lora_B": layer.lora_B.detach().clone(),
+    }

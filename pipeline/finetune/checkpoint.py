@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
@@ -27,6 +28,13 @@ _PREFIX = "step-"
 _STATE, _TENSORS, _RUN = "state.json", "state", "run.json"
 _SUFFIX = ".safetensors"
 _SHARD_BYTES = 1 << 30  # limits host memory use, as safetensors copies all tensors of a file from the GPU at once
+
+
+Shard = dict[str, Tensor]
+
+
+def _as_it_is(shard: Shard) -> Shard:
+    return shard
 
 
 class CheckpointStore:
@@ -98,13 +106,17 @@ class CheckpointStore:
         found = self.root.glob(f"{_PREFIX}*/{_STATE}")
         return sorted(int(path.parent.name.removeprefix(_PREFIX)) for path in found)
 
-    def save(self, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> Path:
+    def save(
+        self, step: int, tensors: dict[str, Tensor], state: dict[str, Any], whole: Callable[[Shard], Shard] = _as_it_is
+    ) -> Path:
         """Write a checkpoint, then delete the oldest ones if there are more than `keep`.
 
         Args:
             step: number of completed steps.
             tensors: trained tensors and optimizer state.
             state: JSON-serializable state, such as the history of metrics.
+            whole: makes the tensors of a file whole, if they are distributed over processes; called for one file at a
+                time, in the order of `in_shards`.
 
         Returns:
             The directory of the checkpoint.
@@ -114,7 +126,7 @@ class CheckpointStore:
         shutil.rmtree(scratch, ignore_errors=True)
         shutil.rmtree(target, ignore_errors=True)
         scratch.mkdir(parents=True)
-        _write_shards(scratch, _TENSORS, tensors)
+        _write_shards(scratch, _TENSORS, in_shards(tensors), whole)
         _atomic_text(scratch / _STATE, json.dumps({"step": step, **state}))
         scratch.rename(target)
         sync(self.root)
@@ -173,11 +185,9 @@ def restore_optimizer(
     optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
-def _write_shards(folder: Path, stem: str, tensors: dict[str, Tensor]) -> None:
-    """Write tensors to `STEM.safetensors`, or, if larger than a shard, to `STEM-0001-of-0003.safetensors` and so on."""
-    for stale in folder.glob(f"{stem}*{_SUFFIX}"):
-        stale.unlink()
-    shards: list[dict[str, Tensor]] = [{}]
+def in_shards(tensors: dict[str, Tensor]) -> list[Shard]:
+    """The tensors of each file of a checkpoint, in order; sizes are those of whole tensors."""
+    shards: list[Shard] = [{}]
     used = 0
     for name, tensor in tensors.items():
         size = tensor.numel() * tensor.element_size()
@@ -186,9 +196,14 @@ def _write_shards(folder: Path, stem: str, tensors: dict[str, Tensor]) -> None:
             used = 0
         shards[-1][name] = tensor
         used += size
+    return shards
+
+
+def _write_shards(folder: Path, stem: str, shards: list[Shard], whole: Callable[[Shard], Shard]) -> None:
+    """Write `STEM.safetensors`, or, if there are several shards, `STEM-0001-of-0003.safetensors` and so on."""
     for index, shard in enumerate(shards, 1):
         part = f"-{index:04d}-of-{len(shards):04d}" if len(shards) > 1 else ""
-        _write(folder / f"{stem}{part}{_SUFFIX}", shard)
+        _write(folder / f"{stem}{part}{_SUFFIX}", whole(shard))
 
 
 def _load_shards(folder: Path, stem: str) -> dict[str, Tensor]:

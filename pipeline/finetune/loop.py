@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from functools import reduce
 from operator import add
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ from fp8pipe.core.errors import ConfigurationError
 from fp8pipe.core.plan import enter_phase
 from fp8pipe.models.compat import import_package
 from pipeline.falqon.flush import FlushReport
-from pipeline.finetune.batches import Batches
+from pipeline.finetune.batches import Batch, Batches
 from pipeline.finetune.checkpoint import CheckpointStore, optimizer_tensors, restore_optimizer
 from pipeline.finetune.compiled import compile_layers
 from pipeline.finetune.config import FinetuneConfig, learning_rate_at
@@ -107,8 +107,8 @@ class Trainer:
         )
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        losses, answers, tokens = self._accumulate()
-        norms = torch.nn.utils.clip_grad_norm_(list(self.names), config.clip_norm, foreach=True)
+        losses, answers, tokens = self.accumulate()
+        norms = self.clip()
         # All values are read together, so that there is only one GPU synchronization.
         *parts, norm = torch.stack([*losses, norms]).cpu().tolist()
         loss = reduce(add, parts, 0.0)
@@ -128,27 +128,38 @@ class Trainer:
             "flush_share": (ended - before_flush) / seconds,
         }  # fmt: skip
 
-    def _accumulate(self) -> tuple[list[Tensor], int, int]:
+    def accumulate(self) -> tuple[list[Tensor], int, int]:
         """Run the forward and backward passes of the step's micro-batches.
 
         Returns:
             The contribution of each micro-batch to the step's mean loss (scalars), the number of answer tokens, and the
             number of all real tokens.
         """
-        config = self.config
-        first = self.step * config.gradient_accumulation
-        batches = [self.train_batches.at(first + i) for i in range(config.gradient_accumulation)]
+        batches = self.micro_batches()
         answers = sum(answer_count(batch.labels) for batch in batches)
         losses = []
         for batch in batches:
             if answer_count(batch.labels) == 0:
                 continue
-            with self.method.forward_context():
-                inputs = model_inputs(batch, config.device)
-                loss = answer_loss(self.model, inputs, batch.labels, float(answers))
-            loss.backward()
-            losses.append(loss.detach())
+            losses.append(self.backward(batch, answers))
         return losses, answers, sum(batch.tokens for batch in batches)
+
+    def micro_batches(self) -> list[Batch]:
+        """The micro-batches of the next step."""
+        count = self.config.gradient_accumulation
+        return [self.train_batches.at(self.step * count + i) for i in range(count)]
+
+    def backward(self, batch: Batch, answers: int) -> Tensor:
+        """Run one micro-batch of a step that has that many answer tokens; returns its detached loss."""
+        with self.method.forward_context():
+            inputs = model_inputs(batch, self.config.device)
+            loss = answer_loss(self.model, inputs, batch.labels, float(answers))
+        loss.backward()
+        return loss.detach()
+
+    def clip(self) -> Tensor:
+        """Scale the gradients down to the norm limit, if they exceed it; returns their norm before that, a scalar."""
+        return torch.nn.utils.clip_grad_norm_(list(self.names), self.config.clip_norm, foreach=True)
 
     def _health(self) -> Metrics:
         """Metrics of this step's flush, or, if there was none, of a hypothetical flush of the pending update."""
@@ -160,16 +171,23 @@ class Trainer:
 
     def _evaluate(self) -> None:
         enter_phase("evaluate")
+        self.record({"step": self.step, "heldout_loss": self.heldout_loss()})
+
+    def heldout_loss(self) -> float:
+        """The held-out loss of the model as it is, nats per answer token."""
         batches = (self.heldout_batches.at(i) for i in range(len(self.heldout_batches)))
-        loss = heldout_loss(self.model, batches, self.config.device, self.method.forward_context())
-        self.record({"step": self.step, "heldout_loss": loss})
+        return heldout_loss(self.model, batches, self.config.device, self.method.forward_context())
 
     def record(self, figures: Metrics) -> None:
         """Append metrics, by name, to the history and to the metrics file, and log them."""
         self.history.append(figures)
-        with self.metrics_file.open("a") as handle:
-            handle.write(json.dumps(figures) + "\n")
+        self.write_metrics([figures], "a")
         _LOG.info("%s", "  ".join(f"{key} {_brief(value)}" for key, value in figures.items()))
+
+    def write_metrics(self, lines: list[Metrics], mode: Literal["a", "w"]) -> None:
+        """Append lines to the metrics file, or replace what is in it."""
+        with self.metrics_file.open(mode) as handle:
+            handle.write("".join(json.dumps(line) + "\n" for line in lines))
 
     def _diverged(self, observed: str) -> ConfigurationError:
         kept = self.store.steps()
@@ -188,23 +206,34 @@ class Trainer:
             ConfigurationError: a parameter is NaN or infinite; such a state must not replace a good checkpoint.
         """
         enter_phase("save")
-        if not all(bool(torch.isfinite(parameter).all()) for parameter in self.names):
+        if not self.finite():
             raise self._diverged("parameters that are not finite")
-        tensors = self.method.step_state() | optimizer_tensors(self.optimizer, self.names)
+        self.write_checkpoint(self.method.step_state() | optimizer_tensors(self.optimizer, self.names))
+
+    def finite(self) -> bool:
+        """Whether no parameter is NaN or infinite."""
+        return all(bool(torch.isfinite(parameter).all()) for parameter in self.names)
+
+    def write_checkpoint(self, tensors: dict[str, Tensor]) -> None:
+        """Write a checkpoint of these tensors."""
         self.store.save(self.step, tensors, {"history": self.history})
 
     def resume(self) -> bool:
         """Restore the newest checkpoint; returns False if there is none."""
         steps = self.store.steps()
         if not steps:
-            self.metrics_file.write_text("")
+            self.write_metrics([], "w")
             return False
         tensors, state = self.store.load(steps[-1])
+        self.restore(tensors)
+        self.step, self.history = int(state["step"]), list(state["history"])
+        self.write_metrics(self.history, "w")
+        return True
+
+    def restore(self, tensors: dict[str, Tensor]) -> None:
+        """Restore the tensors of a checkpoint in place."""
         self.method.load_step_state({k: v for k, v in tensors.items() if not k.startswith("optimizer/")})
         restore_optimizer(self.optimizer, self.names, tensors)
-        self.step, self.history = int(state["step"]), list(state["history"])
-        self.metrics_file.write_text("".join(json.dumps(line) + "\n" for line in self.history))
-        return True
 
     def calibration_inputs(self) -> Iterator[dict[str, Tensor]]:
         """Model inputs from the first training batches: about `final_merge_batches` sequences, for the final merge.

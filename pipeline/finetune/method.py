@@ -25,7 +25,8 @@ from fp8pipe.core.errors import ConfigurationError
 from fp8pipe.models.compat import import_package
 from pipeline.falqon.base_files import BaseFiles
 from pipeline.falqon.convert import left_out_records, read_convertible
-from pipeline.falqon.flush import FlushReport, Inputs
+from pipeline.falqon.final_merge import Inputs
+from pipeline.falqon.flush import FlushReport
 from pipeline.falqon.observed import Losses
 from pipeline.finetune.weights import Deployed, Weights
 

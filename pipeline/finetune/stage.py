@@ -10,49 +10,40 @@ import hashlib
 import json
 import logging
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 from fp8pipe.artifact import (
     Artifact,
-    ArtifactWriter,
-    Comparison,
-    Gate,
     LayerRecord,
-    NumberFormat,
-    Verdict,
     check_place,
 )
-from fp8pipe.artifact.kinds import FALQON_KIND, LORA_KIND, HeldoutLoss, PackingFacts, TunedDetails
+from fp8pipe.artifact.kinds import FALQON_KIND, LORA_KIND, PackingFacts
 from fp8pipe.core.devices import on_device
 from fp8pipe.core.plan import by_reason, enter_phase, refuse_impossible
 from fp8pipe.core.progress import track
 from fp8pipe.models.checkpoint.names import checkpoint_names
 from fp8pipe.models.checkpoint.quantized.base import read_base
-from fp8pipe.models.checkpoint.tensors import model_parent
 from fp8pipe.models.language.base import check_base, check_values
-from fp8pipe.models.language.ending import GENERATION_FILE
 from fp8pipe.models.language.sources import ModelSource, resolve_model
-from fp8pipe.numerics.backends import library
 from fp8pipe.numerics.bf16 import widen_bf16_products
 from pipeline.falqon.base_files import BaseFiles
 from pipeline.falqon.convert import read_convertible
-from pipeline.falqon.method import FalqonMethod
 from pipeline.finetune.checkpoint import CheckpointStore
 from pipeline.finetune.config import FinetuneConfig
+from pipeline.finetune.deploy import Run, deploy
 from pipeline.finetune.image_check import check_images
-from pipeline.finetune.kv_cache import measure_kv_cache
 from pipeline.finetune.loading import least_memory, load_model, weights_digest
-from pipeline.finetune.loop import Trainer, plot_run
-from pipeline.finetune.loss import answer_count, answer_loss, heldout_loss, model_inputs
-from pipeline.finetune.method import LoraMethod, Method, export_warnings
+from pipeline.finetune.loss import answer_count, answer_loss, model_inputs
+from pipeline.finetune.method import Method, export_warnings
 from pipeline.finetune.packing import find_packing, give_masks, packing_warning
+from pipeline.finetune.processes import Processes, processes_of
 from pipeline.finetune.room import check_room
 from pipeline.finetune.text import TrainingText, load_text
-from pipeline.finetune.weights import merge_facts, renamed, write_deployed
 
 _LOG = logging.getLogger(__name__)
 _CHECKPOINTS, _METRICS, _PLOT = "checkpoints", "metrics.jsonl", "plot.png"
@@ -74,8 +65,20 @@ def finetune(config: FinetuneConfig, output: Path, *, force: bool = False, resum
         Fp8PipeError: the stage failed; checkpoints written so far are kept in `OUTPUT.partial`.
     """
     config = on_device(config)
-    check_place(output, force=force, resume=resume)
     widen_bf16_products()
+    with processes_of(config) as processes:
+
+        def read() -> tuple[ModelSource, TrainingText]:
+            if processes.main:  # when others come here, it may have begun to write
+                check_place(output, force=force, resume=resume)
+            return _read_inputs(config)
+
+        source, text = processes.in_turn(read)
+        return tune(config, source, text, output, force=force, resume=resume, processes=processes)
+
+
+def _read_inputs(config: FinetuneConfig) -> tuple[ModelSource, TrainingText]:
+    """Find the base model and read the text, and refuse what cannot be used."""
     source = resolve_model(config.model)
     structure = check_base(source.path, config.model)
     if config.device == "cpu":
@@ -83,7 +86,7 @@ def finetune(config: FinetuneConfig, output: Path, *, force: bool = False, resum
     enter_phase("text")
     text = load_text(config, source)
     check_values(source.path, config.model, structure)
-    return tune(config, source, text, output, force=force, resume=resume)
+    return source, text
 
 
 def tune(
@@ -94,13 +97,15 @@ def tune(
     *,
     force: bool = False,
     resume: bool = False,
+    processes: Processes | None = None,
 ) -> Artifact:
     """Run the rest of the stage after the text has been loaded; for the arguments see `finetune`.
 
     It calls `enter_phase` at the beginning of each phase, by which dry runs measure memory and time.
     """
     kind = FALQON_KIND if config.method == "falqon" else LORA_KIND
-    with ArtifactWriter(output, kind=kind, stage="finetune", force=force, resume=resume) as writer:
+    processes = processes or Processes()
+    with processes.writer(output, kind=kind, stage="finetune", force=force, resume=resume) as writer:
         for warning in [*read_base(source.path).warnings(), *text.warnings]:
             writer.warn(warning)
         enter_phase("load")
@@ -112,12 +117,15 @@ def tune(
         text = _keep_apart(config, model, text)
         if warning := packing_warning(text.packing):
             writer.warn(warning)
-        method = build_method(config)
         store = CheckpointStore(writer.root / _CHECKPOINTS, config.keep_checkpoints)
+        method = processes.method(config, store)
         enter_phase("prepare")
-        records = _prepare(config, source, model, method, store, text)
-        trainer = Trainer(config, model, method, text.train, text.heldout, store, writer.root / _METRICS)
-        check_room(config, source.path, trainer, writer.root, names.values())
+        key = _run_key(config, source, text)
+        processes.same(key, "the configuration or an input")
+        records = processes.in_turn(lambda: _prepare(config, model, method, store, text, key))
+        trainer = processes.trainer(config, model, method, text.train, text.heldout, store, writer.root / _METRICS)
+        if processes.main:
+            check_room(config, source.path, trainer, writer.root, names.values())
         if trainer.resume():
             _LOG.info("resumed after step %d", trainer.step)
         _LOG.info("converted %d of %d linear layers", len(method.names), len(records))
@@ -125,7 +133,8 @@ def tune(
             _LOG.info("left out: %s", left_out)
         with track(config.steps, "training", done=trainer.step) as progress:
             trainer.run(lambda m: progress.advance(loss=m["loss"], tokens_per_second=m["tokens_per_second"]))
-        return _deploy(config, source, text, writer, trainer, records, names)
+        run = Run(config, source, text, names, records, processes)
+        return deploy(run, trainer, writer, exclude=[_CHECKPOINTS], volatile=[_METRICS], plot=_PLOT)
 
 
 def _keep_apart(config: FinetuneConfig, model: nn.Module, text: TrainingText) -> TrainingText:
@@ -149,25 +158,26 @@ def _keep_apart(config: FinetuneConfig, model: nn.Module, text: TrainingText) ->
     return replace(text, packing=found)
 
 
-def build_method(config: FinetuneConfig) -> Method:
-    """Create the configured training method."""
-    if config.method == "falqon":
-        how = config.initialisation or config.rule.initialisation
-        return FalqonMethod(config.rule, rank=config.rank, rows=config.rows, initialisation=how, seed=config.seed)
-    alpha = config.rank if config.lora_alpha is None else config.lora_alpha
-    return LoraMethod(rank=config.rank, alpha=alpha, seed=config.seed, quantized=config.method == "qlora")
+@dataclass(frozen=True, slots=True)
+class _RunKey:
+    """What determines a run, for refusing to resume another one: the configuration, and digests of all inputs."""
+
+    described: dict[str, Any]
+    inputs: dict[str, str]
 
 
-def _prepare(
-    config: FinetuneConfig, source: ModelSource, model: nn.Module, method: Method, store: CheckpointStore,
-    text: TrainingText,
-) -> list[LayerRecord]:  # fmt: skip
+def _run_key(config: FinetuneConfig, source: ModelSource, text: TrainingText) -> _RunKey:
     described = config.model_dump(mode="json")
     if config.packing and text.packing is not None and text.packing.how != "positions":
         described["packing"] = text.packing.how  # so that a run cannot be resumed with different packing
-    inputs = text.digests | {f"the weights of {config.model}": weights_digest(source.path)}
+    return _RunKey(described, text.digests | {f"the weights of {config.model}": weights_digest(source.path)})
+
+
+def _prepare(
+    config: FinetuneConfig, model: nn.Module, method: Method, store: CheckpointStore, text: TrainingText, key: _RunKey
+) -> list[LayerRecord]:
     if started := store.started():
-        store.check_config(described, inputs)
+        store.check_config(key.described, key.inputs)
 
     def losses() -> Iterator[torch.Tensor]:
         for index in range(config.gradient_batches):
@@ -176,68 +186,8 @@ def _prepare(
                 inputs, answers = model_inputs(batch, config.device), max(1.0, answer_count(batch.labels))
                 yield answer_loss(model, inputs, batch.labels, answers)
 
-    key = hashlib.sha256(json.dumps([described, inputs], sort_keys=True).encode()).hexdigest()
-    records = method.prepare(model, BaseFiles(store.root, key), losses)
+    digest = hashlib.sha256(json.dumps([key.described, key.inputs], sort_keys=True).encode()).hexdigest()
+    records = method.prepare(model, BaseFiles(store.root, digest), losses)
     if not started:
-        store.begin(described, inputs)
+        store.begin(key.described, key.inputs)
     return records
-
-
-def _deploy(
-    config: FinetuneConfig,
-    source: ModelSource,
-    text: TrainingText,
-    writer: ArtifactWriter,
-    trainer: Trainer,
-    records: list[LayerRecord],
-    names: dict[str, str],
-) -> Artifact:
-    """Merge the adapter, evaluate the deployed weights, write them, read them back, and commit the artifact."""
-    model, method = trainer.model, trainer.method
-    enter_phase("final merge")
-    flushed = method.finish(model, trainer.calibration_inputs)
-    heldout = (text.heldout.at(i) for i in range(len(text.heldout)))
-    enter_phase("evaluate")
-    deployed = heldout_loss(model, heldout, config.device)
-    untuned = next(line["heldout_loss"] for line in trainer.history if "heldout_loss" in line)
-    trainer.record({"step": trainer.step, "deployed_loss": deployed})
-    enter_phase("calibrate")
-    kv_cache, missing = measure_kv_cache(model, text.train, text.heldout, names, config.device)
-    if missing:
-        writer.warn(f"this model cannot be exported with an FP8 key/value cache: {missing}")
-    enter_phase("write")
-    transposed = write_deployed(writer, source.path, method.deployed_weights(), method.adapter(), names)
-    if text.template.origin == "plain":  # not the base model's own template, so it must be stored for serving
-        (writer.root / "chat_template.jinja").write_text(text.template.template, encoding="utf-8")
-    if text.ending.settings is not None:  # engines must stop at the token that ends the trained answers
-        (writer.root / GENERATION_FILE).write_text(text.ending.text, encoding="utf-8")
-    learned = Gate(
-        name="held-out loss of the deployed weights", value=deployed, comparison=Comparison.BELOW,
-        threshold=untuned, detail="nats per answer token; below the untuned model", failure=Verdict.REGRESSION,
-    )  # fmt: skip
-    writer.gate(learned)
-    if not learned.passed:
-        writer.warn(
-            f"the tuned model is no better on held-out text than the untuned one ({deployed:.4f}, {untuned:.4f})"
-        )
-    plot_run(trainer.history, writer.root / _PLOT, f"{config.method} on {source.origin}")
-    falqon = config.method == "falqon"
-    return writer.commit(
-        config=config.model_dump(mode="json"),
-        seed=config.seed,
-        parents=[model_parent(source.path, source.origin, read_base(source.path).stored)],
-        number_format=NumberFormat(name="e4m3", granularity="per-tensor") if falqon else None,
-        runtime={
-            "device": config.device, "threads": torch.get_num_threads(), "native": library() is not None,
-            "attention": getattr(model.config, "_attn_implementation", None), "compiled": trainer.compiled,
-        },
-        layers=renamed(records, names),
-        details=TunedDetails(
-            adapter="flushed" if falqon else "merged", rule=config.update_rule if falqon else None, rank=config.rank,
-            base_dtype=config.dtype, transposed=transposed, data=text.facts, packing=text.packing,
-            stop_token_added=text.ending.added,
-            **merge_facts(flushed, names),
-            heldout_loss=HeldoutLoss(untuned=untuned, deployed=deployed), kv_cache=kv_cache,
-        ),
-        exclude=[_CHECKPOINTS], volatile=[_METRICS, _PLOT],
-    )  # fmt: skip

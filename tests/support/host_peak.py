@@ -33,7 +33,7 @@ from pipeline.falqon import base_files
 from pipeline.finetune.config import FinetuneConfig
 from pipeline.finetune.loading import load_model
 from pipeline.finetune.loss import answer_loss
-from pipeline.finetune.stage import build_method
+from pipeline.finetune.processes import build_method
 
 SHAPES = {"hidden_size": 384, "intermediate_size": 1032, "num_attention_heads": 4, "vocab_size": 3000}
 RANK, BATCH, LENGTH = 6, 4, 24

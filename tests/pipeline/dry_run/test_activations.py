@@ -14,7 +14,7 @@ from pipeline.falqon.convert import read_convertible
 from pipeline.finetune.attention import use_matmul_attention
 from pipeline.finetune.config import FinetuneConfig
 from pipeline.finetune.loss import answer_loss
-from pipeline.finetune.stage import build_method
+from pipeline.finetune.processes import build_method
 
 BATCH, LENGTH, RANK = 4, 64, 8
 SIZES = {

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from fp8pipe.models.compat import import_transformers
-from pipeline.falqon import flush
+from pipeline.falqon import final_merge
 from pipeline.falqon.convert import convert_model
-from pipeline.falqon.flush import merge_all
+from pipeline.falqon.final_merge import merge_all
 from pipeline.falqon.rules import FinalMerge, Initialisation, update_rule
 
 
@@ -52,7 +52,7 @@ def test_merging_leaves_the_function_nearly_alone_and_clears_b(tuned):
 
 def test_a_small_memory_budget_gives_the_same_codes_up_to_the_order_of_merging(tuned, monkeypatch):
     model, layers, batches = tuned
-    monkeypatch.setattr(flush, "_MOMENT_BYTES", 1)  # one layer at a time
+    monkeypatch.setattr(final_merge, "_MOMENT_BYTES", 1)  # one layer at a time
     passes = []
     reports = merge_all(model, layers, FinalMerge.COMPENSATED, lambda: passes.append(1) or batches)
     assert len(passes) == len(layers)

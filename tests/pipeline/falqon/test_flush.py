@@ -9,11 +9,11 @@ import torch
 
 from fp8pipe.numerics.grids import E4M3
 from fp8pipe.numerics.kinds import ScaleRule
+from pipeline.falqon.final_merge import held_moments
 from pipeline.falqon.flush import (
     FlushReport,
     flush_report,
     flush_rows,
-    held_moments,
     preview,
     select_rows,
     stochastic_round,

@@ -125,7 +125,7 @@ def test_a_tensor_replaced_in_a_layer_is_seen(monkeypatch: pytest.MonkeyPatch) -
     x, index = torch.randn(8, 64, dtype=torch.bfloat16), torch.zeros(8, 1, dtype=torch.int64)
     first = results(model, x, index)[0]
     layer = method.layers["model.layers.0.mlp.experts.0.down_proj"]
-    layer.codes, layer.lora_B.data = layer.codes.clone(), layer.lora_B.data + 1.0
+    layer.code_bytes.data, layer.lora_B.data = layer.code_bytes.clone(), layer.lora_B.data + 1.0
     assert not torch.equal(results(model, x, index)[0], first)
 
 
@@ -258,7 +258,7 @@ def counted(experts: int, together: bool, monkeypatch: pytest.MonkeyPatch) -> tu
             for name, buffer in layer._buffers.items():
                 layer._buffers[name] = None if buffer is None else on_cuda(buffer)
             for name, parameter in layer._parameters.items():
-                layer._parameters[name] = torch.nn.Parameter(on_cuda(parameter))
+                layer._parameters[name] = torch.nn.Parameter(on_cuda(parameter), parameter.requires_grad)
         if together:
             grouped.group_experts(module)
         module.call_all = not together

@@ -34,7 +34,8 @@ from pipeline.finetune.image_check import check_images
 from pipeline.finetune.loading import load_model
 from pipeline.finetune.loss import answer_loss, model_inputs
 from pipeline.finetune.plan import plan_finetune
-from pipeline.finetune.stage import build_method, finetune
+from pipeline.finetune.processes import build_method
+from pipeline.finetune.stage import finetune
 
 ALL = [*PICTURED, *IMAGE_FAMILIES]
 

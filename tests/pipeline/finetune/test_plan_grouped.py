@@ -23,7 +23,7 @@ from pipeline.finetune.batches import Batch
 from pipeline.finetune.config import FinetuneConfig
 from pipeline.finetune.loop import Trainer
 from pipeline.finetune.plan import plan_finetune
-from pipeline.finetune.stage import build_method
+from pipeline.finetune.processes import build_method
 
 EXPERTS, HOPPER, ADA = 16, (9, 0), (8, 9)
 SHAPES = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -22,6 +23,12 @@ def batch(number: int, answers: int) -> Batch:
     labels[0, 1 : 1 + answers] = 7
     ids = torch.full((1, 16), number)
     return Batch(ids, labels, torch.arange(16)[None], 10 + number, answers, (number,))
+
+
+def own_methods(trainer: SimpleNamespace, *names: str) -> None:
+    """Gives what stands for a trainer these methods of `Trainer`."""
+    for name in names:
+        setattr(trainer, name, partial(getattr(Trainer, name), trainer))
 
 
 class Data:
@@ -48,7 +55,8 @@ def test_a_step_takes_its_own_batches_and_no_others(monkeypatch, step, accumulat
         config=SimpleNamespace(gradient_accumulation=accumulation, device="cpu"), step=step, train_batches=data,
         model=None, method=SimpleNamespace(forward_context=nullcontext),
     )  # fmt: skip
-    losses, answers, tokens = Trainer._accumulate(trainer)
+    own_methods(trainer, "micro_batches", "backward")
+    losses, answers, tokens = Trainer.accumulate(trainer)
     assert data.asked == asked
     counts = {number: data.answers[number % 5] for number in asked}
     assert answers == sum(counts.values())
@@ -89,6 +97,7 @@ def test_a_resumed_run_continues_from_the_newest_checkpoint_alone(monkeypatch, t
         method=SimpleNamespace(load_step_state=lambda state: taken.update(method=state)),
         metrics_file=tmp_path / "metrics.jsonl",
     )  # fmt: skip
+    own_methods(trainer, "restore", "write_metrics")
     assert Trainer.resume(trainer) is True
     assert (trainer.step, trainer.history) == (8, [{"step": 8}])
     assert list(taken["method"]) == ["codes"]

@@ -15,7 +15,7 @@ from fp8pipe.models.compat import import_transformers
 from pipeline.finetune.batches import Batch
 from pipeline.finetune.config import FinetuneConfig
 from pipeline.finetune.loop import Trainer
-from pipeline.finetune.stage import build_method
+from pipeline.finetune.processes import build_method
 
 SHAPES = {
     "hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32, "num_hidden_layers": 2,

@@ -1,0 +1,35 @@
+"""Lets a command run as several processes of a launcher such as torchrun: one reports the result, one an error."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import click
+
+from fp8pipe.cli.common import failure_of
+
+__all__ = ["one_report"]
+
+
+@contextmanager
+def one_report() -> Iterator[bool]:
+    """A context for a command's work; the value is whether this process reports the result.
+
+    Of the errors of several processes, only the first is raised; the other processes end without printing, with the
+    same exit code.
+    """
+    from pipeline.finetune.distributed.launch import launched, own_failure
+
+    place = launched()
+    try:
+        yield place is None or place.rank == 0
+    except BaseException as error:
+        if place is None:
+            raise
+        printed, code = own_failure(place, error, failure_of(error).exit_code)
+        if printed is None:
+            raise click.exceptions.Exit(code) from error
+        if printed is error:
+            raise
+        raise printed from error

@@ -1,0 +1,161 @@
+"""The process group of a run, and how its processes take turns, agree, and exchange values."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import logging
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, Final, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch._C._distributed_c10d import PrefixStore, Store
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from fp8pipe.core.errors import ConfigurationError, GateFailedError, MissingCapabilityError
+from pipeline.finetune.distributed.launch import Place
+
+if TYPE_CHECKING:
+    from pipeline.finetune.distributed.processes import SeveralProcesses
+
+_LOG = logging.getLogger(__name__)
+T = TypeVar("T")
+# Only what no failure of a process ends: a computation that takes longer between two operations is taken for stuck.
+_TIMEOUT: Final = timedelta(minutes=30)
+_POLL_S: Final = 0.1
+_runs = itertools.count()  # of this process: a script may call for several, in the same order in all processes
+
+
+class Group:
+    """The processes of a run.
+
+    Args:
+        place: the place of this process.
+        device: `cpu` or `cuda`.
+        store: the key-value store of this run alone.
+
+    Attributes:
+        rank: number of this process.
+        size: number of processes.
+        mesh: all processes in one dimension.
+    """
+
+    def __init__(self, place: Place, device: str, store: Store) -> None:
+        self.device, self.store = device, store
+        self.rank, self.size = place.rank, place.size
+        self.mesh: DeviceMesh = init_device_mesh(device, (place.size,))
+        self._turns = 0
+
+    def in_turn(self, function: Callable[[], T]) -> T:
+        """The result of `function`, which rank 0 runs before the others do, however long that takes."""
+        self._turns += 1
+        key = f"turn/{self._turns}"
+        if self.rank == 0:
+            result = function()
+            self.store.set(key, "over")
+            return result
+        self.wait(key)
+        return function()
+
+    def wait(self, key: str) -> None:
+        """Wait until rank 0 has set this key of the store; unlike in a collective operation, for any time."""
+        while not self.store.check([key]):
+            time.sleep(_POLL_S)
+
+    def total(self, values: Tensor) -> Tensor:
+        """The sum of `values`, of any dtype and shape, over all processes, on the CPU."""
+        summed = values.to(self.device, copy=True)
+        dist.all_reduce(summed)
+        return summed.cpu()
+
+    def everyones(self, value: T) -> list[T]:
+        """`value` of each process, by rank."""
+        found: list[Any] = [None] * self.size
+        dist.all_gather_object(found, value)
+        return found
+
+    def require_same(self, value: object, what: str) -> None:
+        """Make sure that `value` is the same in all processes.
+
+        Raises:
+            ConfigurationError: it differs; the message names the ranks.
+        """
+        found = self.everyones(repr(value))
+        if others := [rank for rank, one in enumerate(found) if one != found[0]]:
+            raise ConfigurationError(
+                f"{what} differs between the processes of this run",
+                why=f"rank 0 has {_brief(found[0], found[others[0]])}; rank {others[0]} has "
+                f"{_brief(found[others[0]], found[0])}",
+                fix="give every process the same options, files and versions of packages",
+            )
+
+    def require_equal(self, tensors: dict[str, Tensor]) -> None:
+        """Make sure that tensors that every process has computed are the same everywhere, bit for bit.
+
+        Raises:
+            GateFailedError: they differ; the message names the first tensor that does.
+        """
+        found = self.everyones({name: _digest(tensor) for name, tensor in tensors.items()})
+        for name in tensors:
+            if others := [rank for rank, one in enumerate(found) if one[name] != found[0][name]]:
+                raise GateFailedError(
+                    f"{name} is not the same in all processes",
+                    why=f"ranks {', '.join(map(str, others))} have other bits than rank 0 (sha256)",
+                    fix="use GPUs of one kind; if they are, check them for errors. --resume goes back to the last "
+                    "checkpoint",
+                )
+
+
+@contextmanager
+def joined(place: Place, device: str) -> Iterator[SeveralProcesses]:
+    """The processes of a run on `device`, one of its devices for each process, for as long as the context lasts.
+
+    Raises:
+        ConfigurationError: the script has made a process group of its own.
+        MissingCapabilityError: there are more processes on this machine than GPUs.
+    """
+    from pipeline.finetune.distributed.processes import SeveralProcesses
+
+    own: torch.device | None = None
+    if device == "cuda":
+        count = torch.cuda.device_count()
+        if place.local >= count:
+            raise MissingCapabilityError(
+                f"there are more processes on this machine than its {count} GPU(s)",
+                why=f"this one is number {place.local + 1}, and each needs a GPU of its own",
+                fix=f"start at most {count} (--nproc-per-node {count})",
+            )
+        own = torch.device("cuda", place.local)
+        torch.cuda.set_device(own)
+    backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
+    if dist.is_initialized():
+        raise ConfigurationError(
+            "a process group exists already",
+            why="this script has called torch.distributed.init_process_group",
+            fix="leave that to fp8pipe, or call destroy_process_group before",
+        )
+    store = PrefixStore(f"fp8pipe/run/{next(_runs)}", place.store)
+    dist.init_process_group(
+        backend, store=store, rank=place.rank, world_size=place.size, timeout=_TIMEOUT, device_id=own
+    )
+    _LOG.info("%d processes, connected by %s", place.size, backend)
+    yield SeveralProcesses(Group(place, device, store))
+    # Only after success, as it would wait for operations that are pending after an error.
+    dist.barrier()  # rank 0 may hold the store, so it must not leave first
+    dist.destroy_process_group()
+
+
+def _digest(tensor: Tensor) -> str:
+    values: Any = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return hashlib.sha256(values).hexdigest()
+
+
+def _brief(mine: str, other: str) -> str:
+    """The place at which a text begins to differ from another one."""
+    start = next((i for i, (a, b) in enumerate(zip(mine, other, strict=False)) if a != b), min(len(mine), len(other)))
+    return f"...{mine[max(0, start - 40) : start + 40]}..."

@@ -1,0 +1,172 @@
+"""Whether this process is one of several that a launcher such as torchrun started, and what it owes the others.
+
+The processes meet in the launcher's key-value store, before any of them computes. There, a process that fails says so,
+and the first to do so is the only one that prints its error: the failures of the others are consequences, or the same
+error again. A process whose error comes from a lost connection ends in the same way. A thread watches the store, so
+that a process that waits for others, possibly inside a collective operation, ends as well.
+"""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import os
+import platform
+import sys
+import threading
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from functools import lru_cache
+from typing import Any, Final
+
+from fp8pipe.core.errors import ConfigurationError, Fp8PipeError, InterruptedRunError
+from fp8pipe.core.progress import configure
+
+_LOG = logging.getLogger(__name__)
+_FAILED: Final = "fp8pipe/failed"
+_VARIABLES: Final = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+_MEETING: Final = timedelta(minutes=5)  # in which all processes must have started
+_WATCH_S: Final = 1.0
+_GRACE_S: Final = 10.0  # in which a process may end by itself after another has failed
+# What gloo and NCCL say when another process is gone; both raise plain RuntimeErrors, too.
+_LOST: Final = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process", "NCCL")
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """The place of this process among several.
+
+    Attributes:
+        rank: number of the process, from 0.
+        size: number of processes.
+        local: number of the process among those on its machine.
+        store: the key-value store of the processes (`torch.distributed.Store`).
+    """
+
+    rank: int
+    size: int
+    local: int
+    store: Any
+
+    def fail(self, exit_code: int) -> bool:
+        """Tell the others that this process has failed; returns whether it is the first to do so."""
+        mine = f"{self.rank} {exit_code}"
+        return bool(self.store.compare_set(_FAILED, "", mine).decode() == mine)
+
+    def failed(self) -> tuple[int, int] | None:
+        """Rank and exit code of the first process that has failed, if one has."""
+        if not self.store.check([_FAILED]):
+            return None
+        rank, code = map(int, self.store.get(_FAILED).decode().split())
+        return rank, code
+
+
+@lru_cache(maxsize=1)
+def launched() -> Place | None:
+    """The place of this process among those that a launcher started; None if it runs alone.
+
+    The first call meets the other processes, silences all but that of rank 0, and starts to watch for failures.
+
+    Raises:
+        ConfigurationError: the launcher's environment variables are incomplete, or processes did not start in time.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return None
+    if missing := [name for name in _VARIABLES if name not in os.environ]:
+        raise ConfigurationError(
+            f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but not all of the variables of a launcher are set",
+            why=f"missing: {', '.join(missing)}",
+            fix="start with torchrun --nproc-per-node N -m fp8pipe finetune ..., or unset WORLD_SIZE",
+        )
+    from torch.distributed.rendezvous import rendezvous
+
+    try:
+        store, rank, size = next(rendezvous("env://", timeout=_MEETING))
+    except RuntimeError as error:
+        raise ConfigurationError(
+            f"the {os.environ['WORLD_SIZE']} processes of this run did not meet",
+            why=str(error).splitlines()[0],
+            fix="check that all were started, and that MASTER_ADDR and MASTER_PORT can be reached",
+        ) from error
+    place = Place(rank, size, int(os.environ["LOCAL_RANK"]), store)
+    if rank:
+        logging.disable(logging.WARNING)
+        configure(quiet=True)
+    _start_to_watch(place, next(rendezvous("env://"))[0])
+    return place
+
+
+def own_failure(place: Place, error: BaseException, exit_code: int) -> tuple[BaseException | None, int]:
+    """What this process has to do after `error`, of which the others are told.
+
+    Args:
+        place: the place of this process.
+        error: what ended its work.
+        exit_code: the exit code that belongs to `error`.
+
+    Returns:
+        The error to print; None if another process has printed one, or will. And the exit code, which is that of the
+        printed error.
+    """
+    lost = _lost(error)
+    if lost is not None:
+        exit_code = lost.exit_code
+    try:
+        first = place.fail(exit_code)
+        exit_code = (place.failed() or (place.rank, exit_code))[1]
+    except RuntimeError:  # the store is gone, and with it the launcher, which has told why
+        first = False
+    _leave_at_exit(exit_code)
+    if first and place.rank:
+        _LOG.error("rank %d of %d, on %s, failed:", place.rank, place.size, platform.node())
+    return (lost or error) if first else None, exit_code
+
+
+def _lost(error: BaseException) -> Fp8PipeError | None:
+    """The error to report if `error` only says that another process is gone."""
+    from torch.distributed import DistError
+
+    if not isinstance(error, RuntimeError) or isinstance(error, Fp8PipeError):
+        return None
+    if not isinstance(error, DistError) and not any(word in str(error) for word in _LOST):
+        return None
+    return InterruptedRunError(
+        "another process of this run ended without a word",
+        why=f"the connection to it broke: {str(error).splitlines()[0]}",
+        fix="see the launcher's messages for the process that ended first; --resume continues from the last checkpoint",
+    )
+
+
+def _start_to_watch(place: Place, store: Any) -> None:
+    """Watch for failures of other processes until this one exits, over a connection that nothing else waits for."""
+    over = threading.Event()
+    thread = threading.Thread(target=_watch, args=(replace(place, store=store), over), daemon=True)
+    thread.start()
+
+    def stop() -> None:  # a thread in torch's C++ code must not be there when the interpreter ends
+        over.set()
+        thread.join(_WATCH_S)
+
+    atexit.register(stop)
+
+
+def _watch(place: Place, over: threading.Event) -> None:
+    """End this process if another one has failed and nothing else ends it."""
+    while not over.wait(_WATCH_S):
+        try:
+            found = place.failed()
+        except RuntimeError:  # the launcher is gone
+            return
+        if found is not None and found[0] != place.rank and not over.wait(_GRACE_S):
+            _leave(found[1])
+
+
+def _leave_at_exit(exit_code: int) -> None:
+    # The destructors of process groups wait for operations that will never complete.
+    atexit.register(_leave, exit_code)
+
+
+def _leave(exit_code: int) -> None:
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(exit_code)

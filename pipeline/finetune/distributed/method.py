@@ -1,0 +1,162 @@
+"""FALQON on a sharded model: a layer is made whole where its codes are merged or saved, and only then."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from fp8pipe.artifact import LayerRecord, disk_guard
+from fp8pipe.core.errors import ConfigurationError
+from fp8pipe.models.language.experts import in_experts
+from pipeline.falqon.base_files import RECORD, BaseFiles
+from pipeline.falqon.final_merge import Inputs
+from pipeline.falqon.flush import FlushReport
+from pipeline.falqon.layer import FalqonLinear
+from pipeline.falqon.method import FalqonMethod, adapter_of, deployed_of
+from pipeline.falqon.observed import Losses
+from pipeline.finetune.distributed.group import Group
+from pipeline.finetune.distributed.moments import shared_moments
+from pipeline.finetune.distributed.tensors import assign, reshard, whole_layer
+from pipeline.finetune.weights import Deployed, Weights
+
+_SPILL_BYTES: Final = 1 << 28  # of codes in memory until they are written
+
+
+class ShardedFalqon(FalqonMethod):
+    """`FalqonMethod` in one of several processes; for its arguments see there.
+
+    Args:
+        group: the processes.
+        folder: where the main process writes the deployed codes while they are collected.
+    """
+
+    place = torch.device("cpu")  # FSDP moves the codes of one decoder layer at a time to the device
+
+    def __init__(self, *args: Any, group: Group, folder: Path, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.group, self.folder = group, folder
+        self.experts: tuple[str, ...] = ()
+        self._model: nn.Module | None = None
+        self._compared: frozenset[str] = frozenset()  # names of layers
+
+    def prepare(
+        self, model: nn.Module, base: BaseFiles | None = None, losses: Losses | None = None
+    ) -> list[LayerRecord]:
+        """As in one process; experts are not grouped, as the groups would hold copies of sharded tensors.
+
+        Raises:
+            ConfigurationError: the processes do not share the directory of the output.
+        """
+        if self.group.rank and not (self.folder / RECORD).exists():
+            raise ConfigurationError(
+                f"{self.folder} is not the directory that rank 0 has written",
+                why=f"it has no {RECORD} in rank {self.group.rank}, on {platform.node()}",
+                fix="give an --output on a file system that all machines share",
+            )
+        records = super().prepare(model, base, losses)
+        self._model = model
+        self.experts = tuple(name for name, group in zip(self.layers, self.groups, strict=True)
+                             if in_experts(model, group.members[0]))  # fmt: skip
+        return records
+
+    def after_step(self, step: int, measure: bool) -> FlushReport | None:
+        """As in one process; in each step that is measured, processes compare what they computed for some layers."""
+        self._compared = frozenset(self.sample(step) if measure else ())
+        return super().after_step(step, measure)
+
+    def finish(self, model: nn.Module, inputs: Inputs) -> dict[str, FlushReport]:
+        """As in one process; the processes compare all codes."""
+        self._compared = frozenset(self.layers)
+        return super().finish(model, inputs)
+
+    def health(self, step: int) -> FlushReport:
+        """As in one process."""
+        self._compared = frozenset()
+        return super().health(step)
+
+    def whole(self, name: str, layer: FalqonLinear) -> AbstractContextManager[Any]:
+        """See `whole_layer`; what was computed is compared between the processes where that is due."""
+        return self._whole(name, layer)
+
+    @contextmanager
+    def _whole(self, name: str, layer: FalqonLinear) -> Iterator[None]:
+        assert self._model is not None
+        if not isinstance(layer.lora_B, DTensor):  # a forward pass without a backward pass leaves the root's own whole
+            reshard(self._model)
+        with whole_layer(layer):
+            yield
+            if name in self._compared:
+                self.group.require_equal({f"{name}.codes": layer.code_bytes, f"{name}.lora_B": layer.lora_B})
+
+    def moments(self, model: nn.Module, layers: dict[str, FalqonLinear], inputs: Inputs) -> dict[str, Tensor]:
+        """See `shared_moments`."""
+        return shared_moments(model, layers, inputs, self.group)
+
+    def step_state(self) -> dict[str, Tensor]:
+        """As in one process, but sharded."""
+        state: dict[str, Tensor] = {f"{name}.lora_B": layer.lora_B.detach() for name, layer in self.layers.items()}
+        if self.rule.flush_every_step:
+            state |= {f"{name}.codes": layer.code_bytes.detach() for name, layer in self.layers.items()}
+        return state
+
+    def load_step_state(self, state: dict[str, Tensor]) -> None:
+        """Restore, in place, this process's rows of the whole tensors of a checkpoint."""
+        for name, layer in self.layers.items():
+            assign(layer.lora_B.detach(), state[f"{name}.lora_B"])
+            if self.rule.flush_every_step:
+                assign(layer.code_bytes.detach(), state[f"{name}.codes"].view(torch.uint8))
+
+    def collect(self) -> tuple[Weights, dict[str, Tensor]]:
+        """The deployed weights, mapped from files in `folder`, and the adapter; empty but in the main process.
+
+        Raises:
+            OutOfMemoryError: the disk has no room for the files.
+        """
+        weights, adapter = _Spilled(self.folder), dict[str, Tensor]()
+        self._compared = frozenset()
+        for group in self.groups:
+            with self.whole(group.name, group.layer):
+                if self.group.rank == 0:
+                    adapter |= {key: tensor.cpu() for key, tensor in adapter_of(group.name, group.layer).items()}
+                    for name, weight in deployed_of(group).items():
+                        weights.add(name, weight)
+        return weights.mapped(), adapter
+
+
+class _Spilled:
+    """Deployed weights in files, so that they are not in memory all at once."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._waiting: Weights = {}
+        self._written: Weights = {}
+
+    def add(self, name: str, weight: Deployed) -> None:
+        self._waiting[name] = Deployed(
+            weight.values.cpu().clone(), None if weight.scale is None else weight.scale.cpu(), weight.transposed
+        )
+        if sum(one.values.nbytes for one in self._waiting.values()) >= _SPILL_BYTES:
+            self._write()
+
+    def mapped(self) -> Weights:
+        if self._waiting:
+            self._write()
+        return self._written
+
+    def _write(self) -> None:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        path = self._folder / f"deployed-{len(self._written):05d}.safetensors"
+        codes = {name: weight.values for name, weight in self._waiting.items()}
+        with disk_guard(path, sum(values.nbytes for values in codes.values())):
+            save_file(codes, path)
+        for name, values in load_file(path).items():
+            self._written[name] = self._waiting[name]._replace(values=values)
+        self._waiting = {}

@@ -1,0 +1,125 @@
+"""Several processes of a run, of which that of rank 0 reads first, writes and prints."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+from torch import Tensor, nn
+
+from fp8pipe.artifact import Artifact, ArtifactWriter, open_artifact
+from fp8pipe.artifact.writer import partial_of
+from fp8pipe.core.errors import ConfigurationError
+from pipeline.finetune.batches import Batches
+from pipeline.finetune.checkpoint import CheckpointStore
+from pipeline.finetune.config import FinetuneConfig
+from pipeline.finetune.distributed.evaluate import shared_heldout_loss
+from pipeline.finetune.distributed.group import Group
+from pipeline.finetune.distributed.method import ShardedFalqon
+from pipeline.finetune.distributed.shard import shard
+from pipeline.finetune.distributed.trainer import RankedTrainer
+from pipeline.finetune.loop import Trainer
+from pipeline.finetune.method import Method
+from pipeline.finetune.processes import Processes
+from pipeline.finetune.weights import Weights
+
+T = TypeVar("T")
+_WRITTEN = "written"  # key in the store, set when the artifact is complete
+
+
+class SeveralProcesses(Processes):
+    """`Processes` in one of several."""
+
+    def __init__(self, group: Group) -> None:
+        self.group, self.main = group, group.rank == 0
+        self.facts = {"world_size": group.size}
+
+    def check(self, config: FinetuneConfig) -> None:
+        """Refuse what only one process can run, or what would leave processes without work."""
+        size, count = self.group.size, config.gradient_accumulation
+        if config.method != "falqon":
+            raise ConfigurationError(
+                f"{config.method} trains on one device",
+                why=f"{size} processes were started; the baselines are not sharded",
+                fix="start one process, or use --method falqon",
+            )
+        if config.optimizer != "adamw":
+            raise ConfigurationError(
+                f"the optimizer {config.optimizer} trains on one device",
+                why=f"{size} processes were started, and bitsandbytes cannot keep its state in shards",
+                fix="use --optimizer adamw: on several devices each holds only a part of its state",
+            )
+        if count < size:
+            raise ConfigurationError(
+                f"{size} processes have {count} micro-batch(es) per step to share",
+                why=f"gradient_accumulation is {count}; a micro-batch is computed by one process",
+                fix=f"use --gradient-accumulation {size} or a multiple of it; with --batch-size divided by as much, a "
+                "step has as many sequences as before",
+            )
+
+    def in_turn(self, function: Callable[[], T]) -> T:
+        """See `Group.in_turn`."""
+        return self.group.in_turn(function)
+
+    def same(self, value: T, what: str) -> T:
+        """See `Group.require_same`."""
+        self.group.require_same(value, what)
+        return value
+
+    def writer(self, output: Path, **options: Any) -> ArtifactWriter:
+        """The writer of the artifact; in other processes than the main one, an object that writes nothing."""
+        return self.group.in_turn(lambda: super(SeveralProcesses, self).writer(output, **options) if self.main
+                                  else cast(ArtifactWriter, _Reader(output)))  # fmt: skip
+
+    def method(self, config: FinetuneConfig, store: CheckpointStore) -> Method:
+        """FALQON on a sharded model."""
+        how = config.initialisation or config.rule.initialisation
+        return ShardedFalqon(
+            config.rule, rank=config.rank, rows=config.rows, initialisation=how, seed=config.seed, group=self.group,
+            folder=store.root,
+        )  # fmt: skip
+
+    def trainer(
+        self, config: FinetuneConfig, model: nn.Module, method: Method, train: Batches, heldout: Batches,
+        store: CheckpointStore, metrics_file: Path,
+    ) -> Trainer:  # fmt: skip
+        """The trainer of the model, which is sharded first."""
+        sums = shard(model, self.group.mesh)
+        trainer = RankedTrainer(config, model, method, train, heldout, store, metrics_file)
+        trainer.join(self.group, sums)
+        return trainer
+
+    def heldout_loss(self, model: nn.Module, heldout: Batches, device: str) -> float:
+        """See `shared_heldout_loss`."""
+        return shared_heldout_loss(model, heldout, self.group)
+
+    def results(self, method: Method) -> tuple[Weights, dict[str, Tensor]]:
+        """See `ShardedFalqon.collect`."""
+        return cast(ShardedFalqon, method).collect()
+
+    def finished(self, write: Callable[[], Artifact], output: Path) -> Artifact:
+        """The artifact, which the main process writes while the others wait."""
+        if self.main:
+            artifact = write()
+            self.group.store.set(_WRITTEN, "done")
+            return artifact
+        self.group.wait(_WRITTEN)
+        return open_artifact(output, verify=False)  # which the main process has just done
+
+
+class _Reader:
+    """In place of the writer of the artifact, in a process that does not write."""
+
+    def __init__(self, output: Path) -> None:
+        self.output = Path(output).absolute()
+        self.root = partial_of(self.output)
+
+    def __enter__(self) -> _Reader:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        return None
+
+    def warn(self, message: str) -> None:
+        """Nothing: the main process warns of the same."""

@@ -1,0 +1,50 @@
+"""What processes owe each other: turns, agreement, and whole tensors."""
+
+from __future__ import annotations
+
+import pytest
+from rank_work import compared, moments, sharded_and_back, shares, turns
+from ranks import run_ranks
+
+
+def test_a_difference_between_processes_is_an_error_that_names_it_in_every_process():
+    for found in run_ranks(2, compared).values():
+        assert found[0] == found[2] == ""
+        assert found[1].startswith("10: the configuration differs between the processes of this run")
+        assert "rank 1 has" in found[1]
+        assert found[3].startswith("14: layer.lora_B is not the same in all processes")  # a bit of one value
+        assert "ranks 1 have" in found[3]
+
+
+def test_the_main_process_is_the_first_whose_turn_it_is(tmp_path):
+    run_ranks(3, turns, str(tmp_path / "log"))
+    log = (tmp_path / "log").read_text()
+    for run in (log[:3], log[3:]):
+        assert sorted(run) == ["0", "1", "2"]
+        assert run[0] == "0"
+
+
+def test_tensors_of_any_shape_are_whole_again_and_take_values():
+    shapes = [((8, 3), "float32"), ((7, 5), "uint8"), ((2, 4), "bfloat16"), ((1,), "float32"), ((9,), "uint8")]
+    found = run_ranks(4, sharded_and_back, shapes)
+    assert all(whole and assigned for one in found.values() for _, whole, assigned in one)
+    # Four processes: shares are rounded up, so the last ones have fewer rows, or none.
+    assert [[rows for rows, _, _ in found[rank]] for rank in range(4)] == [
+        [2, 2, 1, 1, 3], [2, 2, 1, 0, 3], [2, 2, 0, 0, 3], [2, 1, 0, 0, 0],
+    ]  # fmt: skip
+
+
+def test_moments_of_shared_batches_have_the_bits_of_one_process():
+    for found in run_ranks(2, moments).values():  # three batches: one process has none in the second round
+        assert len(found) == 8
+        assert all(same for same, _ in found)
+        assert not all(reordered for _, reordered in found)  # else the order would be no part of the test
+
+
+@pytest.mark.parametrize(("size", "family"), [(2, "llama"), (4, "mixtral")])
+def test_each_process_holds_its_share_of_the_bytes(size, family):
+    for held in run_ranks(size, shares, family).values():
+        for mine, whole in held.values():
+            # Rows are divided up, and every matrix has 24 rows or more: rounded up by less than one in six.
+            assert mine <= 1.17 * whole / size
+            assert whole > 10_000

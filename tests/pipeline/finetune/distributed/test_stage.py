@@ -1,0 +1,138 @@
+"""Fine-tuning in several processes ends with the bits of one, whatever the number, and after any fault."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from rank_work import command, tuned
+from ranks import ROOT, run_ranks
+from safetensors.torch import load_file
+
+# The norm of the gradients is above the limit, so that they are scaled.
+SETTINGS = {"steps": 4, "save_every": 2, "evaluate_every": 4, "heldout_fraction": 0.3, "clip_norm": 0.1}
+MEASURED = {"tokens_per_second", "flush_share"}
+
+
+def assert_same(one, other):
+    """The same weights, adapter, metrics and manifest, but for what time and place decide."""
+    for name in ("model.safetensors", "adapter.safetensors"):
+        assert (one / name).read_bytes() == (other / name).read_bytes()
+    curves = [
+        [{key: value for key, value in json.loads(line).items() if key not in MEASURED}
+         for line in (root / "metrics.jsonl").read_text().splitlines()]
+        for root in (one, other)
+    ]  # fmt: skip
+    assert curves[0] == curves[1]
+    mine, theirs = (json.loads((root / "manifest.json").read_text()) for root in (one, other))
+    for key in ("config", "layers", "details", "gates", "parents", "kind", "number_format"):
+        assert mine[key] == theirs[key]
+
+
+# Uneven: of three micro-batches two processes have two and one, and four have one or none.
+@pytest.mark.parametrize(
+    ("changes", "blank", "sizes"),
+    [
+        # In fp32, as sums of a few bf16 gradients are exact, whatever their order.
+        pytest.param({"gradient_accumulation": 4, "dtype": "float32"}, (), (2, 4), id="live"),
+        pytest.param({"gradient_accumulation": 3, "gradient_checkpointing": True}, (1, 4), (2,), id="uneven"),
+        pytest.param({"gradient_accumulation": 2, "update_rule": "released"}, (), (2,), id="released"),
+        pytest.param(
+            {"gradient_accumulation": 2, "update_rule": "accumulate-stochastic", "rows": 4}, (0, 1), (2,), id="rows"
+        ),
+    ],
+)
+def test_any_number_of_processes_ends_with_the_bits_of_one(make_base, pairs, tmp_path, changes, blank, sizes):
+    settings = {"base": str(make_base()), "data": str(pairs), **SETTINGS, **changes}
+    tuned(settings, str(tmp_path / "one"), blank=blank)
+    for size in sizes:
+        assert set(run_ranks(size, tuned, settings, str(tmp_path / str(size)), False, blank)) == set(range(size))
+        assert_same(tmp_path / "one", tmp_path / str(size))
+        facts = json.loads((tmp_path / str(size) / "manifest.json").read_text())["runtime"]
+        assert facts["world_size"] == size
+
+
+def test_experts_that_only_some_processes_reach_end_with_the_bits_of_one(make_base, pairs, tmp_path):
+    experts = {"num_local_experts": 24, "num_experts_per_tok": 1, "hidden_size": 32, "intermediate_size": 32}
+    base = make_base("mixtral", num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, **experts)
+    settings = {
+        "base": str(base), "data": str(pairs), **SETTINGS, "gradient_accumulation": 2, "batch_size": 1, "packing": False
+    }  # fmt: skip
+    tuned(settings, str(tmp_path / "one"))
+    run_ranks(2, tuned, settings, str(tmp_path / "two"))
+    assert_same(tmp_path / "one", tmp_path / "two")
+
+
+@pytest.mark.parametrize(
+    ("fault", "code", "says"),
+    [("memory", 15, "out of memory"), ("interrupt", 130, "interrupted"), ("killed", -9, "")],
+)
+def test_a_fault_of_one_process_ends_all_with_one_error_and_another_number_of_them_goes_on(
+    make_base, pairs, tmp_path, fault, code, says
+):
+    settings = {"base": str(make_base()), "data": str(pairs), **SETTINGS, "gradient_accumulation": 4}
+    output = tmp_path / "cut"
+    ended = run_ranks(2, command, settings, str(output), fault, 1, 3)  # returns once all have ended
+    assert ended[1] == code
+    logs = [(tmp_path / f"cut-{rank}.log").read_text() for rank in (0, 1)]
+    assert "step 2" in logs[0]
+    assert "step 2" not in logs[1]  # only one process tells how far they are
+    if says:
+        assert json.loads(logs[1][logs[1].index("{\n") :])["error"]["what"] == says
+        assert "error" not in logs[0]
+    else:  # the launcher may have ended it before it noticed
+        assert "unforeseen" not in logs[0]
+    assert [path.name for path in (tmp_path / "cut.partial" / "checkpoints").glob("step-*")] == ["step-00000002"]
+    if fault == "killed":
+        run_ranks(4, tuned, settings, str(output), True)
+    else:
+        tuned(settings, str(output), resume=True)
+    tuned(settings, str(tmp_path / "whole"))
+    assert_same(tmp_path / "whole", output)
+    assert all(torch.isfinite(t).all() for n, t in load_file(output / "adapter.safetensors").items() if "_B" in n)
+
+
+def test_an_output_that_processes_do_not_share_is_refused(make_base, pairs, tmp_path):
+    settings = {"base": str(make_base()), "data": str(pairs), "gradient_accumulation": 2}
+    ended = run_ranks(2, command, settings, str(tmp_path / "out"), "elsewhere", 1, 0)
+    assert ended[1] == 10
+    told = (tmp_path / "out-1.log").read_text()
+    assert "is not the directory that rank 0 has written" in told
+    assert not (tmp_path / "out-elsewhere.partial").exists()
+
+
+def test_torchrun_reports_one_error_and_the_exit_code(make_base, pairs, tmp_path):
+    """The whole command in new processes, which takes ten seconds: how an interpreter ends is part of it."""
+    command = [
+        "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "fp8pipe", "finetune", "--model",
+        str(make_base()), "--data", str(pairs), "--output", str(tmp_path / "out"), "--device", "cpu",
+    ]  # fmt: skip
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    ended = subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, check=False)
+    assert ended.returncode == 1  # torchrun's own
+    assert ended.stderr.count("error: 2 processes have 1 micro-batch(es) per step to share") == 1
+    codes = set(re.findall(r"exitcode  : (-?\d+)", ended.stderr))
+    assert "10" in codes
+    assert codes <= {"10", "-15"}  # torchrun ends the other one if it has not yet ended by itself
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"gradient_accumulation": 1}, "2 processes have 1 micro-batch"),
+        ({"gradient_accumulation": 2, "method": "lora"}, "lora trains on one device"),
+        ({"gradient_accumulation": 2, "optimizer": "adamw-8bit"}, "adamw-8bit trains on one device"),
+    ],
+)
+def test_what_several_processes_cannot_run_is_refused_once(make_base, pairs, tmp_path, changes, says):
+    settings = {"base": str(make_base()), "data": str(pairs), **changes}
+    ended = run_ranks(2, command, settings, str(tmp_path / "out"), "none", 0, 0)
+    assert set(ended.values()) <= {10, -15}  # the launcher may end the other process first
+    logs = [(tmp_path / f"out-{rank}.log").read_text() for rank in (0, 1)]
+    assert sum(says in log for log in logs) == 1
+    assert not (tmp_path / "out.partial").exists()

@@ -1,0 +1,188 @@
+"""What tests let the processes of `ranks` do."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from tuning_config import config
+
+from fp8pipe.cli import main
+from fp8pipe.core.errors import Fp8PipeError
+from fp8pipe.models.compat import import_transformers
+from fp8pipe.models.language.text import IGNORED
+from pipeline.falqon.final_merge import second_moments
+from pipeline.finetune.batches import Batch, Batches
+from pipeline.finetune.distributed.group import Group, joined
+from pipeline.finetune.distributed.launch import launched
+from pipeline.finetune.distributed.moments import shared_moments
+from pipeline.finetune.distributed.shard import shard
+from pipeline.finetune.distributed.tensors import assign, sharded_like, wholes
+from pipeline.finetune.distributed.trainer import RankedTrainer
+from pipeline.finetune.stage import finetune
+
+# Imported by the server of `ranks`, once for all processes.
+_MODELS = [getattr(import_transformers(), name) for name in ("LlamaForCausalLM", "MixtralForCausalLM")]
+
+
+@contextmanager
+def without_answers(blank: tuple[int, ...]) -> Iterator[None]:
+    """A context in which these batches have no answers."""
+    at = Batches.at
+
+    def blanked(batches: Batches, step: int) -> Batch:
+        batch = at(batches, step)
+        return replace(batch, labels=torch.full_like(batch.labels, IGNORED)) if step in blank else batch
+
+    Batches.at = blanked
+    try:
+        yield
+    finally:
+        Batches.at = at
+
+
+def tuned(settings: dict[str, Any], output: str, resume: bool = False, blank: tuple[int, ...] = ()) -> None:
+    """Fine-tune with these settings of `tuning_config.config`; batches `blank` have no answers."""
+    with without_answers(blank):
+        finetune(config(**settings), Path(output), resume=resume)
+
+
+def command(settings: dict[str, Any], output: str, fault: str, rank: int, step: int) -> None:
+    """The command `finetune`, in which one rank meets a fault before one step; ends with the command's exit code."""
+    one_step = RankedTrainer.one_step
+
+    def faulty(trainer: RankedTrainer) -> Any:
+        if trainer.step == step and trainer.group.rank == rank:
+            _FAULTS[fault]()
+        return one_step(trainer)
+
+    RankedTrainer.one_step = faulty
+    file = Path(f"{output}-{os.environ['RANK']}.json")
+    file.write_text(json.dumps(config(**settings).model_dump(mode="json", exclude_none=True)))
+    log = os.open(f"{output}-{os.environ['RANK']}.log", os.O_CREAT | os.O_WRONLY | os.O_APPEND)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
+    if fault == "elsewhere" and os.environ["RANK"] == str(rank):
+        output += "-elsewhere"
+    try:
+        main(["finetune", "--config", str(file), "--output", output, "--json"])
+    except SystemExit as end:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(int(end.code or 0))
+
+
+def _no_memory() -> None:
+    raise MemoryError
+
+
+_FAULTS: dict[str, Callable[[], None]] = {
+    "memory": _no_memory,
+    "interrupt": lambda: os.kill(os.getpid(), signal.SIGINT),
+    "killed": lambda: os.kill(os.getpid(), signal.SIGKILL),
+    "none": lambda: None,
+    "elsewhere": lambda: None,  # another directory is this rank's output
+}
+
+
+@contextmanager
+def _group() -> Iterator[Group]:
+    place = launched()
+    assert place is not None
+    with joined(place, "cpu") as processes:
+        yield processes.group
+
+
+def compared() -> list[str]:
+    """The messages about values and tensors that differ in rank 1, each named, and about those that do not."""
+    found = []
+    with _group() as group:
+        same, other = torch.arange(6.0), torch.arange(6.0) + (group.rank == 1) * 1e-6
+        checks = [
+            lambda: group.require_same({"seed": 1}, "the configuration"),
+            lambda: group.require_same({"seed": group.rank}, "the configuration"),
+            lambda: group.require_equal({"layer.codes": same, "layer.lora_B": same}),
+            lambda: group.require_equal({"layer.codes": same, "layer.lora_B": other}),
+        ]
+        for check in checks:
+            try:
+                check()
+            except Fp8PipeError as error:
+                found.append(f"{error.exit_code}: {error}")
+            else:
+                found.append("")
+    return found
+
+
+def turns(log: str) -> None:
+    """Appends this process's rank to a file, in turn, in each of two runs."""
+    with _group() as group:
+
+        def write() -> None:
+            with Path(log).open("a") as handle:
+                handle.write(str(group.rank))
+
+        group.in_turn(write)
+    with _group() as group:  # another run of the same processes
+        group.in_turn(write)
+
+
+def sharded_and_back(shapes: list[tuple[tuple[int, ...], str]]) -> list[tuple[int, bool, bool]]:
+    """For each shape and dtype: rows held here, whether the whole is what was sharded, and whether assigning works."""
+    found = []
+    with _group() as group:
+        torch.manual_seed(0)
+        origins = [torch.randint(0, 200, shape).to(getattr(torch, dtype)) for shape, dtype in shapes]
+        like = [distribute_tensor(torch.zeros_like(origin), group.mesh, [Shard(0)]) for origin in origins]
+        shards = [sharded_like(origin, one) for origin, one in zip(origins, like, strict=True)]
+        for one, origin in zip(like, origins, strict=True):
+            assign(one, origin)
+        for origin, shard, one, assigned in zip(origins, shards, wholes(shards), wholes(like), strict=True):
+            found.append((len(shard.to_local()), torch.equal(one, origin), torch.equal(assigned, origin)))
+    return found
+
+
+def shares(family: str) -> dict[str, tuple[int, int]]:
+    """Bytes that this process holds of a sharded model, and bytes of the whole, of codes, of the rest, and of B."""
+    from mixtures import method_of, mixture
+
+    model = mixture(family)
+    method = method_of("live")
+    method.prepare(model)
+    found: dict[str, list[int]] = {"codes": [0, 0], "B": [0, 0], "rest": [0, 0]}
+    with _group() as group:
+        shard(model, group.mesh)
+        for name, parameter in model.named_parameters():
+            assert isinstance(parameter, DTensor)
+            kind = {"code_bytes": "codes", "lora_B": "B"}.get(name.rpartition(".")[2], "rest")
+            found[kind][0] += parameter.to_local().untyped_storage().nbytes()
+            found[kind][1] += parameter.numel() * parameter.element_size()
+    return {kind: (mine, whole) for kind, (mine, whole) in found.items()}
+
+
+def moments() -> list[tuple[bool, bool]]:
+    """For each layer: whether its shared moments are those of one process, and those of batches in another order."""
+    from mixtures import method_of, mixture
+
+    model = mixture("llama")
+    method = method_of("live")
+    method.prepare(model)
+    generator = torch.Generator().manual_seed(0)
+    batches = [{"input_ids": torch.randint(3, 200, (2, 24), generator=generator)} for _ in range(3)]
+    with torch.no_grad():
+        alone = second_moments(model, method.layers, lambda: batches)
+        other = second_moments(model, method.layers, lambda: batches[::-1])
+        with _group() as group:
+            shard(model, group.mesh)
+            shared = shared_moments(model, method.layers, lambda: batches, group)
+    return [(torch.equal(shared[name], alone[name]), torch.equal(shared[name], other[name])) for name in alone]

@@ -1,0 +1,53 @@
+"""Runs fine-tuning as several processes under torch's own launcher, the one behind torchrun, with a fast start.
+
+Processes are forked from a server that has imported everything once. What they run must be importable by name: it is in
+`rank_work`.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+_PRELOADED = ["pipeline.finetune.stage", "pipeline.finetune.distributed.processes", "rank_work"]
+
+
+def run_ranks(size: int, function: Callable[..., Any], *arguments: Any) -> dict[int, Any]:
+    """The results of `function(*arguments)` in each of `size` processes, by rank; or the exit codes, if one fails."""
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    _serve()
+    config = LaunchConfig(
+        min_nodes=1, max_nodes=1, nproc_per_node=size, start_method="forkserver", monitor_interval=0.05, run_id="ranks",
+        rdzv_backend="c10d", rdzv_endpoint="127.0.0.1:0", max_restarts=0,
+    )  # fmt: skip
+    try:
+        return elastic_launch(config, _one_thread)(function, *arguments)
+    except ChildFailedError as error:
+        return {rank: failure.exitcode for rank, failure in error.failures.items()}
+
+
+def _serve() -> None:
+    """Start the server, which finds modules by the environment alone."""
+    multiprocessing.set_forkserver_preload(_PRELOADED)
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(Path(__file__).parent)])
+    try:
+        multiprocessing.forkserver.ensure_running()
+    finally:
+        if before is None:
+            del os.environ["PYTHONPATH"]
+        else:
+            os.environ["PYTHONPATH"] = before
+
+
+def _one_thread(function: Callable[..., Any], *arguments: Any) -> Any:
+    torch.set_num_threads(1)
+    return function(*arguments)
