@@ -19,7 +19,7 @@ def one_report() -> Iterator[bool]:
     Of the errors of several processes, only the first is raised; the other processes end without printing, with the
     same exit code.
     """
-    from pipeline.finetune.distributed.launch import launched, own_failure
+    from fp8pipe.core.launch import launched, own_failure
 
     place = launched()
     try:

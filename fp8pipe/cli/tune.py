@@ -11,8 +11,6 @@ from fp8pipe.cli.common import Console, common_options, show_artifact, show_plan
 from fp8pipe.cli.options import model_options, resolve
 from fp8pipe.cli.ranks import one_report
 from fp8pipe.core.machine import wait_briefly
-from fp8pipe.core.progress import setup_logging
-from fp8pipe.core.ranks import ranks_of_environment
 from pipeline.finetune.config import FinetuneConfig
 from pipeline.vit.config import QuantizeVitConfig
 
@@ -103,23 +101,30 @@ def quantize_vit_command(
     By default, no data is needed: calibration images are synthesized from the model alone (MimiQ), and used to distill
     the original model into the low-bit model.
     """
-    settings, ranks = resolve(QuantizeVitConfig, config, options), ranks_of_environment()
     wait_briefly()
-    with console.capture_stdout():
-        if dry_run:
-            from pipeline.vit.plan import plan_quantize_vit
+    with one_report() as reports:
+        settings = resolve(QuantizeVitConfig, config, options)
+        with console.capture_stdout():
+            if dry_run:
+                from pipeline.vit.plan import plan_quantize_vit
 
-            show_plan(console, plan_quantize_vit(settings, output))
-            return
-        from pipeline.vit.ranks import assist_quantize_vit, open_pool
-        from pipeline.vit.stage import quantize_vit
+                if reports:
+                    show_plan(console, plan_quantize_vit(settings, output))
+                return
+            from fp8pipe.core.launch import launched
+            from pipeline.vit.ranks import assist_quantize_vit, open_pool
+            from pipeline.vit.stage import quantize_vit
 
-        if ranks.rank:
-            setup_logging(json=True, quiet=True)
-            assist_quantize_vit(settings, ranks)
-            return
-        with open_pool(settings, ranks, ray) as pool:
-            artifact = quantize_vit(settings, output, force=force, resume=resume, pool=pool)
+            place = launched()
+            if place is not None and place.rank:
+                assist_quantize_vit(settings, place)
+                return
+            with open_pool(settings, place, ray) as pool:
+                artifact = quantize_vit(settings, output, force=force, resume=resume, pool=pool)
+        _show_quantized(console, artifact)
+
+
+def _show_quantized(console: Console, artifact: Artifact) -> None:
     from fp8pipe.artifact.kinds import VitDetails
 
     details = artifact.manifest.details_of(VitDetails)

@@ -19,12 +19,10 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from fp8pipe.core.ranks import Ranks
-
 __all__ = [
     "DEVICES", "DEVICE_HELP", "Device", "DeviceName", "GpuNeed", "current_device", "has_kernels", "lack_of",
     "no_gpu", "on_device", "parts_on", "resolve_device", "say", "to_device",
-    "use_local_gpu",
+    "use_own_gpu",
 ]  # fmt: skip
 
 _LOG = logging.getLogger(__name__)
@@ -111,22 +109,24 @@ def current_device(config: Placed) -> DeviceName:
     return resolve_device("auto", config.gpu_need).name if config.device == "auto" else config.device
 
 
-def use_local_gpu(ranks: Ranks) -> None:
-    """Let this process compute on the GPU whose number is its rank on this machine.
+def use_own_gpu(number: int) -> torch.device:
+    """Let this process compute on the GPU with its number among the processes of its machine; returns that GPU.
 
     Raises:
         MissingCapabilityError: this machine has fewer GPUs.
     """
     import torch
 
-    found = torch.cuda.device_count()
-    if ranks.local_rank >= found:
+    count = torch.cuda.device_count()
+    if number >= count:
         raise MissingCapabilityError(
-            f"rank {ranks.rank} has no GPU of its own",
-            why=f"it is process {ranks.local_rank} (from 0) of its machine, which has {found}",
-            fix=f"start at most {found} processes on it: torchrun --nproc-per-node {found}",
+            f"there are more processes on this machine than its {count} GPU(s)",
+            why=f"this one is number {number + 1}, and each needs a GPU of its own",
+            fix=f"start at most {count} (--nproc-per-node {count})",
         )
-    torch.cuda.set_device(ranks.local_rank)
+    own = torch.device("cuda", number)
+    torch.cuda.set_device(own)
+    return own
 
 
 def say(asked: DeviceName, found: Device) -> None:

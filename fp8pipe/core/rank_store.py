@@ -1,4 +1,4 @@
-"""The store of torch.distributed that ranks share: how it is opened, values of any size, and signs of life."""
+"""The key-value store that the processes of a launcher share: values of any size, and signs of life."""
 
 from __future__ import annotations
 
@@ -6,17 +6,12 @@ import itertools
 import threading
 import time
 from collections.abc import Iterable
-from datetime import timedelta
 from typing import Final, Protocol, Self
 
-from fp8pipe.core.errors import MissingCapabilityError
-from fp8pipe.core.ranks import Ranks
-
-__all__ = ["Beats", "KeyStore", "get_bytes", "open_store", "put_bytes"]
+__all__ = ["Beats", "KeyStore", "get_bytes", "put_bytes"]
 
 _BEAT_S: Final = 1.0
 _PART: Final = 4 << 20  # bytes of a value; the store refuses values of more than 8 MiB
-_PATIENCE: Final = timedelta(seconds=60)
 
 
 class KeyStore(Protocol):
@@ -38,27 +33,6 @@ class KeyStore(Protocol):
         """The same store through another connection."""
 
 
-def open_store(ranks: Ranks) -> KeyStore:
-    """The store at `MASTER_ADDR` and `MASTER_PORT`, which torchrun or rank 0 hosts.
-
-    Raises:
-        MissingCapabilityError: the variables are not set, or the store cannot be reached within a minute.
-    """
-    from torch.distributed import rendezvous  # type: ignore[attr-defined]  # public, but not in __all__
-
-    try:
-        store, _, _ = next(iter(rendezvous("env://", ranks.rank, ranks.size, timeout=_PATIENCE)))
-    except (ValueError, RuntimeError) as error:  # DistError is a RuntimeError
-        raise MissingCapabilityError(
-            f"rank {ranks.rank} cannot reach the other ranks",
-            why=str(error).splitlines()[0],
-            fix="start the command with torchrun; across machines, --rdzv-endpoint HOST:PORT must be reachable",
-        ) from error
-    store.set_timeout(_PATIENCE)
-    found: KeyStore = store
-    return found
-
-
 def put_bytes(store: KeyStore, key: str, value: bytes) -> None:
     """Store a value of any size under keys that begin with `key`, for `get_bytes`."""
     starts = range(0, len(value), _PART)
@@ -68,7 +42,7 @@ def put_bytes(store: KeyStore, key: str, value: bytes) -> None:
 
 
 def get_bytes(store: KeyStore, key: str) -> bytes:
-    """A value that `put_bytes` stored; waits for it, a minute at most."""
+    """A value that `put_bytes` stored; waits until it is there."""
     return b"".join(store.get(f"{key}/{number}") for number in range(int(store.get(key))))
 
 

@@ -3,7 +3,8 @@
 Rank 0 runs the command. The others load the same inputs, and then compute items until rank 0 has finished. Items are
 handed out one by one, so that a faster process computes more of them. Every process gives a sign of life once a second.
 Rank 0 computes the items of a process that has given none for `SILENCE_S` itself; where rank 0 gives none, the others
-end with an error. So a lost process costs time, but no results, and none waits for ever.
+end with an error. So a lost process costs time, but no results, and none waits for ever. (A process that fails tells
+the others, and all end: see `launch`.)
 """
 
 from __future__ import annotations
@@ -18,7 +19,6 @@ from typing import Final, Protocol, Self
 
 from fp8pipe.core.errors import Fp8PipeError, InterruptedRunError
 from fp8pipe.core.rank_store import Beats, KeyStore, get_bytes, put_bytes
-from fp8pipe.core.ranks import Ranks
 
 __all__ = [
     "SILENCE_S", "Alone", "Item", "Job", "StorePool", "WorkPool", "assist", "describe", "described_error",
@@ -83,12 +83,14 @@ class StorePool:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
-        self._store.set(_END, "failed" if kind else "done")
-        until = time.monotonic() + _PARTING_S  # this process may host the store: let the others read the end first
-        while time.monotonic() < until and any(
-            not self._store.check([f"gone/{rank}"]) and not self._beats.is_silent(rank) for rank in range(1, self._size)
-        ):
-            time.sleep(_POLL_S)
+        if kind is None:
+            self._store.set(_END, "")
+            until = time.monotonic() + _PARTING_S  # this process may host the store: let the others read the end first
+            while time.monotonic() < until and any(
+                not self._store.check([f"gone/{rank}"]) and not self._beats.is_silent(rank)
+                for rank in range(1, self._size)
+            ):
+                time.sleep(_POLL_S)
         self._beats.stop()
 
     def results(self, job: Job, item: Item) -> Iterator[tuple[int, bytes]]:
@@ -113,10 +115,7 @@ class StorePool:
             open_items.discard(lost)
 
     def _collect(self, place: str, open_items: set[int]) -> Iterator[tuple[int, bytes]]:
-        """The results that other processes have stored since the last call; raises the error of one that failed."""
-        for rank in range(1, self._size):
-            if self._store.check([f"error/{rank}"]):
-                raise described_error(self._store.get(f"error/{rank}"), f"rank {rank}")
+        """The results that other processes have stored since the last call."""
         for number in sorted(open_items):
             if self._store.check([f"{place}/done/{number}"]):
                 open_items.discard(number)
@@ -128,39 +127,28 @@ class StorePool:
         return self._beats.is_silent(int(self._store.get(f"{place}/taken/{number}")))
 
 
-def assist(
-    store: KeyStore, ranks: Ranks, load: Callable[[], Callable[[Job], Item]], silence_s: float = SILENCE_S
-) -> None:
+def assist(store: KeyStore, rank: int, load: Callable[[], Callable[[Job], Item]], silence_s: float = SILENCE_S) -> None:
     """Compute items for rank 0 until it has finished: what the other ranks do.
 
     Args:
         store: the store that all ranks have opened.
-        ranks: the place of this process.
+        rank: this process.
         load: loads the inputs, and returns a function that prepares a job and returns one that computes its items.
         silence_s: see `SILENCE_S`.
 
     Raises:
-        Fp8PipeError: something failed here; rank 0 raises the same error.
-        InterruptedRunError: rank 0 has failed, or has given no sign of life.
+        InterruptedRunError: rank 0 gives no sign of life.
     """
-    beats = Beats(store, ranks.rank, [0], silence_s)
+    beats = Beats(store, rank, [0], silence_s)
     try:
         begin = load()
         for number in itertools.count():
             if not _awaited(store, f"job/{number}", beats, silence_s):
                 break
-            _compute(store, ranks, f"job/{number}", begin)
-    except InterruptedRunError:
-        raise
-    except Exception as error:
-        store.set(f"error/{ranks.rank}", describe(error))
-        raise
+            _compute(store, rank, f"job/{number}", begin)
     finally:
         beats.stop()
-    failed = store.get(_END) == b"failed"
-    store.set(f"gone/{ranks.rank}", "")
-    if failed:
-        raise _without_rank_0("it has ended with an error, which it reports itself")
+    store.set(f"gone/{rank}", "")
 
 
 def _awaited(store: KeyStore, place: str, beats: Beats, silence_s: float) -> bool:
@@ -169,17 +157,21 @@ def _awaited(store: KeyStore, place: str, beats: Beats, silence_s: float) -> boo
         if store.check([_END]):
             return False
         if beats.is_silent(0):
-            raise _without_rank_0(f"it has given no sign of life for {silence_s:.0f} s")
+            raise InterruptedRunError(
+                "rank 0 is lost",
+                why=f"it has given no sign of life for {silence_s:.0f} s",
+                fix="start all processes again, with --resume",
+            )
         time.sleep(_POLL_S)
     return True
 
 
-def _compute(store: KeyStore, ranks: Ranks, place: str, begin: Callable[[Job], Item]) -> None:
+def _compute(store: KeyStore, rank: int, place: str, begin: Callable[[Job], Item]) -> None:
     described = json.loads(store.get(place))
     job = Job(described["name"], described["count"], get_bytes(store, f"{place}/payload"))
     item: Item | None = None
     while (number := store.add(f"{place}/next", 1) - 1) < job.count:
-        store.set(f"{place}/taken/{number}", str(ranks.rank))
+        store.set(f"{place}/taken/{number}", str(rank))
         item = item or begin(job)
         put_bytes(store, f"{place}/result/{number}", item(number))
         store.set(f"{place}/done/{number}", "")
@@ -197,7 +189,3 @@ def described_error(described: str | bytes, where: str) -> Fp8PipeError:
     kind, what, why, fix = json.loads(described)
     kinds = {known.__name__: known for known in Fp8PipeError.__subclasses__()}
     return kinds.get(kind, Fp8PipeError)(f"{what} (on {where})", why=why, fix=fix)
-
-
-def _without_rank_0(why: str) -> InterruptedRunError:
-    return InterruptedRunError("rank 0 is gone", why=why, fix="start all ranks again, with --resume")

@@ -100,7 +100,7 @@ def processes_of(config: FinetuneConfig) -> Iterator[Processes]:
         ConfigurationError: several processes cannot run this configuration.
         MissingCapabilityError: there are more processes on this machine than GPUs.
     """
-    from pipeline.finetune.distributed.launch import launched
+    from fp8pipe.core.launch import launched
 
     place = launched()
     if place is None:

@@ -16,10 +16,9 @@ from pathlib import Path
 import torch
 
 from calibration.make import IMAGES_JOB, batch_maker
-from fp8pipe.core.devices import on_device, use_local_gpu
+from fp8pipe.core.devices import on_device, use_own_gpu
 from fp8pipe.core.errors import ConfigurationError
-from fp8pipe.core.rank_store import open_store
-from fp8pipe.core.ranks import Ranks
+from fp8pipe.core.launch import Place
 from fp8pipe.core.work import Item, Job, StorePool, WorkPool, assist
 from fp8pipe.core.work_ray import RayPool
 from fp8pipe.models.vision.quantized import load_quantized
@@ -36,15 +35,15 @@ __all__ = ["assist_quantize_vit", "job_opener", "open_pool"]
 
 
 @contextmanager
-def open_pool(config: QuantizeVitConfig, ranks: Ranks, ray: str | None) -> Iterator[WorkPool | None]:
+def open_pool(config: QuantizeVitConfig, place: Place | None, ray: str | None) -> Iterator[WorkPool | None]:
     """The pool of rank 0: the other ranks, or the Ray cluster at the address `ray`; None if there are neither.
 
     Raises:
         ConfigurationError: both are given, or there is no such cluster.
-        MissingCapabilityError: the other ranks or the cluster cannot be reached.
+        MissingCapabilityError: the cluster cannot be reached.
     """
     if ray is not None:
-        if ranks.size > 1:
+        if place is not None:
             raise ConfigurationError(
                 "torchrun and --ray cannot be used together",
                 why="each of them starts the processes that share the work",
@@ -54,23 +53,23 @@ def open_pool(config: QuantizeVitConfig, ranks: Ranks, ray: str | None) -> Itera
         load = functools.partial(job_opener, config)
         with RayPool(ray, load, threads=torch.get_num_threads(), gpu=config.device == "cuda") as cluster:
             yield cluster
-    elif ranks.size > 1:
-        with StorePool(open_store(ranks), ranks.size) as others:
+    elif place is not None:
+        with StorePool(place.store, place.size) as others:
             yield others
     else:
         yield None
 
 
-def assist_quantize_vit(config: QuantizeVitConfig, ranks: Ranks) -> None:
+def assist_quantize_vit(config: QuantizeVitConfig, place: Place) -> None:
     """Compute for rank 0, which runs `quantize_vit` with the same configuration, until it has finished.
 
     Raises:
-        Fp8PipeError: the inputs cannot be loaded or are not those of rank 0, or rank 0 is gone.
+        Fp8PipeError: the inputs cannot be loaded or are not those of rank 0, or rank 0 is lost.
     """
-    store, config = open_store(ranks), on_device(config)
+    config = on_device(config)
     if config.device == "cuda":
-        use_local_gpu(ranks)
-    assist(store, ranks, lambda: job_opener(config))
+        use_own_gpu(place.local)
+    assist(place.store, place.rank, lambda: job_opener(config))
 
 
 def job_opener(config: QuantizeVitConfig) -> Callable[[Job], Item]:

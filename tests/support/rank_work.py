@@ -18,12 +18,12 @@ from tuning_config import config
 
 from fp8pipe.cli import main
 from fp8pipe.core.errors import Fp8PipeError
+from fp8pipe.core.launch import launched
 from fp8pipe.models.compat import import_transformers
 from fp8pipe.models.language.text import IGNORED
 from pipeline.falqon.final_merge import second_moments
 from pipeline.finetune.batches import Batch, Batches
 from pipeline.finetune.distributed.group import Group, joined
-from pipeline.finetune.distributed.launch import launched
 from pipeline.finetune.distributed.moments import shared_moments
 from pipeline.finetune.distributed.shard import shard
 from pipeline.finetune.distributed.tensors import assign, sharded_like, wholes

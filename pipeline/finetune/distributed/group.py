@@ -17,8 +17,9 @@ from torch import Tensor
 from torch._C._distributed_c10d import PrefixStore, Store
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from fp8pipe.core.errors import ConfigurationError, GateFailedError, MissingCapabilityError
-from pipeline.finetune.distributed.launch import Place
+from fp8pipe.core.devices import use_own_gpu
+from fp8pipe.core.errors import ConfigurationError, GateFailedError
+from fp8pipe.core.launch import Place
 
 if TYPE_CHECKING:
     from pipeline.finetune.distributed.processes import SeveralProcesses
@@ -121,17 +122,7 @@ def joined(place: Place, device: str) -> Iterator[SeveralProcesses]:
     """
     from pipeline.finetune.distributed.processes import SeveralProcesses
 
-    own: torch.device | None = None
-    if device == "cuda":
-        count = torch.cuda.device_count()
-        if place.local >= count:
-            raise MissingCapabilityError(
-                f"there are more processes on this machine than its {count} GPU(s)",
-                why=f"this one is number {place.local + 1}, and each needs a GPU of its own",
-                fix=f"start at most {count} (--nproc-per-node {count})",
-            )
-        own = torch.device("cuda", place.local)
-        torch.cuda.set_device(own)
+    own = use_own_gpu(place.local) if device == "cuda" else None
     backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
     if dist.is_initialized():
         raise ConfigurationError(

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch.distributed as dist
 
+from fp8pipe.core import launch
 from fp8pipe.core.errors import ConfigurationError, InterruptedRunError, OutOfMemoryError
-from pipeline.finetune.distributed import launch
-from pipeline.finetune.distributed.launch import Place, launched, own_failure
+from fp8pipe.core.launch import Place, launched, own_failure
 
 
 @pytest.fixture

@@ -76,7 +76,7 @@ def launched() -> Place | None:
         raise ConfigurationError(
             f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but not all of the variables of a launcher are set",
             why=f"missing: {', '.join(missing)}",
-            fix="start with torchrun --nproc-per-node N -m fp8pipe finetune ..., or unset WORLD_SIZE",
+            fix="start with torchrun --nproc-per-node N -m fp8pipe ..., or unset WORLD_SIZE",
         )
     from torch.distributed.rendezvous import rendezvous
 
