@@ -121,7 +121,7 @@ def test_an_error_keeps_its_class_and_parts_on_its_way_between_processes(error: 
     found = described_error(describe(error), "a node")
     if isinstance(error, Fp8PipeError):
         assert (type(found), found.what, found.why, found.fix) == (
-            BadArtifactError, "it is damaged (on a node)", "it ends early", "copy it",
+            BadArtifactError, "it is damaged (on a node)", "it is short", "copy it",
         )  # fmt: skip
     else:
         assert (type(found), found.what) == (Fp8PipeError, "KeyError: 'x' (on a node)")
