@@ -3,10 +3,10 @@
     python benchmarks/several_devices.py
 
 For each model, number of GPUs and kind of links: memory per GPU, seconds per step, and the share of one GPU's speed
-that is left per GPU. The time of a micro-batch is that of `pipeline.dry_run.costs`, on one GPU. To it come the bytes that
-`docs/distributed.md` counts: parameters are gathered for each forward and each backward pass, gradients of B are sent
-after it. Inside a node they go over its own links, at the rate of the data sheet; between nodes over its network, which
-all GPUs of a node share. Transfers overlap with computing, but for the first layer's. No GPU has confirmed any of it.
+that is left per GPU. The time of a micro-batch is that of `pipeline.dry_run.costs`, on one GPU. To it come the bytes
+that `docs/distributed.md` counts: parameters are gathered for each forward and each backward pass, gradients of B are
+sent after it. Inside a node they go over its own links, at the rate of the data sheet; between nodes over its network,
+which all GPUs of a node share. Transfers overlap with computing, but for the first layer's. No GPU has confirmed this.
 """
 
 from __future__ import annotations
