@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
+_HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 _PRELOADED = ["pipeline.finetune.stage", "pipeline.finetune.distributed.processes", "rank_work"]
 
 
@@ -28,10 +30,14 @@ def run_ranks(size: int, function: Callable[..., Any], *arguments: Any) -> dict[
         min_nodes=1, max_nodes=1, nproc_per_node=size, start_method="forkserver", monitor_interval=0.05, run_id="ranks",
         rdzv_backend="c10d", rdzv_endpoint="127.0.0.1:0", max_restarts=0,
     )  # fmt: skip
+    handlers = {number: signal.getsignal(number) for number in _HANDLED}
     try:
         return elastic_launch(config, _one_thread)(function, *arguments)
     except ChildFailedError as error:
         return {rank: failure.exitcode for rank, failure in error.failures.items()}
+    finally:  # the launcher leaves its own in this process
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 def _serve() -> None:
