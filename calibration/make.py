@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,6 @@ from torch import Tensor
 from calibration.config import SynthesisConfig
 from calibration.generator import Synthesizer
 from calibration.image_set import ImageSet
-from calibration.memory import images_at_once
 from calibration.views import image_stream, normal
 from fp8pipe.artifact.writer import lock
 from fp8pipe.core.errors import BadArtifactError, ConfigurationError
@@ -122,10 +121,6 @@ def batch_maker(request: ImageRequest, vision: VisionModel, structure: VitStruct
         ConfigurationError: this request is not that of rank 0.
         ConfigurationError: the model has no attention maps to compare, or does not support a configured option.
     """
-    config = request.synthesis
-    if request.method == "patch-similarity":  # PSAQ-ViT's loss instead of MimiQ's
-        config = config.model_copy(update={"similarity": 0.0, "entropy": 1.0})
-    synthesizer = Synthesizer(vision, _targets(vision, structure), config, request.seed)
     shared = json.loads(spans)
     ours = _described(request, vision)
     if different := sorted(key for key in ours if shared["request"][key] != ours[key]):
@@ -135,12 +130,22 @@ def batch_maker(request: ImageRequest, vision: VisionModel, structure: VitStruct
             fix="start every process with the same model and the same options",
         )
     torch.set_num_threads(shared["threads"])  # products in fp32 can depend on it
+    return _maker(_synthesizer(request, vision, structure), shared["spans"])
 
+
+def _maker(synthesizer: Synthesizer, spans: Sequence[tuple[int, int]]) -> Item:
     def make(number: int) -> bytes:
-        first, end = shared["spans"][number]
+        first, end = spans[number]
         return synthesizer.batch(first, end - first).to_bytes()
 
     return make
+
+
+def _synthesizer(request: ImageRequest, vision: VisionModel, structure: VitStructure) -> Synthesizer:
+    config = request.synthesis
+    if request.method == "patch-similarity":  # PSAQ-ViT's loss instead of MimiQ's
+        config = config.model_copy(update={"similarity": 0.0, "entropy": 1.0})
+    return Synthesizer(vision, _targets(vision, structure), config, request.seed)
 
 
 def _targets(vision: VisionModel, structure: VitStructure) -> VitStructure:
@@ -159,12 +164,12 @@ def _synthesize(
             parts[first] = ImageSet.load(_place(checkpoints, first))
             on_images(len(parts[first].images))
     # As many batches as a GPU can hold are made together, but stored one by one: a resumed run may have another GPU.
-    at_once = images_at_once(structure, request.synthesis, next(vision.model.parameters()).device)
-    spans = _spans([first for first in range(0, request.count, size) if first not in parts], request, at_once)
+    synthesizer = _synthesizer(request, vision, structure)
+    missing = [first for first in range(0, request.count, size) if first not in parts]
+    spans = _spans(missing, request, synthesizer.at_once)
     shared = {"request": _described(request, vision), "spans": spans, "threads": torch.get_num_threads()}
     job = Job(IMAGES_JOB, len(spans), json.dumps(shared).encode())
-    item = batch_maker(request, vision, structure, job.payload)
-    for number, made in pool.results(job, item):
+    for number, made in pool.results(job, _maker(synthesizer, spans)):
         first, end = spans[number]
         whole = replace(ImageSet.from_bytes(made), method=request.method)
         for start in range(first, end, size):

@@ -14,7 +14,7 @@ from fp8pipe.core import machine
 from fp8pipe.core.config import build_config
 from fp8pipe.core.machine import Gpu
 from fp8pipe.models.compat import import_transformers
-from fp8pipe.models.language.experts import unstack_experts
+from fp8pipe.models.language.unstacking import unstack_experts
 from pipeline.dry_run.memory import phase_bytes
 from pipeline.dry_run.workload import Workload
 from pipeline.falqon import grouped

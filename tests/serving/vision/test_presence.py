@@ -71,7 +71,8 @@ def test_clients_that_leave_cost_no_inference(export, linger_s):
         while time.monotonic() < end and _metric(server, 'fp8pipe_shed_total{reason="disconnected"}') < 4:
             time.sleep(0.1)
         time.sleep(0.5)
-        assert _metric(server, "fp8pipe_images_total") < 128
+        # Of the four that were dropped at least, one may have been in the middle of its 32 images.
+        assert _metric(server, "fp8pipe_images_total") < 128 + 32
         assert _metric(server, "fp8pipe_queue_depth") == 0
         assert _metric(server, "fp8pipe_held_body_bytes") == 0
         assert httpx.get(f"{server.url}/readyz").status_code == 200
