@@ -60,9 +60,8 @@ class FalqonMethod(Method):
         settings = self.rule, self.rank, self.initialisation, self.seed
         self.groups, records = convert_model(model, *settings, base=base, losses=losses, place=self.place)
         self.layers = {group.name: group.layer for group in self.groups}
-        if (
-            next(model.parameters()).is_cuda and self.place is None
-        ):  # elsewhere experts run one by one, and nothing need be copied
+        # Elsewhere experts run one by one, and nothing need be copied.
+        if self.place is None and next(model.parameters()).is_cuda:
             group_experts(model)
         self.names = tuple(name for group in self.groups for name in group.members)
         return records

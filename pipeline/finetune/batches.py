@@ -136,9 +136,18 @@ class Batches:
         first, last = (len(order) * (within + i) // self._steps for i in (0, 1))
         return self._batch([self._rows[row] for row in order[first:last]])
 
-    def only(self, example: int) -> Batch:
-        """A batch of one example, by its index."""
-        return self._batch([[example]])
+    def only(self, *examples: int) -> Batch:
+        """A batch of these examples, by their indices, one per row."""
+        return self._batch([[example] for example in examples])
+
+    def image_sample(self) -> Batch | None:
+        """The first example with images, and beside it the longest other example; None if none has images."""
+        first = next((i for i, example in enumerate(self._encoded) if example.images is not None), None)
+        if first is None:
+            return None
+        others = (i for i in range(len(self._encoded)) if i != first)
+        longest = max(others, key=lambda i: len(self._encoded[i].input_ids), default=None)
+        return self.only(first) if longest is None else self.only(first, longest)
 
     def _generator(self, *stream: int) -> np.random.Generator:
         return np.random.default_rng([self._seed, *stream])

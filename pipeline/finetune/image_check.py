@@ -20,7 +20,6 @@ from pipeline.finetune.batches import Batch, Batches
 from pipeline.finetune.compiled import uncompiled
 from pipeline.finetune.loss import head_on_rows, model_inputs
 
-_LOOKED_AT: Final = 512  # maximum number of batches searched for one with images
 # Tolerances, relative to the effect of a prompt's last token. What must not matter changes nothing but the last bits of
 # results (by other shapes, other groups of experts), which bf16 has few of; what does matter has an effect of its size.
 _MOST: Final = {torch.float32: 1e-3}
@@ -28,7 +27,7 @@ _MOST_IN_HALF: Final = 0.1
 
 
 def check_images(model: nn.Module, batches: Batches) -> None:
-    """Run the first batch with images, and variants of it.
+    """Run an example with images beside the longest other example, and variants of this batch.
 
     Args:
         model: the model as loaded, on its device; unchanged on return.
@@ -37,8 +36,7 @@ def check_images(model: nn.Module, batches: Batches) -> None:
     Raises:
         ConfigurationError: logits depend on other rows, on padding, or on later tokens.
     """
-    found = (batches.at(index) for index in range(min(len(batches), _LOOKED_AT) if batches.has_images else 0))
-    batch = next((each for each in found if each.image_inputs is not None and each.answer_tokens), None)
+    batch = batches.image_sample()
     if batch is None:
         return
     training = model.training
@@ -49,7 +47,7 @@ def check_images(model: nn.Module, batches: Batches) -> None:
     finally:
         model.train(training)
     most = _MOST.get(next(model.parameters()).dtype, _MOST_IN_HALF)
-    if not max(later, apart) <= most:  # also if one is NaN
+    if not (later <= most and apart <= most):  # also if one is NaN
         raise ConfigurationError(
             f"{type(model).__name__} cannot be tuned on images",
             why=f"relative to the effect of a prompt's last token, logits change by {later:.2g} with a later token and "
@@ -71,7 +69,7 @@ def _influences(model: nn.Module, batches: Batches, batch: Batch) -> tuple[float
     rows = torch.arange(len(ids))
     pool = torch.cat([ids[rows, prompts], ids[rows, ends]]).unique()  # of no image
     if len(pool) == 1:
-        pool = torch.cat([pool, pool + 1])
+        pool = torch.cat([pool, pool - 1 if pool > 0 else pool + 1])  # in the vocabulary
 
     def replaced(at: Tensor) -> Tensor:
         changed = ids.clone()

@@ -162,6 +162,7 @@ def _convert_into(gguf: Path, root: Path) -> None:
 
     transformers = import_transformers()
     try:
+        _check_blocks(gguf)
         loaded, found = transformers.AutoModelForCausalLM.from_pretrained(
             gguf.parent,
             gguf_file=gguf.name,
@@ -191,7 +192,6 @@ def _convert_into(gguf: Path, root: Path) -> None:
             why=f"none of its tensors has the name and shape for {', '.join(missing[:_SHOWN])}; they would be random",
             fix="download it again, or give the original Hugging Face checkpoint instead",
         )
-    _check_blocks(gguf)
     _fix_pre_tokenizer(tokenizer, gguf)
     tokenizer.model_max_length = loaded.config.max_position_embeddings
     root.mkdir()

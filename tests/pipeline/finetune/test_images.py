@@ -121,9 +121,14 @@ def test_a_model_that_mixes_rows_or_sees_later_tokens_is_refused(
     def first_row(module: Any, args: Any, output: torch.Tensor) -> torch.Tensor:
         return output + 0.5 * output[:1].mean(1, keepdim=True) if len(output) > 1 else output
 
-    model.get_input_embeddings().register_forward_hook(first_row)
-    with pytest.raises(ConfigurationError, match="with the other examples of the batch"):
-        check_images(model, batches)
+    def lost_alone(module: Any, args: Any, output: torch.Tensor) -> torch.Tensor:
+        return output if len(output) > 1 else output * torch.nan
+
+    for hook in (first_row, lost_alone):
+        handle = model.get_input_embeddings().register_forward_hook(hook)
+        with pytest.raises(ConfigurationError, match="with the other examples of the batch"):
+            check_images(model, batches)
+        handle.remove()
 
 
 @pytest.mark.parametrize("name", PICTURED)
@@ -190,7 +195,7 @@ def test_a_run_is_not_resumed_with_a_changed_image(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(stage, "_deploy", stopped)
+        patch.setattr(stage, "deploy", stopped)
         with pytest.raises(KeyboardInterrupt):
             finetune(how, output)
     before = (tmp_path / "3.png").read_bytes()

@@ -88,7 +88,8 @@ class ImagePrompts:
         """
         pictured = [(number, row) for number, row in enumerate(rows) if row is not None]
         images = [[_unchanged(*each) for each in zip(row.parts, row.digests, strict=True)] for _, row in pictured]
-        made = self._call([row.prompt for _, row in pictured], images, "a batch")
+        places = " and ".join(dict.fromkeys(row.parts[0].place for _, row in (pictured[0], pictured[-1])))
+        made = self._call([row.prompt for _, row in pictured], images, f"the batch with {places}")
         shape, lengths = made["input_ids"].shape, [len(row.tokens) for _, row in pictured]
         for (_, row), ids in zip(pictured, made["input_ids"].tolist(), strict=True):
             if tuple(ids[: len(row.tokens)]) != row.tokens:
@@ -115,6 +116,8 @@ class ImagePrompts:
                 text=prompts, images=images, add_special_tokens=False, padding=True, padding_side="right",
                 return_tensors="pt",
             )  # fmt: skip
+        except MemoryError:
+            raise
         except Exception as error:  # third-party code, which may raise any type
             raise ConfigurationError(
                 f"the model's processor cannot read the images of {name}",

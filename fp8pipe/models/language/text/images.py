@@ -52,10 +52,14 @@ def located(source: str, folder: Path) -> str:
     Raises:
         ValueError: there is no such file.
     """
-    if source.startswith(_INLINE):
-        return source
-    path = (folder / Path(source).expanduser()).absolute()
-    if not path.is_file():
+    if source[: len(_INLINE)].lower() == _INLINE:
+        return _INLINE + source[len(_INLINE) :]
+    try:
+        path = (folder / Path(source).expanduser()).absolute()
+        there = path.is_file()
+    except (OSError, RuntimeError, ValueError) as error:  # too long, of an unknown user, with a NUL
+        raise ValueError(f"{source[:_SHOWN]!r} is no path; base64 is given as data:image/png;base64,...") from error
+    if not there:
         raise ValueError(f"there is no image file {path} (relative paths start at the folder of the data file)")
     return str(path)
 
@@ -99,6 +103,8 @@ def open_image(part: ImagePart, content: bytes) -> Image:
                 colours, white = upright.convert("RGBA"), Image.new("RGB", upright.size, "white")
                 white.paste(colours, mask=colours.getchannel("A"))
                 return white
+    except MemoryError:
+        raise
     except Exception as error:  # decoders of damaged files raise any type
         raise _unusable(part, f"{type(error).__name__}: {error}") from error
     raise _unusable(part, f"it is animated: it has {frames} frames, and one would be chosen silently")

@@ -82,6 +82,11 @@ def test_text_is_kept_exactly(tmp_path: Path) -> None:
             "messages[0], part 1: there is no image file /",
         ),
         (
+            f'{{"messages": [{{"role": "user", "content": [{{"type": "image", "image": "{"iVBOR" * 80}"}}]}}, '
+            '{"role": "assistant", "content": "a"}]}',
+            "is no path; base64 is given as data:image/png;base64,",
+        ),
+        (
             '{"messages": [{"role": "assistant", "content": [{"type": "image", "path": "no.png"}]}]}',
             "messages[0]: an assistant message has an image, and only text can be learned",
         ),
