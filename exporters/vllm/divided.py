@@ -20,8 +20,10 @@ _PAIR: Final = "gate_up_proj"
 _HEADS: Final = ("num_attention_heads", "n_head")  # in config.json
 
 
-def part_rows(module: str, structure: ModelStructure, config: Mapping[str, Any]) -> dict[str, int]:
+def part_rows(module: str, structure: ModelStructure, config: Mapping[str, Any]) -> dict[str, int] | None:
     """Rows of each part of a linear layer's stored weight, by name; empty if vLLM takes the weight as it is.
+
+    None if vLLM divides it, and the sizes of the parts cannot be told from the model's layers.
 
     Args:
         module: name of the layer in the transformers model.
@@ -38,9 +40,9 @@ def part_rows(module: str, structure: ModelStructure, config: Mapping[str, Any])
     # The only other linear layer of an attention with such a weight reads what Q attends to, so it is as wide as Q.
     others = [name for name in structure.projections if name.rpartition(".")[0] == parent and name != module]
     if len(others) != 1:
-        return {}
+        return None
     query = structure.shape(others[0])[1]
     heads = next((config[name] for name in _HEADS if name in config), None)
     if by_head:
-        return {} if heads is None else {"each head": query // heads}
+        return None if heads is None else {"each head": query // heads}
     return {"q": query, "k": (rows - query) // 2, "v": (rows - query) // 2}

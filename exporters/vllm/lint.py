@@ -268,7 +268,10 @@ def _blocks(plan: ExportPlan) -> Iterator[Finding]:
             yield _found("block-size", unit.entry.name, why)
         elif unit.module in plan.structure.projections and not unit.transposed:
             parts = part_rows(unit.module, plan.structure, plan.source.config)
-            if cut := [f"{rows} ({part})" for part, rows in parts.items() if rows % block[0]]:
+            if parts is None:
+                why = f"vLLM divides its {shape[0]} rows into parts whose sizes the checkpoint does not tell"
+                yield _found("block-size", unit.entry.name, why)
+            elif cut := [f"{rows} ({part})" for part, rows in parts.items() if rows % block[0]]:
                 why = f"vLLM divides its {shape[0]} rows; blocks of {block[0]} do not divide parts of {', '.join(cut)}"
                 yield _found("block-size", unit.entry.name, why)
         if unit.block is None:
