@@ -21,7 +21,7 @@ from calibration.image_set import ImageSet
 from calibration.views import image_stream, normal
 from fp8pipe.artifact.writer import lock
 from fp8pipe.core.errors import BadArtifactError, ConfigurationError
-from fp8pipe.core.work import Alone, Item, Job, WorkPool
+from fp8pipe.core.work import Item, Job, LocalPool, WorkPool
 from fp8pipe.models.vision.image_folder import UNLABELLED, batches, list_pictures
 from fp8pipe.models.vision.sources import VisionModel
 from fp8pipe.models.vision.structure import VitStructure
@@ -89,11 +89,11 @@ def make_images(
         on_images(request.count)
         return ImageSet(noise, None, request.method, request.seed)
     if checkpoints is None:
-        return _synthesize(request, vision, structure, None, on_images, pool or Alone())
+        return _synthesize(request, vision, structure, None, on_images, pool or LocalPool())
     checkpoints.mkdir(parents=True, exist_ok=True)
     with lock(checkpoints):  # an earlier run that is still active would write the same batches
         _prepare(checkpoints, request, vision)
-        return _synthesize(request, vision, structure, checkpoints, on_images, pool or Alone())
+        return _synthesize(request, vision, structure, checkpoints, on_images, pool or LocalPool())
 
 
 def read_images(request: ImageRequest, vision: VisionModel, structure: VitStructure) -> ImageSet | None:

@@ -1,4 +1,4 @@
-"""The key-value store that the processes of a launcher share: values of any size, and signs of life."""
+"""The key-value store that the processes of a launcher share: values of any size, and heartbeats."""
 
 from __future__ import annotations
 
@@ -6,11 +6,14 @@ import itertools
 import threading
 import time
 from collections.abc import Iterable
-from typing import Final, Protocol, Self
+from typing import Any, Final, Protocol, Self
 
-__all__ = ["Beats", "KeyStore", "get_bytes", "put_bytes"]
+import torch.distributed
 
-_BEAT_S: Final = 1.0
+__all__ = ["Heartbeats", "KeyStore", "delete_bytes", "get_bytes", "put_bytes", "with_prefix"]
+
+_HEARTBEAT_S: Final = 1.0
+_JOIN_S: Final = 2.0
 _PART: Final = 4 << 20  # bytes of a value; the store refuses values of more than 8 MiB
 
 
@@ -29,8 +32,18 @@ class KeyStore(Protocol):
     def add(self, key: str, amount: int) -> int:
         """Add to a counter, and return its new value."""
 
+    def delete_key(self, key: str) -> bool:
+        """Delete a value; returns whether there was one."""
+
     def clone(self) -> Self:
         """The same store through another connection."""
+
+
+def with_prefix(prefix: str, store: KeyStore) -> KeyStore:
+    """The part of a store whose keys begin with `prefix`, which others that use the store do not touch."""
+    untyped: Any = torch.distributed
+    part: KeyStore = untyped.PrefixStore(prefix, store)
+    return part
 
 
 def put_bytes(store: KeyStore, key: str, value: bytes) -> None:
@@ -46,38 +59,51 @@ def get_bytes(store: KeyStore, key: str) -> bytes:
     return b"".join(store.get(f"{key}/{number}") for number in range(int(store.get(key))))
 
 
-class Beats:
-    """Gives a sign of life once a second, and observes those of other ranks, in a thread of its own.
+def delete_bytes(store: KeyStore, key: str) -> None:
+    """Delete a value that `put_bytes` stored. A reader that finds no value at `key` waits."""
+    parts = int(store.get(key))
+    store.delete_key(key)
+    for number in range(parts):
+        store.delete_key(f"{key}/{number}")
+
+
+class Heartbeats:
+    """Sends a heartbeat once a second, and observes those of other ranks, in a thread of its own.
 
     Args:
         store: the store; this object uses a connection of its own.
         rank: this process.
         others: the ranks to observe.
-        silence_s: for how long a rank may give no sign of life, in seconds.
+        timeout_s: for how long a rank may give no heartbeat, in seconds.
     """
 
-    def __init__(self, store: KeyStore, rank: int, others: Iterable[int], silence_s: float) -> None:
-        self._store, self._rank, self._silence_s = store.clone(), rank, silence_s
+    def __init__(self, store: KeyStore, rank: int, others: Iterable[int], timeout_s: float) -> None:
+        self._store, self._rank, self._timeout_s = store.clone(), rank, timeout_s
         self._seen = {other: (b"", time.monotonic()) for other in others}
         self._ended = threading.Event()
-        threading.Thread(target=self._run, daemon=True).start()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
 
     def is_silent(self, rank: int) -> bool:
-        """Whether a rank has given no sign of life for too long, or none can be received."""
-        return time.monotonic() - self._seen[rank][1] > self._silence_s
+        """Whether a rank has given no heartbeat for too long, or none can be received."""
+        return time.monotonic() - self._seen[rank][1] > self._timeout_s
 
     def stop(self) -> None:
-        """End the thread; does not wait for it."""
+        """End the thread, and wait for it, but not for ever."""
         self._ended.set()
+        self._thread.join(_JOIN_S)  # a thread in torch's C++ code must not be there when the interpreter ends
 
     def _run(self) -> None:
-        for beat in itertools.count():
+        for heartbeat in itertools.count():
             try:
-                self._store.set(f"beat/{self._rank}", str(beat))
+                self._store.set(f"heartbeat/{self._rank}", str(heartbeat))
                 for other, (last, _) in self._seen.items():
-                    if self._store.check([f"beat/{other}"]) and (found := self._store.get(f"beat/{other}")) != last:
+                    if (
+                        self._store.check([f"heartbeat/{other}"])
+                        and (found := self._store.get(f"heartbeat/{other}")) != last
+                    ):
                         self._seen[other] = (found, time.monotonic())
             except RuntimeError:
                 return  # the connection is lost; from now on every other rank falls silent
-            if self._ended.wait(_BEAT_S):
+            if self._ended.wait(_HEARTBEAT_S):
                 return

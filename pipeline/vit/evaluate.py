@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fp8pipe.core.devices import to_device
 from fp8pipe.core.errors import ConfigurationError
-from fp8pipe.core.work import Alone, Item, Job, WorkPool
+from fp8pipe.core.work import Item, Job, LocalPool, WorkPool
 from fp8pipe.models.samples import sample_name
 from fp8pipe.models.vision.image_folder import ImageFolder, batches, check_pictures, read_image_folder
 from fp8pipe.models.vision.prepare import vision_outputs
@@ -67,9 +67,9 @@ def compared_models(vision: VisionModel, quantized: QuantizedVit) -> dict[str, M
 
 
 def folder_digest(folder: ImageFolder) -> str:
-    """SHA-256 over the names of a folder's pictures and their classes, to tell whether two machines have the same."""
-    names = [file.relative_to(folder.path).as_posix() for file in folder.files]
-    return hashlib.sha256(json.dumps([names, folder.classes, folder.labels]).encode()).hexdigest()
+    """SHA-256 over names, sizes and classes of a folder's pictures, to tell whether two machines have the same."""
+    files = [(file.relative_to(folder.path).as_posix(), file.stat().st_size) for file in folder.files]
+    return hashlib.sha256(json.dumps([files, folder.classes, folder.labels]).encode()).hexdigest()
 
 
 @torch.no_grad()
@@ -98,7 +98,7 @@ def accuracy(
     hits = {name: [0, 0] for name in models}
     job = Job(ACCURACY_JOB, math.ceil(count / _ITEM), payload)
     counter = hit_counter(models, folder, preprocessing, classes, device)
-    for _, found in (pool or Alone()).results(job, counter):
+    for _, found in (pool or LocalPool()).results(job, counter):
         for name, (top1, top5) in json.loads(found).items():
             hits[name] = [hits[name][0] + top1, hits[name][1] + top5]
     return {"images": count} | {

@@ -21,13 +21,14 @@ from fp8pipe.core.errors import ConfigurationError
 from fp8pipe.core.launch import Place
 from fp8pipe.core.work import Item, Job, StorePool, WorkPool, assist
 from fp8pipe.core.work_ray import RayPool
+from fp8pipe.models.vision.image_folder import ImageFolder
 from fp8pipe.models.vision.quantized import load_quantized
 from fp8pipe.models.vision.sources import VisionModel, load_vision_model
 from fp8pipe.models.vision.structure import read_structure
 from fp8pipe.numerics.bf16 import widen_bf16_products
 from fp8pipe.numerics.convolutions import plain_convolutions
 from pipeline.vit.config import QuantizeVitConfig
-from pipeline.vit.evaluate import compared_models, hit_counter, read_evaluation_folder
+from pipeline.vit.evaluate import ACCURACY_JOB, compared_models, hit_counter, read_evaluation_folder
 from pipeline.vit.payload import open_accuracy_payload
 from pipeline.vit.stage import image_request
 
@@ -73,19 +74,28 @@ def assist_quantize_vit(config: QuantizeVitConfig, place: Place) -> None:
 
 
 def job_opener(config: QuantizeVitConfig) -> Callable[[Job], Item]:
-    """Load a run's model, and return the function that prepares the jobs of that run.
+    """Load a run's model and labelled pictures, and return the function that prepares the jobs of that run.
 
-    `config` names the device. The model is loaded once for all jobs.
+    `config` names the device. All is loaded before the first job, so that nobody waits for a process that loads.
+
+    Raises:
+        Fp8PipeError: the model or the pictures cannot be loaded. The returned function raises ConfigurationError if
+            the configuration is not that of rank 0.
     """
     widen_bf16_products()
     vision = load_vision_model(config.model, config.size, activation=config.activation)
     structure = read_structure(vision.model, vision.architecture.image_size)
     placed = replace(vision, model=vision.model.to(torch.device(config.device)))
+    classes = vision.architecture.choices
+    folder = None if config.evaluate is None else read_evaluation_folder(config.evaluate, classes)
 
     def begin(job: Job) -> Item:
-        images = job.name == IMAGES_JOB
-        make = batch_maker(image_request(config), placed, structure, job.payload) if images else None
-        item = make or _counter(config, placed, job.payload)
+        if job.name == IMAGES_JOB:
+            item = batch_maker(image_request(config), placed, structure, job.payload)
+        elif job.name == ACCURACY_JOB:
+            item = _counter(config, placed, folder, job.payload)
+        else:
+            raise ValueError(f"unknown job {job.name!r}")
 
         def compute(number: int) -> bytes:
             with plain_convolutions(torch.device(config.device)):
@@ -96,11 +106,15 @@ def job_opener(config: QuantizeVitConfig) -> Callable[[Job], Item]:
     return begin
 
 
-def _counter(config: QuantizeVitConfig, vision: VisionModel, payload: bytes) -> Item:
+def _counter(config: QuantizeVitConfig, vision: VisionModel, folder: ImageFolder | None, payload: bytes) -> Item:
     classes = vision.architecture.choices
-    assert config.evaluate is not None  # rank 0 has the same configuration and the same model
-    assert classes is not None
-    folder = read_evaluation_folder(config.evaluate, classes)
+    if folder is None:
+        raise ConfigurationError(
+            "this process was started with other options than rank 0",
+            why="rank 0 counts right answers on labelled pictures (--evaluate); this one was started without them",
+            fix="start every process with the same model and the same options",
+        )
+    assert classes is not None  # read_evaluation_folder refuses models without
     with tempfile.TemporaryDirectory() as scratch:
         open_accuracy_payload(payload, Path(scratch), vision, folder)
         quantized = load_quantized(Path(scratch)).to(torch.device(config.device))

@@ -10,11 +10,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import pytest
 from torch.distributed import TCPStore
 
-from fp8pipe.core.errors import BadArtifactError, Fp8PipeError, InterruptedRunError
-from fp8pipe.core.rank_store import get_bytes, put_bytes
-from fp8pipe.core.work import Alone, Item, Job, StorePool, assist, describe, described_error
+from fp8pipe.core.errors import InterruptedRunError
+from fp8pipe.core.rank_store import Heartbeats, delete_bytes, get_bytes, put_bytes, with_prefix
+from fp8pipe.core.work import Item, Job, LocalPool, StorePool, assist
 
-SILENCE_S = 2.0
+TIMEOUT_S = 2.0
 
 
 @pytest.fixture
@@ -33,7 +33,7 @@ def squares(job: Job) -> Item:
 
 
 def start(store: TCPStore, rank: int, begin: Callable[[Job], Item], threads: ThreadPoolExecutor) -> Future[None]:
-    return threads.submit(assist, store.clone(), rank, lambda: begin, SILENCE_S)
+    return threads.submit(assist, store.clone(), rank, lambda: begin, TIMEOUT_S)
 
 
 def test_a_store_keeps_values_of_any_size(store: TCPStore) -> None:
@@ -41,6 +41,8 @@ def test_a_store_keeps_values_of_any_size(store: TCPStore) -> None:
         value = bytes([size % 251]) * size
         put_bytes(store, f"key {size}", value)
         assert get_bytes(store, f"key {size}") == value
+        delete_bytes(store, f"key {size}")
+        assert not any(store.check([f"key {size}{part}"]) for part in ("", "/0", "/1", "/4"))
 
 
 def test_items_of_all_jobs_are_computed_once_and_equal_those_of_one_process(
@@ -65,28 +67,31 @@ def test_items_of_all_jobs_are_computed_once_and_equal_those_of_one_process(
         return begin
 
     helpers = [start(store, number, rank(f"rank {number}"), threads) for number in (1, 2)]
-    with StorePool(store, 3, SILENCE_S) as pool:
+    with StorePool(store, 3, TIMEOUT_S) as pool:
         found = [sorted(pool.results(job, rank("rank 0")(job))) for job in jobs]
     assert [helper.result(20) for helper in helpers] == [None, None]
-    assert found == [sorted(Alone().results(job, squares(job))) for job in jobs]
+    assert found == [sorted(LocalPool().results(job, squares(job))) for job in jobs]
     assert {by for by, _, _ in computed} == {"rank 0", "rank 1", "rank 2"}
     expected = [["first", number] for number in range(12)] + [["second", number] for number in range(7)]
     assert sorted(which for _, *which in computed) == expected
+    values = ["payload", *(f"{kind}/{number}" for kind in ("result", "done") for number in range(3))]  # of all ranks
+    part = with_prefix("fp8pipe/work", store)
+    assert not any(part.check([f"job/0/{value}{end}"]) for value in values for end in ("", "/0"))
 
 
 @pytest.mark.parametrize("says_so", [True, False])
 def test_rank_0_computes_the_items_of_a_lost_process(
     store: TCPStore, caplog: pytest.LogCaptureFixture, says_so: bool
 ) -> None:
-    lost = store.clone()
-    lost.add("job/0/next", 1)  # item 0 is taken by a process that gives no sign of life
+    lost = with_prefix("fp8pipe/work", store.clone())
+    lost.add("job/0/next", 1)  # item 0 is taken by a process that sends no heartbeat
     if says_so:
         lost.set("job/0/taken/0", "1")
     job, began = Job("work", 3, b""), time.monotonic()
-    with StorePool(store, 2, SILENCE_S) as pool:
+    with StorePool(store, 2, TIMEOUT_S) as pool:
         found = list(pool.results(job, squares(job)))
     assert [number for number, _ in found] == [1, 2, 0]
-    assert time.monotonic() - began >= SILENCE_S
+    assert time.monotonic() - began >= TIMEOUT_S
     assert "item 0 of work is lost" in caplog.text
 
 
@@ -95,7 +100,7 @@ def test_a_slow_process_is_not_taken_for_a_lost_one(store: TCPStore, threads: Th
 
     def slow(number: int) -> bytes:
         begun.set()
-        time.sleep(SILENCE_S + 1)
+        time.sleep(TIMEOUT_S + 1)
         return b"slow"
 
     def quick(number: int) -> bytes:
@@ -103,25 +108,29 @@ def test_a_slow_process_is_not_taken_for_a_lost_one(store: TCPStore, threads: Th
         return b"quick"
 
     helper = start(store, 1, lambda job: slow, threads)
-    with StorePool(store, 2, SILENCE_S) as pool:
+    with StorePool(store, 2, TIMEOUT_S) as pool:
         assert sorted(value for _, value in pool.results(Job("work", 2, b""), quick)) == [b"quick", b"slow"]
     helper.result(20)
 
 
-def test_other_ranks_end_when_rank_0_gives_no_sign_of_life(store: TCPStore, threads: ThreadPoolExecutor) -> None:
+def test_other_ranks_end_when_rank_0_sends_no_heartbeat(store: TCPStore, threads: ThreadPoolExecutor) -> None:
     with pytest.raises(InterruptedRunError) as caught:
         start(store, 1, squares, threads).result(30)
-    assert "no sign of life for 2 s" in caught.value.why
+    assert "no heartbeat for 2 s" in caught.value.why
 
 
-@pytest.mark.parametrize(
-    "error", [BadArtifactError("it is damaged", why="it ends early", fix="copy it"), KeyError("x")]
-)
-def test_an_error_keeps_its_class_and_parts_on_its_way_between_processes(error: Exception) -> None:
-    found = described_error(describe(error), "a node")
-    if isinstance(error, Fp8PipeError):
-        assert (type(found), found.what, found.why, found.fix) == (
-            BadArtifactError, "it is damaged (on a node)", "it is short", "copy it",
-        )  # fmt: skip
-    else:
-        assert (type(found), found.what) == (Fp8PipeError, "KeyError: 'x' (on a node)")
+def test_a_pool_without_a_store_ends_without_an_error(caplog: pytest.LogCaptureFixture) -> None:
+    store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    client = store.clone()
+    with StorePool(client, 2, TIMEOUT_S) as pool:
+        assert [number for number, _ in pool.results(Job("work", 1, b""), squares(Job("work", 1, b"")))] == [0]
+        del store
+    assert "could not be told" in caplog.text
+
+
+def test_heartbeats_leave_no_thread(store: TCPStore) -> None:
+    before = set(threading.enumerate())
+    heartbeats = Heartbeats(store, 0, [1], TIMEOUT_S)
+    assert set(threading.enumerate()) - before
+    heartbeats.stop()
+    assert set(threading.enumerate()) == before

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -18,11 +19,14 @@ from vit_families import family, vision_family
 from calibration.config import SynthesisConfig
 from calibration.make import ImageRequest, batch_maker, make_images
 from fp8pipe.core.errors import ConfigurationError
-from fp8pipe.core.work import Alone, Item, Job
+from fp8pipe.core.work import Item, Job, LocalPool
 from fp8pipe.models.vision.image_folder import read_image_folder
 from fp8pipe.models.vision.sources import load_vision_model, save_vision_model
 from fp8pipe.models.vision.structure import read_structure
+from pipeline.vit.config import QuantizeVitConfig
+from pipeline.vit.evaluate import ACCURACY_JOB
 from pipeline.vit.payload import accuracy_payload, open_accuracy_payload
+from pipeline.vit.ranks import job_opener
 
 ROOT = Path(__file__).resolve().parents[3]
 CONFIG = """
@@ -114,7 +118,7 @@ def test_a_cluster_that_is_not_there(extra: tuple[str, ...], why: str, place: Pa
     assert why in done.stderr
 
 
-class Remembering(Alone):
+class Remembering(LocalPool):
     """A pool that keeps its jobs."""
 
     def __init__(self) -> None:
@@ -142,8 +146,21 @@ def test_a_rank_with_other_options_refuses_the_work_of_rank_0(place: Path) -> No
 def test_a_rank_with_other_pictures_refuses_to_count(place: Path, alone: dict[str, str], tmp_path: Path) -> None:
     vision = load_vision_model(str(place / "model"))
     folder = read_image_folder(place / "pictures")
+    shutil.copytree(place / "pictures", tmp_path / "pictures")
+    with next((tmp_path / "pictures").rglob("*.png")).open("ab") as file:
+        file.write(b"\0")  # the same names, but another size
     payload = accuracy_payload(place / "alone", vision, folder)
     open_accuracy_payload(payload, tmp_path, vision, folder)
     assert (tmp_path / "model.safetensors").read_bytes() == (place / "alone" / "model.safetensors").read_bytes()
-    with pytest.raises(ConfigurationError, match="the pictures of this rank are not those of rank 0"):
-        open_accuracy_payload(payload, tmp_path, vision, replace(folder, files=folder.files[::-1]))
+    for other in (replace(folder, files=folder.files[::-1]), read_image_folder(tmp_path / "pictures")):
+        with pytest.raises(ConfigurationError, match="the pictures of this rank are not those of rank 0"):
+            open_accuracy_payload(payload, tmp_path, vision, other)
+
+
+def test_a_rank_without_labelled_pictures_refuses_to_count(place: Path) -> None:
+    begin = job_opener(QuantizeVitConfig(model=str(place / "model"), bits="w4a4", device="cpu"))
+    with pytest.raises(ConfigurationError, match="other options than rank 0") as caught:
+        begin(Job(ACCURACY_JOB, 1, b""))
+    assert "--evaluate" in caught.value.why
+    with pytest.raises(ValueError, match="unknown job 'other'"):
+        begin(Job("other", 1, b""))
