@@ -9,6 +9,7 @@ that a process that waits for others, possibly inside a collective operation, en
 from __future__ import annotations
 
 import atexit
+import contextlib
 import logging
 import os
 import platform
@@ -24,12 +25,13 @@ from fp8pipe.core.progress import configure
 
 _LOG = logging.getLogger(__name__)
 _FAILED: Final = "fp8pipe/failed"
-_VARIABLES: Final = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+_NUMBERS: Final = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")
+_VARIABLES: Final = (*_NUMBERS, "MASTER_ADDR")
 _MEETING: Final = timedelta(minutes=5)  # in which all processes must have started
 _WATCH_S: Final = 1.0
 _GRACE_S: Final = 10.0  # in which a process may end by itself after another has failed
-# What gloo and NCCL say when another process is gone; both raise plain RuntimeErrors, too.
-_LOST: Final = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process", "NCCL")
+# What gloo and NCCL say when another process is gone; gloo raises plain RuntimeErrors.
+_LOST: Final = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exiting")
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,9 +51,15 @@ class Place:
     store: Any
 
     def fail(self, exit_code: int) -> bool:
-        """Tell the others that this process has failed; returns whether it is the first to do so."""
+        """Tell the others that this process has failed; returns whether it is the first to do so.
+
+        It may tell so again, by which an exit code that is known better replaces the one before.
+        """
         mine = f"{self.rank} {exit_code}"
-        return bool(self.store.compare_set(_FAILED, "", mine).decode() == mine)
+        found = self.store.compare_set(_FAILED, "", mine).decode()
+        if found.split()[0] == str(self.rank) and found != mine:
+            found = self.store.compare_set(_FAILED, found, mine).decode()
+        return bool(found == mine)
 
     def failed(self) -> tuple[int, int] | None:
         """Rank and exit code of the first process that has failed, if one has."""
@@ -68,21 +76,18 @@ def launched() -> Place | None:
     The first call meets the other processes, silences all but that of rank 0, and starts to watch for failures.
 
     Raises:
-        ConfigurationError: the launcher's environment variables are incomplete, or processes did not start in time.
+        ConfigurationError: the launcher's environment variables are incomplete or no numbers, or processes did not
+            start in time.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if os.environ.get("WORLD_SIZE", "1") == "1":
         return None
-    if missing := [name for name in _VARIABLES if name not in os.environ]:
-        raise ConfigurationError(
-            f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but not all of the variables of a launcher are set",
-            why=f"missing: {', '.join(missing)}",
-            fix="start with torchrun --nproc-per-node N -m fp8pipe ..., or unset WORLD_SIZE",
-        )
+    _check_variables()
     from torch.distributed.rendezvous import rendezvous
 
     try:
         store, rank, size = next(rendezvous("env://", timeout=_MEETING))
-    except RuntimeError as error:
+        watched = store.clone()
+    except (RuntimeError, ValueError) as error:  # a ValueError is about a port
         raise ConfigurationError(
             f"the {os.environ['WORLD_SIZE']} processes of this run did not meet",
             why=str(error).splitlines()[0],
@@ -92,8 +97,21 @@ def launched() -> Place | None:
     if rank:
         logging.disable(logging.WARNING)
         configure(quiet=True)
-    _start_to_watch(place, next(rendezvous("env://"))[0])
+    _start_to_watch(place, watched)
     return place
+
+
+def _check_variables() -> None:
+    """Refuse an environment that no launcher would have made."""
+    fix = "start with torchrun --nproc-per-node N -m fp8pipe ..., or unset WORLD_SIZE"
+    if missing := [name for name in _VARIABLES if name not in os.environ]:
+        raise ConfigurationError(
+            f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but not all of the variables of a launcher are set",
+            why=f"missing: {', '.join(missing)}",
+            fix=fix,
+        )
+    if wrong := [f"{name}={os.environ[name]!r}" for name in _NUMBERS if not os.environ[name].isdecimal()]:
+        raise ConfigurationError("a launcher's variables are no numbers", why=", ".join(wrong), fix=fix)
 
 
 def own_failure(place: Place, error: BaseException, exit_code: int) -> tuple[BaseException | None, int]:
@@ -124,14 +142,14 @@ def own_failure(place: Place, error: BaseException, exit_code: int) -> tuple[Bas
 
 def _lost(error: BaseException) -> Fp8PipeError | None:
     """The error to report if `error` only says that another process is gone."""
-    from torch.distributed import DistError
+    from torch.distributed import DistNetworkError
 
     if not isinstance(error, RuntimeError) or isinstance(error, Fp8PipeError):
         return None
-    if not isinstance(error, DistError) and not any(word in str(error) for word in _LOST):
+    if not isinstance(error, DistNetworkError) and not any(word in str(error) for word in _LOST):
         return None
     return InterruptedRunError(
-        "another process of this run ended without a word",
+        "another process of this run ended unexpectedly",
         why=f"the connection to it broke: {str(error).splitlines()[0]}",
         fix="see the launcher's messages for the process that ended first; --resume continues from the last checkpoint",
     )
@@ -168,5 +186,6 @@ def _leave_at_exit(exit_code: int) -> None:
 
 def _leave(exit_code: int) -> None:
     for stream in (sys.stdout, sys.stderr):
-        stream.flush()
+        with contextlib.suppress(Exception):  # it may be closed, or full, and must not keep this process alive
+            stream.flush()
     os._exit(exit_code)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from pipeline.falqon.rules import Initialisation, UpdateRule
 from pipeline.finetune.method import Method
 from pipeline.finetune.weights import Deployed, Weights
 
+CODES: Final = ".codes"  # ends the names of codes in checkpoints
 _HEALTH_LAYERS = 8  # approximate number of layers measured per log line, so that it costs only a fraction of a step
 
 
@@ -104,7 +105,7 @@ class FalqonMethod(Method):
         """The tensors that training steps change: B, and the codes if the rule flushes every step."""
         state = {f"{name}.lora_B": layer.lora_B.detach() for name, layer in self.layers.items()}
         if self.rule.flush_every_step:
-            state |= {f"{name}.codes": layer.codes for name, layer in self.layers.items()}
+            state |= {name + CODES: layer.codes for name, layer in self.layers.items()}
         return state
 
     def load_step_state(self, state: dict[str, Tensor]) -> None:
@@ -112,7 +113,7 @@ class FalqonMethod(Method):
         for name, layer in self.layers.items():
             layer.lora_B.data.copy_(state[f"{name}.lora_B"])
             if self.rule.flush_every_step:
-                layer.codes.view(torch.uint8).copy_(state[f"{name}.codes"].view(torch.uint8))
+                layer.codes.view(torch.uint8).copy_(state[name + CODES].view(torch.uint8))
 
     def deployed_weights(self) -> Weights:
         """FP8 codes in the checkpoint's orientation and fp32 scalar scales, by module path of the linear layer."""

@@ -92,7 +92,10 @@ def _finish(run: Run, trainer: Trainer, writer: ArtifactWriter) -> _Outcome:
     untuned = next(line["heldout_loss"] for line in trainer.history if "heldout_loss" in line)
     trainer.record({"step": trainer.step, "deployed_loss": deployed})
     enter_phase("calibrate")
-    kv_cache, missing = measure_kv_cache(model, text.train, text.heldout, run.names, device)
+    alone = run.processes.size == 1
+    kv_cache, missing = measure_kv_cache(model, text.train, text.heldout, run.names, device, alone=alone)
+    # Not the figures, as the main process's count, and no message, which may hold an address.
+    run.processes.same(kv_cache is None, "whether an FP8 key/value cache is possible")
     if missing:
         writer.warn(f"this model cannot be exported with an FP8 key/value cache: {missing}")
     return _Outcome(

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from fp8pipe.artifact.kinds import KvAmax, KvCacheFacts
@@ -26,12 +27,14 @@ CALIBRATION_RECORDS: Final = 32
 HELDOUT_RECORDS: Final = 64
 # What models that are not made for a cache of this kind raise.
 _FAILURES: Final = (
-    ConfigurationError, AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError,
+    ConfigurationError, AttributeError, IndexError, KeyError, NotImplementedError, TypeError, ValueError,
 )  # fmt: skip
+# What no model is to blame for; torch can be built without `distributed`.
+_OTHERS: Final = (torch.OutOfMemoryError, *((dist.DistError,) if dist.is_available() else ()))
 
 
 def measure_kv_cache(
-    model: nn.Module, train: Batches, heldout: Batches, names: Mapping[str, str], device: str
+    model: nn.Module, train: Batches, heldout: Batches, names: Mapping[str, str], device: str, *, alone: bool = True
 ) -> tuple[KvCacheFacts | None, str]:
     """Calibrate on training records and compare the held-out loss with and without an FP8 key/value cache.
 
@@ -41,10 +44,16 @@ def measure_kv_cache(
         heldout: held-out batches; the first rows are used.
         names: names in the checkpoint, by path of the linear layers that have one (without `.weight`).
         device: as torch names it.
+        alone: whether no other process takes part. A RuntimeError may tell that one of them is lost, so it is raised
+            if others do, while in one process it counts as one of a model that has no such cache.
 
     Returns:
         The facts for the manifest, and an empty string; or None, and why the model has no such cache.
+
+    Raises:
+        RuntimeError: memory ran out, or a connection was lost.
     """
+    tolerated = (*_FAILURES, RuntimeError) if alone else _FAILURES
     was_training = model.training
     model.eval()
     try:
@@ -52,9 +61,9 @@ def measure_kv_cache(
             return None, reason
         with uncompiled():
             return _measured(model, train.unpacked(), heldout.unpacked(), names, device), ""
-    except torch.OutOfMemoryError:
+    except _OTHERS:
         raise
-    except _FAILURES as error:  # a run of hours must not be lost to what only an FP8 cache needs
+    except tolerated as error:  # a run of hours must not be lost to what only an FP8 cache needs
         return None, str(error) or type(error).__name__
     finally:
         model.train(was_training)

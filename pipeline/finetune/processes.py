@@ -38,10 +38,12 @@ class Processes:
     """One process.
 
     Attributes:
+        size: number of processes.
         main: whether this is the process that writes and prints.
         facts: what the manifest says about the processes, beside its other facts on the runtime.
     """
 
+    size: int = 1
     main: bool = True
     facts: dict[str, Any] = {}  # noqa: RUF012
 
@@ -86,6 +88,10 @@ class Processes:
     def results(self, method: Method) -> tuple[Weights, dict[str, Tensor]]:
         """The deployed weights and the adapter; in processes that do not write, nothing."""
         return method.deployed_weights(), method.adapter()
+
+    def spill_bytes(self, method: Method) -> int:
+        """Bytes of files that `results` has still to write next to the checkpoints, while these are there."""
+        return 0
 
     def finished(self, write: Callable[[], Artifact], output: Path) -> Artifact:
         """The artifact that the main process writes with `write`."""

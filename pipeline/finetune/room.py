@@ -37,7 +37,9 @@ def moment_bytes(config: FinetuneConfig) -> int:
     return 2 if config.optimizer == "adamw-8bit" else 8
 
 
-def check_room(config: FinetuneConfig, base: Path, trainer: Trainer, root: Path, names: Collection[str]) -> None:
+def check_room(
+    config: FinetuneConfig, base: Path, trainer: Trainer, root: Path, names: Collection[str], spilled: int = 0
+) -> None:
     """Check that the disk has room for the checkpoints and the weights that a run has still to write.
 
     Only tensors are counted, so the space that is asked for is never more than what will be needed.
@@ -48,6 +50,7 @@ def check_room(config: FinetuneConfig, base: Path, trainer: Trainer, root: Path,
         trainer: the run, prepared: the converted base is already written.
         root: directory in which the artifact is written.
         names: the trained layers' names in the checkpoint.
+        spilled: bytes of further files that will be there together with the checkpoints and the weights.
 
     Raises:
         OutOfMemoryError: there is less space than needed; the message states both numbers.
@@ -59,4 +62,4 @@ def check_room(config: FinetuneConfig, base: Path, trainer: Trainer, root: Path,
     # What an interrupted run left is replaced, or counts as one of these checkpoints.
     places = ("*.safetensors", "checkpoints/step-*/*.safetensors")
     written = sum(file.stat().st_size for place in places for file in root.glob(place))
-    disk_guard(root, max(0, output + kept * state - written))
+    disk_guard(root, max(0, output + kept * state - written) + spilled)

@@ -125,8 +125,10 @@ def tune(
         records = processes.in_turn(lambda: _prepare(config, model, method, store, text, key))
         trainer = processes.trainer(config, model, method, text.train, text.heldout, store, writer.root / _METRICS)
         if processes.main:
-            check_room(config, source.path, trainer, writer.root, names.values())
-        if trainer.resume():
+            check_room(config, source.path, trainer, writer.root, names.values(), processes.spill_bytes(method))
+        resumed = trainer.resume()
+        processes.same(trainer.step, "the checkpoint to continue from")
+        if resumed:
             _LOG.info("resumed after step %d", trainer.step)
         _LOG.info("converted %d of %d linear layers", len(method.names), len(records))
         for left_out in by_reason({r.name: r.reason for r in records if r.name not in method.names}):

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from tuning_config import config
 
@@ -24,6 +26,7 @@ from fp8pipe.models.language.text import IGNORED
 from pipeline.falqon.final_merge import second_moments
 from pipeline.finetune.batches import Batch, Batches
 from pipeline.finetune.distributed.group import Group, joined
+from pipeline.finetune.distributed.method import ShardedFalqon
 from pipeline.finetune.distributed.moments import shared_moments
 from pipeline.finetune.distributed.shard import shard
 from pipeline.finetune.distributed.tensors import assign, sharded_like, wholes
@@ -129,12 +132,26 @@ def turns(log: str) -> None:
     with _group() as group:
 
         def write() -> None:
+            if group.rank == 0:
+                time.sleep(0.5)  # the others would come first if they did not wait
             with Path(log).open("a") as handle:
                 handle.write(str(group.rank))
 
         group.in_turn(write)
     with _group() as group:  # another run of the same processes
         group.in_turn(write)
+
+
+def given_up() -> list[str]:
+    """What each rank gets when rank 0 fails in its turn, for which the others wait, and when it starts another run."""
+    found: list[str] = []
+    for _ in range(2):
+        try:
+            with _group() as group:
+                group.in_turn(lambda: found.append(found[1]))  # an IndexError
+        except (IndexError, Fp8PipeError) as error:
+            found.append(f"{type(error).__name__}: {error}".splitlines()[0])
+    return found
 
 
 def sharded_and_back(shapes: list[tuple[tuple[int, ...], str]]) -> list[tuple[int, bool, bool]]:
@@ -168,6 +185,25 @@ def shares(family: str) -> dict[str, tuple[int, int]]:
             found[kind][0] += parameter.to_local().untyped_storage().nbytes()
             found[kind][1] += parameter.numel() * parameter.element_size()
     return {kind: (mine, whole) for kind, (mine, whole) in found.items()}
+
+
+def spilled(folder: str) -> tuple[int, int, int]:
+    """Bytes of deployed codes that are expected to be written, that were, and that are then expected to be."""
+    from mixtures import method_of, mixture
+
+    model, like = mixture("llama"), method_of("live")
+    with _group() as group:
+        method = ShardedFalqon(
+            like.rule, rank=like.rank, rows=None, initialisation=like.initialisation, seed=0, group=group,
+            folder=Path(folder),
+        )  # fmt: skip
+        method.prepare(model)
+        shard(model, group.mesh)
+        before = method.spill_bytes()
+        method.collect()
+        group.total(torch.zeros(1))  # the main process has written
+        written = sum(t.nbytes for file in Path(folder).glob("*.safetensors") for t in load_file(file).values())
+        return before, written, method.spill_bytes()
 
 
 def moments() -> list[tuple[bool, bool]]:

@@ -29,15 +29,14 @@ def shared_heldout_loss(
     """`loss.heldout_loss` over all batches of an epoch; batch i is run by process i mod W."""
     was_training = model.training
     model.eval()
-    sums = torch.zeros(len(heldout), dtype=torch.float64)
+    found = torch.zeros(2, len(heldout), dtype=torch.float64)  # sums of losses, and numbers of answer tokens
     with context or nullcontext(), uncompiled():
         for start in range(0, len(heldout), group.size):
             index = start + group.rank
             batch = heldout.at(index) if index < len(heldout) else no_batch()
             loss = answer_loss(model, model_inputs(batch, group.device), batch.labels)
             if index < len(heldout):
-                sums[index] = float(loss)
+                found[:, index] = torch.tensor([float(loss), answer_count(batch.labels)], dtype=torch.float64)
     model.train(was_training)
-    # Added one after the other, as in one process.
-    count = sum(answer_count(heldout.at(index).labels) for index in range(len(heldout)))
-    return sum(group.total(sums).tolist(), 0.0) / max(count, 1)
+    losses, counts = group.total(found)
+    return sum(losses.tolist(), 0.0) / max(float(counts.sum()), 1.0)  # added one by one, as in one process

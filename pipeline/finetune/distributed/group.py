@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import logging
@@ -18,7 +19,7 @@ from torch._C._distributed_c10d import PrefixStore, Store
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from fp8pipe.core.devices import use_own_gpu
-from fp8pipe.core.errors import ConfigurationError, GateFailedError
+from fp8pipe.core.errors import ConfigurationError, Fp8PipeError, GateFailedError, InterruptedRunError
 from fp8pipe.core.launch import Place
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ class Group:
     """
 
     def __init__(self, place: Place, device: str, store: Store) -> None:
-        self.device, self.store = device, store
+        self.device, self.store, self._place = device, store, place
         self.rank, self.size = place.rank, place.size
         self.mesh: DeviceMesh = init_device_mesh(device, (place.size,))
         self._turns = 0
@@ -64,8 +65,14 @@ class Group:
         return function()
 
     def wait(self, key: str) -> None:
-        """Wait until rank 0 has set this key of the store; unlike in a collective operation, for any time."""
+        """Wait until rank 0 has set this key of the store; unlike in a collective operation, for any time.
+
+        Raises:
+            InterruptedRunError: a process has failed; the message names its rank.
+        """
         while not self.store.check([key]):
+            if failed := self._place.failed():
+                raise _given_up(f"rank {failed[0]} has failed", failed[0])
             time.sleep(_POLL_S)
 
     def total(self, values: Tensor) -> Tensor:
@@ -116,12 +123,31 @@ class Group:
 def joined(place: Place, device: str) -> Iterator[SeveralProcesses]:
     """The processes of a run on `device`, one of its devices for each process, for as long as the context lasts.
 
+    Of an error in this context, the other processes are told. The process group is then left as it is, as to destroy
+    it would wait for operations that are pending, so no other run can follow.
+
     Raises:
         ConfigurationError: the script has made a process group of its own.
+        InterruptedRunError: a process has failed, now or in an earlier run of this one.
         MissingCapabilityError: there are more processes on this machine than GPUs.
     """
-    from pipeline.finetune.distributed.processes import SeveralProcesses
+    if failed := place.failed():
+        earlier = dist.is_initialized()
+        what = "an earlier run of this process failed" if earlier else f"rank {failed[0]} has failed"
+        raise _given_up(what, failed[0])
+    try:
+        with _connected(place, device) as group:
+            from pipeline.finetune.distributed.processes import SeveralProcesses
 
+            yield SeveralProcesses(group)
+    except BaseException as error:
+        with contextlib.suppress(RuntimeError):  # the store may be gone; the error says more
+            place.fail(error.exit_code if isinstance(error, Fp8PipeError) else 1)
+        raise
+
+
+@contextmanager
+def _connected(place: Place, device: str) -> Iterator[Group]:
     own = use_own_gpu(place.local) if device == "cuda" else None
     backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
     if dist.is_initialized():
@@ -135,10 +161,17 @@ def joined(place: Place, device: str) -> Iterator[SeveralProcesses]:
         backend, store=store, rank=place.rank, world_size=place.size, timeout=_TIMEOUT, device_id=own
     )
     _LOG.info("%d processes, connected by %s", place.size, backend)
-    yield SeveralProcesses(Group(place, device, store))
-    # Only after success, as it would wait for operations that are pending after an error.
+    yield Group(place, device, store)
     dist.barrier()  # rank 0 may hold the store, so it must not leave first
     dist.destroy_process_group()
+
+
+def _given_up(what: str, rank: int) -> InterruptedRunError:
+    return InterruptedRunError(
+        what,
+        why=f"rank {rank} of this launch has failed, and the others cannot go on without it",
+        fix=f"see the error of rank {rank}, and start the processes again; resume continues from the last checkpoint",
+    )
 
 
 def _digest(tensor: Tensor) -> str:

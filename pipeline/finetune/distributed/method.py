@@ -20,7 +20,7 @@ from pipeline.falqon.base_files import RECORD, BaseFiles
 from pipeline.falqon.final_merge import Inputs
 from pipeline.falqon.flush import FlushReport
 from pipeline.falqon.layer import FalqonLinear
-from pipeline.falqon.method import FalqonMethod, adapter_of, deployed_of
+from pipeline.falqon.method import CODES, FalqonMethod, adapter_of, deployed_of
 from pipeline.falqon.observed import Losses
 from pipeline.finetune.distributed.group import Group
 from pipeline.finetune.distributed.moments import shared_moments
@@ -28,6 +28,7 @@ from pipeline.finetune.distributed.tensors import assign, reshard, whole_layer
 from pipeline.finetune.weights import Deployed, Weights
 
 _SPILL_BYTES: Final = 1 << 28  # of codes in memory until they are written
+_SPILLED: Final = "deployed-{}.safetensors"
 
 
 class ShardedFalqon(FalqonMethod):
@@ -94,7 +95,7 @@ class ShardedFalqon(FalqonMethod):
         with whole_layer(layer):
             yield
             if name in self._compared:
-                self.group.require_equal({f"{name}.codes": layer.code_bytes, f"{name}.lora_B": layer.lora_B})
+                self.group.require_equal({name + CODES: layer.code_bytes, f"{name}.lora_B": layer.lora_B})
 
     def moments(self, model: nn.Module, layers: dict[str, FalqonLinear], inputs: Inputs) -> dict[str, Tensor]:
         """See `shared_moments`."""
@@ -104,7 +105,7 @@ class ShardedFalqon(FalqonMethod):
         """As in one process, but sharded."""
         state: dict[str, Tensor] = {f"{name}.lora_B": layer.lora_B.detach() for name, layer in self.layers.items()}
         if self.rule.flush_every_step:
-            state |= {f"{name}.codes": layer.code_bytes.detach() for name, layer in self.layers.items()}
+            state |= {name + CODES: layer.code_bytes.detach() for name, layer in self.layers.items()}
         return state
 
     def load_step_state(self, state: dict[str, Tensor]) -> None:
@@ -112,7 +113,7 @@ class ShardedFalqon(FalqonMethod):
         for name, layer in self.layers.items():
             assign(layer.lora_B.detach(), state[f"{name}.lora_B"])
             if self.rule.flush_every_step:
-                assign(layer.code_bytes.detach(), state[f"{name}.codes"].view(torch.uint8))
+                assign(layer.code_bytes.detach(), state[name + CODES].view(torch.uint8))
 
     def collect(self) -> tuple[Weights, dict[str, Tensor]]:
         """The deployed weights, mapped from files in `folder`, and the adapter; empty but in the main process.
@@ -129,6 +130,11 @@ class ShardedFalqon(FalqonMethod):
                     for name, weight in deployed_of(group).items():
                         weights.add(name, weight)
         return weights.mapped(), adapter
+
+    def spill_bytes(self) -> int:
+        """Bytes of codes that `collect` has still to write to `folder`; files of an earlier attempt are replaced."""
+        codes = sum(sum(layer.parts) * layer.in_features for layer in self.layers.values())
+        return max(0, codes - sum(file.stat().st_size for file in self.folder.glob(_SPILLED.format("*"))))
 
 
 class _Spilled:
@@ -153,7 +159,7 @@ class _Spilled:
 
     def _write(self) -> None:
         self._folder.mkdir(parents=True, exist_ok=True)
-        path = self._folder / f"deployed-{len(self._written):05d}.safetensors"
+        path = self._folder / _SPILLED.format(f"{len(self._written):05d}")
         codes = {name: weight.values for name, weight in self._waiting.items()}
         with disk_guard(path, sum(values.nbytes for values in codes.values())):
             save_file(codes, path)

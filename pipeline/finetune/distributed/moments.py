@@ -7,6 +7,7 @@ less traffic, too, and all processes then round with the same moments.
 
 from __future__ import annotations
 
+from itertools import islice
 from typing import Any
 
 import torch
@@ -25,15 +26,14 @@ def shared_moments(
 ) -> dict[str, Tensor]:
     """`pipeline.falqon.final_merge.second_moments` of a sharded model; batch i is run by process i mod W."""
     moments: dict[str, Tensor] = {}
-    batches = list(inputs())
-    for start in range(0, len(batches), group.size):
-        present = min(group.size, len(batches) - start)
+    batches = iter(inputs())
+    while held := list(islice(batches, group.size)):  # not all of them: pixel values take much memory
         # Processes without a batch take part in the forward pass, for which parameters are gathered.
-        batch = batches[start + group.rank if group.rank < present else start]
+        batch = held[group.rank if group.rank < len(held) else 0]
         seen: _Seen = []
         with observed_inputs(layers, lambda name, x, seen=seen: seen.append((name, x.detach()))):  # type: ignore[misc]
             model(**batch, use_cache=False)
-        for rank in range(present):
+        for rank in range(len(held)):
             for name, x in _from(rank, seen, group):
                 add_moment(moments, name, x)
     return moments

@@ -32,7 +32,7 @@ class SeveralProcesses(Processes):
     """`Processes` in one of several."""
 
     def __init__(self, group: Group) -> None:
-        self.group, self.main = group, group.rank == 0
+        self.group, self.size, self.main = group, group.size, group.rank == 0
         self.facts = {"world_size": group.size}
 
     def check(self, config: FinetuneConfig) -> None:
@@ -97,6 +97,10 @@ class SeveralProcesses(Processes):
     def results(self, method: Method) -> tuple[Weights, dict[str, Tensor]]:
         """See `ShardedFalqon.collect`."""
         return cast(ShardedFalqon, method).collect()
+
+    def spill_bytes(self, method: Method) -> int:
+        """See `ShardedFalqon.spill_bytes`."""
+        return cast(ShardedFalqon, method).spill_bytes()
 
     def finished(self, write: Callable[[], Artifact], output: Path) -> Artifact:
         """The artifact, which the main process writes while the others wait."""

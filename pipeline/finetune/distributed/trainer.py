@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Final, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from fp8pipe.numerics.grids import E4M3
+from pipeline.falqon.method import CODES
 from pipeline.finetune.checkpoint import Shard, in_shards
 from pipeline.finetune.distributed.evaluate import no_batch, shared_heldout_loss
 from pipeline.finetune.distributed.group import Group
@@ -24,13 +25,11 @@ from pipeline.finetune.distributed.tensors import sharded_like, wholes
 from pipeline.finetune.loop import Metrics, Trainer
 from pipeline.finetune.loss import answer_count
 
-CODES: Final = ".codes"  # ends the names of codes in checkpoints
-
 
 class RankedTrainer(Trainer):
     """`Trainer` of a sharded model in one of several processes.
 
-    Set `group`, `method` and `sums` with `join` before training.
+    `method` is that of the constructor; set `group` and `sums` with `join` before training.
     """
 
     group: Group

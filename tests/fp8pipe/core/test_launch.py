@@ -2,12 +2,30 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch.distributed as dist
 
 from fp8pipe.core import launch
 from fp8pipe.core.errors import ConfigurationError, InterruptedRunError, OutOfMemoryError
 from fp8pipe.core.launch import Place, launched, own_failure
+
+ROOT = Path(__file__).resolve().parents[3]
+# Rank 1, whose stdout cannot be written any more, waits for something that never comes.
+WAITING = """
+import sys, time
+from torch.distributed import TCPStore
+from fp8pipe.core import launch
+store = TCPStore("127.0.0.1", int(sys.argv[1]))
+launch._WATCH_S = launch._GRACE_S = 0.1
+launch._start_to_watch(launch.Place(1, 2, 1, store), store.clone())
+sys.stdout.close()
+time.sleep(60)
+"""
 
 
 @pytest.fixture
@@ -37,6 +55,17 @@ def test_an_incomplete_environment_is_refused_by_name(monkeypatch):
     assert error.value.why == "missing: LOCAL_RANK, MASTER_ADDR, MASTER_PORT"
 
 
+@pytest.mark.parametrize(("name", "value"), [("WORLD_SIZE", ""), ("WORLD_SIZE", "two"), ("MASTER_PORT", "x")])
+def test_variables_that_are_no_numbers_are_refused_by_name(monkeypatch, name, value):
+    launched.cache_clear()
+    variables = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+    for one, said in (variables | {name: value}).items():
+        monkeypatch.setenv(one, said)
+    with pytest.raises(ConfigurationError, match="are no numbers") as error:
+        launched()
+    assert error.value.why == f"{name}={value!r}"
+
+
 def test_only_the_first_failure_is_printed_and_its_exit_code_is_everyones(places):
     assert places[0].failed() is None
     first = OutOfMemoryError("no memory")
@@ -46,7 +75,32 @@ def test_only_the_first_failure_is_printed_and_its_exit_code_is_everyones(places
     assert all(place.failed() == (2, 15) for place in places)
 
 
-@pytest.mark.parametrize("error", [dist.DistBackendError("timeout"), RuntimeError("[pair.cc:5] Broken pipe")])
+def test_a_process_that_tells_its_failure_again_stays_the_first_and_corrects_its_exit_code(places):
+    """The Python interface tells of an error that passes through it, before the command line knows its exit code."""
+    assert places[1].fail(1)
+    error = MemoryError()
+    assert own_failure(places[1], error, 15) == (error, 15)
+    assert places[1].fail(15)
+    assert own_failure(places[0], ConfigurationError("another"), 10) == (None, 15)
+
+
+def test_a_process_that_waits_ends_with_the_exit_code_of_the_one_that_failed():
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    Place(0, 2, 0, store).fail(15)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", WAITING, str(store.port)]
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=50, check=False)
+    assert ended.returncode == 15, ended.stderr
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        dist.DistNetworkError("failed to recv, got 0 bytes"),
+        dist.DistBackendError("ncclRemoteError: ... a network error or a remote process exiting prematurely."),
+        RuntimeError("[pair.cc:5] Broken pipe"),
+    ],
+)
 def test_a_lost_connection_without_another_failure_is_told_as_such(places, error):
     told, code = own_failure(places[1], error, 1)
     assert isinstance(told, InterruptedRunError)
@@ -54,6 +108,13 @@ def test_a_lost_connection_without_another_failure_is_told_as_such(places, error
     assert "--resume" in told.fix
 
 
-def test_an_error_of_its_own_is_no_lost_connection(places):
-    own = RuntimeError("shapes do not fit")
+@pytest.mark.parametrize(
+    "own",
+    [
+        RuntimeError("shapes do not fit"),
+        dist.DistBackendError("NCCL error: Duplicate GPU detected : rank 1 and rank 0 both on CUDA device 5000"),
+        dist.DistStoreError("wait timeout after 300000ms"),
+    ],
+)
+def test_an_error_of_its_own_is_no_lost_connection(places, own):
     assert own_failure(places[0], own, 1) == (own, 1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.distributed as dist
 from tiny_decoders import DECODERS
 
 from fp8pipe.models.compat import import_transformers
@@ -71,3 +72,22 @@ def test_a_model_without_such_a_cache_is_told_why_and_keeps_its_run():
     assert "not finite" in reason
     model.config.kv_lora_rank = 4
     assert "latent" in measure_kv_cache(model, batches(1), batches(2), {}, "cpu")[1]
+
+
+@pytest.mark.parametrize(("error", "alone", "raised"), [
+    (RuntimeError("no such cache"), True, False),
+    (RuntimeError("Connection closed by peer"), False, True),
+    (dist.DistBackendError("NCCL"), True, True),
+    (ValueError("no such cache"), False, False),
+])  # fmt: skip
+def test_what_may_tell_of_a_lost_process_is_not_taken_for_a_model_without_such_a_cache(error, alone, raised):
+    def fail(*arguments: object) -> None:
+        raise error
+
+    model = tiny()
+    model.model.layers[0].register_forward_pre_hook(fail)
+    if raised:
+        with pytest.raises(type(error), match=str(error)):
+            measure_kv_cache(model, batches(1), batches(2), {}, "cpu", alone=alone)
+    else:
+        assert measure_kv_cache(model, batches(1), batches(2), {}, "cpu", alone=alone) == (None, "no such cache")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from rank_work import compared, moments, sharded_and_back, shares, turns
+from rank_work import compared, given_up, moments, sharded_and_back, shares, spilled, turns
 from ranks import run_ranks
+
+from pipeline.falqon.base_files import RECORD
 
 
 def test_a_difference_between_processes_is_an_error_that_names_it_in_every_process():
@@ -24,6 +26,15 @@ def test_the_main_process_is_the_first_whose_turn_it_is(tmp_path):
         assert run[0] == "0"
 
 
+def test_a_process_that_waits_learns_who_failed_and_no_other_run_follows():
+    found = run_ranks(2, given_up)
+    again = "InterruptedRunError: an earlier run of this process failed"
+    assert found == {
+        0: ["IndexError: list index out of range", again],
+        1: ["InterruptedRunError: rank 0 has failed", again],
+    }
+
+
 def test_tensors_of_any_shape_are_whole_again_and_take_values():
     shapes = [((8, 3), "float32"), ((7, 5), "uint8"), ((2, 4), "bfloat16"), ((1,), "float32"), ((9,), "uint8")]
     found = run_ranks(4, sharded_and_back, shapes)
@@ -39,6 +50,13 @@ def test_moments_of_shared_batches_have_the_bits_of_one_process():
         assert len(found) == 8
         assert all(same for same, _ in found)
         assert not all(reordered for _, reordered in found)  # else the order would be no part of the test
+
+
+def test_the_codes_that_are_written_to_collect_them_are_counted_in_advance(tmp_path):
+    (tmp_path / RECORD).touch()  # as if rank 0 had converted the model
+    for before, written, after in run_ranks(2, spilled, str(tmp_path)).values():
+        assert before == written > 10_000
+        assert after == 0  # they would be replaced
 
 
 @pytest.mark.parametrize(("size", "family"), [(2, "llama"), (4, "mixtral")])
