@@ -52,7 +52,7 @@ def test_an_incomplete_environment_is_refused_by_name(monkeypatch):
         monkeypatch.delenv(name, raising=False)
     with pytest.raises(ConfigurationError, match="WORLD_SIZE is 2") as error:
         launched()
-    assert error.value.why == "missing: LOCAL_RANK, MASTER_ADDR, MASTER_PORT"
+    assert error.value.why == "missing: LOCAL_RANK, MASTER_PORT, MASTER_ADDR"
 
 
 @pytest.mark.parametrize(("name", "value"), [("WORLD_SIZE", ""), ("WORLD_SIZE", "two"), ("MASTER_PORT", "x")])

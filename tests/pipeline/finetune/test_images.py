@@ -191,7 +191,7 @@ def test_a_run_is_not_resumed_with_a_changed_image(
     data, output = write_colours(tmp_path, 12), tmp_path / "tuned"
     how = config(bases["gemma3_mm"], data, sequence_length=96, steps=2, evaluate_every=0, device="cpu")
 
-    def stopped(*_: object) -> None:
+    def stopped(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
