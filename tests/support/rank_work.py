@@ -82,7 +82,13 @@ def command(settings: dict[str, Any], output: str, fault: str, rank: int, step: 
     except SystemExit as end:
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(int(end.code or 0))
+        if end.code:  # else it returns: the launcher waits for ever for what a process that exits with 0 has not returned
+            os._exit(int(end.code))
+
+
+def _interrupt() -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    os.kill(os.getpid(), signal.SIGINT)
 
 
 def _no_memory() -> None:
@@ -91,7 +97,7 @@ def _no_memory() -> None:
 
 _FAULTS: dict[str, Callable[[], None]] = {
     "memory": _no_memory,
-    "interrupt": lambda: os.kill(os.getpid(), signal.SIGINT),
+    "interrupt": _interrupt,
     "killed": lambda: os.kill(os.getpid(), signal.SIGKILL),
     "none": lambda: None,
     "elsewhere": lambda: None,  # another directory is this rank's output
