@@ -82,7 +82,7 @@ def command(settings: dict[str, Any], output: str, fault: str, rank: int, step: 
     except SystemExit as end:
         sys.stdout.flush()
         sys.stderr.flush()
-        if end.code:  # else it returns: the launcher waits for ever for what a process that exits with 0 has not returned
+        if end.code:  # with 0 the launcher would wait for ever for what this process returns
             os._exit(int(end.code))
 
 
