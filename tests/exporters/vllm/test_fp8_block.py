@@ -220,6 +220,17 @@ def test_parts_of_one_tensor_that_are_no_whole_blocks_are_refused_before_vllm_do
             plan_vllm(base, tmp_path / "export", OPTIONS)
 
 
+def test_parts_whose_sizes_cannot_be_told_are_refused(tmp_path: Path) -> None:
+    one = ARCHITECTURES["bloom"]
+    base = write_architecture(replace(one, settings={**one.settings, **WIDE, "n_head": 2}), tmp_path / "base")
+    plan = plan_export(base, OPTIONS)
+    for name in ("n_head", "num_attention_heads"):
+        plan.source.config.pop(name, None)
+    why = [finding.why for finding in lint_structure(plan)]
+    assert why
+    assert all("into parts whose sizes the checkpoint does not tell" in each for each in why)
+
+
 def test_trained_scales_that_are_not_those_of_blocks_are_refused(
     llama: Path, gpt2: Path, falqon: Callable[..., Path], tmp_path: Path
 ) -> None:
