@@ -2,8 +2,9 @@
 
 The processes meet in the launcher's key-value store, before any of them computes. There, a process that fails says so,
 and the first to do so is the only one that prints its error: the failures of the others are consequences, or the same
-error again. A process whose error comes from a lost connection ends in the same way. A thread watches the store, so
-that a process that waits for others, possibly inside a collective operation, ends as well.
+error again. They exit once it has printed, as a launcher terminates all processes when the first one exits. A process
+whose error comes from a lost connection ends in the same way. A thread watches the store, so that a process that waits
+for others, possibly inside a collective operation, ends as well.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from fp8pipe.core.progress import configure
 
 _LOG = logging.getLogger(__name__)
 _FAILED: Final = "fp8pipe/failed"
+_PRINTED: Final = "fp8pipe/printed"  # set when the error of the first process that failed has been printed
 _NUMBERS: Final = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")
 _VARIABLES: Final = (*_NUMBERS, "MASTER_ADDR")
 _MEETING: Final = timedelta(minutes=5)  # in which all processes must have started
@@ -134,7 +136,8 @@ def own_failure(place: Place, error: BaseException, exit_code: int) -> tuple[Bas
         exit_code = (place.failed() or (place.rank, exit_code))[1]
     except RuntimeError:  # the store is gone, and with it the launcher, which has told why
         first = False
-    _leave_at_exit(exit_code)
+    # Not by itself: the destructors of process groups wait for operations that will never complete.
+    atexit.register(_leave_after_printing, place.store, exit_code, first)
     if first and place.rank:
         _LOG.error("rank %d of %d, on %s, failed:", place.rank, place.size, platform.node())
     return (lost or error) if first else None, exit_code
@@ -179,13 +182,29 @@ def _watch(place: Place, over: threading.Event) -> None:
             _leave(found[1])
 
 
-def _leave_at_exit(exit_code: int) -> None:
-    # The destructors of process groups wait for operations that will never complete.
-    atexit.register(_leave, exit_code)
+def _leave_after_printing(store: Any, exit_code: int, first: bool) -> None:
+    """End this process when the error of the first one that failed is printed; `first` says whether that is this one.
+
+    A launcher terminates all processes when one exits, so one that exits earlier could lose the only message.
+    """
+    try:
+        if first:
+            _flush()
+            store.set(_PRINTED, "")
+        else:
+            store.wait([_PRINTED], timedelta(seconds=_GRACE_S))
+    except RuntimeError:  # the store is gone, or the first process cannot print
+        pass
+    finally:  # after an interruption, too
+        _leave(exit_code)
 
 
 def _leave(exit_code: int) -> None:
+    _flush()
+    os._exit(exit_code)
+
+
+def _flush() -> None:
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(Exception):  # it may be closed, or full, and must not keep this process alive
             stream.flush()
-    os._exit(exit_code)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import signal
@@ -80,9 +81,10 @@ def command(settings: dict[str, Any], output: str, fault: str, rank: int, step: 
     try:
         main(["finetune", "--config", str(file), "--output", output, "--json"])
     except SystemExit as end:
-        sys.stdout.flush()
-        sys.stderr.flush()
         if end.code:  # with 0 the launcher would wait for ever for what this process returns
+            atexit._run_exitfuncs()  # multiprocessing does not
+            sys.stdout.flush()
+            sys.stderr.flush()
             os._exit(int(end.code))
 
 

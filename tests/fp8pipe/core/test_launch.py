@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -73,6 +74,32 @@ def test_only_the_first_failure_is_printed_and_its_exit_code_is_everyones(places
     assert own_failure(places[0], ConfigurationError("another"), 10) == (None, 15)
     assert own_failure(places[1], RuntimeError("Connection closed by peer [127.0.0.1]"), 1) == (None, 15)
     assert all(place.failed() == (2, 15) for place in places)
+
+
+def test_no_process_exits_before_the_error_is_printed(monkeypatch):
+    """A launcher terminates the process that prints as soon as another one has exited."""
+    at_exit, left = [], []
+    monkeypatch.setattr(launch.atexit, "register", lambda *call: at_exit.append(call))
+    store = dist.HashStore()
+    own_failure(Place(1, 2, 1, store), OutOfMemoryError("no memory"), 15)
+    own_failure(Place(0, 2, 0, store), ConfigurationError("another"), 10)
+    monkeypatch.setattr(launch, "_leave", lambda code: left.append((threading.current_thread().name, code)))
+    printer, other = (threading.Thread(target=end, args=arguments, name=name)
+                      for name, (end, *arguments) in zip(("printer", "other"), at_exit, strict=True))  # fmt: skip
+    other.start()
+    other.join(0.5)
+    assert left == []
+    printer.start()
+    other.join(5)
+    assert sorted(left) == [("other", 15), ("printer", 15)]
+
+
+def test_a_process_exits_although_the_one_that_was_to_print_is_gone(monkeypatch):
+    left = []
+    monkeypatch.setattr(launch, "_leave", left.append)
+    monkeypatch.setattr(launch, "_GRACE_S", 0.1)
+    launch._leave_after_printing(dist.HashStore(), 15, first=False)
+    assert left == [15]
 
 
 def test_a_process_that_tells_its_failure_again_stays_the_first_and_corrects_its_exit_code(places):
