@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
@@ -17,6 +19,38 @@ from pipeline.vit.config import QuantizeVitConfig
 if TYPE_CHECKING:
     from fp8pipe.artifact import Artifact
     from fp8pipe.artifact.kinds import HeldoutLoss, VitDetails
+    from fp8pipe.core.plan import Plan
+
+C = TypeVar("C", FinetuneConfig, QuantizeVitConfig)
+
+
+def _run_stage(
+    console: Console, read: Callable[[], C], *, plan: Callable[[C], Plan], run: Callable[[C], Artifact | None],
+    show: Callable[[Console, Artifact], None], dry_run: bool,
+) -> None:  # fmt: skip
+    """Run a stage, or plan it, and print the outcome; of several processes, one prints it.
+
+    The functions import what they need, so that `--help` is fast.
+
+    Args:
+        console: the command's console.
+        read: reads the settings.
+        plan: plans the stage, for `dry_run`.
+        run: runs the stage; returns None in a process that has only assisted another one.
+        show: prints the result, and fails if a gate of the artifact did.
+        dry_run: plan the stage only.
+    """
+    wait_briefly()
+    with one_report() as reports:
+        settings = read()
+        with console.capture_stdout():
+            if dry_run:
+                if reports:
+                    show_plan(console, plan(settings))
+                return
+            artifact = run(settings)
+        if reports and artifact is not None:
+            show(console, artifact)
 
 
 @click.command(name="finetune")
@@ -31,27 +65,28 @@ def finetune_command(
     The adapter is merged into the FP8 weights (FALQON); the artifact contains the codes that `export` writes for the
     engine.
     """
-    wait_briefly()
-    with one_report() as reports:
-        settings = resolve(FinetuneConfig, config, options)
-        with console.capture_stdout():
-            if dry_run:
-                from pipeline.finetune.plan import plan_finetune
 
-                if reports:
-                    show_plan(console, plan_finetune(settings, output))
-                return
-            from pipeline.finetune.stage import finetune
+    def plan(settings: FinetuneConfig) -> Plan:
+        from pipeline.finetune.plan import plan_finetune
 
-            artifact = finetune(settings, output, force=force, resume=resume)
-        if not reports:
-            return
-        show_artifact(
-            console, artifact, finetuned_lines(artifact),
-            next_export(artifact),
-            remedy="train longer, with another learning rate or on more data; the artifact is kept for inspection",
-            heldout_loss=_losses(artifact).model_dump(),
-        )  # fmt: skip
+        return plan_finetune(settings, output)
+
+    def run(settings: FinetuneConfig) -> Artifact:
+        from pipeline.finetune.stage import finetune
+
+        return finetune(settings, output, force=force, resume=resume)
+
+    read = partial(resolve, FinetuneConfig, config, options)
+    _run_stage(console, read, plan=plan, run=run, show=_show_finetuned, dry_run=dry_run)
+
+
+def _show_finetuned(console: Console, artifact: Artifact) -> None:
+    show_artifact(
+        console, artifact, finetuned_lines(artifact),
+        next_export(artifact),
+        remedy="train longer, with another learning rate or on more data; the artifact is kept for inspection",
+        heldout_loss=_losses(artifact).model_dump(),
+    )  # fmt: skip
 
 
 def finetuned_lines(artifact: Artifact) -> list[str]:
@@ -101,27 +136,26 @@ def quantize_vit_command(
     By default, no data is needed: calibration images are synthesized from the model alone (MimiQ), and used to distill
     the original model into the low-bit model.
     """
-    wait_briefly()
-    with one_report() as reports:
-        settings = resolve(QuantizeVitConfig, config, options)
-        with console.capture_stdout():
-            if dry_run:
-                from pipeline.vit.plan import plan_quantize_vit
 
-                if reports:
-                    show_plan(console, plan_quantize_vit(settings, output))
-                return
-            from fp8pipe.core.launch import launched
-            from pipeline.vit.ranks import assist_quantize_vit, open_pool
-            from pipeline.vit.stage import quantize_vit
+    def plan(settings: QuantizeVitConfig) -> Plan:
+        from pipeline.vit.plan import plan_quantize_vit
 
-            place = launched()
-            if place is not None and place.rank:
-                assist_quantize_vit(settings, place)
-                return
-            with open_pool(settings, place, ray) as pool:
-                artifact = quantize_vit(settings, output, force=force, resume=resume, pool=pool)
-        _show_quantized(console, artifact)
+        return plan_quantize_vit(settings, output)
+
+    def run(settings: QuantizeVitConfig) -> Artifact | None:
+        from fp8pipe.core.launch import launched
+        from pipeline.vit.ranks import assist_quantize_vit, open_pool
+        from pipeline.vit.stage import quantize_vit
+
+        place = launched()
+        if place is not None and place.rank:
+            assist_quantize_vit(settings, place)
+            return None
+        with open_pool(settings, place, ray) as pool:
+            return quantize_vit(settings, output, force=force, resume=resume, pool=pool)
+
+    read = partial(resolve, QuantizeVitConfig, config, options)
+    _run_stage(console, read, plan=plan, run=run, show=_show_quantized, dry_run=dry_run)
 
 
 def _show_quantized(console: Console, artifact: Artifact) -> None:
