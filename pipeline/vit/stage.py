@@ -6,50 +6,34 @@ The artifact is verified: a new process rebuilds the model from its files, and t
 from __future__ import annotations
 
 import copy
-import json
 import logging
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from calibration.image_set import ImageSet
-from calibration.make import ARTIFACT_IMAGES, FOLDER_PREFIX, ImageRequest, make_images, read_images
-from fp8pipe.artifact import (
-    Artifact,
-    ArtifactWriter,
-    Comparison,
-    Gate,
-    NumberFormat,
-    Parent,
-    ScaleRule,
-    Verdict,
-    check_place,
-)
-from fp8pipe.artifact.kinds import VIT_KIND, Accuracy, FirstLast, TransformFacts, VitDetails
+from calibration.make import ImageRequest, make_images, read_images
+from fp8pipe.artifact import Artifact, ArtifactWriter, check_place
+from fp8pipe.artifact.kinds import VIT_KIND
 from fp8pipe.core.devices import on_device, parts_on
 from fp8pipe.core.plan import enter_phase
 from fp8pipe.core.progress import track
 from fp8pipe.core.work import WorkPool
-from fp8pipe.models.vision.answers import agreeing
 from fp8pipe.models.vision.image_folder import ImageFolder
-from fp8pipe.models.vision.prepare import vision_outputs
-from fp8pipe.models.vision.quantized import QuantizedVit, layer_records, save_quantized
 from fp8pipe.models.vision.sources import VisionModel, load_vision_model
 from fp8pipe.models.vision.structure import VitStructure, read_structure
 from fp8pipe.numerics.bf16 import widen_bf16_products
 from fp8pipe.numerics.convolutions import plain_convolutions
-from fp8pipe.numerics.kinds import Kind, granularity
+from fp8pipe.numerics.kinds import Kind
 from pipeline.finetune.checkpoint import CheckpointStore
 from pipeline.vit.augment import first_views
 from pipeline.vit.config import QuantizeVitConfig
+from pipeline.vit.deploy import CHECKPOINTS, IMAGES_WORK, Run, are_pictures, deploy
 from pipeline.vit.distill import Distiller
-from pipeline.vit.evaluate import accuracy, compared_models, read_evaluation_folder
+from pipeline.vit.evaluate import read_evaluation_folder
 from pipeline.vit.initialise import (
     activation_bits,
     activation_kinds,
@@ -60,13 +44,10 @@ from pipeline.vit.initialise import (
     second_moments,
     weight_formats,
 )
-from pipeline.vit.payload import accuracy_payload
 from pipeline.vit.student import Student
 from pipeline.vit.transforms.apply import Transformed, apply_transforms
 
 _LOG = logging.getLogger(__name__)
-_IMAGES_WORK, _CHECKPOINTS, _METRICS = "images.partial", "checkpoints", "metrics.jsonl"
-_PROBE_IMAGES = 8
 _BATCH = 32
 
 
@@ -131,7 +112,7 @@ def _write(
 ) -> Artifact:  # fmt: skip
     """Make and write the artifact from inputs that have been checked."""
     with ArtifactWriter(output, kind=VIT_KIND, stage="quantize-vit", force=force, resume=resume) as writer:
-        store = CheckpointStore(writer.root / _CHECKPOINTS, keep=2)
+        store = CheckpointStore(writer.root / CHECKPOINTS, keep=2)
         described = config.model_dump(mode="json")
         if store.started():
             store.check_config(described, {"model": vision.digest})
@@ -141,14 +122,15 @@ def _write(
             writer.warn(note)
         started = time.perf_counter()
         enter_phase("images")
-        images = given or _make(config, vision, structure, writer.root / _IMAGES_WORK, pool)
+        images = given or _make(config, vision, structure, writer.root / IMAGES_WORK, pool)
         for note in (*vision.notes, *structure.notes, *images.notes):
             writer.warn(note)
         seconds = {"images": time.perf_counter() - started}
         started = time.perf_counter()
         student, history, transformed = _train(config, vision, structure, images, store)
         seconds["training"] = time.perf_counter() - started
-        return _finish(config, vision, structure, images, student, history, transformed, seconds, folder, writer, pool)
+        run = Run(config, vision, structure, images, student, history, transformed, seconds)
+        return deploy(run, folder, writer, pool)
 
 
 def _make(
@@ -171,7 +153,7 @@ def _train(
     enter_phase("transforms")
     pixels = vision.preprocessing.normalize(images.images)
     device = torch.device(config.device)
-    measured = pixels if _are_pictures(images) else first_views(pixels, config.distill, config.seed, device)
+    measured = pixels if are_pictures(images) else first_views(pixels, config.distill, config.seed, device)
     if config.precision.kind is Kind.INT:
         transformed = apply_transforms(vision, structure, measured, config.conditioning, config.seed)
     else:  # floating-point formats do not benefit from channels of similar magnitude
@@ -210,133 +192,3 @@ def begin_student(config: QuantizeVitConfig, vision: VisionModel, structure: Vit
         vision = replace(vision, model=copy.deepcopy(vision.model))
         compensate_model(vision.model, structure, formats, steps, moments)
     return Student(vision, structure, formats, steps, activations)
-
-
-def _finish(
-    config: QuantizeVitConfig,
-    vision: VisionModel,
-    structure: VitStructure,
-    images: ImageSet,
-    student: Student,
-    history: list[dict[str, float]],
-    conditioned: Transformed,
-    seconds: dict[str, float],
-    folder: ImageFolder | None,
-    writer: ArtifactWriter,
-    pool: WorkPool | None,
-) -> Artifact:
-    enter_phase("deploy")
-    quantized = student.deploy()
-    save_quantized(writer.root, quantized)
-    images.save(writer.root / ARTIFACT_IMAGES, vision.architecture.classes)
-    (writer.root / _METRICS).write_text("".join(json.dumps(line) + "\n" for line in history))
-    pixels = vision.preprocessing.normalize(images.images)
-    for gate in (_code_gate(quantized), _rebuild_gate(quantized, pixels[:_PROBE_IMAGES], writer.root)):
-        writer.gate(gate)
-    enter_phase("agree")
-    device = torch.device(config.device)
-    quantized = quantized.to(device)  # so far on the CPU, for writing and for the comparison with the rebuilt model
-    similarity = _agreement(vision, quantized, pixels, structure, device)
-    writer.gate(similarity)
-    if not similarity.passed:
-        writer.warn(f"the quantized model follows its teacher poorly: {similarity.name} {similarity.value:.3f}")
-    if structure.is_backbone:
-        writer.warn(
-            "a backbone: images have no class prior, and distillation compares features (1 - cosine), not logits"
-        )
-    measured, classes = None, vision.architecture.choices
-    if folder is not None and classes is not None:
-        enter_phase("evaluate")
-        shared = b"" if pool is None else accuracy_payload(writer.root, vision, folder)
-        measured = accuracy(
-            compared_models(vision, quantized), folder, vision.preprocessing, classes, device, pool, shared
-        )
-    enter_phase("commit")
-    return writer.commit(
-        config=config.model_dump(mode="json"),
-        seed=config.seed,
-        parents=[Parent(kind="model", digest=vision.digest.removeprefix("sha256:"), path=vision.origin)],
-        number_format=NumberFormat(name=str(config.precision), granularity=granularity(config.precision.kind)),
-        preprocessing=vision.preprocessing.model_dump(mode="json"),
-        runtime={"device": config.device, "threads": torch.get_num_threads()},
-        layers=layer_records(quantized, rule=ScaleRule.LEARNED if config.distill.steps else ScaleRule.CALIBRATED),
-        details=VitDetails(
-            precision=str(config.precision), edges=config.edges, images=len(images.images),
-            image_method="images" if _are_pictures(images) else images.method,  # so that no local path is recorded
-            image_losses={name: sum(v) / len(v) for name, v in images.losses.items() if v},
-            seconds={name: round(value, 1) for name, value in seconds.items()},
-            transforms=TransformFacts(done=list(conditioned.steps), left_out=list(conditioned.notes)),
-            seconds_per_image=round(seconds["images"] / len(images.images), 3),
-            loss=FirstLast(first=history[0]["loss"], last=history[-1]["loss"]) if history else None,
-            accuracy=None if measured is None else Accuracy.model_validate(measured),
-        ),
-        exclude=[_CHECKPOINTS, _IMAGES_WORK], volatile=[_METRICS],
-    )  # fmt: skip
-
-
-def _are_pictures(images: ImageSet) -> bool:
-    return images.method.startswith(FOLDER_PREFIX)
-
-
-def _code_gate(quantized: QuantizedVit) -> Gate:
-    """A gate that no weight has more distinct codes than its bit width allows, such as 16 for a 4-bit weight."""
-    above = sum(len(w.codes.view(torch.uint8).unique()) > 2**w.bits for w in quantized.weights.values())
-    return Gate(name="weights with too many codes", value=above)
-
-
-@torch.no_grad()
-def _agreement(
-    vision: VisionModel, quantized: QuantizedVit, pixels: Tensor, structure: VitStructure, device: torch.device
-) -> Gate:
-    """A gate on how well the deployed model agrees with its teacher on the calibration images."""
-    teacher = torch.cat([vision_outputs(vision.model, batch).cpu() for batch in parts_on(pixels, _BATCH, device)])
-    student = torch.cat([quantized(batch).cpu() for batch in parts_on(pixels, _BATCH, device)])
-    if structure.is_backbone:
-        value = float(torch.cosine_similarity(teacher, student, dim=1).mean())
-        name = "cosine with the teacher's features"
-        detail = "on the calibration images"
-    else:
-        value = float(agreeing(teacher, student, vision.architecture.activation).float().mean())
-        name, detail = "top-1 agreement with the teacher", "on the calibration images"
-        if not vision.architecture.ranked:
-            name = "agreement with the teacher's outputs"
-            detail += ": share whose outputs differ by less than half of the teacher's spread"
-    return Gate(
-        name=name, value=value, comparison=Comparison.AT_LEAST, threshold=0.5, detail=detail,
-        failure=Verdict.REGRESSION,
-    )  # fmt: skip
-
-
-_FRESH = """
-import sys
-from pathlib import Path
-import torch
-from safetensors.torch import load_file, save_file
-from fp8pipe.models.vision.quantized import load_quantized
-torch.set_num_threads(int(sys.argv[3]))
-with torch.no_grad():
-    logits = load_quantized(Path(sys.argv[1]))(load_file(Path(sys.argv[2]) / "probe.safetensors")["pixels"])
-save_file({"logits": logits.contiguous()}, Path(sys.argv[2]) / "answer.safetensors")
-"""
-
-
-@torch.no_grad()
-def _rebuild_gate(quantized: QuantizedVit, pixels: Tensor, root: Path) -> Gate:
-    """A gate that the model, rebuilt from the written files in a new process, gives bit-identical logits.
-
-    Args:
-        quantized: the model that was written, on the CPU.
-        pixels: normalized images `(N, 3, H, W)` to compare on.
-        root: the directory with the written files.
-    """
-    scratch = root / _CHECKPOINTS  # deleted when the artifact is finished
-    save_file({"pixels": pixels.contiguous()}, scratch / "probe.safetensors")
-    command = [sys.executable, "-P", "-c", _FRESH, str(root), str(scratch), str(torch.get_num_threads())]
-    ended = subprocess.run(command, capture_output=True, text=True)
-    name = "logits differing after a fresh process"
-    if ended.returncode:
-        last = ended.stderr.strip().splitlines()[-1:] or ["no message"]
-        return Gate(name=name, value=float(pixels.shape[0]), detail=last[0][:300])
-    again = load_file(scratch / "answer.safetensors")["logits"]
-    differing = int((again != quantized(pixels)).sum())
-    return Gate(name=name, value=differing, detail=f"of {again.numel()}")

@@ -17,9 +17,9 @@ __all__ = ["rebuild_here"]
 def rebuild_here(monkeypatch: pytest.MonkeyPatch) -> None:
     """Read the written files again in this process, and compare the logits."""
 
-    def gate(quantized: QuantizedVit, pixels: Tensor, root: Path) -> Gate:
+    def gate(quantized: QuantizedVit, pixels: Tensor, root: Path, scratch: Path) -> Gate:
         with torch.no_grad():
             differing = int((load_quantized(root)(pixels) != quantized(pixels)).sum())
         return none_of("logits differing after a fresh process", differing, "rebuilt in this process")
 
-    monkeypatch.setattr("pipeline.vit.stage._rebuild_gate", gate)
+    monkeypatch.setattr("pipeline.vit.deploy.rebuild_gate", gate)

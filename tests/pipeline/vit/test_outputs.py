@@ -23,7 +23,7 @@ _FEW = ("--images", 8, "--distill-steps", 1, "--calibration", "gaussian")
 @pytest.fixture(autouse=True)
 def _rebuilt_here(monkeypatch):
     """A fresh process costs seconds a run, and `test_blocks` starts it."""
-    monkeypatch.setattr("pipeline.vit.stage._rebuild_gate", lambda *_: none_of("rebuilt in a fresh process", 0))
+    monkeypatch.setattr("pipeline.vit.deploy.rebuild_gate", lambda *_: none_of("rebuilt in a fresh process", 0))
 
 
 def run(model, output, *options):

@@ -189,7 +189,7 @@ def test_a_killed_run_resumes_to_the_same_bits(model, tmp_path):
 
 
 def test_resuming_with_other_options_is_refused(model, tmp_path, monkeypatch):
-    monkeypatch.setattr("pipeline.vit.stage._finish", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr("pipeline.vit.stage.deploy", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         quantize_vit(settings(model), tmp_path / "out")
     with pytest.raises(ConfigurationError, match="another configuration"):
