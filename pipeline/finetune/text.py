@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from fp8pipe.artifact import sha256_file
 from fp8pipe.artifact.kinds import PackingFacts, TextFacts
@@ -18,7 +19,9 @@ from fp8pipe.models.language.base import (
 from fp8pipe.models.language.ending import Ending, ending_of
 from fp8pipe.models.language.sources import ModelSource
 from fp8pipe.models.language.text import (
-    Encoded,
+    Encoding,
+    ImagePrompts,
+    Record,
     TemplateInfo,
     data_files,
     encode,
@@ -79,8 +82,31 @@ def load_text(config: FinetuneConfig, source: ModelSource) -> TrainingText:
     images = load_image_prompts(source.path, config.model, records)
     train, heldout = split(records, heldout_fraction=config.heldout_fraction, seed=0, warn=warnings.append)
     heldout = heldout[: config.heldout_limit]
+    encoded = _encode(config, tokenizer, images, (train, heldout), warnings)
+    ending = ending_of(source.path, tokenizer, encoded[0].template)
+    batches = _batched(config, source, tokenizer, images, encoded, warnings)
+    return TrainingText(
+        train=batches[0],
+        heldout=batches[1],
+        facts=TextFacts(records=len(records), train=len(train), heldout=len(heldout)),
+        template=encoded[0].template,
+        digests={
+            **{name: sha256_file(file) for name, file in _named_files(config.data)},
+            ENCODED_TEXT: encoded_digest(*(part.examples for part in encoded)),
+        },
+        warnings=[*warnings, *ending.warnings(example.labels for example in encoded[0].examples)],
+        ending=ending,
+        packing=NOT_WITH_IMAGES if config.packing and images is not None else None,
+    )
+
+
+def _encode(
+    config: FinetuneConfig, tokenizer: Any, images: ImagePrompts | None,
+    parts: tuple[Sequence[Record], Sequence[Record]], warnings: list[str],
+) -> tuple[Encoding, Encoding]:  # fmt: skip
+    """The tokens of training and held-out records; adds to `warnings`."""
     heldout_warnings: list[str] = []
-    encoded_train, encoded_heldout = (
+    train, heldout = (
         encode(
             part,
             tokenizer,
@@ -89,36 +115,31 @@ def load_text(config: FinetuneConfig, source: ModelSource) -> TrainingText:
             last_only=config.answers == "last",
             warn=found.append,
         )
-        for part, found in ((train, warnings), (heldout, heldout_warnings))
+        for part, found in zip(parts, (warnings, heldout_warnings), strict=True)
     )
     warnings += of_heldout(heldout_warnings, warnings)
-    ending = ending_of(source.path, tokenizer, encoded_train.template)
+    return train, heldout
+
+
+def _batched(
+    config: FinetuneConfig, source: ModelSource, tokenizer: Any, images: ImagePrompts | None,
+    parts: tuple[Encoding, Encoding], warnings: list[str],
+) -> tuple[Batches, Batches]:  # fmt: skip
+    """Training and held-out batches of examples that the model can compute; adds to `warnings`."""
     rows = embedding_rows(source.path)
-    texts = [example.input_ids for part in (encoded_train, encoded_heldout) for example in part.examples]
+    texts = [example.input_ids for part in parts for example in part.examples]
     warnings += check_tokens(tokenizer, rows, texts)
     check_positions(source.path, config.model, texts)
     pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None and i < rows), 0)
     width = min(config.sequence_length, learned_positions(source.path) or config.sequence_length)
-    if config.packing and images is None and width < config.sequence_length:
-        warnings.append(f"rows hold {width} tokens, not {config.sequence_length}: the model has no further positions")
     packing = config.packing and images is None
-
-    def batches(examples: Sequence[Encoded], seed: int) -> Batches:
-        return Batches(examples, config.batch_size, width, seed, packing, pad, images)
-
-    return TrainingText(
-        train=batches(encoded_train.examples, config.seed),
-        heldout=batches(encoded_heldout.examples, 0),
-        facts=TextFacts(records=len(records), train=len(train), heldout=len(heldout)),
-        template=encoded_train.template,
-        digests={
-            **{name: sha256_file(file) for name, file in _named_files(config.data)},
-            ENCODED_TEXT: encoded_digest(encoded_train.examples, encoded_heldout.examples),
-        },
-        warnings=[*warnings, *ending.warnings(example.labels for example in encoded_train.examples)],
-        ending=ending,
-        packing=None if packing == config.packing else NOT_WITH_IMAGES,
+    if packing and width < config.sequence_length:
+        warnings.append(f"rows hold {width} tokens, not {config.sequence_length}: the model has no further positions")
+    train, heldout = (
+        Batches(part.examples, config.batch_size, width, seed, packing, pad, images)
+        for part, seed in zip(parts, (config.seed, 0), strict=True)
     )
+    return train, heldout
 
 
 def _named_files(data: str) -> list[tuple[str, Path]]:
