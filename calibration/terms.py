@@ -35,7 +35,7 @@ from calibration.losses import (
     similarity_spread,
     total_variation,
 )
-from fp8pipe.core.errors import ConfigurationError
+from fp8pipe.core.errors import ConfigurationError, first_line
 from fp8pipe.models.vision.attention import explicit_attention, intercept_attention
 from fp8pipe.models.vision.prepare import vision_outputs
 from fp8pipe.models.vision.structure import AttentionSite, VitStructure
@@ -234,7 +234,7 @@ class TokenPruner:
             with self._hooked(model, lambda: order[: self._count].expand(2, -1)):
                 vision_outputs(model, pixels)
         except (RuntimeError, ValueError, IndexError) as error:
-            reason = str(error).splitlines()[0][:200]
+            reason = first_line(error)[:200]
             raise _refused(f"it does not run with fewer patches: {reason}", "leave keep at 1") from error
         if not bool((moved - whole).abs().max() <= _TOLERANCE * whole.abs().max()):
             raise _refused("its later blocks use the positions of patches", "leave keep at 1")

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from fp8pipe.core.devices import DEVICE_HELP, DEVICES
-from fp8pipe.core.errors import ConfigurationError, Fp8PipeError, GateFailedError, OutOfMemoryError
+from fp8pipe.core.errors import ConfigurationError, Fp8PipeError, GateFailedError, OutOfMemoryError, first_line
 from fp8pipe.core.machine import format_bytes
 from fp8pipe.core.progress import table
 
@@ -252,7 +252,7 @@ def _as_out_of_memory(error: BaseException) -> OutOfMemoryError | None:
         return None
     return OutOfMemoryError(
         "out of GPU memory" if on_device else "out of memory",
-        why=str(error).strip().splitlines()[0] if str(error).strip() else "an allocation failed",
+        why=first_line(error) if str(error).strip() else "an allocation failed",
         fix=f"use a smaller batch, shorter sequences or a smaller model{', or --device cpu' if on_device else ''}",
     )
 

@@ -69,3 +69,15 @@ class InterruptedRunError(Fp8PipeError):
     """The run was interrupted and can be resumed."""
 
     exit_code = 130
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message; the name of the error's class if it has no message."""
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip() if lines else type(error).__name__
+
+
+def class_and_first_line(error: BaseException) -> str:
+    """The name of an error's class, and the first line of its message if it has one."""
+    kind, line = type(error).__name__, first_line(error)
+    return kind if line == kind else f"{kind}: {line}"

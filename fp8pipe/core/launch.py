@@ -21,7 +21,7 @@ from datetime import timedelta
 from functools import lru_cache
 from typing import Any, Final
 
-from fp8pipe.core.errors import ConfigurationError, Fp8PipeError, InterruptedRunError
+from fp8pipe.core.errors import ConfigurationError, Fp8PipeError, InterruptedRunError, first_line
 from fp8pipe.core.progress import configure
 
 _LOG = logging.getLogger(__name__)
@@ -92,7 +92,7 @@ def launched() -> Place | None:
     except (RuntimeError, ValueError) as error:  # a ValueError is about a port
         raise ConfigurationError(
             f"the {os.environ['WORLD_SIZE']} processes of this run did not meet",
-            why=str(error).splitlines()[0],
+            why=first_line(error),
             fix="check that all were started, and that MASTER_ADDR and MASTER_PORT can be reached",
         ) from error
     place = Place(rank, size, int(os.environ["LOCAL_RANK"]), store)
@@ -153,7 +153,7 @@ def _lost(error: BaseException) -> Fp8PipeError | None:
         return None
     return InterruptedRunError(
         "another process of this run ended unexpectedly",
-        why=f"the connection to it broke: {str(error).splitlines()[0]}",
+        why=f"the connection to it broke: {first_line(error)}",
         fix="see the launcher's messages for the process that ended first; --resume continues from the last checkpoint",
     )
 

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Final, Protocol, Self
 
-from fp8pipe.core.errors import InterruptedRunError
+from fp8pipe.core.errors import InterruptedRunError, first_line
 from fp8pipe.core.rank_store import Heartbeats, KeyStore, delete_bytes, get_bytes, put_bytes, with_prefix
 
 __all__ = ["HEARTBEAT_TIMEOUT_S", "Item", "Job", "LocalPool", "StorePool", "WorkPool", "assist"]
@@ -86,9 +86,7 @@ class StorePool:
             try:
                 self._part()
             except RuntimeError as error:  # the store is lost, but all results are there
-                _LOG.warning(
-                    "the other processes could not be told that the work is done: %s", str(error).split("\n")[0]
-                )
+                _LOG.warning("the other processes could not be told that the work is done: %s", first_line(error))
         self._heartbeats.stop()
 
     def _part(self) -> None:

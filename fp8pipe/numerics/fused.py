@@ -20,6 +20,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from fp8pipe.core.errors import class_and_first_line
 from fp8pipe.numerics.grids import E4M3, E5M2, FloatGrid, Scale, quantize
 from fp8pipe.numerics.kinds import ScaleRule
 
@@ -81,7 +82,7 @@ def _checked(index: int) -> bool:
         with torch.cuda.device(device):
             wrong = first_difference(_kernels(), device)
     except Exception as error:  # Triton, its compiler and the driver raise exceptions of many types
-        wrong = f"{type(error).__name__}: {error}".partition("\n")[0]
+        wrong = class_and_first_line(error)
     if wrong is not None:
         _LOG.warning(
             "Triton's FP8 kernels are not used on %s, torch casts instead (same bits, slower): %s", device, wrong

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from fp8pipe.core import machine
-from fp8pipe.core.errors import ConfigurationError
+from fp8pipe.core.errors import ConfigurationError, first_line
 from fp8pipe.core.machine import format_bytes
 from fp8pipe.models.checkpoint.quantized.base import read_base
 from fp8pipe.models.checkpoint.tensors import DTYPES, weight_files
@@ -60,7 +60,7 @@ def load_model(config: FinetuneConfig, source: ModelSource) -> nn.Module:
     except (ValueError, KeyError, OSError, RuntimeError) as error:
         raise ConfigurationError(
             f"{config.model} cannot be loaded as a causal language model",
-            why=str(error).splitlines()[0],
+            why=first_line(error),
             fix="give a decoder model that transformers knows",
         ) from error
     for part in (model.config, model.config.get_text_config(decoder=True)):

@@ -19,7 +19,7 @@ from typing import Any, Final
 
 import torch
 
-from fp8pipe.core.errors import MissingCapabilityError
+from fp8pipe.core.errors import MissingCapabilityError, first_line
 from fp8pipe.models.compat import import_transformers
 from fp8pipe.numerics.bf16 import widen_bf16_products
 from gpu_parts.context import Context
@@ -120,7 +120,7 @@ def _in_child(name: str, pipe: Connection, device: torch.device, tiny: bool, end
     try:
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        pipe.send({"status": _NO_DEVICE, "error": f"torch {torch.__version__}: {error}".partition("\n")[0]})
+        pipe.send({"status": _NO_DEVICE, "error": f"torch {torch.__version__}: {first_line(error)}"})
         return
     try:
         torch.manual_seed(0)

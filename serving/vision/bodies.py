@@ -20,6 +20,7 @@ from pydantic_core import from_json
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect
 
+from fp8pipe.core.errors import first_line
 from serving.http.problems import Problem, too_many_images
 
 _FILE_FIELDS: Final = frozenset(("image", "images", "file", "files"))
@@ -104,7 +105,7 @@ def parse_json(body: bytes) -> dict[str, Any]:
     try:
         document = from_json(body)
     except (ValueError, RecursionError, OverflowError) as error:
-        message = str(error).partition("\n")[0][:200].encode("ascii", "replace").decode()
+        message = first_line(error)[:200].encode("ascii", "replace").decode()
         raise Problem(400, "invalid_json", f"the body is not valid JSON: {message}") from error
     if not isinstance(document, dict):
         raise Problem(400, "invalid_json", f"the body is a JSON {type(document).__name__}, not an object")

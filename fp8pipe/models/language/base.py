@@ -11,7 +11,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, Final
 
-from fp8pipe.core.errors import ConfigurationError
+from fp8pipe.core.errors import ConfigurationError, class_and_first_line
 from fp8pipe.models.checkpoint.quantized.base import base_entries
 from fp8pipe.models.checkpoint.sidecars import read_config
 from fp8pipe.models.checkpoint.tensors import TensorEntry, read_tensor
@@ -147,7 +147,7 @@ def load_tokenizer(directory: Path) -> Any:
     except Exception as error:  # tokenizers raise a bare Exception, converters any type
         raise ConfigurationError(
             f"the tokenizer in {directory} cannot be read",
-            why=f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}",
+            why=class_and_first_line(error),
             fix=fix,
         ) from error
 

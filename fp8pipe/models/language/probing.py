@@ -20,7 +20,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from fp8pipe.core.errors import ConfigurationError
+from fp8pipe.core.errors import ConfigurationError, class_and_first_line
 
 _TOKENS = 2
 
@@ -85,7 +85,7 @@ def _run(model: nn.Module, tokens: Tensor) -> None:
     except Exception as error:  # the model's own code may raise any type
         raise ConfigurationError(
             f"{type(model).__name__} does not run on token ids alone",
-            why=f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}",
+            why=class_and_first_line(error),
             fix="give a causal language model, or a multi-modal one whose decoder answers text without images",
         ) from error
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from fp8pipe.core.errors import ConfigurationError, MissingCapabilityError
+from fp8pipe.core.errors import ConfigurationError, MissingCapabilityError, class_and_first_line
 from fp8pipe.models.checkpoint.adapters import ADAPTER_FILE, read_adapter
 from fp8pipe.models.checkpoint.gguf import convert_gguf
 from fp8pipe.models.checkpoint.sidecars import HUB_FILES
@@ -97,22 +97,18 @@ def _from_hub(src: str, repo_id: str, revision: str | None) -> ModelSource:
     except (hub.GatedRepoError, hub.RepositoryNotFoundError, hub.RevisionNotFoundError, hub.HFValidationError) as error:
         raise ConfigurationError(
             f"there is no directory {src!r} here, and the hub does not give a model of that name",
-            why=f"{type(error).__name__}: {_first_line(error)}",
+            why=class_and_first_line(error),
             fix="check the name and the revision; for a private or gated model run `hf auth login` first",
         ) from error
     except (hub.LocalEntryNotFoundError, hub.OfflineModeIsEnabled, hub.HfHubHTTPError, OSError) as error:
         raise MissingCapabilityError(
             f"there is no directory {src!r} here, and the model could not be downloaded",
-            why=f"{type(error).__name__}: {_first_line(error)}",
+            why=class_and_first_line(error),
             fix="check the path, or the network (HF_HUB_OFFLINE must be unset to download); "
             "sample:smollm2 needs no network",
         ) from error
     _check_checkpoint(path)
     return ModelSource(path, src, path.name)
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().partition("\n")[0]
 
 
 def _check_config(path: Path) -> None:

@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from fp8pipe.core.config import FrozenConfig
-from fp8pipe.core.errors import ConfigurationError, MissingCapabilityError
+from fp8pipe.core.errors import ConfigurationError, MissingCapabilityError, class_and_first_line
 from fp8pipe.models.compat import import_timm, import_transformers
 from fp8pipe.models.settings import foreign_arguments
 from fp8pipe.models.vision.answers import Activation, ranks
@@ -159,7 +159,7 @@ def _create(architecture: Architecture) -> Any:
     except Exception as error:  # third-party code, which may raise any type
         raise ConfigurationError(
             f"{architecture.library} {library.__version__} cannot build {architecture.name}",
-            why=f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}",
+            why=class_and_first_line(error),
             fix="check the name, its arguments and the image size, or install the version that it was saved with",
         ) from error
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final
 import torch
 from torch import Tensor
 
-from fp8pipe.core.errors import ConfigurationError
+from fp8pipe.core.errors import ConfigurationError, class_and_first_line
 from fp8pipe.models.vision.preprocessing import Preprocessing
 
 if TYPE_CHECKING:
@@ -113,7 +113,7 @@ def _opened(file: Path) -> Iterator[Image.Image]:
     except (OSError, UnidentifiedImageError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ConfigurationError(
             f"{file} cannot be read as a picture",
-            why=f"{type(error).__name__}: {str(error).partition(chr(10))[0]}",
+            why=class_and_first_line(error),
             fix="repair or remove the file",
         ) from error
 

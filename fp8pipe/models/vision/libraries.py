@@ -15,7 +15,13 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from fp8pipe.core.errors import BadArtifactError, ConfigurationError, MissingCapabilityError
+from fp8pipe.core.errors import (
+    BadArtifactError,
+    ConfigurationError,
+    MissingCapabilityError,
+    class_and_first_line,
+    first_line,
+)
 from fp8pipe.models.checkpoint.sidecars import read_config
 from fp8pipe.models.compat import import_timm
 from fp8pipe.models.settings import check_config, declared_fields
@@ -115,7 +121,7 @@ def _create(timm: Any, source: str, image_size: tuple[int, int] | None) -> Any:
     except (hub.LocalEntryNotFoundError, hub.OfflineModeIsEnabled, hub.HfHubHTTPError, OSError) as error:
         raise MissingCapabilityError(
             f"the weights of {source} could not be downloaded",
-            why=f"{type(error).__name__}: {_first_line(error)}",
+            why=class_and_first_line(error),
             fix="check the network (HF_HUB_OFFLINE must be unset to download); sample:vit-digits needs none",
         ) from error
     except (RuntimeError, TypeError, ValueError, AssertionError, KeyError) as error:
@@ -123,7 +129,7 @@ def _create(timm: Any, source: str, image_size: tuple[int, int] | None) -> Any:
             check_plain(timm.create_model(source, pretrained=False), source)
         raise ConfigurationError(
             f"timm {timm.__version__} cannot create the model {source}",
-            why=_first_line(error) or type(error).__name__,
+            why=first_line(error),
             fix="check the name (timm.list_models(pretrained=True) lists them) and the image size",
         ) from error
 
@@ -233,10 +239,6 @@ def _check_weights(folder: Path, pattern: str) -> None:
             why=f"no {pattern} is there, and pickled weights are not loaded",
             fix="save the model again in safetensors",
         )
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().partition("\n")[0]
 
 
 def _from_transformers(folder: Path, config: Mapping[str, Any], image_size: tuple[int, int] | None) -> Pretrained:

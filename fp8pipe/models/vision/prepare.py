@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fp8pipe.core.errors import ConfigurationError
+from fp8pipe.core.errors import ConfigurationError, first_line
 
 
 class ProjectedAttention(nn.Module):
@@ -105,7 +105,7 @@ def _use_sdpa(model: Any) -> None:
     except (ValueError, ImportError) as error:
         raise ConfigurationError(
             f"{type(model).__name__} cannot use torch's scaled_dot_product_attention",
-            why=str(error).strip().partition("\n")[0],
+            why=first_line(error),
             fix="use a vision transformer of transformers that supports attn_implementation='sdpa'",
         ) from error
 

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fp8pipe.core.errors import ConfigurationError
+from fp8pipe.core.errors import ConfigurationError, first_line
 from fp8pipe.models.vision.attention import explicit_attention, intercept_attention, module_stack
 from fp8pipe.models.vision.prepare import vision_outputs
 
@@ -211,7 +211,7 @@ def _run(model: nn.Module, image_size: tuple[int, int], watch: _Watch, images: i
     except (AssertionError, ValueError, RuntimeError) as error:
         raise ConfigurationError(
             f"{type(model).__name__} does not run on images of {image_size[0]}x{image_size[1]} pixels",
-            why=str(error).strip().partition("\n")[0] or type(error).__name__,
+            why=first_line(error),
             fix=size_fix(model, image_size),
         ) from error
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from fp8pipe.core.config import build_config
-from fp8pipe.core.errors import ConfigurationError, MissingCapabilityError
+from fp8pipe.core.errors import ConfigurationError, MissingCapabilityError, class_and_first_line, first_line
 from fp8pipe.models.checkpoint.sidecars import read_config
 from fp8pipe.models.compat import import_transformers
 from fp8pipe.models.vision.preprocessing import Preprocessing
@@ -109,7 +109,7 @@ def check_pixels(own: Own, recipe: Preprocessing, name: str, pictures: tuple[tup
         try:
             theirs, why = own(image), ""
         except Exception as error:  # third-party code, which may raise any type
-            theirs, why = np.zeros(0), f"{name} fails: {type(error).__name__}: {str(error).partition(chr(10))[0]}"
+            theirs, why = np.zeros(0), f"{name} fails: {class_and_first_line(error)}"
         ours = recipe.image_to_array(image)
         if not why and theirs.shape != ours.shape:
             why = f"{name} makes {theirs.shape} of a picture of {_shown(size)} pixels, expected {ours.shape}"
@@ -174,11 +174,11 @@ def _load(folder: Path) -> tuple[Any, tuple[str, ...]]:
     except ImportError as error:
         raise MissingCapabilityError(
             f"the image processor of {folder} needs another package",
-            why=str(error).strip().partition("\n")[0],
+            why=first_line(error),
             fix="pip install 'fp8pipe[vit]'",
         ) from error
     except Exception as error:  # third-party code, which may raise any type
-        why = f"transformers cannot load it: {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+        why = f"transformers cannot load it: {class_and_first_line(error)}"
         raise _unsupported(why[:300]) from error
 
 

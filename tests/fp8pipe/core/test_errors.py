@@ -33,3 +33,17 @@ def test_every_error_class_has_its_documented_exit_code():
 )
 def test_text_holds_the_parts_that_were_given(why, fix, lines):
     assert str(errors.ConfigurationError("what", why=why, fix=fix)).splitlines() == lines
+
+
+@pytest.mark.parametrize(
+    ("error", "line", "with_class"),
+    [
+        (ValueError("one\ntwo"), "one", "ValueError: one"),
+        (ValueError("\n  one \r\ntwo"), "one", "ValueError: one"),
+        (ValueError(), "ValueError", "ValueError"),
+        (AssertionError(" \n"), "AssertionError", "AssertionError"),
+        (KeyError("name"), "'name'", "KeyError: 'name'"),
+    ],
+)
+def test_the_first_line_of_an_error_is_never_empty(error, line, with_class):
+    assert (errors.first_line(error), errors.class_and_first_line(error)) == (line, with_class)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fp8pipe.core.errors import ConfigurationError, MissingCapabilityError
+from fp8pipe.core.errors import ConfigurationError, MissingCapabilityError, class_and_first_line, first_line
 from fp8pipe.models.compat import import_transformers
 from fp8pipe.models.language.text.conversation import ImagePart, Record
 from fp8pipe.models.language.text.images import image_bytes, open_image
@@ -121,7 +121,7 @@ class ImagePrompts:
         except Exception as error:  # third-party code, which may raise any type
             raise ConfigurationError(
                 f"the model's processor cannot read the images of {name}",
-                why=f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:300]}",
+                why=class_and_first_line(error)[:300],
                 fix="leave this record out, or change its images",
             ) from error
         return dict(made)
@@ -160,12 +160,9 @@ def load_image_prompts(directory: Path, origin: str, records: Sequence[Record]) 
             str(directory), local_files_only=True, trust_remote_code=False
         )
     except ImportError as error:
-        why = str(error).strip().partition("\n")[0]
-        raise MissingCapabilityError(what, why=why, fix="pip install 'fp8pipe[vit]'") from error
+        raise MissingCapabilityError(what, why=first_line(error), fix="pip install 'fp8pipe[vit]'") from error
     except Exception as error:  # third-party code, which may raise any type
-        why = (
-            f"its processor cannot be loaded: {type(error).__name__}: {str(error).strip().partition(chr(10))[0][:300]}"
-        )
+        why = f"its processor cannot be loaded: {class_and_first_line(error)[:300]}"
         raise ConfigurationError(what, why=why, fix=fix) from error
     needed = ("image_processor", "tokenizer", "image_token")
     if lacking := [name for name in needed if getattr(processor, name, None) is None]:

@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
-from fp8pipe.core.errors import ConfigurationError, MissingCapabilityError
+from fp8pipe.core.errors import ConfigurationError, MissingCapabilityError, first_line
 from fp8pipe.models.language.text.conversation import ImagePart, Record
 from fp8pipe.models.language.text.files import data_files, rows_of, without_nested_nulls
 from fp8pipe.models.language.text.images import located
@@ -140,7 +140,7 @@ def _dataset_rows(src: str, path: Path | None) -> Iterator[tuple[str, Any]]:
     except ConnectionError as error:
         raise MissingCapabilityError(
             f"the dataset {src} could not be downloaded",
-            why=str(error).partition("\n")[0],
+            why=first_line(error),
             fix="check the network (HF_HUB_OFFLINE must be unset to download), or give a .jsonl file",
         ) from error
     except Exception as error:  # datasets raises many unrelated classes, all of which mean that it cannot be read
