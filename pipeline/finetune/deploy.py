@@ -21,7 +21,7 @@ from pipeline.falqon.flush import FlushReport
 from pipeline.finetune.config import FinetuneConfig
 from pipeline.finetune.kv_cache import measure_kv_cache
 from pipeline.finetune.loop import Trainer, plot_run
-from pipeline.finetune.processes import Processes
+from pipeline.finetune.processes import Processes, RunWriter
 from pipeline.finetune.weights import Weights, merge_facts, renamed, write_deployed
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ class _Outcome:
 
 
 def deploy(
-    run: Run, trainer: Trainer, writer: ArtifactWriter, *, exclude: Sequence[str], volatile: Sequence[str], plot: str
+    run: Run, trainer: Trainer, writer: RunWriter, *, exclude: Sequence[str], volatile: Sequence[str], plot: str
 ) -> Artifact:
     """Merge the adapter, evaluate the deployed weights, write them, read them back, and commit the artifact.
 
@@ -76,6 +76,7 @@ def deploy(
     outcome = _finish(run, trainer, writer)
 
     def write() -> Artifact:
+        assert isinstance(writer, ArtifactWriter)  # which the process that calls this has
         plot_run(trainer.history, writer.root / plot, f"{run.config.method} on {run.source.origin}")
         return _write(run, trainer, writer, outcome, exclude, [*volatile, plot])
 
@@ -83,7 +84,7 @@ def deploy(
     return run.processes.finished(write, writer.output)
 
 
-def _finish(run: Run, trainer: Trainer, writer: ArtifactWriter) -> _Outcome:
+def _finish(run: Run, trainer: Trainer, writer: RunWriter) -> _Outcome:
     model, method, text, device = trainer.model, trainer.method, run.text, run.config.device
     enter_phase("final merge")
     merged = method.finish(model, trainer.calibration_inputs)

@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from types import TracebackType
+from typing import Any, Protocol, TypeVar
 
 from torch import Tensor, nn
 
@@ -32,6 +33,27 @@ def build_method(config: FinetuneConfig) -> Method:
         return FalqonMethod(config.rule, rank=config.rank, rows=config.rows, initialisation=how, seed=config.seed)
     alpha = config.rank if config.lora_alpha is None else config.lora_alpha
     return LoraMethod(rank=config.rank, alpha=alpha, seed=config.seed, quantized=config.method == "qlora")
+
+
+class RunWriter(Protocol):
+    """What every process does with the writer of the artifact; only the main one has an `ArtifactWriter`.
+
+    Attributes:
+        output: final directory of the artifact.
+        root: directory in which it is written.
+    """
+
+    output: Path
+    root: Path
+
+    def __enter__(self) -> RunWriter: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None, /
+    ) -> None: ...
+
+    def warn(self, message: str) -> None:
+        """See `ArtifactWriter.warn`."""
 
 
 class Processes:
@@ -66,7 +88,7 @@ class Processes:
         """
         return value
 
-    def writer(self, output: Path, **options: Any) -> ArtifactWriter:
+    def writer(self, output: Path, **options: Any) -> RunWriter:
         """The writer of the artifact; see `ArtifactWriter` for the options."""
         return ArtifactWriter(output, **options)
 

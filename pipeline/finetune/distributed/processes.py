@@ -8,7 +8,7 @@ from typing import Any, TypeVar, cast
 
 from torch import Tensor, nn
 
-from fp8pipe.artifact import Artifact, ArtifactWriter, open_artifact
+from fp8pipe.artifact import Artifact, open_artifact
 from fp8pipe.artifact.writer import partial_of
 from fp8pipe.core.errors import ConfigurationError
 from pipeline.finetune.batches import Batches
@@ -21,7 +21,7 @@ from pipeline.finetune.distributed.shard import shard
 from pipeline.finetune.distributed.trainer import RankedTrainer
 from pipeline.finetune.loop import Trainer
 from pipeline.finetune.method import Method
-from pipeline.finetune.processes import Processes
+from pipeline.finetune.processes import Processes, RunWriter
 from pipeline.finetune.weights import Weights
 
 T = TypeVar("T")
@@ -67,10 +67,11 @@ class SeveralProcesses(Processes):
         self.group.require_same(value, what)
         return value
 
-    def writer(self, output: Path, **options: Any) -> ArtifactWriter:
+    def writer(self, output: Path, **options: Any) -> RunWriter:
         """The writer of the artifact; in other processes than the main one, an object that writes nothing."""
-        return self.group.in_turn(lambda: super(SeveralProcesses, self).writer(output, **options) if self.main
-                                  else cast(ArtifactWriter, _Reader(output)))  # fmt: skip
+        return self.group.in_turn(
+            lambda: super(SeveralProcesses, self).writer(output, **options) if self.main else _Reader(output)
+        )
 
     def method(self, config: FinetuneConfig, store: CheckpointStore) -> Method:
         """FALQON on a sharded model."""
