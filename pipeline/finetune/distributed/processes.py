@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -21,7 +22,7 @@ from pipeline.finetune.distributed.shard import shard
 from pipeline.finetune.distributed.trainer import RankedTrainer
 from pipeline.finetune.loop import Trainer
 from pipeline.finetune.method import Method
-from pipeline.finetune.processes import Processes, RunWriter
+from pipeline.finetune.processes import Processes, RunWriter, build_method
 from pipeline.finetune.weights import Weights
 
 T = TypeVar("T")
@@ -75,11 +76,7 @@ class SeveralProcesses(Processes):
 
     def method(self, config: FinetuneConfig, store: CheckpointStore) -> Method:
         """FALQON on a sharded model."""
-        how = config.initialisation or config.rule.initialisation
-        return ShardedFalqon(
-            config.rule, rank=config.rank, rows=config.rows, initialisation=how, seed=config.seed, group=self.group,
-            folder=store.root,
-        )  # fmt: skip
+        return build_method(config, partial(ShardedFalqon, group=self.group, folder=store.root))
 
     def trainer(
         self, config: FinetuneConfig, model: nn.Module, method: Method, train: Batches, heldout: Batches,
