@@ -132,9 +132,9 @@ class Reading:
             if name in placed or _digest(value.float(), unsigned=False) != self.tensors.get(name, {}).get("sha256"):
                 continue
             load([(name, value.reshape(-1).flip(0).reshape(value.shape))])
-            turned = {o: held[o].cpu().reshape(-1).flip(0) for o in made if held[o].numel() == value.numel()}
+            reversed_values = {o: held[o].cpu().reshape(-1).flip(0) for o in made if held[o].numel() == value.numel()}
             load([(name, value)])
-            for other, numbers in turned.items():
+            for other, numbers in reversed_values.items():
                 now = held[other].detach().cpu().reshape(-1)
                 if torch.equal(now, numbers) and now.unique().numel() == value.unique().numel() > 1:
                     self.computed[other] = (name, now.clone())

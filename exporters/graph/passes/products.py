@@ -136,8 +136,8 @@ def _unfold(graph: ir.Graph, product: Product) -> ir.Node:
     if len(conv.inputs) > 2 and conv.inputs[2] is not None:
         result = add("Add", [result, conv.inputs[2]], "biased", None)
     result.shape = ir.Shape([batch, places, out])
-    turned = add("Transpose", [result], "channels", (batch, out, places), perm=(0, 2, 1))
-    image = reshape(turned, "image", out, rows, columns)
+    channels_first = add("Transpose", [result], "channels", (batch, out, places), perm=(0, 2, 1))
+    image = reshape(channels_first, "image", out, rows, columns)
     image.shape = conv.outputs[0].shape
     hand_over(conv.outputs[0], image)
     graph.remove(conv, safe=True)

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 TORCH_TYPES = {Base.FP16: torch.float16, Base.FP32: torch.float32}
 LOGITS: Final = "logits"
-TURNED: Final = "/transposed"  # ends the name of a float matrix that is stored (in, out)
+TRANSPOSED: Final = "/transposed"  # ends the name of a float matrix that is stored (in, out)
 _INPUTS: Final = ("input_ids", "attention_mask", "position_ids")
 # Added to masked logits; low enough that their exp in the softmax is 0 in float32 for any realistic logits.
 _MASKED: Final = -10000.0

@@ -19,7 +19,7 @@ from exporters.graph.parity import LayerParity, compare_layers, input_name, sour
 from exporters.graph.trace import stored_array
 from exporters.tensorrt.language.calibrate import pre_hooks
 from exporters.tensorrt.language.chain import release
-from exporters.tensorrt.language.graph import TURNED
+from exporters.tensorrt.language.graph import TRANSPOSED
 from exporters.tensorrt.language.source import LanguageModel
 from exporters.tensorrt.language.target import InputScale
 from exporters.tensorrt.parity import typed_gates
@@ -167,7 +167,7 @@ def _float_tensors(graph: ir.Model, model: LanguageModel) -> tuple[list[str], li
             different += [] if _rounded_once(stored_array(stored[found]), wanted) else [name]
         elif wanted.ndim > 1:  # an output head, stored transposed; the tracer names it in a graph traced as a whole
             compared += 1
-            named = [n for n in (f"{n}{TURNED}" for n in names) if n in stored]
+            named = [n for n in (f"{n}{TRANSPOSED}" for n in names) if n in stored]
             match = [n for n in named or matrices if _rounded_once(stored_array(stored[n]), wanted.T)]
             known.update(match)
             different += [] if match else [name]

@@ -20,7 +20,7 @@ from exporters.graph.passes.editing import Change, as_array
 from exporters.tensorrt.half import NotHalf, refuse_not_half
 from exporters.tensorrt.language.graph import (
     TORCH_TYPES,
-    TURNED,
+    TRANSPOSED,
     DecoderGraph,
     Joints,
     cache_names,
@@ -207,8 +207,8 @@ class _Stitcher:
         name, parameter = str(value.name), template.parameters.get(str(value.name))
         if parameter is not None:
             full = self._renamed(parameter.name, template, index) if is_own(value, template) else parameter.name
-            stored = f"{full}{TURNED}" if parameter.turned else full
-            return self.stored.get(stored) or self._add(value, stored, self._float(full, parameter.turned, value))
+            stored = f"{full}{TRANSPOSED}" if parameter.transposed else full
+            return self.stored.get(stored) or self._add(value, stored, self._float(full, parameter.transposed, value))
         if not name.startswith(template.place):
             return self._constant(value, name, template)
         full = self._renamed(name, template, index)
@@ -234,13 +234,13 @@ class _Stitcher:
         self.stored[name] = made
         return made
 
-    def _float(self, name: str, turned: bool, value: ir.Value) -> ir.TensorProtocol:
+    def _float(self, name: str, transposed: bool, value: ir.Value) -> ir.TensorProtocol:
         reader, dtype = self.readers[name], value.dtype
         assert dtype is not None
         assert value.shape is not None
 
         def read() -> ir.TensorProtocol:
-            tensor = reader().to(self.torch_type).T if turned else reader().to(self.torch_type)
+            tensor = reader().to(self.torch_type).T if transposed else reader().to(self.torch_type)
             return ir.tensor(np.ascontiguousarray(tensor.numpy().astype(dtype.numpy())), name=name)
 
         return ir.LazyTensor(read, dtype, ir.Shape(value.shape), name=name)

@@ -1,7 +1,7 @@
 """Traces one decoder layer of a model, with what surrounds all of them, into a graph of one layer.
 
 Every parameter is a constant of its own value while the model is traced, so that each stored tensor of the graph tells
-by its number which parameter it is, also where the tracer has turned or converted it. Parameters with equal values,
+by its number which parameter it is, also where the tracer has transposed or converted it. Parameters with equal values,
 which the tracer would store once, stay apart.
 
 What the layer reads and returns are outputs of the traced graph as well, until it is cut there.
@@ -38,7 +38,7 @@ class Parameter:
     """The parameter that a stored tensor was traced from."""
 
     name: str  # the model's name of it
-    turned: bool  # whether it is stored transposed
+    transposed: bool  # whether it is stored transposed
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,14 +176,14 @@ def parameters_of(graph: ir.Model, constants: Mapping[float, tuple[str, tuple[in
         name, wanted = constants.get(number, ("", ()))
         if shape not in (wanted, wanted[::-1]) or not wanted:
             raise NotLayered(f"{value.name} is computed from parameters while the model is traced")
-        found[value] = Parameter(name, turned=_is_turned(value, shape, wanted))
+        found[value] = Parameter(name, transposed=_is_transposed(value, shape, wanted))
     return found
 
 
-def _is_turned(value: ir.Value, shape: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
+def _is_transposed(value: ir.Value, shape: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
     """Whether a matrix is stored transposed; a square one is, where a product reads it as its second operand."""
     if len(shape) < 2 or shape != shape[::-1]:
         return shape != wanted
-    reads = [node for node, index in value.uses() if node.op_type == "MatMul" and index == 1]
-    turned = [node for node, _ in value.uses() if node.op_type == "Gemm" and not node.attributes.get_int("transB", 0)]
-    return bool(reads or turned)
+    products = [node for node, index in value.uses() if node.op_type == "MatMul" and index == 1]
+    gemms = [node for node, _ in value.uses() if node.op_type == "Gemm" and not node.attributes.get_int("transB", 0)]
+    return bool(products or gemms)

@@ -47,7 +47,7 @@ class StackLayout:
                 "down_proj": ("down_proj",)}  # fmt: skip
 
     @property
-    def turned(self) -> bool:
+    def transposes(self) -> bool:
         """Whether the parts are transposed on reading, so that they are `(out, in)`."""
         return self.transposed and not self.whole
 
@@ -77,23 +77,23 @@ class ExpertEntry(TensorEntry):
         stack: the entry of the stacked tensor.
         number: the expert's index along its first axis.
         first: where the part's outputs begin among those of the expert's tensor.
-        turned: whether the expert's tensor is transposed on reading.
+        transposed: whether the expert's tensor is transposed on reading.
     """
 
     stack: TensorEntry
     number: int
     first: int = 0
-    turned: bool = False
+    transposed: bool = False
 
     @property
     def by_rows(self) -> bool:
         """Whether the part lies in the file as its rows, beginning at `start`."""
-        return type(self.stack) is TensorEntry and not self.turned
+        return type(self.stack) is TensorEntry and not self.transposed
 
     def read(self) -> Tensor:
         """The part, on the CPU."""
         expert = self.stack.read_rows(range(self.number, self.number + 1))[0]
-        return (expert.t() if self.turned else expert)[self.first : self.first + self.shape[0]].contiguous()
+        return (expert.t() if self.transposed else expert)[self.first : self.first + self.shape[0]].contiguous()
 
     def read_rows(self, rows: range) -> Tensor:
         """Consecutive rows of the part."""
@@ -134,13 +134,13 @@ def _as_in_the_model(name: str, layout: StackLayout) -> str:
 def _parts(
     entry: TensorEntry, layout: StackLayout, leaves: tuple[str, ...], module: str, end: str
 ) -> Iterator[ExpertEntry]:
-    outputs, *others = reversed(entry.shape[1:]) if layout.turned else entry.shape[1:]
+    outputs, *others = reversed(entry.shape[1:]) if layout.transposes else entry.shape[1:]
     shape = (outputs // len(leaves), *others)
     for number in range(entry.shape[0]):
         for place, leaf in enumerate(leaves):
             start = entry.start + (number * len(leaves) + place) * (entry.size_bytes // entry.shape[0] // len(leaves))
             name, first = f"{module}.{number}.{leaf}.{end}", place * shape[0]
-            yield ExpertEntry(name, entry.dtype, shape, entry.file, start, entry, number, first, layout.turned)
+            yield ExpertEntry(name, entry.dtype, shape, entry.file, start, entry, number, first, layout.transposes)
 
 
 def join_entries(entries: Mapping[str, TensorEntry]) -> dict[str, TensorEntry]:
@@ -182,7 +182,7 @@ def join_stacks(model_type: object, tensors: Mapping[str, Tensor]) -> dict[str, 
     for stack, experts in members.items():
         leaves = layout.splits[stack.rpartition(".")[2].removesuffix("_bias")]
         whole = (torch.cat([experts[number][leaf] for leaf in leaves]) for number in sorted(experts))
-        joined[_as_stored(stack, layout)] = torch.stack([one.t() if layout.turned else one for one in whole])
+        joined[_as_stored(stack, layout)] = torch.stack([one.t() if layout.transposes else one for one in whole])
     return joined
 
 

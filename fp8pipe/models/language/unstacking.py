@@ -50,8 +50,8 @@ def unstack_experts(model: nn.Module) -> tuple[str, ...]:
             found[name] = _unstack
         elif layout is not None and _is_stack(module):
             found[name] = _unstack_transposed
-        elif layout is not None and _is_weighed(parent := model.get_submodule(name.rpartition(".")[0]), module):
-            found[name] = partial(_unstack_weighed, parent)
+        elif layout is not None and _is_llama4(parent := model.get_submodule(name.rpartition(".")[0]), module):
+            found[name] = partial(_unstack_llama4, parent)
     for name, unstack in found.items():
         unstack(model.get_submodule(name))
     return tuple(found)
@@ -79,7 +79,7 @@ def _is_stack(module: Any) -> bool:
     return told == [True] * 3 and not getattr(module, "has_post_expert_norm", False) and fits
 
 
-def _is_weighed(parent: Any, module: Any) -> bool:
+def _is_llama4(parent: Any, module: Any) -> bool:
     """Whether a module holds the experts of a Llama 4 layer, `parent`; each weight is stored as `(in, out)`."""
     names = [one.__name__ for kind in (parent, module) for one in type(kind).__mro__]
     return "Llama4TextMoe" in names and "Llama4TextExperts" in names
@@ -102,14 +102,14 @@ def _stored_singly(model: Any) -> Callable[[str], bool]:
     return stored
 
 
-def _unstack(module: Any, kind: type[UnstackedExperts] = UnstackedExperts, *, turned: bool = False) -> None:
-    """Unstack weights of shape `(experts, out, in)`, or `(experts, in, out)` if they are to be `turned`."""
+def _unstack(module: Any, kind: type[UnstackedExperts] = UnstackedExperts, *, transposed: bool = False) -> None:
+    """Unstack weights of shape `(experts, out, in)`, or `(experts, in, out)` if `transposed`."""
     stacks = {leaf: getattr(module, leaf).detach() for leaf in PROJECTIONS}
     for leaf in PROJECTIONS:
         delattr(module, leaf)
     _change_class(module, kind)
     for number in range(module.num_experts):
-        joined, down = (stack[number].t() if turned else stack[number] for stack in stacks.values())
+        joined, down = (stack[number].t() if transposed else stack[number] for stack in stacks.values())
         gate, up = joined.chunk(2)
         module.add_module(str(number), Expert({"gate_proj": gate, "up_proj": up, "down_proj": down}))
 
@@ -125,7 +125,7 @@ def _unstack_transposed(module: Any) -> None:
         module.add_module(str(number), StackedExpert(parts))
 
 
-class _WeighedExperts(UnstackedExperts):
+class _Llama4Experts(UnstackedExperts):
     """Experts of Llama 4, whose module in transformers has no gate of its own."""
 
     act_fn: Callable[[Tensor], Tensor]
@@ -136,7 +136,7 @@ class _WeighedExperts(UnstackedExperts):
         return up * self.act_fn(gate)
 
 
-class _RoutedMoe(nn.Module):
+class _Llama4Moe(nn.Module):
     """A layer of Llama 4 that runs each expert on the tokens of its own."""
 
     hidden_dim: int
@@ -153,9 +153,9 @@ class _RoutedMoe(nn.Module):
         return self.shared_expert(x) + self.experts(x, chosen, scores.gather(1, chosen)), logits
 
 
-def _unstack_weighed(parent: Any, module: Any) -> None:
-    _unstack(module, _WeighedExperts, turned=True)
-    _change_class(parent, _RoutedMoe)
+def _unstack_llama4(parent: Any, module: Any) -> None:
+    _unstack(module, _Llama4Experts, transposed=True)
+    _change_class(parent, _Llama4Moe)
 
 
 def _change_class(module: Any, kind: type[nn.Module]) -> None:

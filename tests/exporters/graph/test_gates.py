@@ -90,10 +90,10 @@ def test_a_bias_is_found_whatever_it_is_called(model, quantized):
     assert failed(model, quantized) == {"float tensors differing": 1}
 
 
-@pytest.mark.parametrize("turned", [False, True])
-def test_a_float_copy_of_a_quantized_weight_is_found(model, quantized, turned):
+@pytest.mark.parametrize("transposed", [False, True])
+def test_a_float_copy_of_a_quantized_weight_is_found(model, quantized, transposed):
     weight = quantized.weights["blocks.0.mlp.fc1"].dequantize().numpy()
-    add(model, "copy", weight.T if turned else weight)
+    add(model, "copy", weight.T if transposed else weight)
     assert failed(model, quantized) == {"float copies of quantized weights": 1}
 
 

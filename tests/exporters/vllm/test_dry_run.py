@@ -47,5 +47,5 @@ def test_a_weight_stored_as_in_out_is_one_block_and_stays_whole(
     plan = plan_export(write_plain(tmp_path / "plain", make_model()), VllmExportOptions())
     unit = max(plan.units, key=lambda unit: unit.entry.shape[0])
     assert dry_run._some_rows(unit) is not unit
-    turned = replace(unit, transposed=True)
-    assert dry_run._some_rows(turned) is turned
+    transposed = replace(unit, transposed=True)
+    assert dry_run._some_rows(transposed) is transposed

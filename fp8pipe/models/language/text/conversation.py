@@ -28,8 +28,8 @@ class Message:
 
     Attributes:
         role: one of ``ROLES``.
-        content: text of the message, with `images.MARK` in the place of each image; empty if an assistant message only
-            calls tools.
+        content: text of the message, with `images.IMAGE_PLACEHOLDER` in the place of each image; empty if an assistant
+            message only calls tools.
         learned: whether an assistant message is trained on; False if its ``weight`` (OpenAI's format) is 0.
         fields: all other fields that a chat template may read: ``tool_calls``, ``tool_call_id``, ``name``,
             ``reasoning_content`` and so on. The arguments of tool calls are objects, not JSON text.

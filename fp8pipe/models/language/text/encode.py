@@ -116,10 +116,10 @@ def encode(
             if not pieces:
                 counts["partial" if renderer.notes.counts[Kind.PARTIAL] > before else "unlearned"] += 1
             rendered += pieces
-        for wholes in _tokenize(rendered, tokenizer) if images is None else _pictured(rendered, tokenizer, images):
-            counts["merged"] += len(wholes) > 1
-            for whole in wholes:
-                if (cut := _cut(whole, max_length, counts)) is not None:
+        for encoded in _tokenize(rendered, tokenizer) if images is None else _pictured(rendered, tokenizer, images):
+            counts["merged"] += len(encoded) > 1
+            for example in encoded:
+                if (cut := _cut(example, max_length, counts)) is not None:
                     examples.append(cut)
     reasons = _reasons(counts, max_length)
     if not examples:
@@ -236,27 +236,29 @@ def _tokenize(rendered: Sequence[Rendered], tokenizer: Any) -> list[list[Encoded
 def _pictured(rendered: Sequence[Rendered], tokenizer: Any, images: ImagePrompts) -> Iterator[Sequence[Encoded]]:
     """Like `_tokenize`, for texts of which some have images; shows progress, because each image is read."""
     with track(sum(bool(piece.images) for piece in rendered), "reading images") as progress:
-        for piece, wholes in zip(rendered, _tokenize(rendered, tokenizer), strict=True):
-            yield _with_images(piece, wholes, tokenizer, images) if piece.images else wholes
+        for piece, encoded in zip(rendered, _tokenize(rendered, tokenizer), strict=True):
+            yield _with_images(piece, encoded, tokenizer, images) if piece.images else encoded
             progress.advance(bool(piece.images))
 
 
-def _with_images(piece: Rendered, wholes: Sequence[Encoded], tokenizer: Any, images: ImagePrompts) -> Sequence[Encoded]:
+def _with_images(
+    piece: Rendered, encoded: Sequence[Encoded], tokenizer: Any, images: ImagePrompts
+) -> Sequence[Encoded]:
     """Examples of a text with the processor's tokens in place of the tokenizer's before the first answer.
 
     Args:
         piece: the text; all its images precede the first answer.
-        wholes: its examples, from `_tokenize`, in which one token stands for an image.
+        encoded: its examples, from `_tokenize`, in which one token stands for an image.
         tokenizer: the model's tokenizer.
         images: the model's processor.
     """
-    starts = [start for start, _ in piece.spans][: len(wholes)]
+    starts = [start for start, _ in piece.spans][: len(encoded)]
     found = []
-    for start, whole in zip(starts, wholes, strict=True):
+    for start, example in zip(starts, encoded, strict=True):
         plain = len(_ids(piece.text[:start], tokenizer))
         read = images.read(piece.text[:start], piece.images)
-        labels = [IGNORED] * len(read.tokens) + whole.labels[plain:]
-        found.append(Encoded([*read.tokens, *whole.input_ids[plain:]], labels, read))
+        labels = [IGNORED] * len(read.tokens) + example.labels[plain:]
+        found.append(Encoded([*read.tokens, *example.input_ids[plain:]], labels, read))
     return found
 
 

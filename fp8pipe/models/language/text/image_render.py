@@ -12,7 +12,7 @@ from typing import Any
 from fp8pipe.core.errors import ConfigurationError
 from fp8pipe.models.language.text.conversation import Record
 from fp8pipe.models.language.text.image_prompts import ImagePrompts
-from fp8pipe.models.language.text.images import MARK
+from fp8pipe.models.language.text.images import IMAGE_PLACEHOLDER
 from fp8pipe.models.language.text.render import Rendered, Renderer
 from fp8pipe.models.language.text.template import TemplateInfo, template_info
 
@@ -62,7 +62,7 @@ class ImageRenderer(Renderer):
         return [self._with_images(piece, record, name) for piece in pieces]
 
     def apply(self, messages: list[dict[str, Any]], tools: Any, name: str, *, prompt: bool = False) -> str:
-        """Like `Renderer.apply`; each `MARK` in the messages becomes a part of type `image`."""
+        """Like `Renderer.apply`; each `IMAGE_PLACEHOLDER` in the messages becomes a part of type `image`."""
         return super().apply(with_image_parts(messages) if self._has_images else messages, tools, name, prompt=prompt)
 
     def joined(self, answers: Mapping[int, Rendered], record: Record) -> list[Rendered]:
@@ -97,7 +97,7 @@ class ImageRenderer(Renderer):
 
 
 def with_image_parts(messages: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Copies of messages in which each `MARK` in the content is a part of type `image`.
+    """Copies of messages in which each `IMAGE_PLACEHOLDER` in the content is a part of type `image`.
 
     Args:
         messages: their contents are text, or lists of text parts (see `template.in_parts`).
@@ -106,7 +106,7 @@ def with_image_parts(messages: Iterable[Mapping[str, Any]]) -> list[dict[str, An
     for message in messages:
         content = message.get("content")
         texts = [content] if isinstance(content, str) else [part["text"] for part in content or ()]
-        if any(MARK in text for text in texts):
+        if any(IMAGE_PLACEHOLDER in text for text in texts):
             found.append({**message, "content": [part for text in texts for part in _parts(text)]})
         else:
             found.append({**message})
@@ -114,7 +114,7 @@ def with_image_parts(messages: Iterable[Mapping[str, Any]]) -> list[dict[str, An
 
 
 def _parts(text: str) -> Iterable[dict[str, Any]]:
-    for number, written in enumerate(text.split(MARK)):
+    for number, written in enumerate(text.split(IMAGE_PLACEHOLDER)):
         if number:
             yield {"type": "image"}
         if written:

@@ -1,8 +1,8 @@
 """Images in the content of messages: the forms in which data gives them, where their files are, how they are opened.
 
-In a message's content each image is the character `MARK`, which Unicode has for an object embedded in text, so that
-everything that works on texts keeps the images' places. An image is given by its source: the path of a file, or a
-`data:` URI. Nothing is downloaded. Files are opened when their pixels are needed, one batch at a time.
+In a message's content each image is the character `IMAGE_PLACEHOLDER`, which Unicode has for an object embedded in
+text, so that everything that works on texts keeps the images' places. An image is given by its source: the path of a
+file, or a `data:` URI. Nothing is downloaded. Files are opened when their pixels are needed, one batch at a time.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from fp8pipe.models.language.text.conversation import ImagePart
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-MARK: Final = "\ufffc"
+IMAGE_PLACEHOLDER: Final = "\ufffc"
 IMAGE_TYPES: Final = ("image", "image_url")
 _KEYS: Final = ("image", "url", "path", "image_url")
 _INLINE: Final = "data:"

@@ -14,7 +14,7 @@ from dataclasses import replace
 from typing import Any, Final
 
 from fp8pipe.models.language.text.conversation import ROLES, ImagePart, Message, Record
-from fp8pipe.models.language.text.images import IMAGE_TYPES, MARK, image_source
+from fp8pipe.models.language.text.images import IMAGE_PLACEHOLDER, IMAGE_TYPES, image_source
 
 SHAPES: Final = "messages, conversations, prompt + completion, or instruction (+ input) + output"
 # Other role names in use: ShareGPT's, OpenAI's older and newer ones, and Llama's for the result of a tool.
@@ -72,7 +72,7 @@ def parse_row(row: Any, place: str, unused: Counter[str]) -> Record:
         tools = _tools(opening.fields)
         messages[0] = replace(opening, fields={k: v for k, v in opening.fields.items() if k != "tools"})
     record = Record(tuple(messages), tools, place)
-    if record.images and sum(message.content.count(MARK) for message in messages) > len(record.images):
+    if record.images and sum(message.content.count(IMAGE_PLACEHOLDER) for message in messages) > len(record.images):
         raise BadRow("its text holds the character U+FFFC, which stands for images in a record that has some")
     _check_encodable(record)
     return record
@@ -175,7 +175,7 @@ def _content(item: dict[str, Any], key: str, place: str, *, needed: bool) -> tup
                 images.append(ImagePart(image_source(part), f"{place}, part {index + 1}"))
             except ValueError as error:
                 raise BadRow(f"part {index + 1}: {error}") from error
-            texts.append(MARK)
+            texts.append(IMAGE_PLACEHOLDER)
             continue
         if not isinstance(part, dict) or part.get("type", "text") != "text":
             kind = part.get("type") if isinstance(part, dict) else _json_type(part)

@@ -45,12 +45,12 @@ def test_tensors_are_compared_bit_by_bit(tmp_path: Path, monkeypatch: pytest.Mon
         "one": TENSORS["matrix"],
         "same": TENSORS["matrix"].clone(),
         "other": other,
-        "turned": other.t().contiguous(),
+        "transposed": other.t().contiguous(),
     }
     save_file(pairs, tmp_path / "model.safetensors")
     found = header_entries(tmp_path / "model.safetensors")
     same = {name: same_values(found["one"], entry) for name, entry in found.items()}
-    assert same == {"one": True, "same": True, "other": False, "turned": False}
+    assert same == {"one": True, "same": True, "other": False, "transposed": False}
 
 
 def test_a_file_that_shrinks_is_named(tmp_path: Path) -> None:

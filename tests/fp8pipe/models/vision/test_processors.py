@@ -134,8 +134,8 @@ def files(image: Image.Image) -> dict[str, tuple[Image.Image, Image.Image]]:
         "CMYK": encoded(image.convert("CMYK"), "TIFF"), "JPEG, CMYK": encoded(image.convert("CMYK"), "JPEG"),
     }  # fmt: skip
     handed = {name: (given, given) for name, given in read.items()}
-    turned = image.transpose(Image.Transpose.ROTATE_270)
-    return handed | {"rotated": (encoded(image, "PNG", exif=exif), turned), "I;16": (encoded(sixteen, "PNG"), grey)}
+    rotated = image.transpose(Image.Transpose.ROTATE_270)
+    return handed | {"rotated": (encoded(image, "PNG", exif=exif), rotated), "I;16": (encoded(sixteen, "PNG"), grey)}
 
 
 @pytest.mark.parametrize("name", ["clip", "siglip", "dinov2", "vit"])

@@ -47,7 +47,7 @@ CASES: dict[str, tuple[Any, dict[str, Tensor], str]] = {
         held(),
         r"\(2, 2\).*\(256, 192\).*\(4, 3\) per block of 64x64",
     ),
-    "turned": (FP8 | {"weight_block_size": [256, 96]}, held("_scale_inv", 2, 1), r"\(2, 1\).*expected \(1, 2\)"),
+    "transposed": (FP8 | {"weight_block_size": [256, 96]}, held("_scale_inv", 2, 1), r"\(2, 1\).*expected \(1, 2\)"),
     "no scale": (
         FP8,
         {"a.weight": codes(), "b.weight": codes()},
