@@ -92,6 +92,11 @@ class Heartbeats:
         """The last heartbeat of a rank, which differs from those before; empty if there has been none."""
         return self._seen[rank][0]
 
+    @property
+    def broken(self) -> bool:
+        """Whether the connection to the store is broken, so that no heartbeat can follow."""
+        return not self._thread.is_alive()
+
     def stop(self) -> None:
         """End the thread, and wait for it, but not for ever."""
         self._ended.set()

@@ -10,6 +10,7 @@ that waits in the main thread could be made to return.
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import threading
 from collections.abc import Sequence
@@ -73,11 +74,16 @@ class SilenceWatch:
                 heartbeat = self._heartbeats.last(rank)
                 ticks[rank] = ticks[rank] + 1 if heartbeat == before[rank] else 0
                 before[rank] = heartbeat
-            # Before its first heartbeat, another process may still be importing modules.
-            limits = {rank: SILENCE_S if before[rank] else MEETING.total_seconds() for rank in ticks}
+            limits = {rank: self._limit(rank, before[rank]) for rank in ticks}
             if any(ticks[rank] * _TICK_S >= limits[rank] for rank in ticks):
                 return [rank for rank in ticks if ticks[rank] * _TICK_S > limits[rank] / 2]
         return []
+
+    def _limit(self, rank: int, last: bytes) -> float:
+        """For how long a rank may send no heartbeat after its last one, in seconds."""
+        if self._heartbeats.broken:
+            return GRACE_S if rank == self._place.rank else math.inf
+        return SILENCE_S if last else MEETING.total_seconds()  # it may still be importing modules
 
     def _end(self, silent: list[int]) -> None:
         place = self._place
@@ -93,6 +99,12 @@ class SilenceWatch:
 
     def _cut_off(self) -> InterruptedRunError:
         address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        if self._heartbeats.broken:
+            return InterruptedRunError(
+                "the other processes of this run are gone",
+                why=f"the store in which they meet, at {address}, has closed the connection: its launcher has ended",
+                fix="see the messages of that launcher; --resume continues from the last checkpoint",
+            )
         return InterruptedRunError(
             f"this process has been cut off from the others of this run for {SILENCE_S:.0f} s",
             why=f"the store in which they meet, at {address}, does not answer",

@@ -21,7 +21,7 @@ from typing import Any
 import rank_work
 from ranks import serve
 
-from fp8pipe.core import silence
+from fp8pipe.core import launch, silence
 
 _CLONE_NEWNET = 0x40000000
 _PORT = 29500
@@ -88,15 +88,19 @@ def _ip(*words: str) -> None:
     subprocess.run(["ip", *words], check=True, capture_output=True, text=True)
 
 
-def run_on(network: Network, function: Callable[..., Any], *arguments: Any) -> list[int | None]:
+def run_on(
+    network: Network, function: Callable[..., Any], *arguments: Any, interface: str = "eth0"
+) -> list[int | None]:
     """The exit codes of `function(*arguments)` in one process on each machine; None for one that does not end.
 
-    Each machine has its own torchrun agent, with the static rendezvous that torchrun uses unless told otherwise.
+    Each machine has its own torchrun agent, with the static rendezvous that torchrun uses unless told otherwise. gloo
+    listens on `interface`: the name of this host, which it would resolve, has an address of another network.
     """
     serve()
     context = multiprocessing.get_context("forkserver")
     agents = [
-        context.Process(target=_agent, args=(network, number, function, arguments)) for number in range(network.size)
+        context.Process(target=_agent, args=(network, number, interface, function, arguments))
+        for number in range(network.size)
     ]
     for agent in agents:
         agent.start()
@@ -109,12 +113,14 @@ def run_on(network: Network, function: Callable[..., Any], *arguments: Any) -> l
             agent.kill()
 
 
-def _agent(network: Network, number: int, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+def _agent(
+    network: Network, number: int, interface: str, function: Callable[..., Any], arguments: tuple[Any, ...]
+) -> None:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     _enter(network.machine(number))
-    os.environ["GLOO_SOCKET_IFNAME"] = "eth0"  # the name of this host has another network's address
+    os.environ["GLOO_SOCKET_IFNAME"] = interface
     config = LaunchConfig(  # processes are forked, as the server that forks others cannot be reached from here
         min_nodes=network.size, max_nodes=network.size, nproc_per_node=1, start_method="fork", monitor_interval=0.05,
         run_id="machines", rdzv_backend="static", rdzv_endpoint=f"10.99.0.1:{_PORT}", rdzv_configs={"rank": number},
@@ -131,6 +137,12 @@ def _enter(name: str) -> None:
     with Path("/run/netns", name).open() as namespace:
         if libc.setns(namespace.fileno(), _CLONE_NEWNET):  # os.setns is new in Python 3.12
             raise OSError(ctypes.get_errno(), f"the namespace {name} cannot be entered")
+
+
+def unconnected_command(output: str) -> None:
+    """The command `finetune` in processes that do not come so far as to read the model."""
+    launch.GRACE_S = silence.GRACE_S = 1.0  # for the one that waits for the other to connect
+    rank_work.command({"base": "none", "data": "none"}, output, "none", 0, 0)
 
 
 def cut_command(

@@ -130,7 +130,7 @@ def joined(place: Place, device: str) -> Iterator[SeveralProcesses]:
     it would wait for operations that are pending, so no other run can follow.
 
     Raises:
-        ConfigurationError: the script has made a process group of its own.
+        ConfigurationError: the script has made a process group of its own, or the processes cannot connect.
         InterruptedRunError: a process has failed, now or in an earlier run of this one.
         MissingCapabilityError: there are more processes on this machine than GPUs.
     """
@@ -162,9 +162,19 @@ def _connected(place: Place, device: str, store: Store) -> Iterator[Group]:
             why="this script has called torch.distributed.init_process_group",
             fix="leave that to fp8pipe, or call destroy_process_group before",
         )
-    dist.init_process_group(
-        backend, store=store, rank=place.rank, world_size=place.size, timeout=_TIMEOUT, device_id=own
-    )
+    try:
+        dist.init_process_group(
+            backend, store=store, rank=place.rank, world_size=place.size, timeout=_TIMEOUT, device_id=own
+        )
+    except RuntimeError as error:
+        if "connectFullMesh" not in str(error):  # what gloo cannot do if it listens on an interface of another network
+            raise
+        raise ConfigurationError(
+            "the processes of this run cannot connect to each other",
+            why=str(error).splitlines()[0],
+            fix="set GLOO_SOCKET_IFNAME, on each machine, to the network interface that the other machines reach (and "
+            "NCCL_SOCKET_IFNAME for GPUs); see docs/distributed.md",
+        ) from error
     _LOG.info("%d processes, connected by %s", place.size, backend)
     yield Group(place, device, store)
     dist.barrier()  # rank 0 may hold the store, so it must not leave first

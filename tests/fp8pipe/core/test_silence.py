@@ -103,6 +103,18 @@ def test_a_process_to_which_the_store_no_longer_answers_says_so_and_ends(store, 
     assert "rank 1 of 2" in caplog.text
 
 
+def test_a_process_whose_store_is_gone_does_not_wait_as_long(store, ended, caplog, monkeypatch):
+    monkeypatch.setattr(silence, "GRACE_S", 0.2)
+    monkeypatch.setattr(silence, "SILENCE_S", 600.0)
+    relay = Relay(store.port)
+    with watch(1, 2, TCPStore("127.0.0.1", relay.port, wait_for_workers=False)):
+        time.sleep(0.3)
+        relay.close()
+        wait_for(ended, 1)
+    assert set(ended) == {130}
+    assert caplog.text.count("the other processes of this run are gone") == 1
+
+
 def test_the_error_of_a_process_that_is_cut_off_is_printed(store, monkeypatch):
     monkeypatch.setattr(launch.atexit, "register", lambda *call: None)
     monkeypatch.setattr(launch, "_end_after", lambda seconds, exit_code: None)
