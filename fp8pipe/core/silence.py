@@ -23,8 +23,8 @@ from fp8pipe.core.rank_store import Heartbeats
 
 __all__ = ["SILENCE_S", "SilenceWatch"]
 
-# Twice the longest interruption that TCP bridges: its pauses between retransmissions grow to the length of the
-# interruption. Also longer than C code of this package and its libraries holds the interpreter's lock (docs).
+# TCP sends again after pauses that double, from 0.2 s: at 25 s and at 51 s, so an interruption of half a minute is over
+# in time. Longer than code in C keeps the interpreter's lock, without which no thread can send a heartbeat.
 SILENCE_S: Final = 60.0
 _TICK_S: Final = 1.0
 _FIX: Final = (
