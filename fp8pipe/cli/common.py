@@ -14,7 +14,7 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 
@@ -50,6 +50,7 @@ class Console:
     quiet: bool = False  # print the shortest text (an artifact's path)
     verbose: bool = False  # print more on stderr
     document: dict[str, Any] = field(default_factory=dict)
+    _outside: tuple[TextIO, int | None] | None = None  # stdout, and a copy of its descriptor, while it is captured
 
     def emit(self, document: Mapping[str, Any], text: str, *, quiet_text: str = "") -> None:
         """Report the command's result.
@@ -78,17 +79,29 @@ class Console:
             # ASCII, so that it can be printed in any locale.
             click.echo(jsonlib.dumps(_plain(document), indent=2, allow_nan=False))
 
+    def abort(self, error: BaseException) -> None:
+        """Print an error that ends the process at once, from another thread than that of the command."""
+        failure = failure_of(error)
+        click.echo(failure.text, err=True)
+        if self._outside is not None:
+            sys.stdout, descriptor = self._outside
+            if descriptor is not None:
+                os.dup2(descriptor, 1)
+        self.finish(failure)
+
     @contextlib.contextmanager
     def capture_stdout(self) -> Iterator[None]:
         """With `--json`, redirect everything printed on stdout to stderr: by libraries, child processes and C code."""
         if not self.json:
             yield
             return
-        saved = _divert_descriptor()
+        before, saved = self._outside, _divert_descriptor()
+        self._outside = before or (sys.stdout, saved)
         try:
             with contextlib.redirect_stdout(sys.stderr):
                 yield
         finally:
+            self._outside = before
             if saved is not None:
                 sys.stdout.flush()
                 os.dup2(saved, 1)

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import click
 
-from fp8pipe.cli.common import failure_of
+from fp8pipe.cli.common import Console, failure_of
 
 __all__ = ["one_report"]
 
@@ -19,9 +19,12 @@ def one_report() -> Iterator[bool]:
     Of the errors of several processes, only the first is raised; the other processes end without printing, with the
     same exit code.
     """
-    from fp8pipe.core.launch import launched, own_failure
+    from fp8pipe.core.launch import launched, own_failure, print_errors_with
 
     place = launched()
+    console = click.get_current_context().find_object(Console)
+    if place is not None and console is not None:
+        print_errors_with(console.abort)
     try:
         yield place is None or place.rank == 0
     except BaseException as error:

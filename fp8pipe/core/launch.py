@@ -16,22 +16,25 @@ import os
 import platform
 import sys
 import threading
+from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import lru_cache
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from fp8pipe.core.errors import ConfigurationError, Fp8PipeError, InterruptedRunError, first_line
 from fp8pipe.core.progress import configure
 
 _LOG = logging.getLogger(__name__)
+T = TypeVar("T")
 _FAILED: Final = "fp8pipe/failed"
 _PRINTED: Final = "fp8pipe/printed"  # set when the error of the first process that failed has been printed
 _NUMBERS: Final = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")
 _VARIABLES: Final = (*_NUMBERS, "MASTER_ADDR")
-_MEETING: Final = timedelta(minutes=5)  # in which all processes must have started
+MEETING: Final = timedelta(minutes=5)  # in which all processes must have started
 _WATCH_S: Final = 1.0
-_GRACE_S: Final = 10.0  # in which a process may end by itself after another has failed
+GRACE_S: Final = 10.0  # in which a process may end by itself after another has failed, and the store must answer
 # What gloo and NCCL say when another process is gone; gloo raises plain RuntimeErrors.
 _LOST: Final = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exiting")
 
@@ -87,7 +90,7 @@ def launched() -> Place | None:
     from torch.distributed.rendezvous import rendezvous
 
     try:
-        store, rank, size = next(rendezvous("env://", timeout=_MEETING))
+        store, rank, size = next(rendezvous("env://", timeout=MEETING))
         watched = store.clone()
     except (RuntimeError, ValueError) as error:  # a ValueError is about a port
         raise ConfigurationError(
@@ -129,18 +132,64 @@ def own_failure(place: Place, error: BaseException, exit_code: int) -> tuple[Bas
         printed error.
     """
     lost = _lost(error)
-    if lost is not None:
-        exit_code = lost.exit_code
-    try:
-        first = place.fail(exit_code)
-        exit_code = (place.failed() or (place.rank, exit_code))[1]
-    except RuntimeError:  # the store is gone, and with it the launcher, which has told why
-        first = False
+    first, exit_code = tell_of_failure(place, lost.exit_code if lost else exit_code)
     # Not by itself: the destructors of process groups wait for operations that will never complete.
-    atexit.register(_leave_after_printing, place.store, exit_code, first)
-    if first and place.rank:
-        _LOG.error("rank %d of %d, on %s, failed:", place.rank, place.size, platform.node())
+    atexit.register(leave_after_printing, place.store, exit_code, first)
+    _end_after(3 * GRACE_S, exit_code)
+    if first:
+        _introduce(place)
     return (lost or error) if first else None, exit_code
+
+
+def tell_of_failure(place: Place, exit_code: int) -> tuple[bool, int]:
+    """Tell the others that this process has failed.
+
+    Returns:
+        Whether this process has to print its error, and the exit code of the first that has failed.
+    """
+    try:
+        return within(GRACE_S, lambda: (place.fail(exit_code), (place.failed() or (place.rank, exit_code))[1]))
+    except TimeoutError:  # cut off: the others cannot know
+        return True, exit_code
+    except RuntimeError:  # the store is gone, and with it the launcher, which has told why
+        return False, exit_code
+
+
+def within(seconds: float, function: Callable[[], T]) -> T:
+    """The result of a function that may wait for a network that is cut, for as long as TCP does.
+
+    Raises:
+        TimeoutError: it takes longer. It goes on in a thread.
+    """
+    result: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            result.set_result(function())
+        except BaseException as error:  # raised again in the caller
+            result.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return result.result(seconds)
+
+
+def print_errors_with(function: Callable[[Fp8PipeError], None]) -> None:
+    """Set how an error is printed that ends this process from another thread than the main one."""
+    _printers.append(function)
+
+
+def print_error(place: Place, error: Fp8PipeError) -> None:
+    """Print an error that ends this process, from another thread than the main one, which may be anywhere."""
+    _introduce(place)
+    _printers[-1](error)
+
+
+def _introduce(place: Place) -> None:
+    if place.rank:
+        _LOG.error("rank %d of %d, on %s, failed:", place.rank, place.size, platform.node())
+
+
+_printers: Final[list[Callable[[Fp8PipeError], None]]] = [lambda error: _LOG.error("%s", error)]
 
 
 def _lost(error: BaseException) -> Fp8PipeError | None:
@@ -178,11 +227,18 @@ def _watch(place: Place, over: threading.Event) -> None:
             found = place.failed()
         except RuntimeError:  # the launcher is gone
             return
-        if found is not None and found[0] != place.rank and not over.wait(_GRACE_S):
+        if found is not None and found[0] != place.rank and not over.wait(GRACE_S):
             _leave(found[1])
 
 
-def _leave_after_printing(store: Any, exit_code: int, first: bool) -> None:
+def _end_after(seconds: float, exit_code: int) -> None:
+    """End this process after some time, whatever it waits for: a network that is cut, or an output that is full."""
+    timer = threading.Timer(seconds, os._exit, [exit_code])
+    timer.daemon = True
+    timer.start()
+
+
+def leave_after_printing(store: Any, exit_code: int, first: bool) -> None:
     """End this process when the error of the first one that failed is printed; `first` says whether that is this one.
 
     A launcher terminates all processes when one exits, so one that exits earlier could lose the only message.
@@ -192,7 +248,7 @@ def _leave_after_printing(store: Any, exit_code: int, first: bool) -> None:
             _flush()
             store.set(_PRINTED, "")
         else:
-            store.wait([_PRINTED], timedelta(seconds=_GRACE_S))
+            store.wait([_PRINTED], timedelta(seconds=GRACE_S))
     except RuntimeError:  # the store is gone, or the first process cannot print
         pass
     finally:  # after an interruption, too

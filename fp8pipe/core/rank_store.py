@@ -88,6 +88,15 @@ class Heartbeats:
         """Whether a rank has given no heartbeat for too long, or none can be received."""
         return time.monotonic() - self._seen[rank][1] > self._timeout_s
 
+    def last(self, rank: int) -> bytes:
+        """The last heartbeat of a rank, which differs from those before; empty if there has been none."""
+        return self._seen[rank][0]
+
+    @property
+    def broken(self) -> bool:
+        """Whether the connection to the store is broken, so that no heartbeat can follow."""
+        return not self._thread.is_alive()
+
     def stop(self) -> None:
         """End the thread, and wait for it, but not for ever."""
         self._ended.set()

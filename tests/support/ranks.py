@@ -6,6 +6,7 @@ Processes are forked from a server that has imported everything once. What they 
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import signal
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
+MEASURED = {"tokens_per_second", "flush_share"}
 _HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 _PRELOADED = ["pipeline.finetune.stage", "pipeline.finetune.distributed.processes", "rank_work"]
 
@@ -25,7 +27,7 @@ def run_ranks(size: int, function: Callable[..., Any], *arguments: Any) -> dict[
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    _serve()
+    serve()
     config = LaunchConfig(
         min_nodes=1, max_nodes=1, nproc_per_node=size, start_method="forkserver", monitor_interval=0.05, run_id="ranks",
         rdzv_backend="c10d", rdzv_endpoint="127.0.0.1:0", max_restarts=0,
@@ -40,8 +42,8 @@ def run_ranks(size: int, function: Callable[..., Any], *arguments: Any) -> dict[
             signal.signal(number, handler)
 
 
-def _serve() -> None:
-    """Start the server, which finds modules by the environment alone."""
+def serve() -> None:
+    """Start the server of processes, which finds modules by the environment alone."""
     multiprocessing.set_forkserver_preload(_PRELOADED)
     before = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(Path(__file__).parent)])
@@ -57,3 +59,18 @@ def _serve() -> None:
 def _one_thread(function: Callable[..., Any], *arguments: Any) -> Any:
     torch.set_num_threads(1)
     return function(*arguments)
+
+
+def assert_same(one: Path, other: Path) -> None:
+    """Two runs have the same weights, adapter, metrics and manifest, but for what time and place decide."""
+    for name in ("model.safetensors", "adapter.safetensors"):
+        assert (one / name).read_bytes() == (other / name).read_bytes()
+    curves = [
+        [{key: value for key, value in json.loads(line).items() if key not in MEASURED}
+         for line in (root / "metrics.jsonl").read_text().splitlines()]
+        for root in (one, other)
+    ]  # fmt: skip
+    assert curves[0] == curves[1]
+    mine, theirs = (json.loads((root / "manifest.json").read_text()) for root in (one, other))
+    for key in ("config", "layers", "details", "gates", "parents", "kind", "number_format"):
+        assert mine[key] == theirs[key]

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import itertools
 import logging
+import platform
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,14 +21,16 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from fp8pipe.core.devices import use_own_gpu
 from fp8pipe.core.errors import ConfigurationError, Fp8PipeError, GateFailedError, InterruptedRunError
-from fp8pipe.core.launch import Place
+from fp8pipe.core.launch import GRACE_S, Place, within
+from fp8pipe.core.silence import SilenceWatch
 
 if TYPE_CHECKING:
     from pipeline.finetune.distributed.processes import SeveralProcesses
 
 _LOG = logging.getLogger(__name__)
 T = TypeVar("T")
-# Only what no failure of a process ends: a computation that takes longer between two operations is taken for stuck.
+# Only for what nothing else ends, such as a cut between two machines that both reach the store: a computation that
+# takes longer between two operations is taken for stuck.
 _TIMEOUT: Final = timedelta(minutes=30)
 _POLL_S: Final = 0.1
 _runs = itertools.count()  # of this process: a script may call for several, in the same order in all processes
@@ -127,7 +130,7 @@ def joined(place: Place, device: str) -> Iterator[SeveralProcesses]:
     it would wait for operations that are pending, so no other run can follow.
 
     Raises:
-        ConfigurationError: the script has made a process group of its own.
+        ConfigurationError: the script has made a process group of its own, or the processes cannot connect.
         InterruptedRunError: a process has failed, now or in an earlier run of this one.
         MissingCapabilityError: there are more processes on this machine than GPUs.
     """
@@ -135,19 +138,22 @@ def joined(place: Place, device: str) -> Iterator[SeveralProcesses]:
         earlier = dist.is_initialized()
         what = "an earlier run of this process failed" if earlier else f"rank {failed[0]} has failed"
         raise _given_up(what, failed[0])
+    store = PrefixStore(f"fp8pipe/run/{next(_runs)}", place.store)
     try:
-        with _connected(place, device) as group:
+        with SilenceWatch(place, store) as watch, _connected(place, device, store) as group:
             from pipeline.finetune.distributed.processes import SeveralProcesses
 
+            watch.hosts = group.everyones(platform.node())
             yield SeveralProcesses(group)
     except BaseException as error:
-        with contextlib.suppress(RuntimeError):  # the store may be gone; the error says more
-            place.fail(error.exit_code if isinstance(error, Fp8PipeError) else 1)
+        code = error.exit_code if isinstance(error, Fp8PipeError) else 1
+        with contextlib.suppress(RuntimeError, TimeoutError):  # the store may be gone, or cut off; the error says more
+            within(GRACE_S, lambda: place.fail(code))
         raise
 
 
 @contextmanager
-def _connected(place: Place, device: str) -> Iterator[Group]:
+def _connected(place: Place, device: str, store: Store) -> Iterator[Group]:
     own = use_own_gpu(place.local) if device == "cuda" else None
     backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
     if dist.is_initialized():
@@ -156,10 +162,19 @@ def _connected(place: Place, device: str) -> Iterator[Group]:
             why="this script has called torch.distributed.init_process_group",
             fix="leave that to fp8pipe, or call destroy_process_group before",
         )
-    store = PrefixStore(f"fp8pipe/run/{next(_runs)}", place.store)
-    dist.init_process_group(
-        backend, store=store, rank=place.rank, world_size=place.size, timeout=_TIMEOUT, device_id=own
-    )
+    try:
+        dist.init_process_group(
+            backend, store=store, rank=place.rank, world_size=place.size, timeout=_TIMEOUT, device_id=own
+        )
+    except RuntimeError as error:
+        if "connectFullMesh" not in str(error):  # what gloo cannot do if it listens on an interface of another network
+            raise
+        raise ConfigurationError(
+            "the processes of this run cannot connect to each other",
+            why=str(error).splitlines()[0],
+            fix="set GLOO_SOCKET_IFNAME, on each machine, to the network interface that the other machines reach (and "
+            "NCCL_SOCKET_IFNAME for GPUs); see docs/distributed.md",
+        ) from error
     _LOG.info("%d processes, connected by %s", place.size, backend)
     yield Group(place, device, store)
     dist.barrier()  # rank 0 may hold the store, so it must not leave first

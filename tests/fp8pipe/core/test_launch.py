@@ -22,17 +22,23 @@ import sys, time
 from torch.distributed import TCPStore
 from fp8pipe.core import launch
 store = TCPStore("127.0.0.1", int(sys.argv[1]))
-launch._WATCH_S = launch._GRACE_S = 0.1
+launch._WATCH_S = launch.GRACE_S = 0.1
 launch._start_to_watch(launch.Place(1, 2, 1, store), store.clone())
 sys.stdout.close()
 time.sleep(60)
 """
 
 
-@pytest.fixture
-def places(monkeypatch):
-    """Three processes of one run; none of them ends this one."""
+@pytest.fixture(autouse=True)
+def this_process_goes_on(monkeypatch):
+    """None of the processes that fail ends this one."""
     monkeypatch.setattr(launch.atexit, "register", lambda *call: None)
+    monkeypatch.setattr(launch, "_end_after", lambda seconds, exit_code: None)
+
+
+@pytest.fixture
+def places():
+    """Three processes of one run."""
     store = dist.HashStore()
     return [Place(rank, 3, rank, store) for rank in range(3)]
 
@@ -97,8 +103,8 @@ def test_no_process_exits_before_the_error_is_printed(monkeypatch):
 def test_a_process_exits_although_the_one_that_was_to_print_is_gone(monkeypatch):
     left = []
     monkeypatch.setattr(launch, "_leave", left.append)
-    monkeypatch.setattr(launch, "_GRACE_S", 0.1)
-    launch._leave_after_printing(dist.HashStore(), 15, first=False)
+    monkeypatch.setattr(launch, "GRACE_S", 0.1)
+    launch.leave_after_printing(dist.HashStore(), 15, first=False)
     assert left == [15]
 
 

@@ -11,27 +11,11 @@ import sys
 import pytest
 import torch
 from rank_work import command, tuned
-from ranks import ROOT, run_ranks
+from ranks import ROOT, assert_same, run_ranks
 from safetensors.torch import load_file
 
 # The norm of the gradients is above the limit, so that they are scaled.
 SETTINGS = {"steps": 4, "save_every": 2, "evaluate_every": 4, "heldout_fraction": 0.3, "clip_norm": 0.1}
-MEASURED = {"tokens_per_second", "flush_share"}
-
-
-def assert_same(one, other):
-    """The same weights, adapter, metrics and manifest, but for what time and place decide."""
-    for name in ("model.safetensors", "adapter.safetensors"):
-        assert (one / name).read_bytes() == (other / name).read_bytes()
-    curves = [
-        [{key: value for key, value in json.loads(line).items() if key not in MEASURED}
-         for line in (root / "metrics.jsonl").read_text().splitlines()]
-        for root in (one, other)
-    ]  # fmt: skip
-    assert curves[0] == curves[1]
-    mine, theirs = (json.loads((root / "manifest.json").read_text()) for root in (one, other))
-    for key in ("config", "layers", "details", "gates", "parents", "kind", "number_format"):
-        assert mine[key] == theirs[key]
 
 
 # Uneven: of three micro-batches two processes have two and one, and four have one or none.
