@@ -10,7 +10,6 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from exporters.vllm.source import open_source
 from fp8pipe.artifact import MANIFEST_NAME, Artifact, Parent, read_manifest
 from fp8pipe.core.errors import Fp8PipeError
 
@@ -44,6 +43,8 @@ def local_model(child: Artifact, parent: Parent) -> Path | None:
 
 
 def _digest(model: Path) -> str:
+    from exporters.vllm.source import open_source  # imports torch, which artifacts need not
+
     try:
         return open_source(model).parent.digest
     except (Fp8PipeError, OSError):

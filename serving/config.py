@@ -171,9 +171,42 @@ class LanguageConfig(ServingForm):
     drain_seconds: float = Field(
         default=60, ge=0, description="Longest time after SIGTERM for requests already accepted, seconds"
     )
+    nnodes: int = Field(default=1, ge=1, description="Number of nodes that compute the model together")
+    node_rank: int = Field(default=0, ge=0, description="This node's number, from 0; node 0 answers requests")
+    master_addr: Annotated[str | None, Flag(default="none")] = Field(
+        default=None, min_length=1, description="With several nodes: address of node 0, as the others reach it"
+    )
+    master_port: int = Field(
+        default=29501, ge=1, le=65535, description="Port of node 0 at which vLLM's processes of all nodes meet"
+    )
     supervision: SupervisorConfig = Field(
         default_factory=SupervisorConfig, description="Timeouts and delays of starts, probes and restarts"
     )
+
+    @model_validator(mode="after")
+    def _nodes_fit(self) -> Self:
+        if self.node_rank >= self.nnodes:
+            raise ValueError(f"node_rank is {self.node_rank}, but {self.nnodes} node(s) are numbered from 0")
+        if self.devices % self.nnodes:
+            raise ValueError(
+                f"tensor_parallel_size times pipeline_parallel_size is {self.devices}, which cannot be divided by "
+                f"{self.nnodes} nodes"
+            )
+        if (self.nnodes > 1) != (self.master_addr is not None):
+            raise ValueError("master_addr belongs to several nodes: give it if nnodes is more than 1, and only then")
+        return self
+
+    @property
+    def devices_here(self) -> int:
+        """Number of devices that compute the model on this node."""
+        return self.devices // self.nnodes
+
+    def node_arguments(self) -> list[str]:
+        """vLLM's arguments that make this node one of several; none if it is alone."""
+        if self.master_addr is None:
+            return []
+        numbers = ("--nnodes", str(self.nnodes), "--node-rank", str(self.node_rank))
+        return [*numbers, "--master-addr", self.master_addr, "--master-port", str(self.master_port)]
 
     def name_of(self, artifact: Artifact) -> str:
         """The model's name in the API."""

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
-from exporters.vllm.device import require_known_device
+from exporters.vllm.device import require_devices, require_known_device
 from exporters.vllm.environment import find_vllm_python, inspect_environment
 from exporters.vllm.form import ServingForm
 from fp8pipe.artifact import Artifact, open_artifact
@@ -42,7 +42,7 @@ _ONNX_MODULES: Final[Mapping[str, tuple[str, ...]]] = {
 
 def plan_vllm(
     artifact: Artifact, stage: str, record: Path | None, *, vllm_python: str | None = None, against: Path | None = None,
-    form: ServingForm | None = None,
+    form: ServingForm | None = None, devices: int = 1,
 ) -> Plan:  # fmt: skip
     """Plan a command that runs an export in vLLM and writes a record next to it.
 
@@ -53,17 +53,19 @@ def plan_vllm(
         vllm_python: Python interpreter of vLLM's environment; found automatically when None.
         against: the export's parent, if the command reads it.
         form: the serving options; dtype and cache affect the plan.
+        devices: number of devices that compute the model on this machine.
     """
     copies, itemsize = 1, _ITEMSIZES.get("" if form is None else form.dtype, 2)
     if stage == "validate":
         copies, itemsize = _PARITY_COPIES, 4
-    hardware, missing = _vllm_here(vllm_python)
+    hardware, missing = _vllm_here(vllm_python, devices)
     peak, note = None, "vLLM takes the share of the GPU's memory that it is given; weights take what they take in files"
     if hardware == "a CPU":
         cache = (form.kv_cache_gib if form is not None and form.kv_cache_gib else 1) << 30
-        peak = int(_VLLM_BYTES + cache + copies * itemsize * _weights(artifact))
+        peak = int(devices * (_VLLM_BYTES + cache) + copies * itemsize * _weights(artifact))
         note = (
-            f"memory of vLLM on a CPU is estimated to within about 20 %: itself, a cache of {format_bytes(cache)}, "
+            f"memory of vLLM on a CPU is estimated to within about 20 %: itself, a cache of {format_bytes(cache)}"
+            f"{f', {devices} times,' if devices > 1 else ','} "
             f"and all weights {'twice' if copies > 1 else 'once'} in {8 * itemsize} bits"
         )
     return _plan(
@@ -157,13 +159,14 @@ def _weights(artifact: Artifact) -> int:
     return sum(math.prod(entry.shape) for name, entry in entries.items() if not is_scale(name, entries))
 
 
-def _vllm_here(vllm_python: str | None) -> tuple[str, tuple[Missing, ...]]:
-    """The hardware that the installed vLLM was built for, and what this machine lacks to run it."""
+def _vllm_here(vllm_python: str | None, devices: int) -> tuple[str, tuple[Missing, ...]]:
+    """The hardware that the installed vLLM was built for, and what this machine lacks to run it on so many devices."""
     hardware = "a CPU"
     try:
         environment = inspect_environment(find_vllm_python(vllm_python))
         hardware = hardware if environment.on_cpu else "a GPU"
         require_known_device(environment)
+        require_devices(environment, devices)
     except MissingCapabilityError as error:
         return hardware, (Missing(f"{error.what}: {error.why}", error.fix),)
     return hardware, ()

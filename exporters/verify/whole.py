@@ -2,6 +2,8 @@
 
 Parents are matched by digest. They are looked for in the verified tree, in the places named by the caller, at the path
 recorded in the manifest, and beside the artifact. If a parent is found in none of these, a note says why.
+
+Without contents (`quick`), neither torch nor safetensors is imported: the images that serve have neither.
 """
 
 from __future__ import annotations
@@ -13,12 +15,10 @@ from pathlib import Path
 
 from exporters.parents import candidate_artifacts, local_model
 from exporters.target import target_of
-from exporters.verify.contents import check_contents
-from exporters.vllm.source import open_source
 from fp8pipe.artifact import Artifact, FileEntry, Parent, open_artifact, read_manifest
 from fp8pipe.artifact.finding import Check, Finding
 from fp8pipe.artifact.verify import Checked, Tree, check_bytes, check_record, find_parent, find_tree
-from fp8pipe.core.errors import BadArtifactError, ConfigurationError
+from fp8pipe.core.errors import BadArtifactError, ConfigurationError, MissingCapabilityError
 
 
 def verify_tree(
@@ -43,6 +43,7 @@ def verify_tree(
 
     Raises:
         BadArtifactError, ConfigurationError: a place in `parents` holds no artifact or model.
+        MissingCapabilityError: contents are to be checked, and a package for that is not installed.
     """
     checked = check_bytes(tree, strict=strict, on_file=on_file)
     artifacts = {artifact.root: artifact for artifact in checked.artifacts}
@@ -60,11 +61,22 @@ def verify_tree(
         elif not quick:
             parent = None if parent in checked.damaged else parent
             compared += [(shown, str(parent))] if parent is not None else []
-            inner, more = check_contents(artifact, parent)
+            inner, more = _contents(artifact, parent)
             findings, notes = findings + inner, notes + more
         checked.findings += [replace(f, artifact=shown) for f in findings]
         checked.notes += [f"{shown}: {note}" for note in notes]
     return checked, compared
+
+
+def _contents(artifact: Artifact, parent: Path | None) -> tuple[list[Finding], list[str]]:
+    try:
+        from exporters.verify.contents import check_contents
+    except ImportError as error:
+        raise MissingCapabilityError(
+            "the contents of artifacts cannot be looked at", why=f"{error.name} is not installed",
+            fix="install fp8pipe with its requirements, or check hashes, checksums and records only, with --quick",
+        ) from error  # fmt: skip
+    return check_contents(artifact, parent)
 
 
 class _Family:
@@ -91,6 +103,8 @@ class _Family:
             if found and found[0].root == tree.root:
                 self.named += found
             if not found:
+                from exporters.vllm.source import open_source
+
                 try:
                     self.models[open_source(place).parent.digest] = place
                 except (ConfigurationError, BadArtifactError) as error:

@@ -16,13 +16,13 @@ from exporters.vllm.environment import VllmEnvironment, subprocess_environment
 from fp8pipe.core.errors import MissingCapabilityError
 from fp8pipe.core.machine import Gpu
 
-__all__ = ["device_in_words", "require_known_device", "vllm_gpu"]
+__all__ = ["device_in_words", "require_devices", "require_known_device", "vllm_gpu"]
 
 _TIMEOUT_S: Final = 120  # importing torch from a cold disk takes long
 _ASK: Final = """
 import json, torch
 count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-found = [torch.cuda.get_device_properties(index) for index in range(min(count, 1))]
+found = [torch.cuda.get_device_properties(index) for index in range(count)]
 print(json.dumps([[one.name, [one.major, one.minor], one.total_memory] for one in found]))
 """
 
@@ -35,15 +35,33 @@ def vllm_gpu(environment: VllmEnvironment) -> Gpu | None:
     """
     if environment.device != "cuda":
         return None
-    found, said = _first_gpu(environment.python)
-    if found is None:
+    found, said = _gpus(environment.python)
+    if not found:
         raise MissingCapabilityError(
             f"the vLLM installed for {environment.python} is a build for GPUs, but it finds no GPU",
             why=said or "its torch sees no CUDA device: no GPU, no driver, or CUDA_VISIBLE_DEVICES hides it",
             fix="run this on a machine with a GPU; or make vLLM's environment for CPUs (make setup-vllm) and name its "
             "Python with --vllm-python",
         )
-    return found
+    return found[0]
+
+
+def require_devices(environment: VllmEnvironment, count: int) -> None:
+    """Refuse to start vLLM on more GPUs than it would find here. On a CPU, devices are processes.
+
+    Raises:
+        MissingCapabilityError: fewer than `count` GPUs; or the errors of `vllm_gpu`.
+    """
+    if vllm_gpu(environment) is None:
+        return
+    found, _ = _gpus(environment.python)
+    if len(found) < count:
+        raise MissingCapabilityError(
+            f"{count} GPUs are needed on this node, and the torch of {environment.python} sees {len(found)}",
+            why=f"it sees {', '.join(gpu.name for gpu in found)}",
+            fix="give a smaller --tensor-parallel-size or --pipeline-parallel-size, or more nodes (--nnodes); see also "
+            "CUDA_VISIBLE_DEVICES",
+        )
 
 
 def require_known_device(environment: VllmEnvironment) -> None:
@@ -72,8 +90,8 @@ def device_in_words(environment: VllmEnvironment) -> str:
 
 
 @cache
-def _first_gpu(python: Path) -> tuple[Gpu | None, str]:
-    """The GPU that vLLM's torch sees, or None; and its own explanation if it sees none."""
+def _gpus(python: Path) -> tuple[list[Gpu], str]:
+    """The GPUs that vLLM's torch sees, and its own explanation if it sees none."""
     command = [str(python), "-P", "-c", _ASK]
     try:
         done = subprocess.run(
@@ -81,7 +99,6 @@ def _first_gpu(python: Path) -> tuple[Gpu | None, str]:
         )
         devices = json.loads(done.stdout) if done.returncode == 0 else []
     except (OSError, subprocess.SubprocessError, ValueError) as error:
-        return None, f"its torch could not be run: {error}"
-    for name, (major, minor), memory in devices:
-        return Gpu(name, (major, minor), memory), ""
-    return None, f"its torch says: {done.stderr.strip().rpartition(chr(10))[2]}" if done.returncode else ""
+        return [], f"its torch could not be run: {error}"
+    said = f"its torch says: {done.stderr.strip().rpartition(chr(10))[2]}" if done.returncode else ""
+    return [Gpu(name, (major, minor), memory) for name, (major, minor), memory in devices], said

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, Self
 
@@ -35,6 +36,10 @@ _OURS: Final = frozenset(
      "--ssl-ca-certs", "--ssl-cert-reqs", "--root-path", "--api-server-count", "--headless", "--config",
      "--disable-uvicorn-access-log")
 )  # fmt: skip
+# Options of `fp8pipe serve` that are not fields of the form, and vLLM's short names for those that are.
+_NODES: Final = frozenset(("--nnodes", "--node-rank", "--master-addr", "--master-port", "-n", "-r"))
+_SHORT: Final = {"-tp": "--tensor-parallel-size", "-pp": "--pipeline-parallel-size"}
+_BACKENDS: Final = frozenset(("--distributed-executor-backend", "--data-parallel-backend", "-dpb"))
 
 
 class ServingForm(FrozenConfig):
@@ -58,6 +63,9 @@ class ServingForm(FrozenConfig):
     tensor_parallel_size: Annotated[int | None, Flag(default="1")] = Field(
         default=None, ge=1, description="Number of devices that each layer is split over"
     )
+    pipeline_parallel_size: Annotated[int | None, Flag(default="1")] = Field(
+        default=None, ge=1, description="Number of groups of such devices, each of which has a part of the layers"
+    )
     gpu_memory_utilization: Annotated[float | None, _BY_VLLM] = Field(
         default=None, gt=0, le=1, description="Fraction of the GPU's memory that vLLM takes; on a CPU, of the machine's"
     )
@@ -75,12 +83,18 @@ class ServingForm(FrozenConfig):
         if extra and not extra[0].startswith("-"):
             raise ValueError(f"{extra[0]!r} is not an option; give vLLM's own options after '--'")
         typed = {_flag(name) for name in _TYPED} | {f"--no-{name[2:]}" for name in map(_flag, _TYPED)}
-        for argument in extra:
-            flag = argument.split("=", 1)[0].replace("_", "-")
+        for argument, after in pairwise((*extra, "")):
+            flag, _, value = argument.partition("=")
+            flag = _SHORT.get(flag, flag).replace("_", "-")
             if flag in _OURS:
                 raise ValueError(f"{flag} is set by fp8pipe and cannot be given")
-            if flag in typed:
+            if flag in typed or flag in _NODES:
                 raise ValueError(f"{flag} is an option of this command: give it before '--'")
+            if flag in _BACKENDS and (value or after) == "ray":
+                raise ValueError(
+                    f"{flag} ray cannot be given: Ray's workers would load the model on nodes where nothing has hashed "
+                    "it; run this command on each node, with --nnodes and --node-rank"
+                )
         return extra
 
     @model_validator(mode="after")
@@ -105,6 +119,11 @@ class ServingForm(FrozenConfig):
         return self.model_copy(update=chosen) if chosen else self
 
     @property
+    def devices(self) -> int:
+        """Number of devices that compute the model, on all nodes together."""
+        return (self.tensor_parallel_size or 1) * (self.pipeline_parallel_size or 1)
+
+    @property
     def rounds_cache(self) -> bool:
         """Whether keys and values are stored as E4M3 codes."""
         return self.kv_cache_dtype in ("fp8", "fp8_e4m3")
@@ -124,7 +143,7 @@ class ServingForm(FrozenConfig):
         """vLLM's arguments for these settings."""
         # -1 is the longest context that fits into memory; by default vLLM refuses to start if the full one does not.
         command = ["--dtype", self.dtype, "--max-model-len", str(self.max_model_len or -1)]
-        for name in ("kv_cache_dtype", "max_num_seqs", "tensor_parallel_size", "gpu_memory_utilization"):
+        for name in _PASSED:
             value = getattr(self, name)
             if value is not None:
                 command += [_flag(name), str(value)]
@@ -168,14 +187,15 @@ class ServingForm(FrozenConfig):
         said += ["without the plugin"] if switched_off else []
         said += [f"key/value cache in {self.kv_cache_dtype}"] if self.kv_cache_dtype else []
         said += [f"{self.tensor_parallel_size} devices"] if (self.tensor_parallel_size or 1) > 1 else []
+        said += [f"{self.pipeline_parallel_size} pipeline stages"] if (self.pipeline_parallel_size or 1) > 1 else []
         said += [f"with {' '.join(self.extra)}"] if self.extra else []
         return ", ".join(said)
 
 
-_TYPED: Final = (
-    "dtype", "max_model_len", "kv_cache_dtype", "enforce_eager", "max_num_seqs", "tensor_parallel_size",
-    "gpu_memory_utilization",
+_PASSED: Final = (
+    "kv_cache_dtype", "max_num_seqs", "tensor_parallel_size", "pipeline_parallel_size", "gpu_memory_utilization",
 )  # fmt: skip
+_TYPED: Final = ("dtype", "max_model_len", "enforce_eager", *_PASSED)
 
 
 def declared_cache(model: Path) -> bool:

@@ -44,8 +44,10 @@ def serve_command(export: Path, extra: tuple[str, ...], console: Console, dry_ru
     asked = config.asked if isinstance(config, VisionConfig) else config.device
     engine_device(target, asked, "serve", vllm_python=None if of_vllm is None else of_vllm.vllm_python)
     if dry_run:
-        _refuse_now(export, config)
-        given = {} if of_vllm is None else {"vllm_python": of_vllm.vllm_python, "form": of_vllm.form}
+        _refuse_now(export, config, of_vllm)
+        given = {} if of_vllm is None else {
+            "vllm_python": of_vllm.vllm_python, "form": of_vllm.form, "devices": of_vllm.devices_here,
+        }  # fmt: skip
         _show(console, artifact, config, of_vllm, call(service.plan or "", artifact, "serve", None, **given))
         return
     code = call(service.serve or "", export, config, of_vllm)
@@ -65,8 +67,9 @@ def _refuse_foreign(options: dict[str, Any], extra: tuple[str, ...], language: b
         )  # fmt: skip
 
 
-def _refuse_now(export: Path, config: ServeConfig) -> None:
-    """Raise what the server would raise at startup: for missing files, a missing ACCEPT, an unreadable API key file.
+def _refuse_now(export: Path, config: ServeConfig, of_vllm: LanguageConfig | None) -> None:
+    """Raise what the server would raise at startup: for missing files, a missing ACCEPT, an unreadable API key file, or
+    a model that cannot be divided as asked.
 
     Files are not hashed, which would take as long as for the server itself.
     """
@@ -81,6 +84,10 @@ def _refuse_now(export: Path, config: ServeConfig) -> None:
         require_accept(artifact, config.record)
     if config.api_key_file:
         KeyFile(config.api_key_file)
+    if of_vllm is not None:
+        from exporters.vllm.spread import require_fit
+
+        require_fit(artifact.root, of_vllm)
 
 
 def _require_packages(language: bool) -> None:

@@ -146,6 +146,21 @@ def wrap(
     return dispatch
 
 
+def identified(
+    app: Any, artifact: Artifact, config: ServeConfig, *, proof: Proof, keys: KeyFile | None, lines: logging.Logger,
+    metrics: HttpMetrics, lifecycle: Lifecycle,
+) -> Any:  # fmt: skip
+    """Wrap `app` in all middleware; metrics and the headers of every response name the artifact and its verdict.
+
+    For the arguments see `wrap` and `serve`.
+    """
+    metrics.identify({"name": artifact.root.absolute().name, "kind": artifact.kind, "digest": artifact.digest})
+    lifecycle.on_drain.append(lambda: metrics.in_drain.set(1))
+    headers = ((DIGEST_HEADER.encode(), b"sha256:" + artifact.digest.encode()),
+               (VERDICT_HEADER.encode(), proof.verdict.encode()))  # fmt: skip
+    return wrap(app, config, keys=keys, lines=lines, metrics=metrics, lifecycle=lifecycle, headers=headers)
+
+
 def serve(
     app: Any, artifact: Artifact, config: ServeConfig, *, proof: Proof, keys: KeyFile | None, metrics: HttpMetrics,
     lifecycle: Lifecycle, drain_s: float | None = None,
@@ -166,14 +181,12 @@ def serve(
     Raises:
         ConfigurationError: the service cannot listen on the address.
     """
-    metrics.identify({"name": artifact.root.absolute().name, "kind": artifact.kind, "digest": artifact.digest})
-    lifecycle.on_drain.append(lambda: metrics.in_drain.set(1))
-    headers = ((DIGEST_HEADER.encode(), b"sha256:" + artifact.digest.encode()),
-               (VERDICT_HEADER.encode(), proof.verdict.encode()))  # fmt: skip
     reload: Callable[[], None] = (lambda: None) if keys is None else keys.reload
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
     with access_log(config.access_log) as lines:
-        layers = wrap(app, config, keys=keys, lines=lines, metrics=metrics, lifecycle=lifecycle, headers=headers)
+        layers = identified(
+            app, artifact, config, proof=proof, keys=keys, lines=lines, metrics=metrics, lifecycle=lifecycle
+        )
         server = Service(layers, config, lifecycle, reload=reload, drain_s=drain_s)
         server.run(sockets=[_listen(config)])
     return 0

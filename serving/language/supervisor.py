@@ -17,6 +17,7 @@ import json
 import logging
 import math
 import os
+import secrets
 import signal
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
@@ -98,6 +99,7 @@ class Supervisor:
         self._start, self.upstream, self.model, self.config = start, upstream, model, config
         self.state = State.STARTING
         self.restarts = 0
+        self.start_id = ""  # identifies one start of the server
         self.child: Child | None = None
         self.failure: Fp8PipeError | None = None
         self._crashes = 0
@@ -145,6 +147,7 @@ class Supervisor:
 
     async def _one_run(self) -> int:
         """Start, monitor and clean up one child; returns its exit code, which is not 0 if it had to be killed."""
+        self.start_id = secrets.token_hex(8)
         self._enter(State.STARTING)
         self._suspect.clear()
         self.child = child = self._start()

@@ -54,23 +54,30 @@ def serve_vision(export: Path, config: VisionConfig, language: None = None) -> i
         ConfigurationError: the key file is invalid, or the service cannot listen on the address.
         MissingCapabilityError: a package or the GPU is missing.
     """
+    keys = read_keys(config)
+    state = open_state(export, config)
+    return serve(build_app(state), state.model.artifact, config, proof=state.proof, keys=keys, metrics=state.metrics,
+                 lifecycle=state.lifecycle)  # fmt: skip
+
+
+def open_state(export: Path, config: VisionConfig) -> VisionState:
+    """Check the export's files, load it, and run the benchmark; raises what `serve_vision` raises for these."""
     from PIL import Image
 
     Image.MAX_IMAGE_PIXELS = config.max_pixels
     logging.getLogger("PIL").setLevel(logging.CRITICAL)  # an invalid image is a client error and need not be logged
-    keys, model = read_keys(config), read_model(export)
+    model = read_model(export)
     engine = open_engine(model, config)
     proof = proof_of(model.artifact, config, *_engine_facts(model, engine))
     said = f"{len(engine.runs)} concurrent batches of up to {engine.sizes[-1]} images, {engine.threads} threads each"
     logger.info("%s on %s: %s", model.name, engine.provider, said)
-    metrics, lifecycle = VisionMetrics(), Lifecycle()
-    state = VisionState(
-        model, engine, config, proof, metrics, lifecycle,
+    metrics = VisionMetrics()
+    return VisionState(
+        model, engine, config, proof, metrics, Lifecycle(),
         Batcher(engine.runs, engine.sizes, max_wait_s=config.max_wait_ms / 1000, capacity=config.queue,
                 metrics=metrics),
         ThreadPoolExecutor(max(2, min(8, os.cpu_count() or 2)), thread_name_prefix="decode"),
     )  # fmt: skip
-    return serve(build_app(state), model.artifact, config, proof=proof, keys=keys, metrics=metrics, lifecycle=lifecycle)
 
 
 def _engine_facts(model: ServedModel, engine: Engine) -> tuple[dict[str, str], str]:

@@ -41,10 +41,10 @@ CANARY_PROMPTS = (
 )
 
 
-# Arguments of vLLM that distribute a model over several devices, in addition to `ServingForm.tensor_parallel_size`.
+# Arguments of vLLM that distribute a model over several devices, in addition to the sizes in `ServingForm`.
 _SEVERAL_DEVICES: Final = frozenset(
-    ("-tp", "-pp", "--pipeline-parallel-size", "-dp", "--data-parallel-size", "-pcp", "--prefill-context-parallel-size",
-     "-dcp", "--decode-context-parallel-size", "--distributed-executor-backend", "--nnodes", "-n")
+    ("-dp", "--data-parallel-size", "-pcp", "--prefill-context-parallel-size", "-dcp", "--decode-context-parallel-size",
+     "--distributed-executor-backend")
 )  # fmt: skip
 
 
@@ -103,6 +103,7 @@ def _check_request(prompts: Sequence[str], max_tokens: int, form: ServingForm) -
         )
     spread = [name for name in form.extra if name.split("=", 1)[0].replace("_", "-") in _SEVERAL_DEVICES]
     spread += ["--tensor-parallel-size"] if (form.tensor_parallel_size or 1) > 1 else []
+    spread += ["--pipeline-parallel-size"] if (form.pipeline_parallel_size or 1) > 1 else []
     if form.dtype == "auto" or spread:
         one_process = (
             f"weights can be read back only from one process on one device, but {', '.join(spread)} asks for more"

@@ -109,28 +109,6 @@ def test_compose_names_what_exists() -> None:
     assert scrape["metrics_path"] == "/metrics"
 
 
-def test_kubernetes_names_what_exists() -> None:
-    deployment, service = _documents("deploy/kubernetes.yaml")
-    pod = deployment["spec"]["template"]["spec"]
-    (container,) = pod["containers"]
-    assert container["image"].split(":")[1] in TARGETS
-    assert container["ports"] == [{"name": "http", "containerPort": 8000}]
-    assert container["readinessProbe"]["httpGet"] == {"path": "/readyz", "port": "http"}
-    assert container["livenessProbe"]["httpGet"] == {"path": "/healthz", "port": "http"}
-    assert pod["securityContext"]["runAsNonRoot"] is True
-    assert container["securityContext"]["readOnlyRootFilesystem"] is True
-    assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
-    assert container["args"][-2:] == ["--record", "/record/model.validation.json"]
-    assert service["spec"]["selector"] == deployment["spec"]["template"]["metadata"]["labels"]
-    (kserve,) = _documents("deploy/kserve.yaml")
-    (container,) = kserve["spec"]["predictor"]["containers"]
-    assert container["image"].split(":")[1] in TARGETS
-    assert container["command"][:2] == ["fp8pipe", "serve"]
-    assert container["command"][-2:] == ["--record", "/record/model.validation.json"]
-    volumes = {volume["name"] for volume in kserve["spec"]["predictor"]["volumes"]}
-    assert {mount["name"] for mount in container["volumeMounts"]} == volumes
-
-
 @pytest.mark.slow
 @pytest.mark.vllm
 def test_the_entry_point_in_a_bare_environment(tmp_path: Path) -> None:

@@ -69,6 +69,16 @@ def _health(url, folder):
     return subprocess.run(command, cwd=folder / "empty", env=environment, timeout=60, check=False).returncode
 
 
+def _verify(folder, *options):
+    """What `fp8pipe verify` of the export says in the image, and its exit code."""
+    command = [str(folder / "venv" / "bin" / "fp8pipe"), "verify", str(folder / "tiny"), *options]
+    environment = {"PYTHONSAFEPATH": "1", "TMPDIR": str(folder / "tmp"), "PYTHONDONTWRITEBYTECODE": "1"}
+    done = subprocess.run(
+        command, cwd=folder / "empty", env=environment, capture_output=True, text=True, timeout=60, check=False
+    )
+    return done.returncode, done.stdout + done.stderr
+
+
 async def _worker(url, png, found):
     async with httpx.AsyncClient(timeout=60, trust_env=False) as client:
         while True:
@@ -111,6 +121,10 @@ def test_from_readiness_to_the_end(served, tmp_path):
     shares = {one["index"]: one["probability"] for one in answer.json()["results"][0]["classes"]}
     assert shares == dict(enumerate(probabilities(logits, "softmax")[0].astype(float)))
     assert _health(url, folder) == 0
+    code, said = _verify(folder, "--quick")  # as the init containers in deploy/ do
+    assert (code, "all as written" in said) == (0, True), said
+    code, said = _verify(folder)
+    assert (code, "with --quick" in said) == (11, True), said
 
     assert asyncio.run(_end_under_load(process, url, png)) == ({200}, 503)
     assert process.wait(60) == 0

@@ -1,8 +1,8 @@
 """A small real HTTP server on a Unix socket, where a test is about supervision and the front, not about vLLM.
 
-`stub_engine.py SOCKET STATE`: STATE is a folder; a file `refuse` in it makes it exit at its start, and a file `hang`
-makes completions wait for ever while everything else is answered. It starts a child of its own, as vLLM does, and
-writes both process ids to `STATE/pids`.
+`stub_engine.py SOCKET STATE`: STATE is a folder; a file `refuse` in it makes it exit at its start, one called `hold`
+makes it wait before it listens, and one called `hang` makes completions wait for ever while everything else is
+answered. It starts a child of its own, as vLLM does, and writes both process ids to `STATE/pids`.
 """
 
 from __future__ import annotations
@@ -103,6 +103,8 @@ def main() -> None:
         print("RuntimeError: the model does not load")
         sys.exit(3)
     child = subprocess.Popen(["sleep", "1000"])
+    while (state / "hold").exists():
+        time.sleep(0.02)
     server = Server(socket, Handler)
     (state / "pids").write_text(f"{os.getpid()} {child.pid}", encoding="utf-8")
     server.serve_forever()

@@ -8,33 +8,25 @@ import io
 import os
 import shutil
 import signal
-import socket
 import subprocess
-import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import httpx
 import pytest
 from quantized_families import quantized_family, write_vit_artifact
 from running_server import Running, running
+from steady_clients import CLIENTS, clients, free_ports
 
 from exporters.onnx.export import export_onnx
 from exporters.onnx.target import OnnxExportOptions
 from fp8pipe.artifact.record import DIGEST_HEADER
 
 CONFIGURATION = Path(__file__).resolve().parents[3] / "deploy" / "haproxy.cfg"
-CLIENTS, LINGER_S = 50, 2
+LINGER_S = 2
 pytestmark = pytest.mark.skipif(shutil.which("haproxy") is None, reason="haproxy is not installed")
-
-
-def free_ports(count: int) -> list[int]:
-    with contextlib.ExitStack() as stack:
-        taken = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
-        return [one.getsockname()[1] for one in taken]
 
 
 @contextlib.contextmanager
@@ -48,47 +40,6 @@ def proxy(port: int, statistics: int, replicas: list[int]) -> Iterator[None]:
     finally:
         process.kill()
         process.wait()
-
-
-@dataclass
-class Clients:
-    """Clients that send one request after another through the proxy, and what they were answered."""
-
-    url: str
-    png: bytes
-    answers: list[tuple[int, str]] = field(default_factory=list)  # status and digest of the artifact, in order
-    ended: threading.Event = field(default_factory=threading.Event)
-
-    def run(self) -> None:
-        with httpx.Client(timeout=60) as client:
-            while not self.ended.is_set():
-                try:
-                    found = client.post(self.url, content=self.png, headers={"Content-Type": "image/png"})
-                    self.answers.append((found.status_code, found.headers.get(DIGEST_HEADER, "")))
-                except httpx.HTTPError as error:
-                    self.answers.append((0, f"{type(error).__name__}: {error}"))
-
-    def wait(self, more: int, seconds: float = 120) -> list[tuple[int, str]]:
-        """The next answers, at least `more`."""
-        begun, until = len(self.answers), time.monotonic() + seconds
-        while len(self.answers) < begun + more:
-            assert time.monotonic() < until, Counter(self.answers)
-            time.sleep(0.05)
-        return self.answers[begun:]
-
-
-@contextlib.contextmanager
-def clients(url: str, png: bytes) -> Iterator[Clients]:
-    found = Clients(url, png)
-    threads = [threading.Thread(target=found.run) for _ in range(CLIENTS)]
-    for thread in threads:
-        thread.start()
-    try:
-        yield found
-    finally:
-        found.ended.set()
-        for thread in threads:
-            thread.join()
 
 
 def replica(stack: contextlib.ExitStack, export: Path, port: int) -> Running:

@@ -1,0 +1,80 @@
+"""Refuses to divide a model over a number of devices that does not fit its layers, before vLLM starts.
+
+vLLM refuses the same itself, but only once it has started its processes; those of several nodes must all be there
+first, and one that fails leaves the others waiting. Sizes are read from the checkpoint's config.json; what it does not
+state is left to vLLM.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Final
+
+from exporters.vllm.form import ServingForm
+from fp8pipe.core.errors import ConfigurationError
+
+__all__ = ["require_fit"]
+
+_HEADS: Final = ("num_attention_heads", "n_head")
+_GROUPS: Final = ("num_key_value_heads", "num_kv_heads")
+_LAYERS: Final = ("num_hidden_layers", "n_layer")
+_INNER: Final = ("intermediate_size", "moe_intermediate_size", "n_inner")
+
+
+def require_fit(model: Path, form: ServingForm) -> None:
+    """Check that the layers of the checkpoint in `model` can be divided as `form` asks.
+
+    Raises:
+        ConfigurationError: they cannot; all reasons are given, with the sizes.
+    """
+    if form.devices == 1:
+        return
+    config = json.loads((model / "config.json").read_bytes())
+    found = [*_misfits(config, form.tensor_parallel_size or 1, form.pipeline_parallel_size or 1)]
+    if found:
+        raise ConfigurationError(
+            f"{model} cannot be divided over {form.devices} devices", why="; ".join(found),
+            fix="give a --tensor-parallel-size that divides these sizes, and at most one pipeline stage per layer",
+        )  # fmt: skip
+
+
+def _misfits(config: Mapping[str, Any], parts: int, stages: int) -> Iterator[str]:
+    text = config["text_config"] if isinstance(config.get("text_config"), dict) else config
+    heads, groups, layers = (_size(text, names) for names in (_HEADS, _GROUPS, _LAYERS))
+    if layers is not None and layers < stages:
+        yield f"the model has {layers} layers, fewer than {stages} pipeline stages"
+    if heads is not None and heads % parts:
+        yield f"{heads} attention heads cannot be divided by {parts}"
+    # With fewer heads than devices, each head of K and V is repeated on the same number of devices.
+    if groups and groups % parts and parts % groups:
+        yield f"{groups} heads of K and V can neither be divided by {parts} nor be repeated on {parts} devices alike"
+    inner = {name: text[name] for name in _INNER if isinstance(text.get(name), int)}
+    for name, size in inner.items():
+        if size % parts:
+            yield f"{name} is {size}, which cannot be divided by {parts}"
+    block = _block(config)
+    if block is None or parts == 1:
+        return
+    width = text.get("head_dim") or (text["hidden_size"] // heads if heads and "hidden_size" in text else None)
+    rows = dict(inner)
+    if heads and width:
+        rows |= {"the width of Q": heads * width, "the width of K and V": max(groups or heads, parts) * width}
+    for name, size in rows.items():
+        if size % parts == 0 and size // parts % block:
+            yield f"{name} is {size}, of which each device has {size // parts}: not whole blocks of {block}"
+
+
+def _size(text: Mapping[str, Any], names: tuple[str, ...]) -> int | None:
+    return next((text[name] for name in names if isinstance(text.get(name), int)), None)
+
+
+def _block(config: Mapping[str, Any]) -> int | None:
+    """Side of the blocks that have a scale each; None where scales are per row or per tensor, or there are none."""
+    groups = (config.get("quantization_config") or {}).get("config_groups") or {}
+    for group in groups.values():
+        shape = (group.get("weights") or {}).get("block_structure")
+        if shape:
+            return int(shape[0])
+    return None
