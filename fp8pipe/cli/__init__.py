@@ -34,12 +34,13 @@ COMMANDS = {
     "sign": "Sign a directory with a key of your own.",
     "report": "Write a report on a run or an artifact as one HTML page.",
     "push": "Upload an artifact to a repository of the Hugging Face hub.",
+    "kubernetes-jobs": "Write the stages of a recipe as Kubernetes Jobs.",
     "schema": "Print the JSON schema of recipes, for editors.",
     "doctor": "Show what this machine can run, and how to get what is missing.",
 }
 # Commands defined in a module with a different name.
 _MODULES = {
-    "schema": "run", "finetune": "tune", "quantize-vit": "tune", "lint": "export", "validate": "measure",
+    "finetune": "tune", "quantize-vit": "tune", "lint": "export", "validate": "measure",
     "bench": "measure", "serve-check": "measure", "serve-repository": "serve", "serve-key": "serve",
     "report": "inspect", "sign": "verify", "push": "verify",
 }  # fmt: skip

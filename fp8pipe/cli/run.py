@@ -1,7 +1,4 @@
-"""`fp8pipe run` runs a recipe from the base model to verified exports, resumes interrupted runs, and shows dry runs.
-
-`fp8pipe schema` prints the JSON schema of recipes, which editors use to complete and check them.
-"""
+"""`fp8pipe run` runs a recipe from the base model to verified exports, resumes interrupted runs, and shows dry runs."""
 
 from __future__ import annotations
 
@@ -37,11 +34,13 @@ if TYPE_CHECKING:
     show_default=True,
     help="Stages that run at the same time, at most.",
 )
+@click.option("--only", metavar="STAGE", help="Run it alone, on what the others have left; several may run at once.")
+@click.option("--ray", metavar="ADDRESS", help="Ray cluster to run the stages on: auto, local, or ray://HOST:PORT.")
 @click.option("--no-report", is_flag=True, help="Write no report at the end.")
 @common_options(dry_run=True)
 def run_command(
-    recipe: Path, output: Path | None, overrides: tuple[str, ...], no_report: bool, dry_run: bool, console: Console,
-    **chosen: Any,
+    recipe: Path, output: Path | None, overrides: tuple[str, ...], ray: str | None, no_report: bool, dry_run: bool,
+    console: Console, **chosen: Any,
 ) -> None:  # fmt: skip
     """Run the stages of RECIPE that are not up to date, check the gates of all stages, and write a report.
 
@@ -51,6 +50,7 @@ def run_command(
     from fp8pipe.cli.stages import stage_commands
     from pipeline.workflow import RunOptions, RunState, WorkflowRunner, load_recipe
 
+    _check_options(ray, dry_run, chosen)
     read = load_recipe(recipe, overrides)
     state = RunState(read, stage_commands(), output or Path("runs") / read.name, RunOptions(**chosen))
 
@@ -64,11 +64,28 @@ def run_command(
         return
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     before = _work_done(state)
-    record = runner.run()
+    if ray is not None:
+        from pipeline.workflow.ray_run import RayRunner
+
+        record = RayRunner(state, show, ray, quiet=console.quiet).run()
+        state.reread()
+    else:
+        record = runner.run()
     report = state.directory / "report.html"
+    no_report |= state.options.only is not None  # one of several jobs: the run is unfinished
     if not no_report and (_work_done(state) != before or not report.is_file()):
         _report(state.directory)
     _finish(record, state, report if report.is_file() else None, console)
+
+
+def _check_options(ray: str | None, dry_run: bool, chosen: Mapping[str, Any]) -> None:
+    """Refuse options that contradict each other."""
+    others = [f"--{name}" for name, key in (("from", "first"), ("until", "last")) if chosen[key] is not None]
+    others += ["--ray"] if ray is not None else []
+    if chosen["only"] is not None and others:
+        raise click.UsageError(f"--only runs one stage, here: it cannot be given with {' and '.join(others)}")
+    if ray is not None and dry_run:
+        raise click.UsageError("--dry-run plans for this machine, and not for a cluster: leave --ray out")
 
 
 def _work_done(state: RunState) -> list[str]:
@@ -237,52 +254,3 @@ def _total_lines(total: Mapping[str, Any]) -> list[str]:
         names = ", ".join(total["not_planned"])
         lines.append(f"not in these figures: {names}; their inputs do not exist yet, or their plan failed")
     return lines
-
-
-@click.command("schema")
-@common_options()
-def schema_command(console: Console) -> None:
-    """Print the JSON schema (2020-12) of recipes.
-
-    In an editor with YAML support: `# yaml-language-server: $schema=recipe.schema.json` as a recipe's first line.
-    """
-    schema = recipe_schema()
-    console.emit(schema, json.dumps(schema, indent=2))
-
-
-def recipe_schema() -> dict[str, Any]:
-    """The schema as a dictionary."""
-    from fp8pipe.cli.stages import stage_schemas
-    from pipeline.workflow import GateSpec
-
-    definitions: dict[str, Any] = {}
-    stages = []
-    for name, schema in stage_schemas().items():
-        definitions.update(schema.pop("$defs", {}))
-        properties = {"command": {"const": name.split()[0]}, **_COMMON, **schema["properties"]}
-        stages.append(
-            {
-                "title": name, "type": "object", "properties": properties, "additionalProperties": False,
-                "required": ["command", *schema.get("required", ())],
-            }
-        )  # fmt: skip
-    gate = GateSpec.model_json_schema()
-    definitions["Gate"] = gate
-    return {
-        "$schema": "https://json-schema.org/draft/2020-12/schema", "title": "recipe of fp8pipe run", "type": "object",
-        "additionalProperties": False, "required": ["stages"],
-        "properties": {
-            "name": {"type": "string"}, "description": {"type": "string"},
-            "stages": {
-                "type": "object", "minProperties": 1, "additionalProperties": {"anyOf": stages},
-                "propertyNames": {"pattern": "^[a-z0-9][a-z0-9-]{0,62}$"},
-            },
-        },
-        "$defs": definitions,
-    }  # fmt: skip
-
-
-_COMMON = {
-    "gates": {"type": "array", "items": {"$ref": "#/$defs/Gate"}, "description": "conditions on the stage's output"},
-    "after": {"type": "array", "items": {"type": "string"}, "description": "stages that must finish first"},
-}

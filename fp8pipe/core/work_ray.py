@@ -7,22 +7,19 @@ under the same paths or hub ids.
 
 from __future__ import annotations
 
-import json
 import logging
-import os
 import time
-import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
-from fp8pipe.core.errors import ConfigurationError, Fp8PipeError, MissingCapabilityError
+from fp8pipe.core.errors import MissingCapabilityError
+from fp8pipe.core.ray_cluster import connect, describe, described_error
 from fp8pipe.core.work import Item, Job
 
-__all__ = ["RayPool", "actors_that_fit", "describe", "described_error"]
+__all__ = ["RayPool", "actors_that_fit"]
 
 _LOG = logging.getLogger(__name__)
-_INSTALL: Final = "python -m pip install 'fp8pipe[ray]'"
 _START_S: Final = 300.0  # in which Ray must have started an actor when there is none
 _REPORT_S: Final = 60.0
 _LOSSES: Final = 3  # an actor that is lost this often without having finished an item is not replaced
@@ -70,7 +67,7 @@ class RayPool:
         self, address: str, load: Callable[[], Callable[[Job], Item]], *, threads: int, gpu: bool,
         start_s: float = _START_S,
     ) -> None:  # fmt: skip
-        ray = _connect(address)
+        ray = connect(address)
         self._ray, self._address, self._load, self._start_s = ray, address, load, start_s
         count = actors_that_fit(ray.nodes(), "GPU" if gpu else "CPU", 1 if gpu else threads)
         if not count:
@@ -217,41 +214,3 @@ def actors_that_fit(nodes: Iterable[Mapping[str, Any]], kind: str, each: int) ->
         each: how much of it.
     """
     return sum(int(node["Resources"].get(kind, 0)) // each for node in nodes if node["Alive"])
-
-
-def describe(error: Exception) -> str:
-    """An error as JSON, for `described_error` in another process."""
-    if isinstance(error, Fp8PipeError):
-        return json.dumps([type(error).__name__, error.what, error.why, error.fix])
-    trace = "".join(traceback.format_exception(error)).strip()[-_SHOWN:]
-    return json.dumps(["", f"{type(error).__name__}: {error}", trace, ""])
-
-
-def described_error(described: str | bytes, where: str) -> Fp8PipeError:
-    """The error that `describe` was given, of the same class if it is one of fp8pipe's; `where` names the process."""
-    kind, what, why, fix = json.loads(described)
-    kinds = {known.__name__: known for known in Fp8PipeError.__subclasses__()}
-    return kinds.get(kind, Fp8PipeError)(f"{what} (on {where})", why=why, fix=fix)
-
-
-def _connect(address: str) -> Any:
-    """Ray's package, connected to the cluster."""
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # a local cluster would report to Ray's authors
-    try:
-        import ray
-    except ImportError as error:
-        raise MissingCapabilityError("Ray is not installed", why=str(error), fix=_INSTALL) from error
-    started: dict[str, Any] = {"include_dashboard": False} if address == "local" else {}
-    try:
-        ray.init(address, logging_level=logging.WARNING, **started)
-    except ValueError as error:
-        raise ConfigurationError(
-            f"there is no Ray cluster at {address!r}", why=str(error), fix="give auto, local, or ray://HOST:PORT"
-        ) from error
-    except ConnectionError as error:
-        raise MissingCapabilityError(
-            f"the Ray cluster at {address!r} cannot be reached",
-            why=" ".join(str(error).split())[:300],
-            fix="start one with `ray start --head`, or use --ray local",
-        ) from error
-    return ray

@@ -15,8 +15,8 @@ stages:
       - {name: size, figure: details.payload_bytes, at_most: 5000000, reason: fits the device}
 ```
 
-The value `stage:NAME` refers to the output of that stage. The keys of a stage, except `command`, `gates` and `after`,
-are settings of its command.
+The value `stage:NAME` refers to the output of that stage. The keys of a stage, except `command`, `gates`, `after` and
+`resources`, are settings of its command.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from pydantic import Field, field_validator, model_validator
 
 from fp8pipe.core.config import FrozenConfig, assign, build_config, read_yaml
 from fp8pipe.core.errors import ConfigurationError
+from pipeline.workflow.resources import Resources
 
 __all__ = [
     "GateSpec", "Recipe", "StageSpec", "load_recipe", "recipe_of", "references", "replace_references",
@@ -41,7 +42,7 @@ __all__ = [
 ]  # fmt: skip
 
 # Keys of a stage's entry that are not settings of its command.
-_NO_SETTINGS: Final = ("command", "gates", "after")
+_NO_SETTINGS: Final = ("command", "gates", "after", "resources")
 # A reference to a stage is a whole value, optionally with a prefix: `stage:model`, `artifact:stage:model`.
 _REFERENCE: Final = re.compile(r"((?:[a-z]+:)?)stage:(.+)", re.DOTALL)
 _NAME: Final = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
@@ -86,6 +87,7 @@ class StageSpec:
     gates: tuple[GateSpec, ...] = ()
     after: tuple[str, ...] = ()  # stages that must finish first although this stage does not read their output
     reads: Mapping[str, str] = field(default_factory=dict)  # stages whose output it reads, by dotted setting
+    resources: Resources = field(default_factory=Resources)
 
     @property
     def needs(self) -> tuple[str, ...]:
@@ -119,6 +121,8 @@ class Recipe:
             entry: dict[str, Any] = {"command": spec.command, **spec.settings}
             if spec.after:
                 entry["after"] = list(spec.after)
+            if needed := spec.resources.model_dump(mode="json", exclude_none=True):
+                entry["resources"] = needed
             if spec.gates:
                 entry["gates"] = [gate.model_dump(mode="json", exclude_none=True) for gate in spec.gates]
             stages[spec.name] = entry
@@ -190,7 +194,7 @@ def _stage(name: str, entry: Any, where: str) -> StageSpec:
             f"{stage} names no command", why="`command:` is missing", fix="add for instance command: export"
         )
     settings = {str(key): value for key, value in entry.items() if key not in _NO_SETTINGS}
-    after, gates = entry.get("after") or (), entry.get("gates") or ()
+    after, gates, resources = entry.get("after") or (), entry.get("gates") or (), entry.get("resources") or {}
     if isinstance(after, str) or not all(isinstance(item, str) for item in after):
         raise ConfigurationError(
             f"{stage}: after is no list of stages", why=f"it is {after!r}", fix="write after: [NAME, ...]"
@@ -199,11 +203,19 @@ def _stage(name: str, entry: Any, where: str) -> StageSpec:
         raise ConfigurationError(
             f"{stage}: gates is no list", why=f"it is {gates!r}", fix="write gates: [{name: ..., ...}]"
         )
+    if not isinstance(resources, dict):
+        raise ConfigurationError(
+            f"{stage}: resources is no mapping", why=f"it is {resources!r}", fix="write resources: {gpus: 1, ...}"
+        )
     try:
         judged = tuple(build_config(GateSpec, item) for item in gates)
     except ConfigurationError as error:
         raise ConfigurationError(f"{stage}: a gate has invalid values", why=error.why, fix=error.fix) from error
-    return StageSpec(name, entry["command"], settings, judged, tuple(after), references(settings))
+    try:
+        needed = build_config(Resources, resources)
+    except ConfigurationError as error:
+        raise ConfigurationError(f"{stage}: {error.what}", why=error.why, fix=error.fix) from error
+    return StageSpec(name, entry["command"], settings, judged, tuple(after), references(settings), needed)
 
 
 def _ordered(specs: Mapping[str, StageSpec], where: str) -> list[str]:

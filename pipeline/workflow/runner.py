@@ -1,22 +1,12 @@
-"""Run a recipe: start its stages in order, resume interrupted ones, evaluate their gates, and record each stage.
-
-A stage is a process under a supervisor (`fp8pipe/core/guard.py`). Its log is saved and shown to the user.
-"""
+"""Run a recipe: start its stages in order, resume interrupted ones, evaluate their gates, and record each stage."""
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
-import json
 import os
 import shlex
 import shutil
-import signal
-import subprocess
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
@@ -28,93 +18,23 @@ from fp8pipe.artifact.gate import Verdict, worst
 from fp8pipe.artifact.record import remove_checked
 from fp8pipe.artifact.runs import RunRecord, StageRecord, write_run
 from fp8pipe.core.errors import BadArtifactError, ConfigurationError, Fp8PipeError, InterruptedRunError
-from fp8pipe.core.guard import start_guarded
 from fp8pipe.core.machine import describe_machine
 from fp8pipe.core.version import __version__
 from pipeline.workflow.gates import inside, judge, said_by_gates, verdict_of_failure
 from pipeline.workflow.keys import file_states
+from pipeline.workflow.locks import locked_record, locked_run
+from pipeline.workflow.process import Ended, StageProcess
 from pipeline.workflow.recipe import StageSpec
-from pipeline.workflow.state import STAGES, RunState, StageCommand, StageStatus, content_of
+from pipeline.workflow.resources import launcher
+from pipeline.workflow.state import RunState, StageCommand, StageStatus, content_of
 
-__all__ = ["WorkflowRunner"]
+__all__ = ["RECIPE_NAME", "WorkflowRunner", "write_recipe"]
 
 LOGS, RECIPE_NAME = "logs", "recipe.yaml"
 _POLL_S: Final = 0.05
 _INTERRUPT_S: Final = 60.0
-# A new run waits this long for the lock, as the processes of a killed run keep it until they have ended.
-_LOCK_S: Final = 15.0
 
 Show = Callable[[str, str], None]
-
-
-@dataclass(frozen=True, slots=True)
-class _Ended:
-    """The result of a stage's process."""
-
-    code: int
-    seconds: float  # wall time
-    peak_rss_bytes: int  # largest resident memory of any of its processes
-    document: dict[str, Any]  # its output for `--json`; empty if that is not a JSON object
-
-
-class _StageProcess:
-    """A running stage.
-
-    Args:
-        command: the command line; `--json` is added.
-        log: the file to which its stderr is appended.
-        environment: default environment variables; those of this process take precedence.
-        show: called with every line of its stderr.
-        lock: file descriptor of the run's lock, which the supervisor of the stage inherits.
-    """
-
-    def __init__(
-        self, command: Sequence[str], log: Path, environment: Mapping[str, str], show: Callable[[str], None], lock: int
-    ) -> None:
-        self._answer, self._report = log.with_suffix(".json"), log.with_suffix(".ended")
-        self._report.unlink(missing_ok=True)
-        with self._answer.open("wb") as answer:
-            # The stage has its own process session, so Ctrl-C reaches only the run, which interrupts the stage once.
-            self._process, self._held = start_guarded(
-                [*command, "--json"], report=self._report, pass_fds=(lock,), stdin=subprocess.DEVNULL,
-                stdout=answer, stderr=subprocess.PIPE, env={**environment, **os.environ},
-            )  # fmt: skip
-        self._reader = threading.Thread(target=self._copy, args=(log, show), daemon=True)
-        self._reader.start()
-
-    def poll(self) -> _Ended | None:
-        """The result of the stage; None while it is running."""
-        if self._process.poll() is None:
-            return None
-        self._reader.join()
-        self.close()
-        figures = _document(self._report) or {"code": 1, "seconds": 0.0, "peak_rss_bytes": 0}
-        self._report.unlink(missing_ok=True)
-        code = int(self._process.returncode) or int(figures["code"])
-        ended = _Ended(code, figures["seconds"], figures["peak_rss_bytes"], _document(self._answer))
-        self._answer.unlink(missing_ok=True)
-        return ended
-
-    def interrupt(self, seconds: float) -> None:
-        """Send SIGINT, as Ctrl-C does; kill all processes of the stage if it has not ended after `seconds`."""
-        self._process.send_signal(signal.SIGINT)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(seconds)
-        self.close()
-        self._process.wait()
-
-    def close(self) -> None:
-        """Close the pipe to the supervisor, which then kills all processes of the stage that are still running."""
-        if self._held >= 0:
-            os.close(self._held)
-            self._held = -1
-
-    def _copy(self, log: Path, show: Callable[[str], None]) -> None:
-        assert self._process.stderr is not None
-        with log.open("ab", buffering=0) as file:
-            for line in self._process.stderr:
-                file.write(line)
-                show(line.decode("utf-8", errors="replace").rstrip("\n"))
 
 
 class WorkflowRunner:
@@ -122,9 +42,9 @@ class WorkflowRunner:
 
     def __init__(self, state: RunState, show: Show) -> None:
         self.state, self._show = state, show
-        self._running: dict[str, tuple[_StageProcess, StageStatus, str]] = {}
+        self._running: dict[str, tuple[StageProcess, StageStatus, str]] = {}
         self._failed = False
-        self._lock = -1
+        self._locks: tuple[int, ...] = ()
 
     def check(self, stages: Sequence[StageSpec]) -> None:
         """Validate the settings of these stages, with the checks of their commands.
@@ -149,16 +69,19 @@ class WorkflowRunner:
         """Run the stages that are not up to date, evaluate all gates, and write the record after every stage.
 
         Returns:
-            The record of the run. Failed gates are reported by its verdict, not by an error.
+            The record of the run, or, if only one stage was to run, of that one and those it depends on. Failed gates
+            are reported by its verdict, not by an error.
 
         Raises:
             ConfigurationError: another run uses the directory, or a command rejects its settings (all are listed).
             Fp8PipeError: a stage failed for a reason that no verdict covers; the record contains the error, too.
             InterruptedRunError: the user pressed Ctrl-C; running stages have been stopped and can be resumed.
         """
-        with self._locked():
+        only = self.state.options.only
+        with locked_run(self.state.directory, shared=only is not None, stage=only) as self._locks:
+            self.state.reread()  # while this run waited, another may have recorded stages
             self.check([status.spec for status in self.state.statuses() if status.run])
-            _write_yaml(self.state.directory / RECIPE_NAME, self.state.recipe.plain())
+            write_recipe(self.state)
             try:
                 self._schedule()
             except KeyboardInterrupt as error:
@@ -171,7 +94,7 @@ class WorkflowRunner:
             finally:
                 for process, _, _ in self._running.values():
                     process.close()
-            return self._record()
+            return self._result()
 
     def _schedule(self) -> None:
         waiting = list(self.state.wanted())
@@ -202,10 +125,10 @@ class WorkflowRunner:
         self._judge(status.spec, record, status.why)
         return False
 
-    def _start(self, status: StageStatus) -> _StageProcess:
+    def _start(self, status: StageStatus) -> StageProcess:
         """Start the process of a stage, which resumes an unfinished run with the same key if there is one."""
         state, spec = self.state, status.spec
-        command, output = state.commands[spec.command], state.outputs[spec.name]
+        command, output, count = state.commands[spec.command], state.outputs[spec.name], state.processes(spec)
         _write_yaml(state.settings_file(spec), state.filed_settings(spec))
         extra = ["--resume"] if self._prepare(spec, command, status.key) else []
         if output.is_dir():
@@ -215,9 +138,10 @@ class WorkflowRunner:
         log = state.directory / LOGS / f"{spec.name}.log"
         log.parent.mkdir(exist_ok=True)
         log.unlink(missing_ok=True)
-        return _StageProcess(
-            [*command.program, *state.arguments(spec), *extra], log, command.environment(state.settings(spec)),
-            lambda line: self._show(spec.name, line), self._lock,
+        return StageProcess(
+            [*launcher(command.program, count), *state.arguments(spec), *extra], log,
+            {**command.environment(state.settings(spec)), **spec.resources.environment(count)},
+            lambda line: self._show(spec.name, line), self._locks,
         )  # fmt: skip
 
     def _prepare(self, spec: StageSpec, command: StageCommand, key: str) -> bool:
@@ -228,7 +152,7 @@ class WorkflowRunner:
         marker.write_text(key, encoding="utf-8")
         return command.resumable and partial.is_dir() and any(partial.glob(f"{CHECKPOINT_PREFIX}*"))
 
-    def _finished(self, status: StageStatus, result: _Ended, started: str) -> StageRecord:
+    def _finished(self, status: StageStatus, result: Ended, started: str) -> StageRecord:
         spec, output = status.spec, self.state.outputs[status.spec.name]
         error = result.document.get("error") if result.code else None
         if result.code and error is None:
@@ -237,7 +161,8 @@ class WorkflowRunner:
         # A verdict record, even REJECT, is output: old ones were removed. An old manifest may remain, so compare times.
         manifest, began = output / MANIFEST_NAME, self.state.marker(spec).stat().st_mtime_ns
         anew = manifest.is_file() and manifest.stat().st_mtime_ns >= began
-        if anew and said_by_gates(result.code, output):
+        # The launcher of several processes exits with 1 whatever the exit code of the process that failed.
+        if anew and said_by_gates(int(error["exit_code"]) if error else result.code, output):
             error = None  # the stage completed; its failed gates are evaluated below
         written = output.is_file() or (error is None and anew)
         return self._described(status, started, result.seconds, result.peak_rss_bytes, error, written)
@@ -261,9 +186,14 @@ class WorkflowRunner:
             name=spec.name, command=spec.command, key=status.key, inputs=dict(spec.reads),
             output=inside(output, state.directory), content=_content(output, status.key) if written else "",
             files=file_states(output) if written else {}, log=f"{LOGS}/{spec.name}.log",
-            reproduce=shlex.join(["fp8pipe", *state.arguments(spec)]), started=started, seconds=seconds,
+            reproduce=self._reproduce(spec), started=started, seconds=seconds,
             peak_rss_bytes=peak, verdict=Verdict.ACCEPT, error=error,
         )  # fmt: skip
+
+    def _reproduce(self, spec: StageSpec) -> str:
+        count = self.state.processes(spec)
+        start = ["torchrun", "--nproc-per-node", str(count), "-m"] if count > 1 else []
+        return shlex.join([*start, "fp8pipe", *self.state.arguments(spec)])
 
     def _judge(self, spec: StageSpec, record: StageRecord, note: str = "") -> None:
         """Evaluate a stage's gates and write the run's record; if the verdict is a failure, no more stages start."""
@@ -272,15 +202,26 @@ class WorkflowRunner:
         gates = judge(spec, state.directory, state.outputs) if record.files else []
         failure = verdict_of_failure(code) if code else None
         verdict = worst([*(gate.verdict for gate in gates), *([failure or Verdict.ANOMALOUS] if code else [])])
-        state.records[spec.name] = record.model_copy(update={"gates": gates, "verdict": verdict})
-        state.sources.save()
-        write_run(self._record(), state.directory)
+        judged = record.model_copy(update={"gates": gates, "verdict": verdict})
+        with locked_record(state.directory):
+            if state.options.only:
+                state.reread()  # other jobs record their stages
+            state.records[spec.name] = judged
+            state.sources.save()
+            write_run(self._record(), state.directory)
         if not code:
             state.marker(spec).unlink(missing_ok=True)
         self._show(spec.name, f"{verdict} {note or f'in {record.seconds:.0f} s'}")
         if code and failure is None:
             raise _stage_error(spec.name, record)
         self._failed |= verdict.failed
+
+    def _result(self) -> RunRecord:
+        record = self._record()
+        if self.state.options.only is None:
+            return record
+        names = {spec.name for spec in self.state.wanted()}
+        return record.model_copy(update={"stages": [stage for stage in record.stages if stage.name in names]})
 
     def _record(self) -> RunRecord:
         records = self.state.records
@@ -290,32 +231,6 @@ class WorkflowRunner:
             stages=[records[spec.name] for spec in self.state.recipe.stages if spec.name in records],
         )  # fmt: skip
 
-    @contextlib.contextmanager
-    def _locked(self) -> Iterator[None]:
-        """A context that holds the run's lock; stages inherit its file descriptor, so it lasts until all have ended."""
-        folder = self.state.directory / STAGES
-        folder.mkdir(parents=True, exist_ok=True)
-        with (folder / ".lock").open("w") as file:
-            deadline = time.monotonic() + _LOCK_S
-            while not _try_lock(file.fileno()):
-                if time.monotonic() > deadline:
-                    raise ConfigurationError(
-                        f"{self.state.directory} is being written by another run", why="its lock is held",
-                        fix="wait for it, or name another directory with --output",
-                    )  # fmt: skip
-                time.sleep(_POLL_S)
-            self._lock = file.fileno()
-            yield
-
-
-def _document(path: Path) -> dict[str, Any]:
-    """The JSON object in the file `path`; empty if the file is missing or contains something else."""
-    try:
-        found = json.loads(path.read_bytes())
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
-
 
 def _content(output: Path, key: str) -> str:
     """The content digest of a stage's output; empty if the output is damaged, for which `judge` adds a failed gate."""
@@ -323,13 +238,6 @@ def _content(output: Path, key: str) -> str:
         return content_of(output, key)
     except BadArtifactError:
         return ""
-
-
-def _try_lock(descriptor: int) -> bool:
-    with contextlib.suppress(OSError):
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return True
-    return False
 
 
 def _stage_error(name: str, record: StageRecord) -> Fp8PipeError:
@@ -342,8 +250,19 @@ def _stage_error(name: str, record: StageRecord) -> Fp8PipeError:
     return error
 
 
+def write_recipe(state: RunState) -> Path:
+    """Write the recipe with all overrides applied into the directory of the run; returns the path of the file."""
+    path = state.directory / RECIPE_NAME
+    with locked_record(state.directory):
+        _write_yaml(path, state.recipe.plain())
+    return path
+
+
 def _write_yaml(path: Path, values: dict[str, Any]) -> None:
-    path.write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    """Write a YAML file, which others may read at any moment."""
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    os.replace(partial, path)
 
 
 def _now() -> str:

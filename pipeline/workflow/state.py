@@ -44,6 +44,7 @@ class StageCommand:
         versions: returns the versions of engines outside this Python environment. Called with the settings.
         device: returns the device that the command would use now, on which its output may depend. Called with the
             settings; None for commands without a `device` setting.
+        parallel: whether torchrun may start the command as several processes, one per GPU.
     """
 
     name: str
@@ -57,6 +58,7 @@ class StageCommand:
     environment: Callable[[Settings], Mapping[str, str]] = lambda settings: {}
     versions: Callable[[Settings], Mapping[str, str]] = lambda settings: {}
     device: Callable[[Settings], str] | None = None
+    parallel: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +69,7 @@ class RunOptions:
     last: str | None = None  # run only this stage and the stages it depends on
     force: tuple[str, ...] = ()  # stages to run even if nothing has changed
     jobs: int = 1  # maximum number of stages that run in parallel
+    only: str | None = None  # run only this stage, on the present outputs of the others; it may be one of several jobs
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,14 +100,20 @@ class RunState:
                 f"the recipe {recipe.name} names unknown commands: {', '.join(unknown)}",
                 why=f"stages can be: {', '.join(commands)}", fix="correct `command:`",
             )  # fmt: skip
-        for name in (options.first, options.last, *options.force):
+        for name in (options.first, options.last, options.only, *options.force):
             if name is not None:
                 recipe.stage(name)
         self.outputs = self._outputs()
         self.sources = SourceDigests(self.directory / STAGES / "sources.json")
         self.versions = installed_versions(VERSIONS)
         self._former = self._previous()
-        self.records = {stage.name: stage for stage in self._former.stages} if self._former else {}
+        self.records: dict[str, StageRecord] = {}
+        self.reread()
+
+    def reread(self) -> None:
+        """Take the records of all stages from the directory, as other processes may have written some."""
+        written = self._previous()
+        self.records = {stage.name: stage for stage in written.stages} if written else {}
 
     def settings(self, spec: StageSpec) -> dict[str, Any]:
         """A stage's settings, with references to other stages replaced by the paths of their outputs."""
@@ -136,11 +145,16 @@ class RunState:
         command = self.commands[spec.command]
         return command.arguments(self.settings(spec), self.outputs[spec.name], self.settings_file(spec))
 
+    def processes(self, spec: StageSpec) -> int:
+        """The number of processes that a stage's command runs in."""
+        return (spec.resources.gpus or 1) if self.commands[spec.command].parallel else 1
+
     def wanted(self) -> tuple[StageSpec, ...]:
-        """The requested stages, in order."""
-        if self.options.last is None:
+        """The requested stages, and those they depend on, in order."""
+        last = self.options.only or self.options.last
+        if last is None:
             return self.recipe.stages
-        needed = {self.options.last}
+        needed = {last}
         for spec in reversed(self.recipe.stages):
             if spec.name in needed:
                 needed.update(spec.needs)
@@ -162,15 +176,16 @@ class RunState:
         """Whether a stage must run now; all stages whose output it reads must have finished.
 
         Raises:
-            ConfigurationError: its output is to be reused (`--from`), but it is missing or was changed.
+            ConfigurationError: its output is to be reused (`--from`, `--only`), but it is missing or was changed.
         """
         record = self.records.get(spec.name)
         if spec.name in self._taken_as_is():
             if record is None or record.error is not None or not self._intact(record):
+                option = f"--only {self.options.only}" if self.options.only else f"--from {self.options.first}"
                 raise ConfigurationError(
                     f"the stage {spec.name} has no output that can be reused",
-                    why=f"--from {self.options.first} reuses its output, but that is unfinished or was changed",
-                    fix=f"--from {spec.name}, or no --from",
+                    why=f"{option} reuses its output, but that is unfinished or was changed",
+                    fix=f"run {spec.name} first" if self.options.only else f"--from {spec.name}, or no --from",
                 )
             return StageStatus(spec, False, "taken as it is", record.key)
         key = self.key(spec)
@@ -287,9 +302,11 @@ class RunState:
         return None
 
     def _taken_as_is(self) -> set[str]:
+        names = [spec.name for spec in self.recipe.stages]
+        if self.options.only is not None:
+            return set(names) - {self.options.only}
         if self.options.first is None:
             return set()
-        names = [spec.name for spec in self.recipe.stages]
         return set(names[: names.index(self.options.first)])
 
 

@@ -35,6 +35,7 @@ def quick_commands() -> dict[str, StageCommand]:
             "exit_code",
             "verdict",
             "orphan",
+            "waits_for",
             "writes",
         )
         unknown = [key for key in settings if key not in known]
@@ -48,7 +49,7 @@ def quick_commands() -> dict[str, StageCommand]:
     return {
         "work": StageCommand(
             "work", ("source",), check, arguments("work"), lambda s, d, n: d / n, resumable=True, program=PROGRAM,
-            environment=lambda settings: environment,
+            environment=lambda settings: environment, parallel=True,
         ),
         "record": StageCommand(
             "record", (), check, arguments("record"), lambda s, d, n: d / f"{Path(s['reads']).name}.record.json",

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import os
 import subprocess
 import sys
 import time
@@ -42,6 +43,11 @@ def main() -> int:
     given = parser.parse_args()
     settings = yaml.safe_load(given.config.read_text()) or {}
     print(f"working on {settings}", file=sys.stderr, flush=True)
+    rank = os.environ.get("RANK")
+    shown = [f"OMP_NUM_THREADS={os.environ.get('OMP_NUM_THREADS')}", *([f"RANK={rank}"] if rank else [])]
+    print(" ".join(shown), file=sys.stderr, flush=True)
+    if rank not in (None, "0"):  # as of real commands, one of several processes writes and reports
+        return 0
     if settings.get("exit_code"):
         error = {"type": "E", "exit_code": settings["exit_code"], "what": "refused", "why": "asked to", "fix": "x"}
         print(json.dumps({"error": error}))
@@ -92,6 +98,8 @@ def work(given: argparse.Namespace, settings: dict) -> None:
         for step in range(len(done), settings.get("steps", 1)):
             state = hashlib.sha256(f"{state} {step} {settings.get('value')}".encode()).hexdigest()
             time.sleep(settings.get("seconds", 0.0))
+            while not Path(settings.get("waits_for", ".")).exists():
+                time.sleep(0.02)
             partial = checkpoints / ".new"
             partial.write_text(state)
             partial.rename(checkpoints / f"step-{step:04d}")

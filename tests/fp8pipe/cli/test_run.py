@@ -16,7 +16,7 @@ from click.testing import CliRunner
 from fp8pipe.artifact import open_artifact
 from fp8pipe.artifact.runs import read_run
 from fp8pipe.cli import main
-from fp8pipe.cli.run import recipe_schema
+from fp8pipe.cli.schema import recipe_schema
 from fp8pipe.cli.stages import stage_commands
 from pipeline.workflow import RunOptions, RunState, WorkflowRunner, load_recipe
 

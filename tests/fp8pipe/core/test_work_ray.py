@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from fp8pipe.core.errors import BadArtifactError, Fp8PipeError, MissingCapabilityError
+from fp8pipe.core.errors import MissingCapabilityError
 from fp8pipe.core.work import Item, Job
-from fp8pipe.core.work_ray import RayPool, actors_that_fit, describe, described_error
+from fp8pipe.core.work_ray import RayPool, actors_that_fit
 
 ROOT = Path(__file__).resolve().parents[3]
 SECOND_RUN = """
@@ -70,20 +70,3 @@ def test_lost_actors_are_replaced_until_none_can_be_had(tmp_path: Path, caplog: 
         assert "has started none of 1 actors" in done.stderr
         with pytest.raises(MissingCapabilityError, match="has lost all actors"):
             list(pool.results(Job("fatal", 1, b""), lambda number: b""))
-
-
-@pytest.mark.parametrize(
-    "error", [BadArtifactError("it is damaged", why="it ends early", fix="copy it"), KeyError("x")]
-)
-def test_an_error_keeps_its_class_and_parts_on_its_way_between_processes(error: Exception) -> None:
-    try:
-        raise error
-    except Exception as raised:
-        found = described_error(describe(raised), "a node")
-    if isinstance(error, Fp8PipeError):
-        assert (type(found), found.what, found.why, found.fix) == (
-            BadArtifactError, "it is damaged (on a node)", "it ends early", "copy it",
-        )  # fmt: skip
-    else:
-        assert (type(found), found.what) == (Fp8PipeError, "KeyError: 'x' (on a node)")
-        assert "raise error" in found.why

@@ -14,6 +14,7 @@ from fp8pipe.artifact import open_artifact
 from fp8pipe.artifact.gate import Comparison, Verdict
 from fp8pipe.artifact.runs import read_run
 from fp8pipe.core.errors import ConfigurationError, Fp8PipeError
+from pipeline.workflow import locks
 
 STAGES = {
     "base": {"command": "work", "value": 1, "steps": 2},
@@ -323,12 +324,8 @@ def test_stages_that_need_nothing_of_each_other_run_side_by_side(runner):
 
 
 def test_a_second_run_in_the_same_directory_is_refused(runner, monkeypatch):
-    import pipeline.workflow.runner as workflow_runner
-
-    monkeypatch.setattr(workflow_runner, "_LOCK_S", 0.2)
-    state = runner.state(STAGES)
-    first = workflow_runner.WorkflowRunner(state, lambda *_: None)
-    with first._locked(), pytest.raises(ConfigurationError, match="is being written by another run"):
+    monkeypatch.setattr(locks, "_LOCK_S", 0.2)
+    with locks.locked_run(runner.directory), pytest.raises(ConfigurationError, match="is being written by another run"):
         runner.run(STAGES)
 
 
