@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from artifact_tree import rehash
+from lasting_engines import lasting_engines
 from safetensors.torch import load_file, save_file
 from tiny_checkpoints import make_model, write_plain
 from trained_exports import checked, write_trained
@@ -52,15 +53,16 @@ def test_vllm_accepts_it_and_rejects_a_changed_one_by_name(exports: Path, python
         require_nvfp4(inspect_environment(python))
     except MissingCapabilityError as error:
         pytest.skip(str(error))
-    record = checked(exports / "quantized", against=exports / "plain")
+    with lasting_engines():
+        record = checked(exports / "quantized", against=exports / "plain")
+        rejected = checked(exports / "changed", against=exports / "plain")
     assert (record.verdict, record.reference, record.reasons) == ("ACCEPT", "source", [])
     weights, served = record.weights, record.served
     assert (weights.layers, weights.differing, weights.differing_codes) == (14, 0, 0)
     assert served.weights.differing == 0
     assert served.kernels.kernels == {"CpuNvfp4Scheme": 8}
-    record = checked(exports / "changed", against=exports / "plain")
-    assert record.verdict == "REJECT"
-    for report in (record.weights, record.served.weights):
+    assert rejected.verdict == "REJECT"
+    for report in (rejected.weights, rejected.served.weights):
         # vLLM takes the largest divisor of q/k/v for all three.
         assert set(report.different) == {LAYER, *(KEYS.replace("k_proj", f"{leaf}_proj") for leaf in "qkv")}
 
