@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 
 from exporters.vllm.export import plan_export
 from exporters.vllm.lint import lint_structure
+from exporters.vllm.nvfp4 import with_global_scales
 from exporters.vllm.options import ExportFormat, VllmExportOptions
 from exporters.vllm.plan import Action, ExportPlan, Unit
 from exporters.vllm.reopen import reopen
@@ -37,6 +38,7 @@ _HARDWARE = {
     ExportFormat.FP8: "a GPU of compute capability 8.9 or later, or a CPU with this project's vLLM plugin",
     ExportFormat.FP8_BLOCK: "a GPU of compute capability 8.9 or later, or a CPU with this project's vLLM plugin",
     ExportFormat.W8A16: "a GPU of compute capability 8.0 or later, or a CPU with this project's vLLM plugin",
+    ExportFormat.NVFP4: "a GPU of compute capability 7.5 or later, or a CPU with this project's vLLM plugin",
     ExportFormat.BF16: "any device vLLM runs on",
 }
 _HOW: Final = (
@@ -74,7 +76,7 @@ def plan_vllm(source: Path, output: Path, options: VllmExportOptions) -> tuple[d
         "warnings": plan_warnings(plan),
         "serving_hardware": _HARDWARE[options.format],
     }
-    actions = Counter(str(unit.action) for unit in plan.units)
+    actions, name = Counter(str(unit.action) for unit in plan.units), "NVFP4" if options.format.packed else "FP8"
     shown = Plan(
         reads=(f"{source} ({document['source_kind']})",),
         writes=(f"{output}{' (exists; needs --force)' if output.exists() and not options.force else ''}",),
@@ -87,7 +89,7 @@ def plan_vllm(source: Path, output: Path, options: VllmExportOptions) -> tuple[d
         facts={
             "format": str(options.format),
             "files": len(plan.shards),
-            "layers": f"{converted} in FP8, {len(plan.layers) - converted} not",
+            "layers": f"{converted} in {name}, {len(plan.layers) - converted} not",
             "tensors": ", ".join(f"{count} {action}" for action, count in sorted(actions.items())),
             "to_serve": document["serving_hardware"],
         },
@@ -119,6 +121,7 @@ def measure(plan: ExportPlan) -> tuple[int | None, float]:
         with PhaseMeter() if can_measure() else nullcontext() as meter:
             if meter is not None:
                 meter.enter("export")
+            small = with_global_scales(small)
             write_weights(small, root / "export")
             write_auxiliary(small, root / "export")
             reopen(small, root / "export")

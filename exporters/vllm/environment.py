@@ -126,6 +126,23 @@ def inspect_environment(python: Path) -> VllmEnvironment:
     return VllmEnvironment(python, vllm.split("+", 1)[0], versions)
 
 
+def require_nvfp4(environment: VllmEnvironment) -> None:
+    """Refuse a vLLM for CPUs that cannot run weights in NVFP4, for which it has no kernel of its own.
+
+    Raises:
+        MissingCapabilityError: the plugin is missing, switched off, or too old.
+    """
+    if not environment.on_cpu or (environment.dequantizes and not (environment.plugin or "").startswith("0.1.")):
+        return
+    found = "missing" if environment.plugin is None else f"{environment.plugin}, which is too old"
+    off = environment.plugin is not None and not environment.dequantizes
+    raise MissingCapabilityError(
+        f"vLLM in {environment.python} cannot run weights in NVFP4 on this CPU",
+        why="its plugin is switched off (VLLM_PLUGINS)" if off else f"its plugin fp8pipe-vllm-cpu is {found}",
+        fix="unset VLLM_PLUGINS" if off else "run scripts/setup_vllm.sh, or pip install serving/vllm_plugin there",
+    )
+
+
 def subprocess_environment(**more: str) -> dict[str, str]:
     """Environment variables for vLLM's processes.
 

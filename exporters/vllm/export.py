@@ -9,8 +9,9 @@ from pathlib import Path
 
 from exporters.vllm.kv_cache import cost_gate, kv_scales
 from exporters.vllm.lint import lint, lint_others, lint_structure
-from exporters.vllm.options import VllmExportOptions
-from exporters.vllm.plan import ExportPlan, build_plan
+from exporters.vllm.nvfp4 import with_global_scales
+from exporters.vllm.options import ExportFormat, VllmExportOptions
+from exporters.vllm.plan import Action, ExportPlan, build_plan
 from exporters.vllm.reopen import reopen
 from exporters.vllm.resume import PROGRESS_NAME, ExportProgress
 from exporters.vllm.source import open_source
@@ -43,7 +44,8 @@ logger = logging.getLogger(__name__)
 
 _CARD = CardFacts(
     "transformers", "vLLM", (
-        "FP8 kernels need a GPU of compute capability 8.9 or later; on CPUs vLLM needs the plugin of fp8pipe.",
+        "FP8 kernels need a GPU of compute capability 8.9 or later, NVFP4 weights one of 7.5 or later; on CPUs vLLM "
+        "needs the plugin of fp8pipe.",
         "A validation holds only for the serving settings and the device that its record names.",
     ), (
         "fp8pipe serve .", "vllm serve . --served-model-name model",
@@ -74,7 +76,8 @@ def export_vllm(source: Path | str, output: Path, options: VllmExportOptions) ->
     """Write a checkpoint that vLLM and transformers load, and check that it holds what its source holds.
 
     The source is read twice: once to lint and write, and once to compare it with what was written, which also hashes
-    both. An interrupted export is resumed by the same call: shards that were completely written are kept, and compared.
+    both. Weights that are rounded to NVFP4 are read once more before, for the scales that several of them share. An
+    interrupted export is resumed by the same call: shards that were completely written are kept, and compared.
 
     Args:
         source: a falqon artifact, a lora-merged artifact, or a plain model as `resolve_model` takes it (a Hugging
@@ -103,6 +106,7 @@ def export_vllm(source: Path | str, output: Path, options: VllmExportOptions) ->
     disk_guard(output, _left(plan, progress))  # checked first, since the linter takes long
     if lint_structure(plan) or lint_others(plan):
         refuse(lint(plan), str(plan.source.root))
+    plan = with_global_scales(plan)
     with ArtifactWriter(
         output, kind=KIND, stage="export", force=options.force, resume=bool(progress.finished)
     ) as writer:
@@ -168,11 +172,15 @@ def details_of(plan: ExportPlan) -> VllmDetails:
         ignore=list(plan.ignore),
         activations=plan.options.format.activations,
         trained_activations=plan.source.trained_activations if plan.source.holds_codes else None,
-        quantized_here=plan.options.format.quantized and not plan.source.holds_codes,
+        quantized_here=any(unit.action is Action.QUANTIZE for unit in plan.units),
         payload_bytes=plan.payload_bytes,
         stop_token_added=plan.ending.added,
         kv_cache=dict(plan.kv_cache) or None,
     )
+
+
+def _number_format(format: ExportFormat) -> NumberFormat | None:
+    return NumberFormat(name=format.codes, granularity=format.weight_granularity) if format.quantized else None
 
 
 def _commit(writer: ArtifactWriter, plan: ExportPlan, parent: Parent, digests: dict[str, str]) -> Artifact:
@@ -183,7 +191,7 @@ def _commit(writer: ArtifactWriter, plan: ExportPlan, parent: Parent, digests: d
         config=plan.options.model_dump(mode="json", exclude={"force"}),
         seed=None,
         parents=[parent],
-        number_format=NumberFormat(name="e4m3", granularity=format.weight_granularity) if format.quantized else None,
+        number_format=_number_format(format),
         runtime={
             "engine": "vllm",
             "vllm": plan.schema.vllm_version,

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from exporters.vllm.blocks import by_unit
 from exporters.vllm.divided import part_rows
+from exporters.vllm.nvfp4 import packed_findings
 from exporters.vllm.plan import DIMENSION_MULTIPLE, ExportPlan, Unit, fused_siblings
 from fp8pipe.artifact.finding import Finding
 from fp8pipe.models.checkpoint.rows import read_rows, same_values
@@ -80,8 +81,8 @@ def lint(plan: ExportPlan, advance: Callable[[], None] = lambda: None) -> list[F
 
 
 def lint_others(plan: ExportPlan) -> list[Finding]:
-    """Findings about values that are read but not exported: second copies of tied tensors, and the adapter."""
-    return [*_tied(plan), *_adapter(plan)]
+    """Findings about values that are read but not exported as they are: tied tensors, the adapter, NVFP4 scales."""
+    return [*_tied(plan), *_adapter(plan), *packed_findings(plan)]
 
 
 def lint_structure(plan: ExportPlan) -> list[Finding]:
@@ -207,7 +208,7 @@ def _tied_is_stored(plan: ExportPlan) -> Iterator[Finding]:
 
 def _something_quantized(plan: ExportPlan) -> Iterator[Finding]:
     if not any(unit.quantized for unit in plan.units):
-        yield _found("nothing-quantized", str(plan.source.root), "no layer would be in FP8")
+        yield _found("nothing-quantized", str(plan.source.root), "no layer would be quantized")
 
 
 def _known_names(plan: ExportPlan) -> Iterator[Finding]:
@@ -247,7 +248,7 @@ def _placement(plan: ExportPlan) -> Iterator[Finding]:
 def _dimensions(plan: ExportPlan) -> Iterator[Finding]:
     for unit in plan.units:
         if unit.quantized and any(size % DIMENSION_MULTIPLE for size in unit.entry.shape):
-            why = f"shape {unit.entry.shape}: FP8 kernels need multiples of {DIMENSION_MULTIPLE}"
+            why = f"shape {unit.entry.shape}: kernels need multiples of {DIMENSION_MULTIPLE}"
             yield _found("dimension-multiple", unit.entry.name, why)
 
 
@@ -258,6 +259,9 @@ def _blocks(plan: ExportPlan) -> Iterator[Finding]:
     of outputs it takes in some layers only. Weights that it divides must have whole blocks in each part.
     """
     block = plan.options.format.block
+    if plan.options.format.packed:
+        for unit in (unit for unit in plan.units if unit.quantized and not unit.packed):
+            yield _found("block-scale", unit.entry.name, _why_no_blocks(plan, unit))
     if block is None:
         return
     for unit in (unit for unit in plan.units if unit.quantized and len(unit.entry.shape) == 2):
@@ -280,7 +284,7 @@ def _blocks(plan: ExportPlan) -> Iterator[Finding]:
 
 def _why_no_blocks(plan: ExportPlan, unit: Unit) -> str:
     if plan.structure.is_expert(unit.module):
-        return "an expert's weight: this project's vLLM plugin takes experts with one scale per row only"
+        return "an expert's weight: this project's vLLM plugin takes experts with one E4M3 scale per row only"
     if unit.transposed:
         return f"stored (in, out): vLLM {plan.schema.vllm_version} is not known to load block scales of such weights"
     shape = None if unit.scale is None else unit.scale.shape

@@ -17,7 +17,7 @@ from pydantic import Field, model_validator
 from fp8pipe.artifact.manifest import Encoding, Granularity, ScaleRule
 from fp8pipe.core.config import CONFIG_ONLY, Flag, FrozenConfig, Size
 from fp8pipe.core.errors import ConfigurationError
-from fp8pipe.numerics.kinds import FP8_BLOCK
+from fp8pipe.numerics.kinds import FP8_BLOCK, NVFP4_BLOCK
 
 
 class ExportFormat(StrEnum):
@@ -28,27 +28,40 @@ class ExportFormat(StrEnum):
         128 features of a token (the preset FP8_BLOCK of llm-compressor).
     `w8a16`: the weights of `fp8`; activations stay in the model's dtype.
     `bf16`: no quantization; FP8 weights are dequantized and rounded once to bf16.
+    `nvfp4`: E2M1 weights with an E4M3 scale for every 16 inputs of a row (NVFP4), rounded by the export; activations
+        stay in the model's dtype.
     """
 
     FP8 = "fp8"
     FP8_BLOCK = "fp8-block"
     W8A16 = "w8a16"
     BF16 = "bf16"
+    NVFP4 = "nvfp4"
 
     @property
     def quantized(self) -> bool:
-        """Whether linear weights are stored as FP8 codes."""
+        """Whether linear weights are stored as codes, of FP8 or NVFP4."""
         return self is not ExportFormat.BF16
 
     @property
+    def packed(self) -> bool:
+        """Whether linear weights are stored in NVFP4."""
+        return self is ExportFormat.NVFP4
+
+    @property
+    def codes(self) -> Literal["e4m3", "nvfp4"]:
+        """The number format of quantized weights, as manifests name it."""
+        return "nvfp4" if self.packed else "e4m3"
+
+    @property
     def block(self) -> tuple[int, int] | None:
-        """(rows, columns) of the blocks that share a scale; None without blocks."""
+        """(rows, columns) of the blocks of E4M3 codes that share a scale; None without blocks."""
         return FP8_BLOCK if self is ExportFormat.FP8_BLOCK else None
 
     @property
     def weight_granularity(self) -> Literal["per-channel", "per-block"]:
         """What shares one scale of a quantized weight."""
-        return "per-channel" if self.block is None else "per-block"
+        return "per-channel" if self.block is None and not self.packed else "per-block"
 
     @property
     def activations(self) -> Encoding | None:
@@ -62,6 +75,8 @@ class ExportFormat(StrEnum):
         return Encoding(format="e4m3", bits=8, granularity=granularity[self], scale_rule=rule, dynamic=True)
 
 
+# compressed-tensors' names for formats, where they differ from that of FP8.
+_FORMATS: Final = {ExportFormat.W8A16: "naive-quantized", ExportFormat.NVFP4: "nvfp4-pack-quantized"}
 # An FP8 key/value cache as compressed-tensors declares it: one static scale per layer for keys, and one for values.
 KV_CACHE_SCHEME: Final[dict[str, Any]] = {
     "num_bits": 8, "type": "float", "symmetric": True, "strategy": "tensor", "dynamic": False,
@@ -74,7 +89,7 @@ class VllmExportOptions(FrozenConfig):
     format: ExportFormat = Field(
         default=ExportFormat.FP8,
         description="fp8 (W8A8, per-row scales), fp8-block (W8A8, a scale per block of 128 x 128), w8a16 (weight-only "
-        "FP8, per-row scales) or bf16 (dequantized)",
+        "FP8, per-row scales), bf16 (dequantized) or nvfp4 (weight-only FP4, a scale per 16 inputs, rounded here)",
     )
     kv_cache: Annotated[Literal["fp8"] | None, Flag(default="the compute dtype")] = Field(
         default=None, description="How engines store keys and values; fp8: E4M3 with calibrated scales"
@@ -91,7 +106,7 @@ class VllmExportOptions(FrozenConfig):
     @model_validator(mode="after")
     def _declared(self) -> Self:
         if self.kv_cache is not None and not self.format.quantized:
-            raise ValueError("kv_cache is declared beside FP8 weights: choose format fp8, fp8-block or w8a16")
+            raise ValueError("kv_cache is declared beside quantized weights: choose another format than bf16")
         return self
 
 
@@ -158,16 +173,20 @@ def quantization_config(
     """
     if not export_format.quantized:
         return None
-    float8 = {"num_bits": 8, "type": "float", "symmetric": True}
+    number = {"num_bits": 4 if export_format.packed else 8, "type": "float", "symmetric": True}
     block = export_format.block
-    shared = {"strategy": "channel"} if block is None else {"strategy": "block", "block_structure": list(block)}
-    group: dict[str, object] = {"targets": ["Linear"], "weights": {**float8, **shared, "dynamic": False}}
+    shared: dict[str, object] = {"strategy": "channel"}
+    if block is not None:
+        shared = {"strategy": "block", "block_structure": list(block)}
+    elif export_format.packed:
+        shared = {"strategy": "tensor_group", "group_size": NVFP4_BLOCK}
+    group: dict[str, object] = {"targets": ["Linear"], "weights": {**number, **shared, "dynamic": False}}
     if export_format.activations is not None:
         inputs = {"strategy": "token"} if block is None else {"strategy": "group", "group_size": block[1]}
-        group["input_activations"] = {**float8, **inputs, "dynamic": True}
+        group["input_activations"] = {**number, **inputs, "dynamic": True}
     return {
         "quant_method": "compressed-tensors",
-        "format": "naive-quantized" if export_format is ExportFormat.W8A16 else "float-quantized",
+        "format": _FORMATS.get(export_format, "float-quantized"),
         "quantization_status": "compressed",
         "config_groups": {"group_0": group},
         "ignore": list(ignore),

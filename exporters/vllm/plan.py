@@ -19,6 +19,7 @@ from exporters.vllm.source import Source
 from exporters.vllm.target import KvScale
 from fp8pipe.artifact import Encoding, LayerRecord, ScaleRule
 from fp8pipe.models.checkpoint.names import ModelName
+from fp8pipe.models.checkpoint.packed import PackedEntry, packed_headers
 from fp8pipe.models.checkpoint.stacks import join_entries
 from fp8pipe.models.checkpoint.tensors import PLAIN_FLOATS, SCALE_SUFFIX, TensorEntry, TensorHeader, is_scale
 from fp8pipe.models.language.ending import Ending
@@ -33,8 +34,8 @@ class Action(StrEnum):
     """How a source tensor is converted."""
 
     COPY = "copy"  # bytes unchanged
-    CODES = "codes"  # FP8 codes unchanged, scale repeated to one per row or block
-    QUANTIZE = "quantize"  # quantized to FP8 during the export
+    CODES = "codes"  # codes unchanged; an FP8 scale repeated to one per row or block
+    QUANTIZE = "quantize"  # quantized to FP8 or NVFP4 during the export
     DEQUANTIZE = "dequantize"  # FP8 codes -> bf16
     CAST = "cast"  # other floats -> bf16
     DROP = "drop"  # a second copy of a tied tensor
@@ -48,12 +49,16 @@ class Unit:
         entry: the source tensor.
         scale: the source tensor's scale, for FP8 codes.
         action: how it is converted.
-        outputs: the weight first, then its scale if there is one; empty for DROP.
+        outputs: the weight first, then its scale if there is one; for NVFP4 codes, block scales and the divisor; empty
+            for DROP.
         module: the module that the tensor belongs to, as named in the transformers model; None if there is none.
         transposed: whether the weight is stored as `(in, out)`.
         name: the tensor's name in the transformers model, which may differ from its name in the checkpoint.
         block: (rows, columns) of the blocks that share a scale in the export; None for one scale per row, and for
             tensors that are not quantized.
+        packed: whether the export stores it in NVFP4.
+        global_scale: for NVFP4 weights that this export rounds, once it was derived from the values of the group
+            (`nvfp4.with_global_scales`); else None.
     """
 
     entry: TensorEntry
@@ -64,10 +69,12 @@ class Unit:
     transposed: bool
     name: str = ""
     block: tuple[int, int] | None = None
+    packed: bool = False
+    global_scale: float | None = None
 
     @property
     def quantized(self) -> bool:
-        """Whether the export stores it as FP8 codes."""
+        """Whether the export stores it as codes."""
         return self.action in {Action.CODES, Action.QUANTIZE}
 
     @property
@@ -243,6 +250,9 @@ class _Planner:
         # Without blocks where there cannot be any: the linter refuses these weights (`block-scale`).
         fits = coded and not transposed and not self.structure.is_expert(module)
         block = self.format.block if fits and _takes_blocks(entry, scale, self.format) else None
+        if fits and self.format.packed:
+            parts = packed_headers(entry.name, entry.shape)
+            return Unit(entry, scale, action, parts, module, transposed, known.name, packed=True)
         if coded:
             rows = entry.shape[1 if transposed else 0]
             by_row = (1, rows) if transposed and self.structure.is_expert(module) else (rows, 1)
@@ -254,8 +264,11 @@ class _Planner:
         # How a tensor is converted, by its dtype, the export's format, and its role in the model.
         if self.structure.tied.get(name) in self.stored:
             return Action.DROP
+        if isinstance(entry, PackedEntry):
+            return Action.CODES
         if entry.dtype == "F8_E4M3":
-            return Action.CODES if self.format.quantized else Action.DEQUANTIZE
+            kept = Action.QUANTIZE if self.format.packed else Action.CODES
+            return kept if self.format.quantized else Action.DEQUANTIZE
         if entry.dtype not in PLAIN_FLOATS:
             return Action.COPY
         if not self.format.quantized:
@@ -265,14 +278,19 @@ class _Planner:
         return Action.QUANTIZE if fits else Action.COPY
 
     def layer(self, module: str, quantized: set[str]) -> LayerRecord:
-        """The manifest's record of a linear layer; `quantized` are the modules that the export stores in FP8."""
+        """The manifest's record of a linear layer; `quantized` are the modules that the export stores as codes."""
         shape = self.structure.shape(module)
         if module not in quantized:
-            reason = self.refused.get(module, "not FP8 in the source, or not requested")
+            reason = self.refused.get(module, "not quantized in the source, or not requested")
             return LayerRecord(name=self.spelt.get(module, module), reason=reason, shape=shape)
         before = self.source.encoding_of(self.spelt.get(module, module))
         rule = ScaleRule.AMAX if before is None else before.scale_rule
-        weight = Encoding(format="e4m3", bits=8, granularity=self.format.weight_granularity, scale_rule=rule)
+        if self.format.packed and (before is None or before.format != self.format.codes):
+            rule = ScaleRule.LEAST_SQUARES
+        weight = Encoding(
+            format=self.format.codes, bits=4 if self.format.packed else 8, granularity=self.format.weight_granularity,
+            scale_rule=rule,
+        )  # fmt: skip
         activation = self.format.activations
         return LayerRecord(name=self.spelt.get(module, module), shape=shape, weight=weight, activation=activation)
 

@@ -12,14 +12,12 @@ differs from it by the rounding of activations.
 
 from __future__ import annotations
 
-import filecmp
-import json
 import math
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -28,35 +26,23 @@ from exporters.vllm.blocks import blocks_of, by_unit, scale_of
 from exporters.vllm.kv_cache import is_kv_scale, scales_gate
 from exporters.vllm.options import ExportFormat
 from exporters.vllm.plan import Action, ExportPlan, Unit
-from exporters.vllm.resume import PROGRESS_NAME
+from exporters.vllm.reopen_files import none_differing, other_files
+from exporters.vllm.reopen_nvfp4 import NVFP4_ERROR_BOUND, compare_packed, global_scales_gate, rounded
 from exporters.vllm.target import KIND, VllmDetails
-from exporters.vllm.writer import CONFIG_NAME, export_config
-from fp8pipe.artifact import CHECKSUM_NAME, MANIFEST_NAME, Comparison, Gate, open_artifact
+from fp8pipe.artifact import Comparison, Gate, open_artifact
+from fp8pipe.models.checkpoint.packed import join_packed
 from fp8pipe.models.checkpoint.rows import each, read_rows
-from fp8pipe.models.checkpoint.sidecars import SERVED_FILES, sidecar_files
-from fp8pipe.models.checkpoint.tensors import (
-    INDEX_NAME,
-    SCALE_SUFFIX,
-    TensorEntry,
-    is_scale,
-    read_tensor,
-    shard_names,
-    weight_entries,
-)
-from fp8pipe.models.language.ending import EOS, GENERATION_FILE
+from fp8pipe.models.checkpoint.tensors import SCALE_SUFFIX, TensorEntry, is_scale, read_tensor, weight_entries
 from fp8pipe.models.language.structure import build_model
 from fp8pipe.numerics.blocks import dequantize_blocks
 from fp8pipe.numerics.grids import dequantize_weight, same_bits
 from fp8pipe.numerics.plain import dequantize_plain, quantize_plain, round_bf16, row_errors, squares
-from fp8pipe.report.card import CARD_FILE
 
 # Half a unit in the last place, relative: E4M3 has 3 explicit mantissa bits, bf16 has 7. The E4M3 bound holds
 # for the norm of all elements that share a scale, a row or a block, because their amax sits at 448, where the grid's
 # absolute floor of 2^-10 is negligible; 0.1 % covers the fp32 rounding of the norm and of `code * scale`.
 E4M3_ERROR_BOUND = 2.0**-4 * 1.001
 BF16_ERROR_BOUND = 2.0**-8 * 1.001
-# Files of the artifact itself (`.lock`, and the progress during writing), and files that hubs add.
-_PASSED_OVER = frozenset((MANIFEST_NAME, CHECKSUM_NAME, ".lock", PROGRESS_NAME, ".gitattributes", ".cache"))
 
 
 @dataclass(slots=True)
@@ -65,8 +51,9 @@ class _Comparison:
 
     weights: list[str] = field(default_factory=list)  # names of weights whose values differ
     copies: list[str] = field(default_factory=list)  # names of copied tensors whose bytes differ
-    e4m3_error: float = 0.0  # largest relative error of a row or block that was rounded to E4M3
+    rounding: float = 0.0  # largest relative error of a row or block that was rounded to E4M3 or NVFP4
     bf16_error: float = 0.0  # largest relative error of a tensor that was rounded to bf16
+    amax: dict[str, float] = field(default_factory=dict)  # largest magnitudes of weights in NVFP4, by name
     counts: Counter[Action] = field(default_factory=Counter)  # number of compared tensors by action
 
 
@@ -75,7 +62,8 @@ class _Block:
     """The result of comparing one block of rows."""
 
     same: bool  # whether the written values are bit-identical to the expected ones
-    row_error: float = 0.0  # the largest relative error of a row, or of a block, for weights rounded to E4M3
+    row_error: float = 0.0  # the largest relative error of a row, or of a block, for weights rounded to codes
+    amax: float = 0.0  # the largest magnitude in the source, for weights rounded to NVFP4
     squares: tuple[float, float] = (0.0, 0.0)  # sums of squares of errors and of values, for weights rounded to bf16
 
 
@@ -114,12 +102,14 @@ def reopen(
             _add(found, unit, blocks)
             advance()
     gates += _weight_gates(plan, found)
+    if plan.options.format.packed:
+        gates.append(global_scales_gate(plan, found.amax, written))
     size, detail = (
         sum(entry.size_bytes for entry in written.values()),
         "tensor data written, bytes; must equal the plan",
     )
     payload = Gate(name="payload-bytes", value=float(size), threshold=float(plan.payload_bytes), detail=detail)
-    return [*gates, payload, *_cache_scales(plan, written), *_other_files(plan, root)]
+    return [*gates, payload, *_cache_scales(plan, written), *other_files(plan, root)]
 
 
 def file_gates(plan: ExportPlan, root: Path) -> list[Gate]:
@@ -129,7 +119,7 @@ def file_gates(plan: ExportPlan, root: Path) -> list[Gate]:
         BadArtifactError: the written files cannot be read at all.
     """
     written = weight_entries(root)
-    return [_tensor_set(plan, written), *_cache_scales(plan, written), *_other_files(plan, root)]
+    return [_tensor_set(plan, written), *_cache_scales(plan, written), *other_files(plan, root)]
 
 
 def expected_blocks(unit: Unit) -> Generator[Tensor, None, None]:
@@ -162,6 +152,8 @@ def _values(unit: Unit, original: Tensor, scale: Tensor | None) -> Tensor:
 
 
 def _expected(unit: Unit, original: Tensor, scale: Tensor | None) -> Tensor:
+    if unit.packed and unit.action is Action.QUANTIZE:
+        return rounded(unit, original, scale).values
     if unit.action is Action.QUANTIZE:
         return quantize_plain(original, transposed=unit.transposed, block=unit.block)
     if unit.action is Action.COPY and scale is None:
@@ -172,6 +164,9 @@ def _expected(unit: Unit, original: Tensor, scale: Tensor | None) -> Tensor:
 
 def _compare(unit: Unit, rows: range, written: dict[str, TensorEntry]) -> _Block:
     # Compare one block of a unit's rows in the written file with the values that it must have.
+    if unit.packed:
+        found = compare_packed(unit, rows, written)
+        return _Block(found.same, row_error=found.error, amax=found.amax)
     exported = read_rows(written[unit.outputs[0].name], rows)
     original, scale = _source(unit, rows)
     if unit.action is Action.COPY:
@@ -191,8 +186,10 @@ def _add(found: _Comparison, unit: Unit, blocks: list[_Block]) -> None:
     found.counts[unit.action] += 1
     if not all(block.same for block in blocks):
         (found.copies if unit.action is Action.COPY else found.weights).append(unit.entry.name)
+    if unit.packed:
+        found.amax[unit.entry.name] = max((block.amax for block in blocks), default=0.0)
     for block in blocks:
-        found.e4m3_error = _larger(found.e4m3_error, block.row_error)
+        found.rounding = _larger(found.rounding, block.row_error)
     error, norm = (math.fsum(block.squares[part] for block in blocks) for part in (0, 1))
     whole = math.sqrt(error / norm) if norm > 0 else math.inf if error > 0 else error
     found.bf16_error = _larger(found.bf16_error, whole)
@@ -212,12 +209,14 @@ def _weight_gates(plan: ExportPlan, found: _Comparison) -> list[Gate]:
         "values (code * scale for FP8 codes) rounded once to bf16"
     )
     gates = [
-        _none("weights-bit-exact", found.weights, how),
-        _none("copied-tensors-identical", found.copies, f"{count[Action.COPY]} tensor(s), byte for byte"),
+        none_differing("weights-bit-exact", found.weights, how),
+        none_differing("copied-tensors-identical", found.copies, f"{count[Action.COPY]} tensor(s), byte for byte"),
     ]
+    form = plan.options.format
     if fresh:
-        detail = f"worst {'block' if plan.options.format.block else 'row'}, relative norm"
-        gates.append(_at_most("e4m3-rounding-error", found.e4m3_error, E4M3_ERROR_BOUND, detail))
+        detail = f"worst {'row' if form.weight_granularity == 'per-channel' else 'block'}, relative norm"
+        bound = NVFP4_ERROR_BOUND if form.packed else E4M3_ERROR_BOUND
+        gates.append(_at_most(f"{form.codes}-rounding-error", found.rounding, bound, detail))
     if rounded:
         gates.append(_at_most("bf16-rounding-error", found.bf16_error, BF16_ERROR_BOUND, "worst tensor, relative norm"))
     return gates
@@ -228,70 +227,11 @@ def _tensor_set(plan: ExportPlan, written: dict[str, TensorEntry]) -> Gate:
     planned |= {name: ("F32", (1,)) for name in plan.kv_tensors}
     found = {name: (entry.dtype, entry.shape) for name, entry in written.items()}
     wrong = [name for name in planned.keys() | found.keys() if planned.get(name) != found.get(name)]
-    return _none("tensors-as-planned", sorted(wrong), f"names, dtypes and shapes of {len(planned)} tensor(s)")
+    return none_differing("tensors-as-planned", sorted(wrong), f"names, dtypes and shapes of {len(planned)} tensor(s)")
 
 
 def _cache_scales(plan: ExportPlan, written: dict[str, TensorEntry]) -> list[Gate]:
     return [scales_gate(plan.kv_tensors, written)] if plan.kv_cache else []
-
-
-def _other_files(plan: ExportPlan, root: Path) -> list[Gate]:
-    # Gates on all files besides the weights: none is missing, changed or unexpected.
-    source = plan.source.root
-    names = {str(path) for path in sidecar_files(source, SERVED_FILES)}
-    changed = set() if plan.ending.settings is None else {GENERATION_FILE}
-    names -= changed
-    wrong = sorted(
-        name for name in names if not (root / name).is_file() or not filecmp.cmp(source / name, root / name, False)
-    )
-    shards = shard_names(len(plan.shards))
-    known = names | changed | {CONFIG_NAME, CARD_FILE, *shards} | ({INDEX_NAME} if len(shards) > 1 else set())
-    there = {str(path.relative_to(root)) for path in root.rglob("*") if path.is_file()}
-    unexpected = sorted(name for name in there - known if name.split("/")[0] not in _PASSED_OVER)
-    detail = f"{len(names)} file(s), byte for byte, and no other that an engine might read"
-    gates = [_none("auxiliary-files-identical", [*wrong, *unexpected], detail), _config(plan, root)]
-    return gates if plan.ending.settings is None else [*gates, _generation(plan.ending.settings, root)]
-
-
-def _generation(expected: dict[str, Any], root: Path) -> Gate:
-    """Gate: generation_config.json equals the source's, except for an end-of-turn token added to `eos_token_id`."""
-    path = root / GENERATION_FILE
-    found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    wrong = [f"{GENERATION_FILE}: {key}" for key in _differing(found, expected)]
-    return _none("generation-config-preserved", wrong, f"{GENERATION_FILE}, except {EOS}, which is {expected[EOS]}")
-
-
-def _config(plan: ExportPlan, root: Path) -> Gate:
-    """Gate: config.json equals the source's, except for the keys in `changed_on_purpose`."""
-    config = json.loads((root / CONFIG_NAME).read_text(encoding="utf-8"))
-    wrong = list(_differing(config, export_config(plan)))
-    return _none("config-preserved", wrong, f"config.json, except {', '.join(_changed_keys(plan)) or 'nothing'}")
-
-
-def changed_on_purpose(plan: ExportPlan) -> list[str]:
-    """Keys of config.json and of generation_config.json whose values intentionally differ from the source's."""
-    return [*_changed_keys(plan), *([] if plan.ending.settings is None else [f"{GENERATION_FILE}: {EOS}"])]
-
-
-def _changed_keys(plan: ExportPlan) -> list[str]:
-    config, before = export_config(plan), plan.source.config
-    return sorted(key for key in config.keys() | before.keys() if config.get(key) != before.get(key))
-
-
-def _differing(found: Any, expected: Any, path: str = "") -> Iterator[str]:
-    """Paths at which two JSON values differ."""
-    if isinstance(found, dict) and isinstance(expected, dict):
-        for key in sorted(found.keys() | expected.keys()):
-            missing = object()
-            yield from _differing(found.get(key, missing), expected.get(key, missing), f"{path}.{key}".lstrip("."))
-    elif found != expected or isinstance(found, bool) is not isinstance(expected, bool):
-        yield path
-
-
-def _none(name: str, wrong: list[str], detail: str) -> Gate:
-    if wrong:
-        detail = f"{detail}; differing: {', '.join(wrong[:5])}" + (" ..." if len(wrong) > 5 else "")
-    return Gate(name=name, value=float(len(wrong)), detail=detail)
 
 
 def _at_most(name: str, value: float, threshold: float, detail: str) -> Gate:
@@ -315,7 +255,7 @@ def iter_weights(export: Path) -> Iterator[tuple[str, Tensor]]:
     artifact = open_artifact(export, kind=KIND, verify=False)
     details = artifact.manifest.details_of(VllmDetails)
     transposed, block = set(details.transposed), ExportFormat(details.format).block
-    entries = weight_entries(Path(export))
+    entries = join_packed(weight_entries(Path(export)))
     for name, entry in entries.items():
         if is_scale(name, entries) or is_kv_scale(name):
             continue

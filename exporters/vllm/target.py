@@ -26,7 +26,7 @@ class KvScale(FrozenConfig):
 class VllmDetails(Details):
     """The manifest's details for an export to vLLM."""
 
-    format: str = Field(description="fp8, fp8-block, w8a16 or bf16")
+    format: str = Field(description="fp8, fp8-block, w8a16, nvfp4 or bf16")
     transposed: list[str] = Field(default_factory=list, description="quantized weights stored as (in, out)")
     ignore: list[str] = Field(default_factory=list, description="layers that the engine must not quantize")
     activations: Encoding | None = Field(

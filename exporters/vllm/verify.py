@@ -23,6 +23,7 @@ from exporters.verify.common import (
 from exporters.vllm.export import details_of, plan_export
 from exporters.vllm.kv_cache import is_kv_scale, scales_gate
 from exporters.vllm.lint import lint
+from exporters.vllm.nvfp4 import with_global_scales
 from exporters.vllm.options import VllmExportOptions
 from exporters.vllm.plan import ExportPlan, build_plan
 from exporters.vllm.reopen import reopen
@@ -32,6 +33,7 @@ from exporters.vllm.writer import CONFIG_NAME, export_config
 from fp8pipe.artifact import MANIFEST_NAME, Artifact
 from fp8pipe.artifact.finding import Check, Finding
 from fp8pipe.artifact.kinds import FALQON_KIND
+from fp8pipe.models.checkpoint.packed import join_packed
 from fp8pipe.models.checkpoint.sidecars import SERVED_FILES, sidecar_files
 from fp8pipe.models.checkpoint.stacks import split_stacks
 from fp8pipe.models.checkpoint.tensors import TensorEntry, weight_entries
@@ -46,6 +48,7 @@ def plan_itself(artifact: Artifact) -> ExportPlan:
     config.pop("quantization_config", None)
     details = artifact.manifest.details_of(VllmDetails)
     tensors = {name: entry for name, entry in weight_entries(artifact.root).items() if not is_kv_scale(name)}
+    tensors = join_packed(tensors)
     source = Source(
         root=artifact.root,
         kind=FALQON_KIND if options.format.quantized else HUGGING_FACE,
@@ -102,7 +105,7 @@ def _statements(artifact: Artifact, plan: ExportPlan) -> Iterator[Finding]:
     stored = manifest.number_format
     stated = None if stored is None else (stored.name, stored.granularity)
     form = plan.options.format
-    if stated != (("e4m3", form.weight_granularity) if form.quantized else None):
+    if stated != ((form.codes, form.weight_granularity) if form.quantized else None):
         yield Finding(Check.MANIFEST, "number_format", f"{stated}; the files hold {form}")
     added = manifest.details_of(VllmDetails).stop_token_added
     if added is not None and added not in stop_tokens(artifact.root):
@@ -119,6 +122,7 @@ def _against(artifact: Artifact, own: ExportPlan, parent: Path) -> Iterator[Find
     added = artifact.manifest.details_of(VllmDetails).stop_token_added
     # A plain model was already hashed when it was identified as the parent; an artifact was not.
     plan = plan_export(parent, own.options, verify=(parent / MANIFEST_NAME).is_file()).stopping_as(added)
+    plan = with_global_scales(plan)
     yield from compare_layers(artifact.manifest, plan.layers)
     yield from compare_details(artifact, details_of(plan))
     gates = reopen(plan, artifact.root)

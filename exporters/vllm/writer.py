@@ -26,6 +26,7 @@ from torch import Tensor
 
 from exporters.vllm.blocks import block_rows, by_unit, scale_of
 from exporters.vllm.lint import count_bad, value_findings
+from exporters.vllm.nvfp4 import packed_tensors
 from exporters.vllm.options import ExportFormat, quantization_config
 from exporters.vllm.plan import Action, ExportPlan, Unit
 from exporters.vllm.resume import ExportProgress
@@ -46,6 +47,8 @@ def write_weights(
     plan: ExportPlan, root: Path, advance: Callable[[], None] = lambda: None, progress: ExportProgress | None = None
 ) -> list[Finding]:
     """Write and lint every shard of a plan, and the index if there is more than one shard.
+
+    Weights in NVFP4 need their global scales first (`nvfp4.with_global_scales`).
 
     Args:
         plan: a plan whose structure passed the linter.
@@ -152,6 +155,8 @@ def _produce(unit: Unit, rows: range, values: Tensor) -> list[tuple[TensorHeader
     Raises:
         ValueError: the values have a different shape than planned (a bug in this exporter).
     """
+    if unit.packed:
+        return packed_tensors(unit, rows, values)
     if unit.action is Action.QUANTIZE:
         tensors = list(_quantized(unit, values))
     elif unit.action is Action.CODES:

@@ -220,7 +220,7 @@ def _quantize() -> Iterator[Ability]:
 
 def _export() -> Iterator[Ability]:
     add = "pip install 'fp8pipe[onnx]'"
-    yield Ability("export", "vllm: fp8, fp8-block, w8a16, bf16", True, "compressed-tensors checkpoints")
+    yield Ability("export", "vllm: fp8, fp8-block, w8a16, nvfp4, bf16", True, "compressed-tensors checkpoints")
     yield _packages("export", "onnx: qdq, qdq-exact, int4-weight-only", _ONNX, "proved in ONNX Runtime", add)
     yield _packages("export", "trt: graphs, and ModelOpt checkpoints", _ONNX, "linted; engines: see below", add)
 

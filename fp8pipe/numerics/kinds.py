@@ -11,6 +11,7 @@ from fp8pipe.core.errors import ConfigurationError
 
 # (rows, columns) of the blocks that share a scale in FP8 checkpoints; vLLM's kernels take no other size.
 FP8_BLOCK: Final = (128, 128)
+NVFP4_BLOCK: Final = 16  # elements along the input dimension that share a scale in NVFP4
 
 
 class ScaleRule(StrEnum):

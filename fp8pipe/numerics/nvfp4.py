@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 
 from fp8pipe.numerics.grids import E4M3
-from fp8pipe.numerics.kinds import Kind
+from fp8pipe.numerics.kinds import NVFP4_BLOCK, Kind
 
-BLOCK: Final = 16
+BLOCK: Final = NVFP4_BLOCK
 E2M1_MAX: Final = 6.0
 _GRID: Final = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 _SIGN: Final = 8

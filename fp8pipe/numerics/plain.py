@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 __all__ = [
-    "block_scales_plain", "dequantize_plain", "grid_numbers", "quantize_plain", "round_bf16", "row_errors", "squares",
+    "block_scales_plain", "decode_e4m3", "dequantize_plain", "grid_numbers", "quantize_plain", "round_bf16",
+    "row_errors", "squares",
 ]  # fmt: skip
 
 _LARGEST: Final = 448.0
@@ -23,14 +24,15 @@ _FLOOR: Final = 1e-12  # lower bound for a row's amax, so that a row of zeros ha
 _ROWS: Final = 1 << 18  # number of elements processed at a time, few enough to stay in the processor's cache
 
 
-def _decode(byte: int) -> float:
+def decode_e4m3(byte: int) -> float:
+    """The number that an E4M3 code stands for."""
     sign, exponent, mantissa = -1.0 if byte & 0x80 else 1.0, byte >> 3 & 15, byte & 7
     if (exponent, mantissa) == (15, 7):
         return float("nan")
     return sign * (mantissa * 2.0**-9 if exponent == 0 else (8 + mantissa) * 2.0 ** (exponent - 10))
 
 
-_VALUES: Final[NDArray[np.float32]] = np.array([_decode(byte) for byte in range(256)], np.float32)
+_VALUES: Final[NDArray[np.float32]] = np.array([decode_e4m3(byte) for byte in range(256)], np.float32)
 
 
 def dequantize_plain(

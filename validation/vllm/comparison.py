@@ -16,7 +16,8 @@ from torch import Tensor
 from exporters.vllm.environment import VllmEnvironment
 from exporters.vllm.form import ServingForm
 from exporters.vllm.plan import ExportPlan
-from exporters.vllm.reopen import changed_on_purpose, file_gates
+from exporters.vllm.reopen import file_gates
+from exporters.vllm.reopen_files import changed_on_purpose
 from fp8pipe.artifact import Artifact, Gate, staged
 from fp8pipe.artifact.gate import failures
 from fp8pipe.core.errors import BadArtifactError
@@ -88,12 +89,12 @@ class Case:
 
     @property
     def quantized(self) -> bool:
-        """Whether the export stores FP8 codes."""
+        """Whether the export stores codes."""
         return self.artifact.manifest.number_format is not None
 
     @property
     def holding(self) -> Holding:
-        """How the serving engine stores weights: as FP8 codes, unless the CPU plugin dequantizes them."""
+        """How the serving engine stores weights: as codes, unless the CPU plugin dequantizes them."""
         return Holding(getattr(torch, self.form.dtype), codes=self.quantized and not self.environment.dequantizes)
 
     @property
@@ -250,10 +251,9 @@ def _run(
 ) -> _Run:  # fmt: skip
     with tempfile.TemporaryDirectory(prefix="fp8pipe-weights-") as dump, staged(case.artifact) as model:
         job = ProbeJob(
-            model=str(model), arguments=arguments, tensors=digests, sequences=asked.sequences,
-            prompts=list(case.prompts), chat=asked.chat,
-            pictured=None if asked.picture is None else asked.picture.content, max_tokens=case.max_tokens,
-            products=products, variables=variables,
+            model=str(model), arguments=arguments, tensors=digests, sequences=asked.sequences, products=products,
+            prompts=list(case.prompts), chat=asked.chat, max_tokens=case.max_tokens, variables=variables,
+            pictured=None if asked.picture is None else asked.picture.content,
         )  # fmt: skip
         result = run_probe(job, case.environment, Path(dump), timeout_s=case.timeout_s, ended=ended)
         return _Run(job, result, weight_report(expected, digests, holding, result))

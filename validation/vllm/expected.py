@@ -18,21 +18,28 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from exporters.vllm.blocks import blocks_of, scale_of
 from exporters.vllm.export import plan_export
 from exporters.vllm.kv_cache import is_kv_scale
+from exporters.vllm.nvfp4 import with_global_scales
 from exporters.vllm.options import ExportFormat, VllmExportOptions
 from exporters.vllm.plan import Action, ExportPlan, Unit
 from exporters.vllm.reopen import BF16_ERROR_BOUND, E4M3_ERROR_BOUND, expected_blocks, source_values
+from exporters.vllm.reopen_nvfp4 import NVFP4_ERROR_BOUND, rounded
 from exporters.vllm.target import VllmDetails
 from fp8pipe.artifact import Artifact
 from fp8pipe.core.errors import ConfigurationError
 from fp8pipe.models.checkpoint.names import ModelName
+from fp8pipe.models.checkpoint.packed import DIVISOR_SUFFIX, PackedEntry, join_packed
+from fp8pipe.models.checkpoint.rows import read_rows
 from fp8pipe.models.checkpoint.stacks import ExpertEntry, split_stacks
 from fp8pipe.models.checkpoint.tensors import SCALE_SUFFIX, is_scale, read_tensor, weight_entries
 from fp8pipe.models.language.parts import StoredWeights
 from fp8pipe.models.language.structure import ModelStructure, read_structure
 from fp8pipe.numerics.blocks import block_grid
+from fp8pipe.numerics.kinds import NVFP4_BLOCK
 from fp8pipe.numerics.plain import block_scales_plain, row_errors
+from fp8pipe.numerics.plain_nvfp4 import block_errors
 from validation.vllm.held import Expected, Holding
 from validation.vllm.record import WeightReport
 
@@ -50,10 +57,10 @@ class ExpectedWeights:
 
     def __init__(self, export: Artifact, plan: ExportPlan | None) -> None:
         self.export, self.plan = export, plan
-        self.entries = weight_entries(export.root)
+        self.entries = join_packed(weight_entries(export.root))
         details = export.manifest.details_of(VllmDetails)
         self.transposed, self.block = set(details.transposed), ExportFormat(details.format).block
-        self.units: dict[str, Unit] = {} if plan is None else {unit.outputs[0].name: unit for unit in plan.units}
+        self.units: dict[str, Unit] = {} if plan is None else {unit.entry.name: unit for unit in plan.units}
         self.names = [*self.units, *self.kv_scales] if plan is not None else [
             name for name in self.entries if not is_scale(name, self.entries)
         ]  # fmt: skip
@@ -69,11 +76,15 @@ class ExpectedWeights:
         value = StoredWeights({name: unit.entry}, lambda _: expected_blocks(unit)).read(name).float()
         stored = unit.outputs[1] if len(unit.outputs) > 1 else unit.scale
         shape = None if stored is None else stored.shape
-        return Expected(name, value, _scale_of(unit), unit.transposed, scale_shape=shape, block=unit.block)
+        scale, divisor = _packed_scale(unit) if unit.packed else (_scale_of(unit), None)
+        block = (1, NVFP4_BLOCK) if unit.packed else unit.block
+        return Expected(name, value, scale, unit.transposed, scale_shape=shape, block=block, divisor=divisor)
 
     def read_held(self, name: str, holding: Holding) -> Expected:
         """The expected tensor that an engine stores under this name: a weight, its codes, or its scales."""
-        base = name if name in self.entries and not is_scale(name, self.entries) else name.removesuffix(SCALE_SUFFIX)
+        base = name
+        if name not in self.entries or is_scale(name, self.entries):
+            base = name.removesuffix(DIVISOR_SUFFIX).removesuffix(SCALE_SUFFIX)
         return next(held for held in self.read(base).held(holding) if held.name == name)
 
     @cached_property
@@ -112,6 +123,8 @@ class ExpectedWeights:
         unit = self.units.get(name)
         if unit is None or unit.action in {Action.COPY, Action.CODES}:
             return 0.0
+        if unit.packed:
+            return block_errors(value, source_values(unit), unit.global_scale or 1.0) / NVFP4_ERROR_BOUND
         bound = E4M3_ERROR_BOUND if unit.action is Action.QUANTIZE else BF16_ERROR_BOUND
         return row_errors(value, source_values(unit), transposed=unit.transposed, block=unit.block) / bound
 
@@ -121,10 +134,10 @@ class ExpectedWeights:
 
     @cached_property
     def quantized(self) -> tuple[str, ...]:
-        """Names of the weights that the export stores as FP8 codes."""
+        """Names of the weights that the export stores as codes."""
         if self.units:
             return tuple(name for name, unit in self.units.items() if unit.quantized)
-        return tuple(name for name in self.names if name + SCALE_SUFFIX in self.entries)
+        return tuple(name for name in self.names if self._unit(name).quantized)
 
     def module(self, name: str) -> str:
         """Name of the model's module that a weight of the checkpoint belongs to."""
@@ -140,11 +153,28 @@ class ExpectedWeights:
 
     def _unit(self, name: str) -> Unit:
         """How the values follow from the source, or from the export itself."""
-        scale = self.entries.get(name + SCALE_SUFFIX)
+        if name in self.units:
+            return self.units[name]
+        entry, scale = self.entries[name], self.entries.get(name + SCALE_SUFFIX)
+        packed = isinstance(entry, PackedEntry)
         own, block = (Action.COPY, None) if scale is None else (Action.CODES, self.block)
-        return self.units.get(name) or Unit(
-            self.entries[name], scale, own, (), None, name in self.transposed, block=block
+        return Unit(
+            entry, scale, Action.CODES if packed else own, (), None, name in self.transposed, block=block, packed=packed
         )
+
+
+def _packed_scale(unit: Unit) -> tuple[Tensor, float]:
+    """The factor of each block's codes, fp32 `(out, in / 16)`, and the divisor, of a weight in NVFP4."""
+    if isinstance(unit.entry, PackedEntry):
+        divisor = float(read_tensor(unit.entry.divisor)[0])
+        return read_tensor(unit.entry.blocks).float() / divisor, divisor
+
+    def part(rows: range) -> Tensor:
+        factor = None if unit.scale is None else scale_of(unit.scale, unit, rows)
+        return rounded(unit, read_rows(unit.entry, rows), factor).scale.float()
+
+    scale = unit.global_scale or 1.0
+    return torch.cat([part(rows) for rows in blocks_of(unit)]) * scale, 1.0 / scale
 
 
 def _scale_of(unit: Unit) -> Tensor | None:
@@ -166,7 +196,7 @@ def _scale_of(unit: Unit) -> Tensor | None:
 
 
 def count_differences(expected: Expected, actual: Tensor) -> tuple[int, int]:
-    """Count elements whose bits differ, and elements that have another FP8 code given the expected scale.
+    """Count elements whose bits differ, and elements that have another code given the expected scale.
 
     Args:
         expected: the expected tensor.
@@ -236,7 +266,7 @@ def plan_of(export: Artifact, source: Path) -> ExportPlan:
         ConfigurationError: `source` is not the parent named in the export's manifest.
         BadArtifactError: `source` is damaged.
     """
-    plan = plan_export(source, VllmExportOptions.model_validate(export.manifest.config))
+    plan = with_global_scales(plan_export(source, VllmExportOptions.model_validate(export.manifest.config)))
     plan = plan.stopping_as(export.manifest.details_of(VllmDetails).stop_token_added)
     parents = {parent.digest: parent.outdated for parent in export.manifest.parents}
     if plan.source.parent.digest not in parents:

@@ -10,10 +10,12 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from fp8pipe.models.checkpoint.packed import DIVISOR_SUFFIX
 from fp8pipe.models.checkpoint.tensors import SCALE_SUFFIX
 from fp8pipe.numerics.blocks import spread_scale
 from fp8pipe.numerics.grids import same_bits
 from fp8pipe.numerics.plain import grid_numbers
+from fp8pipe.numerics.plain_nvfp4 import nearest_e2m1
 
 __all__ = ["Expected", "Holding"]
 
@@ -47,6 +49,7 @@ class Expected:
         scale_shape: shape of the stored scales; engines have `(1, rows)` if they are stored so, else `(rows, 1)`.
         wide: whether engines keep it in fp32 whatever their dtype: a scale of the key/value cache.
         block: (rows, columns) of the blocks that share a scale, if scales are per block.
+        divisor: for a weight in NVFP4, the reciprocal of its global scale; `scale` is the product of both scales.
     """
 
     name: str
@@ -57,10 +60,12 @@ class Expected:
     scale_shape: tuple[int, ...] | None = None
     wide: bool = False
     block: tuple[int, int] | None = None
+    divisor: float | None = None
 
     def numbers(self, values: Tensor) -> Tensor:
-        """Values divided by the scale and rounded to E4M3 numbers, fp32; of the expected values these are the codes."""
-        return grid_numbers(values / self._factor)
+        """Values divided by the scale and rounded to numbers that have codes, fp32: those of the expected values."""
+        quotients = values / self._factor
+        return grid_numbers(quotients) if self.divisor is None else nearest_e2m1(quotients)
 
     @property
     def _factor(self) -> Tensor:
@@ -70,7 +75,7 @@ class Expected:
         return self.scale if self.block is None else spread_scale(self.scale, self.block, self.value.shape)
 
     def held(self, holding: Holding) -> list[Expected]:
-        """The tensors that an engine stores for it: the weight rounded once, or FP8 codes and their scales.
+        """The tensors that an engine stores for it: the weight rounded once, or codes and their scales.
 
         Values are fp32, also those of codes and of rounded weights.
         """
@@ -83,14 +88,15 @@ class Expected:
         # Kernels with packed codes multiply by the scale in fp32, or by the scale rounded to their dtype.
         scales = (factor, factor.to(holding.dtype).float())
         products = tuple(dict.fromkeys(_unsigned((codes * scale).to(holding.dtype).float()) for scale in scales))
+        held = replace(self, value=codes, scale=torch.ones(()), products=products, block=None, divisor=None)
+        if self.divisor is not None:
+            parts = {SCALE_SUFFIX: self.scale * self.divisor, DIVISOR_SUFFIX: torch.tensor([self.divisor])}
+            return [held, *(Expected(self.name + suffix, part, None, False) for suffix, part in parts.items())]
         scale = self.scale
         if self.block is None:
             shape = (1, rows) if self.scale_shape == (1, rows) else (rows, 1)
             scale = scale.reshape(-1, 1).expand(rows, 1).reshape(shape).contiguous()
-        return [
-            replace(self, value=codes, scale=torch.ones(()), products=products, block=None),
-            Expected(self.name + SCALE_SUFFIX, scale, None, False),
-        ]
+        return [held, Expected(self.name + SCALE_SUFFIX, scale, None, False)]
 
     def digests(self) -> dict[str, Any]:
         """Shape, orientation, sha256 of the fp32 bytes, and sha256 of the same with every -0 replaced by +0."""

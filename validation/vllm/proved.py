@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from exporters.vllm.reopen import changed_on_purpose
+from exporters.vllm.reopen_files import changed_on_purpose
 from fp8pipe.models.language.ending import GENERATION_FILE
 from validation.vllm.kv_cache import NO_SCALES, scales_of
 from validation.vllm.picture import PICTURED

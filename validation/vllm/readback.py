@@ -7,6 +7,7 @@ How a weight is read depends on the layer:
 
 * A plain `layer.weight` is read as stored, and some of its columns are compared with the output of the GEMM.
 * FP8 codes are read byte for byte, and their scales as they are; their kernel is tested with `products`.
+* Dequantized weights are read as numbers; of weights in NVFP4, two of them come from one byte (`unpacked`).
 * If vLLM has packed the weight for a GEMM and dropped the original, it is read through the GEMM: one-hot inputs return
   the columns of the weight exactly, since all other terms of each sum are zero. Only the sign of zeros is lost, and for
   packed codes whatever the output dtype cannot represent.
@@ -37,6 +38,7 @@ from validation.vllm.kernels import Kernel, find_kernel, through_gemm
 from validation.vllm.layout import Head, Layout, Origin, learn
 from validation.vllm.products import examine
 from validation.vllm.rebuild import Found, Rebuild
+from validation.vllm.unpacked import unpacked, weight_of
 
 __all__ = ["Reading", "loadable"]
 
@@ -88,7 +90,7 @@ class Reading:
             weights = loader.get_all_weights(config, model)
             heads = [Head(name, tuple(tensor.shape), tensor.dtype) for name, tensor in weights]
             held = loadable(model)
-            self.layout = learn(held, heads, model.load_weights)
+            self.layout = unpacked(learn(held, heads, model.load_weights))
             self.rebuild = Rebuild(self.layout)
             self._find_computed(loader.get_all_weights(config, model), model.load_weights, held)
             true_load(loader, model, config)
@@ -153,7 +155,7 @@ class Reading:
         for name in sorted(self.layout.heads.keys() - self.whole - self.tensors.keys()):
             self.unexplained.append(f"{name}: the engine holds only a part of it")
         for name in sorted(self.whole - self.tensors.keys()):
-            if name.removesuffix(_SCALE) not in self.tensors:
+            if weight_of(name) not in self.tensors:
                 self.unexplained.append(f"{name}: the files hold it, but the source does not")
         for name in self.tensors.keys() - self.report.keys():
             self.report[name] = self._absent(name, parameters)
@@ -245,7 +247,7 @@ class Reading:
 
     def _absent(self, name: str, parameters: Mapping[str, Tensor]) -> dict[str, Any]:
         """The report entry of a tensor that could not be rebuilt completely from the engine."""
-        weight = name.removesuffix(_SCALE)
+        weight = weight_of(name)
         found = self.report.get(weight, {})
         if weight != name and found.get("read") == "gemm":  # the scale is part of what was read through the GEMM
             why = {} if found["status"] == "match" else {"why": f"the products of {weight} differ"}
@@ -288,7 +290,8 @@ def _packs_itself(module: Any) -> bool:
     from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
     if isinstance(module, LinearBase):
-        return isinstance(module.weight, Tensor) and module.weight.ndim != 2  # a convolution
+        weight = getattr(module, "weight", None)  # before it is dequantized, one in NVFP4 has another name
+        return isinstance(weight, Tensor) and weight.ndim != 2  # a convolution
     if isinstance(module, VocabParallelEmbedding) or _is_attention(module):
         return False
     return getattr(module, "quant_method", None) is not None

@@ -24,11 +24,11 @@ class WeightReport(FrozenConfig):
     """Comparison of the weights read back from the engine with the expected ones."""
 
     reference: Literal["export", "source"] = Field(description="origin of the expected values")
-    layers: int = Field(ge=0, description="number of compared layers that are stored as FP8 codes")
+    layers: int = Field(ge=0, description="number of compared layers that are stored as codes")
     tensors: int = Field(ge=0, description="number of tensors compared, FP8 or not")
     elements: int = Field(ge=0, description="number of elements of those tensors")
     differing: int = Field(ge=0, description="number of elements whose fp32 bits differ")
-    differing_codes: int = Field(ge=0, description="number of elements that quantize to another FP8 code")
+    differing_codes: int = Field(ge=0, description="number of elements that quantize to another code")
     different: list[str] = Field(description="names of tensors that differ")
     missing: list[str] = Field(description="names of tensors that the engine does not hold")
     gemm_differs: list[str] = Field(description="tensors that the engine stores correctly but multiplies incorrectly")
@@ -56,7 +56,7 @@ class WeightReport(FrozenConfig):
     def gates(self, where: str) -> list[Gate]:
         """The gates on these weights; `where` ends their names, and is "in fp32" or "as served"."""
         first = f"; the first in {self._named(self.different[:1])}" if self.different else ""
-        detail = f"of {self.elements} ({self.differing_codes} FP8 codes){first}"
+        detail = f"of {self.elements} ({self.differing_codes} codes){first}"
         found = [
             none_of(f"weights differing, {where}", max(self.differing, len(self.different)), detail),
             none_of(f"tensors missing, {where}", len(self.missing), self._named(self.missing)),

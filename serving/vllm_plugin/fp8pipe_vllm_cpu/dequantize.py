@@ -1,4 +1,4 @@
-"""The plugin's arithmetic: exact dequantization of E4M3 weights, and emulated FP8 quantization of activations.
+"""The plugin's arithmetic: exact dequantization of E4M3 and NVFP4 weights, and emulated FP8 quantization of inputs.
 
 A weight is `code * scale` in fp32, rounded once to the model's dtype. A loaded layer may be fused from several
 checkpoint tensors (q/k/v, gate/up) stacked along the output axis; each row is multiplied by the scale of the tensor
@@ -27,6 +27,8 @@ UNSET_SCALE = torch.finfo(torch.float32).min
 # Dequantization processes this many elements at a time (64 MiB in fp32), to limit the memory for temporaries.
 _CHUNK_ELEMENTS = 1 << 24
 _E4M3_MAX = torch.finfo(torch.float8_e4m3fn).max  # 448
+_E2M1 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0], dtype=torch.float32)
+NVFP4_BLOCK = 16  # inputs that share a scale
 _SCALE_FLOOR = 1.0 / (_E4M3_MAX * 512.0)
 
 
@@ -110,11 +112,51 @@ def dequantize(
     return weight
 
 
+def dequantize_nvfp4(packed: Tensor, scale: Tensor, divisors: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Dequantize the weight of one loaded layer in NVFP4: `code * scale / divisor`.
+
+    As in vLLM's own kernels, the largest divisor counts for all fused shards; a checkpoint in which they differ holds
+    other weights than any engine serves.
+
+    Args:
+        packed: E2M1 codes, uint8 `(out, in / 2)`; the first of a pair is in the low half of its byte.
+        scale: float8_e4m3fn `(out, in / 16)`.
+        divisors: fp32 `(shards,)`.
+        dtype: dtype of the result; the fp32 value is rounded to it once, to nearest.
+
+    Returns:
+        A new contiguous tensor `(out, in)` of `dtype`.
+
+    Raises:
+        ValueError: a scale or divisor is unset, zero, negative or not finite, or shapes do not fit.
+    """
+    rows, columns = packed.shape[0], 2 * packed.shape[1]
+    blocks, grid = scale.detach().float(), (rows, columns // NVFP4_BLOCK)
+    if blocks.shape != grid:
+        raise ValueError(f"expected block scales {grid}, got {tuple(blocks.shape)}")
+    if not bool((blocks > 0).all()):
+        raise ValueError("a block scale is missing, zero, negative or NaN")
+    shards = resolve_shard_scales(divisors.detach().float().reshape(-1))
+    if not bool((torch.isfinite(shards) & (shards > 0)).all()):
+        raise ValueError("a divisor is missing, zero, negative or not finite")
+    divisor = shards.max()
+    weight = torch.empty(rows, columns, dtype=dtype)
+    step = max(1, _CHUNK_ELEMENTS // max(1, columns))
+    for start in range(0, rows, step):
+        part = slice(start, start + step)
+        pairs = packed[part]
+        codes = torch.stack((pairs & 0x0F, pairs >> 4), dim=-1).view(pairs.shape[0], -1, NVFP4_BLOCK)
+        magnitude = _E2M1[(codes & 0x07).long()]
+        values = torch.where(codes >= 8, -magnitude, magnitude) * blocks[part].unsqueeze(-1)
+        weight[part] = (values.flatten(1) / divisor).to(dtype)
+    return weight
+
+
 def _check(scale: Tensor, fits: bool, wanted: str) -> None:
     if not fits:
         raise ValueError(f"expected {wanted}, got a scale of shape {tuple(scale.shape)}")
     if bool((scale == UNSET_SCALE).any()):
-        raise ValueError("the checkpoint holds no scale for a layer whose weights are FP8")
+        raise ValueError("the checkpoint holds no scale for a layer whose weights are quantized")
     if not bool((torch.isfinite(scale) & (scale > 0)).all()):
         raise ValueError("a weight scale is zero, negative or not finite")
 

@@ -1,7 +1,7 @@
 """Replacements for two entries in vLLM's table of quantization methods, one for each checkpoint family.
 
 "compressed-tensors": the scheme is chosen per layer. FP8 linear layers are handled here, and so are FP8 experts with
-per-channel scales (`experts`); all others are left to vLLM.
+per-channel scales (`experts`) and linear layers in NVFP4 (`nvfp4`); all others are left to vLLM.
 "fp8": linear layers are handled here; mixture-of-experts and attention are left to vLLM.
 
 `_get_scheme_from_parts` is private to vLLM; because it is overridden, the plugin checks vLLM's version.
@@ -40,6 +40,7 @@ from vllm.model_executor.parameter import BlockQuantScaleParameter, PerTensorSca
 from fp8pipe_vllm_cpu import Settings
 from fp8pipe_vllm_cpu.dequantize import UNSET_SCALE, Activations, Granularity, dequantize, round_trip
 from fp8pipe_vllm_cpu.experts import CpuFp8MoEMethod, takes_over
+from fp8pipe_vllm_cpu.nvfp4 import CpuNvfp4Scheme
 
 logger = init_logger("vllm.fp8pipe_cpu")
 
@@ -167,6 +168,9 @@ class CpuCompressedTensorsConfig(CompressedTensorsConfig):
         if known and _is_fp8(weights) and (inputs is None or _is_fp8(inputs)) and output_quant is None:
             _announce("compressed-tensors")
             return CpuFp8Scheme(weight_quant, input_quant)
+        if self._is_nvfp4_format(weights) and inputs is None and output_quant is None:
+            logger.info_once("compressed-tensors: NVFP4 weights are dequantized exactly at load")
+            return CpuNvfp4Scheme()
         return super()._get_scheme_from_parts(weight_quant, input_quant, output_quant, format, layer_name)
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> Any:

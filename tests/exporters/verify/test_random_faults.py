@@ -106,8 +106,9 @@ def test_a_random_fault_in_a_graph_is_rejected_by_a_validation(pictures, tmp_pat
 @pytest.mark.parametrize("seed", range(usual(8, long=30)))
 def test_a_right_language_export_is_never_found_fault_with(language_artifact, make_model, tmp_path, seed):
     chance = random.Random(seed)
-    forms = [form for form in ExportFormat if form.block is None]  # sides of 64 are no whole blocks
-    family, form = chance.choice(("llama", "qwen2", "gpt2")), chance.choice(forms)
+    family = chance.choice(("llama", "qwen2", "gpt2"))
+    # Sides of 64 are no whole blocks, and GPT-2's weights are stored (in, out).
+    form = chance.choice([f for f in ExportFormat if f.block is None and not (f.packed and family == "gpt2")])
     if chance.random() < 0.6:
         skip = chance.choice(((), ("down_proj", "mlp.c_proj"), ("o_proj",)))
         source = language_artifact(family, granularity=chance.choice(("per-tensor", "per-channel")), skip=skip)

@@ -13,7 +13,8 @@ from exporters.verify.whole import verify_tree
 from exporters.vllm.dry_run import plan_vllm
 from exporters.vllm.export import export_vllm
 from exporters.vllm.options import VllmExportOptions
-from exporters.vllm.reopen import changed_on_purpose, file_gates
+from exporters.vllm.reopen import file_gates
+from exporters.vllm.reopen_files import changed_on_purpose
 from fp8pipe.artifact import open_artifact
 from fp8pipe.artifact.gate import failures
 from fp8pipe.artifact.verify import find_tree

@@ -21,11 +21,11 @@ from exporters.vllm.reopen import (
     BF16_ERROR_BOUND,
     E4M3_ERROR_BOUND,
     _larger,
-    _none,
     expected_blocks,
     iter_weights,
     reopen,
 )
+from exporters.vllm.reopen_files import none_differing
 from fp8pipe.models.checkpoint.tensors import weight_entries
 
 Q, NORM = "model.layers.0.self_attn.q_proj.weight", "model.norm.weight"
@@ -211,5 +211,5 @@ def test_an_error_that_is_no_number_is_the_largest() -> None:
 
 
 def test_a_gate_shows_the_first_five_names():
-    assert _none("x", list("abcde"), "all").detail == "all; differing: a, b, c, d, e"
-    assert _none("x", list("abcdef"), "all").detail == "all; differing: a, b, c, d, e ..."
+    assert none_differing("x", list("abcde"), "all").detail == "all; differing: a, b, c, d, e"
+    assert none_differing("x", list("abcdef"), "all").detail == "all; differing: a, b, c, d, e ..."

