@@ -30,8 +30,13 @@ def build_method(config: FinetuneConfig) -> Method:
     if config.method == "falqon":
         how = config.initialisation or config.rule.initialisation
         return FalqonMethod(config.rule, rank=config.rank, rows=config.rows, initialisation=how, seed=config.seed)
+    return LoraMethod(**lora_options(config))
+
+
+def lora_options(config: FinetuneConfig) -> dict[str, Any]:
+    """The arguments of `LoraMethod` that a configuration of LoRA or QLoRA gives."""
     alpha = config.rank if config.lora_alpha is None else config.lora_alpha
-    return LoraMethod(rank=config.rank, alpha=alpha, seed=config.seed, quantized=config.method == "qlora")
+    return {"rank": config.rank, "alpha": alpha, "seed": config.seed, "quantized": config.method == "qlora"}
 
 
 class Processes:
