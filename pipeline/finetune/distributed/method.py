@@ -67,7 +67,7 @@ class ShardedFalqon(FalqonMethod, ShardedMethod):
     def observed_experts(self, see: Callable[[str], None]) -> Iterator[None]:
         """See `ShardedMethod.observed_experts`."""
         for name in self.experts:
-            self.layers[name].observer = lambda x, name=name: see(name)  # type: ignore[misc]
+            self.layers[name].observer = lambda x, name=name: see(name)
         try:
             yield
         finally:

@@ -43,7 +43,7 @@ class OwnedSteps(torch.optim.Optimizer):
         self._inner = build(list(self._own.values())) if self._own else None
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> Any:
         """Do the step of every parameter that has a gradient; all processes must take part."""
         moved = [p for p in self._owners if p.grad is not None]
         gradients = wholes([p.grad for p in moved if p.grad is not None])
