@@ -24,8 +24,9 @@ from fp8pipe.artifact.writer import sync
 from fp8pipe.core.errors import BadArtifactError, ConfigurationError
 
 ENCODED_TEXT: Final = "the encoded training text"  # key of its sha256 among the recorded inputs of a run
+RUN: Final = "run.json"  # is there once a run is prepared
 _PREFIX = "step-"
-_STATE, _TENSORS, _RUN = "state.json", "state", "run.json"
+_STATE, _TENSORS = "state.json", "state"
 _SUFFIX = ".safetensors"
 _SHARD_BYTES = 1 << 30  # limits host memory use, as safetensors copies all tensors of a file from the GPU at once
 
@@ -56,11 +57,11 @@ class CheckpointStore:
             inputs: sha256 of the input files and of the encoded text, by name.
         """
         self.root.mkdir(parents=True, exist_ok=True)
-        _atomic_text(self.root / _RUN, json.dumps({"config": config, "inputs": inputs or {}}, indent=1, sort_keys=True))
+        _atomic_text(self.root / RUN, json.dumps({"config": config, "inputs": inputs or {}}, indent=1, sort_keys=True))
 
     def started(self) -> bool:
         """Whether `begin` completed in an earlier process."""
-        return (self.root / _RUN).exists()
+        return (self.root / RUN).exists()
 
     def check_config(self, config: dict[str, Any], inputs: dict[str, str] | None = None) -> None:
         """Refuse to resume a run that was started with another configuration or other inputs.
@@ -68,7 +69,7 @@ class CheckpointStore:
         Raises:
             ConfigurationError: something differs; the message lists every such field, or every such file.
         """
-        run = json.loads((self.root / _RUN).read_text())
+        run = json.loads((self.root / RUN).read_text())
         stored = run["config"]
         different = [
             f"{key}: {stored.get(key)!r} then, {config.get(key)!r} now"

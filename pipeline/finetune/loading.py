@@ -37,19 +37,20 @@ _RESIDENT: Final = 0.5
 _END_BYTES: Final = 1 << 20
 
 
-def load_model(config: FinetuneConfig, source: ModelSource) -> nn.Module:
+def load_model(config: FinetuneConfig, source: ModelSource, *, shared: bool = False) -> nn.Module:
     """Load the base model, with stacked experts split into linear layers.
 
     Args:
         config: determines dtype, device and gradient checkpointing.
         source: the resolved base model; if it is quantized, its weights are dequantized.
+        shared: whether several processes will share its weights.
 
     Raises:
         ConfigurationError: transformers cannot load it as a causal language model.
     """
     settings, base = load_config(source.path), read_base(source.path)
     kind = model_class(settings)
-    streamed = _streamed(config, kind, settings)
+    streamed = _streamed(config, kind, settings, shared)
     # For a quantized base, transformers would create its own quantized modules; so it is given dequantized tensors.
     weights = {"config": settings, "state_dict": base.state()} if base.stored is not None else {}
     try:
@@ -82,27 +83,31 @@ def load_model(config: FinetuneConfig, source: ModelSource) -> nn.Module:
     return moved
 
 
-def _streamed(config: FinetuneConfig, kind: Any, settings: Any) -> tuple[str, ...]:
-    """The layers whose weights stay on the host until they are converted; none if the model fits on the GPU."""
+def _streamed(config: FinetuneConfig, kind: Any, settings: Any, shared: bool = False) -> tuple[str, ...]:
+    """The layers whose weights stay on the host until they are prepared; none if the model fits on the GPU."""
     if config.device == "cpu":
         return ()
     with torch.device("meta"):
         model = kind._from_config(settings, dtype=getattr(torch, config.dtype))
     size = sum(parameter.nbytes for parameter in model.parameters())
-    if not waits_on_host(config, size):
+    if not waits_on_host(config, size, shared):
         return ()
     model.tie_weights()
     unstack_experts(model)
     _LOG.info(
-        "the model has %s in %s and the GPU %s of memory: until they are converted, weights are copied there for "
+        "the model has %s in %s and the GPU %s of memory: until they are prepared, weights are copied there for "
         "each use", format_bytes(size), config.dtype, format_bytes(machine.gpus()[0].memory_bytes),
     )  # fmt: skip
     return read_convertible(model, config.rank).trainable
 
 
-def waits_on_host(config: FinetuneConfig, size: int) -> bool:
-    """Whether a model of `size` bytes is too large for the GPU as a whole, and FALQON converts it layer by layer."""
-    return config.device != "cpu" and config.method == "falqon" and size > _RESIDENT * machine.gpus()[0].memory_bytes
+def waits_on_host(config: FinetuneConfig, size: int, shared: bool = False) -> bool:
+    """Whether a model of `size` bytes is too large for the GPU as a whole, and need not be there.
+
+    FALQON converts it layer by layer; with other methods, several processes can share it layer by layer.
+    """
+    by_layer = config.method == "falqon" or shared
+    return config.device != "cpu" and by_layer and size > _RESIDENT * machine.gpus()[0].memory_bytes
 
 
 def least_memory(config: FinetuneConfig, source: ModelSource, structure: ModelStructure) -> int:

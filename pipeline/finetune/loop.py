@@ -61,7 +61,7 @@ class Trainer:
         self.train_batches, self.heldout_batches = train, heldout
         self.store, self.metrics_file = store, metrics_file
         self.names = {p: n for n, p in method.parameters().items()}
-        self.optimizer = _build_optimizer(config, list(self.names))
+        self.optimizer = build_optimizer(config, list(self.names))
         self.compiled = compile_layers(model, exact_casts=method.exact_casts)
         self.step = 0
         self.history: list[Metrics] = []
@@ -245,7 +245,7 @@ class Trainer:
             yield model_inputs(self.train_batches.at(index), self.config.device)
 
 
-def _build_optimizer(config: FinetuneConfig, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+def build_optimizer(config: FinetuneConfig, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
     """AdamW over `parameters`: torch's fused version, or bitsandbytes' 8-bit version to save optimizer memory.
 
     Raises:

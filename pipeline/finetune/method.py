@@ -152,6 +152,8 @@ class LoraMethod(Method):
         quantized: keep the base weights in NF4 (bitsandbytes, double quantization, bf16 compute).
     """
 
+    place: torch.device | None = None  # where weights are quantized, if not where they are
+
     def __init__(self, *, rank: int, alpha: float, seed: int, quantized: bool) -> None:
         self.rank, self.alpha, self.seed, self.quantized = rank, alpha, seed, quantized
         self._transposed: dict[str, bool] = {}
@@ -168,7 +170,7 @@ class LoraMethod(Method):
         self._transposed = {name: structure.transposed(name) for name in self.names}
         if self.quantized:
             for name in self.names:
-                _to_nf4(model, name, structure.weight(model, name))
+                _to_nf4(model, name, structure.weight(model, name), self.place)
         torch.manual_seed(self.seed)
         config = peft.LoraConfig(
             r=self.rank, lora_alpha=self.alpha, target_modules=list(self.names), lora_dropout=0.0,
@@ -204,15 +206,16 @@ class LoraMethod(Method):
 
     def deployed_weights(self) -> Weights:
         """The merged bf16 weights, in the checkpoint's orientation, by module path."""
-        weights: Weights = {}
-        for name in self.names:
-            weight = self._peft.base_model.model.get_submodule(name).weight.detach()
-            stored = weight.t().contiguous() if self.quantized and self._transposed[name] else weight
-            weights[name] = Deployed(stored.to(torch.bfloat16), None, self._transposed[name])
-        return weights
+        model = self._peft.base_model.model
+        return {name: self.deployed(name, model.get_submodule(name).weight.detach()) for name in self.names}
+
+    def deployed(self, name: str, merged: Tensor) -> Deployed:
+        """The merged bf16 weight of one layer, in the checkpoint's orientation."""
+        stored = merged.t().contiguous() if self.quantized and self._transposed[name] else merged
+        return Deployed(stored.to(torch.bfloat16), None, self._transposed[name])
 
 
-def _to_nf4(model: nn.Module, name: str, weight: Tensor) -> None:
+def _to_nf4(model: nn.Module, name: str, weight: Tensor, place: torch.device | None) -> None:
     bitsandbytes = import_package("bitsandbytes", "the qlora baseline needs bitsandbytes", _INSTALL)
     old = model.get_submodule(name)
     bias = getattr(old, "bias", None)
@@ -227,25 +230,38 @@ def _to_nf4(model: nn.Module, name: str, weight: Tensor) -> None:
     )
     if bias is not None:
         new.bias = nn.Parameter(bias.detach(), requires_grad=False)
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, new.to(weight.device))  # .to() quantizes
+    new = new.to(place or weight.device)  # quantizes
+    new.quant_state = new.weight.quant_state  # which a parameter loses where FSDP shards it
+    replace_layer(model, name, new)
 
 
 @torch.no_grad()
 def _merge(model: nn.Module, name: str) -> None:
-    """Replace a layer with an adapter by a plain one with bf16 weight `W + B A alpha / rank`, added in fp32."""
+    """Replace a layer with an adapter by a plain one with the merged weight."""
     layer: Any = model.get_submodule(name)
     base = layer.get_base_layer()
-    weight = base.weight
-    if getattr(weight, "quant_state", None) is not None:
-        import bitsandbytes
-
-        weight = bitsandbytes.functional.dequantize_4bit(weight.data, weight.quant_state)
-    merged = (weight.float() + layer.get_delta_weight("default").float()).to(torch.bfloat16)
+    merged = merged_weight(layer)
     if isinstance(base, nn.Linear) and merged.shape != base.weight.shape:  # packed NF4: use a plain layer instead
         bias = base.bias
         base = nn.Linear(merged.shape[1], merged.shape[0], bias=False, device="meta")
         base.bias = bias
     base.weight = nn.Parameter(merged, requires_grad=False)
+    replace_layer(model, name, base)
+
+
+def merged_weight(layer: Any) -> Tensor:
+    """bf16 `W + B A alpha / rank` of a layer of peft, added in fp32, in the orientation of the layer that it wraps."""
+    base = layer.get_base_layer()
+    weight, state = base.weight, getattr(base, "quant_state", None)
+    if state is not None:
+        import bitsandbytes
+
+        weight = bitsandbytes.functional.dequantize_4bit(weight.data, state)
+    merged: Tensor = (weight.float() + layer.get_delta_weight("default").float()).to(torch.bfloat16)
+    return merged
+
+
+def replace_layer(model: nn.Module, name: str, new: nn.Module) -> None:
+    """Put `new` in the place of the module called `name`."""
     parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, base)
+    setattr(model.get_submodule(parent), child, new)

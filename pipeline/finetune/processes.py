@@ -26,13 +26,17 @@ from pipeline.finetune.weights import Weights
 T = TypeVar("T")
 
 
-def build_method(config: FinetuneConfig, falqon: Callable[..., FalqonMethod] = FalqonMethod) -> Method:
-    """Create the configured training method; FALQON by calling `falqon` with the arguments of `FalqonMethod`."""
+def build_method(
+    config: FinetuneConfig,
+    falqon: Callable[..., FalqonMethod] = FalqonMethod,
+    lora: Callable[..., LoraMethod] = LoraMethod,
+) -> Method:
+    """Create the configured training method, by calling `falqon` or `lora` with the arguments of their defaults."""
     if config.method == "falqon":
         how = config.initialisation or config.rule.initialisation
         return falqon(config.rule, rank=config.rank, rows=config.rows, initialisation=how, seed=config.seed)
     alpha = config.rank if config.lora_alpha is None else config.lora_alpha
-    return LoraMethod(rank=config.rank, alpha=alpha, seed=config.seed, quantized=config.method == "qlora")
+    return lora(rank=config.rank, alpha=alpha, seed=config.seed, quantized=config.method == "qlora")
 
 
 class RunWriter(Protocol):

@@ -109,7 +109,7 @@ def tune(
         for warning in [*read_base(source.path).warnings(), *text.warnings]:
             writer.warn(warning)
         enter_phase("load")
-        model = load_model(config, source)
+        model = load_model(config, source, shared=processes.size > 1)
         structure = read_convertible(model, config.rank)
         names = checkpoint_names(source.path, structure.naming, structure.trainable)
         for warning in export_warnings(source.path, config.method, names.values()):

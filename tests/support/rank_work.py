@@ -5,12 +5,15 @@ from __future__ import annotations
 import atexit
 import json
 import os
+import re
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -26,16 +29,20 @@ from fp8pipe.models.compat import import_transformers
 from fp8pipe.models.language.text import IGNORED
 from pipeline.falqon.final_merge import second_moments
 from pipeline.finetune.batches import Batch, Batches
+from pipeline.finetune.checkpoint import CheckpointStore
 from pipeline.finetune.distributed.group import Group, joined
 from pipeline.finetune.distributed.method import ShardedFalqon
 from pipeline.finetune.distributed.moments import shared_moments
+from pipeline.finetune.distributed.processes import SeveralProcesses
 from pipeline.finetune.distributed.shard import shard
 from pipeline.finetune.distributed.tensors import assign, sharded_like, wholes
 from pipeline.finetune.distributed.trainer import RankedTrainer
 from pipeline.finetune.stage import finetune
 
+_FROZEN = re.compile(r"code_bytes|base_layer.weight")
 # Imported by the server of `ranks`, once for all processes.
 _MODELS = [getattr(import_transformers(), name) for name in ("LlamaForCausalLM", "MixtralForCausalLM")]
+_BASELINES = [import_module(name) for name in ("peft", "bitsandbytes") if find_spec(name)]
 
 
 @contextmanager
@@ -177,19 +184,18 @@ def sharded_and_back(shapes: list[tuple[tuple[int, ...], str]]) -> list[tuple[in
     return found
 
 
-def shares(family: str) -> dict[str, tuple[int, int]]:
-    """Bytes that this process holds of a sharded model, and bytes of the whole, of codes, of the rest, and of B."""
-    from mixtures import method_of, mixture
+def shares(family: str, how: dict[str, Any], folder: str) -> dict[str, tuple[int, int]]:
+    """Bytes that this process holds of a sharded model, and bytes of the whole: trained, the layers' others, others."""
+    from mixtures import mixture
 
     model = mixture(family)
-    method = method_of("live")
-    method.prepare(model)
-    found: dict[str, list[int]] = {"codes": [0, 0], "B": [0, 0], "rest": [0, 0]}
+    found: dict[str, list[int]] = {"trained": [0, 0], "layers": [0, 0], "rest": [0, 0]}
     with _group() as group:
+        SeveralProcesses(group).method(config("", "", **how), CheckpointStore(Path(folder), 1)).prepare(model)
         shard(model, group.mesh)
         for name, parameter in model.named_parameters():
             assert isinstance(parameter, DTensor)
-            kind = {"code_bytes": "codes", "lora_B": "B"}.get(name.rpartition(".")[2], "rest")
+            kind = "trained" if parameter.requires_grad else "layers" if _FROZEN.search(name) else "rest"
             found[kind][0] += parameter.to_local().untyped_storage().nbytes()
             found[kind][1] += parameter.numel() * parameter.element_size()
     return {kind: (mine, whole) for kind, (mine, whole) in found.items()}

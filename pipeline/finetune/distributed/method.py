@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, Final
@@ -24,6 +24,7 @@ from pipeline.falqon.method import CODES, FalqonMethod, adapter_of, deployed_of
 from pipeline.falqon.observed import Losses
 from pipeline.finetune.distributed.group import Group
 from pipeline.finetune.distributed.moments import shared_moments
+from pipeline.finetune.distributed.sharded import ShardedMethod
 from pipeline.finetune.distributed.tensors import assign, reshard, whole_layer
 from pipeline.finetune.weights import Deployed, Weights
 
@@ -31,7 +32,7 @@ _SPILL_BYTES: Final = 1 << 28  # of codes in memory until they are written
 _SPILLED: Final = "deployed-{}.safetensors"
 
 
-class ShardedFalqon(FalqonMethod):
+class ShardedFalqon(FalqonMethod, ShardedMethod):
     """`FalqonMethod` in one of several processes; for its arguments see there.
 
     Args:
@@ -44,7 +45,6 @@ class ShardedFalqon(FalqonMethod):
     def __init__(self, *args: Any, group: Group, folder: Path, **options: Any) -> None:
         super().__init__(*args, **options)
         self.group, self.folder = group, folder
-        self.experts: tuple[str, ...] = ()
         self._model: nn.Module | None = None
         self._compared: frozenset[str] = frozenset()  # names of layers
 
@@ -56,17 +56,27 @@ class ShardedFalqon(FalqonMethod):
         Raises:
             ConfigurationError: the processes do not share the directory of the output.
         """
-        if self.group.rank and not (self.folder / RECORD).exists():
-            raise ConfigurationError(
-                f"{self.folder} is not the directory that rank 0 has written",
-                why=f"it has no {RECORD} in rank {self.group.rank}, on {platform.node()}",
-                fix="give an --output on a file system that all machines share",
-            )
+        require_shared(self.folder, RECORD, self.group)
         records = super().prepare(model, base, losses)
         self._model = model
         self.experts = tuple(name for name, group in zip(self.layers, self.groups, strict=True)
                              if in_experts(model, group.members[0]))  # fmt: skip
         return records
+
+    @contextmanager
+    def observed_experts(self, see: Callable[[str], None]) -> Iterator[None]:
+        """See `ShardedMethod.observed_experts`."""
+        for name in self.experts:
+            self.layers[name].observer = lambda x, name=name: see(name)
+        try:
+            yield
+        finally:
+            for name in self.experts:
+                self.layers[name].observer = None
+
+    def trained_in(self, name: str) -> list[nn.Parameter]:
+        """B of one layer."""
+        return [self.layers[name].lora_B]
 
     def after_step(self, step: int, measure: bool) -> FlushReport | None:
         """As in one process; in each step that is measured, processes compare what they computed for some layers."""
@@ -121,7 +131,7 @@ class ShardedFalqon(FalqonMethod):
         Raises:
             OutOfMemoryError: the disk has no room for the files.
         """
-        weights, adapter = _Spilled(self.folder), dict[str, Tensor]()
+        weights, adapter = Spilled(self.folder), dict[str, Tensor]()
         self._compared = frozenset()
         for group in self.groups:
             with self.whole(group.name, group.layer):
@@ -134,10 +144,29 @@ class ShardedFalqon(FalqonMethod):
     def spill_bytes(self) -> int:
         """Bytes of codes that `collect` has still to write to `folder`; files of an earlier attempt are replaced."""
         codes = sum(sum(layer.parts) * layer.in_features for layer in self.layers.values())
-        return max(0, codes - sum(file.stat().st_size for file in self.folder.glob(_SPILLED.format("*"))))
+        return left_to_spill(self.folder, codes)
 
 
-class _Spilled:
+def require_shared(folder: Path, file: str, group: Group) -> None:
+    """Make sure that the folder is the one in which rank 0 has written `file` before.
+
+    Raises:
+        ConfigurationError: it is another one.
+    """
+    if group.rank and not (folder / file).exists():
+        raise ConfigurationError(
+            f"{folder} is not the directory that rank 0 has written",
+            why=f"it has no {file} in rank {group.rank}, on {platform.node()}",
+            fix="give an --output on a file system that all machines share",
+        )
+
+
+def left_to_spill(folder: Path, size: int) -> int:
+    """How many of `size` bytes `Spilled` has still to write to `folder`."""
+    return max(0, size - sum(file.stat().st_size for file in folder.glob(_SPILLED.format("*"))))
+
+
+class Spilled:
     """Deployed weights in files, so that they are not in memory all at once."""
 
     def __init__(self, folder: Path) -> None:
@@ -146,6 +175,7 @@ class _Spilled:
         self._written: Weights = {}
 
     def add(self, name: str, weight: Deployed) -> None:
+        """Keep a weight until there are enough for a file."""
         self._waiting[name] = Deployed(
             weight.values.cpu().clone(), None if weight.scale is None else weight.scale.cpu(), weight.transposed
         )
@@ -153,6 +183,7 @@ class _Spilled:
             self._write()
 
     def mapped(self) -> Weights:
+        """All weights, mapped from their files."""
         if self._waiting:
             self._write()
         return self._written

@@ -17,8 +17,10 @@ from pipeline.finetune.checkpoint import CheckpointStore
 from pipeline.finetune.config import FinetuneConfig
 from pipeline.finetune.distributed.evaluate import shared_heldout_loss
 from pipeline.finetune.distributed.group import Group
+from pipeline.finetune.distributed.lora import ShardedLora
 from pipeline.finetune.distributed.method import ShardedFalqon
 from pipeline.finetune.distributed.shard import shard
+from pipeline.finetune.distributed.sharded import ShardedMethod
 from pipeline.finetune.distributed.trainer import RankedTrainer
 from pipeline.finetune.loop import Trainer
 from pipeline.finetune.method import Method
@@ -37,20 +39,8 @@ class SeveralProcesses(Processes):
         self.facts = {"world_size": group.size}
 
     def check(self, config: FinetuneConfig) -> None:
-        """Refuse what only one process can run, or what would leave processes without work."""
+        """Refuse what would leave processes without work."""
         size, count = self.group.size, config.gradient_accumulation
-        if config.method != "falqon":
-            raise ConfigurationError(
-                f"{config.method} trains on one device",
-                why=f"{size} processes were started; the baselines are not sharded",
-                fix="start one process, or use --method falqon",
-            )
-        if config.optimizer != "adamw":
-            raise ConfigurationError(
-                f"the optimizer {config.optimizer} trains on one device",
-                why=f"{size} processes were started, and bitsandbytes cannot keep its state in shards",
-                fix="use --optimizer adamw: on several devices each holds only a part of its state",
-            )
         if count < size:
             raise ConfigurationError(
                 f"{size} processes have {count} micro-batch(es) per step to share",
@@ -75,8 +65,9 @@ class SeveralProcesses(Processes):
         )
 
     def method(self, config: FinetuneConfig, store: CheckpointStore) -> Method:
-        """FALQON on a sharded model."""
-        return build_method(config, partial(ShardedFalqon, group=self.group, folder=store.root))
+        """The method on a sharded model."""
+        shared: dict[str, Any] = {"group": self.group, "folder": store.root}
+        return build_method(config, partial(ShardedFalqon, **shared), partial(ShardedLora, **shared))
 
     def trainer(
         self, config: FinetuneConfig, model: nn.Module, method: Method, train: Batches, heldout: Batches,
@@ -93,12 +84,12 @@ class SeveralProcesses(Processes):
         return shared_heldout_loss(model, heldout, self.group)
 
     def results(self, method: Method) -> tuple[Weights, dict[str, Tensor]]:
-        """See `ShardedFalqon.collect`."""
-        return cast(ShardedFalqon, method).collect()
+        """See `ShardedMethod.collect`."""
+        return cast(ShardedMethod, method).collect()
 
     def spill_bytes(self, method: Method) -> int:
-        """See `ShardedFalqon.spill_bytes`."""
-        return cast(ShardedFalqon, method).spill_bytes()
+        """See `ShardedMethod.spill_bytes`."""
+        return cast(ShardedMethod, method).spill_bytes()
 
     def finished(self, write: Callable[[], Artifact], output: Path) -> Artifact:
         """The artifact, which the main process writes while the others wait."""

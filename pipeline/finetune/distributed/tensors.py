@@ -100,13 +100,25 @@ def whole_layer(layer: FalqonLinear) -> Iterator[None]:
     At its end every process keeps its rows of what they are then, so all processes must make the same changes.
     """
     shards: dict[str, Any] = {name: layer._parameters[name] for name in ("code_bytes", "lora_B")}
-    with torch.no_grad():
-        for name, whole in zip(shards, wholes(list(shards.values())), strict=True):
-            layer._parameters[name] = nn.Parameter(whole, requires_grad=shards[name].requires_grad)
+    with held_whole([(layer, name) for name in shards]):
         yield
         for name, shard in shards.items():
             assign(shard, layer._parameters[name].detach())  # type: ignore[union-attr]
-            layer._parameters[name] = shard
+
+
+@contextmanager
+def held_whole(places: Sequence[tuple[nn.Module, str]]) -> Iterator[None]:
+    """A context in which these sharded parameters, each of a module, are ordinary ones; at its end they are as before.
+
+    All processes must enter it with the same parameters.
+    """
+    shards: list[Any] = [module._parameters[name] for module, name in places]
+    with torch.no_grad():
+        for (module, name), shard, whole in zip(places, shards, wholes(shards), strict=True):
+            module._parameters[name] = nn.Parameter(whole, requires_grad=shard.requires_grad)
+        yield
+        for (module, name), shard in zip(places, shards, strict=True):
+            module._parameters[name] = shard
 
 
 def reshard(model: nn.Module) -> None:

@@ -7,9 +7,8 @@ loss is taken of, as the others need its part of the parameters. What is compute
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Literal
+from functools import partial
+from typing import Final, Literal
 
 import torch
 from torch import Tensor
@@ -19,11 +18,14 @@ from pipeline.falqon.method import CODES
 from pipeline.finetune.checkpoint import Shard, in_shards
 from pipeline.finetune.distributed.evaluate import no_batch, shared_heldout_loss
 from pipeline.finetune.distributed.group import Group
-from pipeline.finetune.distributed.method import ShardedFalqon
+from pipeline.finetune.distributed.owners import OwnedState, OwnedSteps
 from pipeline.finetune.distributed.shard import OrderedSums
+from pipeline.finetune.distributed.sharded import ShardedMethod
 from pipeline.finetune.distributed.tensors import sharded_like, wholes
-from pipeline.finetune.loop import Metrics, Trainer
+from pipeline.finetune.loop import Metrics, Trainer, build_optimizer
 from pipeline.finetune.loss import answer_count
+
+_STATE: Final = "optimizer/"  # begins the names of an optimizer's tensors in checkpoints
 
 
 class RankedTrainer(Trainer):
@@ -34,12 +36,15 @@ class RankedTrainer(Trainer):
 
     group: Group
     sums: OrderedSums
-    method: ShardedFalqon
+    method: ShardedMethod
 
     def join(self, group: Group, sums: OrderedSums) -> None:
         """Take part in the training of `group`, with the sums of gradients that `shard` returned."""
         self.group, self.sums = group, sums
         self._reached: set[str] = set()
+        self._owned: OwnedState | None = None
+        if self.config.optimizer != "adamw":
+            self.optimizer = OwnedSteps(partial(build_optimizer, self.config), list(self.names), group)
 
     def accumulate(self) -> tuple[list[Tensor], int, int]:
         """As in one process; gradients and losses are those of all processes."""
@@ -57,25 +62,13 @@ class RankedTrainer(Trainer):
             for parameter in self.names:
                 parameter.grad = None  # its value is in `sums`
             if self.group.rank in self.sums.contributors:
-                with self._observed_experts():
+                with self.method.observed_experts(self._reached.add):
                     losses[start + self.group.rank] = self.backward(batches[start + self.group.rank], answers)
             else:
                 self.backward(no_batch(), answers)
         shared = self._share(losses)
         kept = [loss for loss, count in zip(shared, counts, strict=True) if count]
         return kept, answers, sum(batch.tokens for batch in batches)
-
-    @contextmanager
-    def _observed_experts(self) -> Iterator[None]:
-        """A context in which the experts that tokens reach are noted."""
-        layers = self.method.layers
-        for name in self.method.experts:
-            layers[name].observer = lambda x, name=name: self._reached.add(name)
-        try:
-            yield
-        finally:
-            for name in self.method.experts:
-                layers[name].observer = None
 
     def _share(self, losses: Tensor) -> Tensor:
         """The losses of all processes; drops the gradients of experts that no process has reached.
@@ -87,7 +80,8 @@ class RankedTrainer(Trainer):
         found = self.group.total(torch.cat([losses, reached]))
         for name, hits in zip(names, found[len(losses) :].tolist(), strict=True):
             if not hits:
-                self.method.layers[name].lora_B.grad = None
+                for parameter in self.method.trained_in(name):
+                    parameter.grad = None
         return found[: len(losses)].to(losses.device)
 
     def clip(self) -> Tensor:
@@ -122,6 +116,10 @@ class RankedTrainer(Trainer):
 
         One file is gathered at a time.
         """
+        if isinstance(self.optimizer, OwnedSteps):
+            mine = {path: tensor for path, tensor in tensors.items() if path.startswith(_STATE)}
+            self._owned = OwnedState(mine, self.names.values(), self.group)
+            tensors = {path: tensor for path, tensor in tensors.items() if path not in mine} | self._owned.tensors
         if self.group.rank == 0:
             self.store.save(self.step, tensors, {"history": self.history}, self._whole)
         else:
@@ -131,6 +129,8 @@ class RankedTrainer(Trainer):
     def _whole(self, shard: Shard) -> Shard:
         found: Shard = {}
         for name, whole in zip(shard, wholes(list(shard.values())), strict=True):
+            if self._owned is not None:
+                whole = self._owned.at_main(name, whole)
             if self.group.rank == 0:
                 codes = name.endswith(CODES)
                 found[name] = (whole.view(E4M3.dtype) if codes else whole).cpu()
@@ -141,8 +141,8 @@ class RankedTrainer(Trainer):
         parameters = {name: parameter for parameter, name in self.names.items()}
         parts = dict(tensors)
         for path, tensor in tensors.items():
-            if path.startswith("optimizer/"):
-                like = parameters[path.removeprefix("optimizer/").rpartition("/")[0]]
-                if tensor.shape == like.shape:
+            if path.startswith(_STATE):
+                like = parameters[path.removeprefix(_STATE).rpartition("/")[0]]
+                if tensor.shape == like.shape and not isinstance(self.optimizer, OwnedSteps):
                     parts[path] = sharded_like(tensor, like)
         super().restore(parts)

@@ -15,7 +15,7 @@ from pipeline.falqon.convert import convert_model
 from pipeline.falqon.rules import Initialisation, update_rule
 from pipeline.finetune import loading
 from pipeline.finetune.loss import answer_loss
-from pipeline.finetune.streaming import stream_weights
+from pipeline.finetune.streaming import stop_streaming, stream_weights
 
 
 def linears(model):
@@ -46,6 +46,11 @@ def test_gradients_codes_and_the_converted_model_are_the_same(make_base):
     with pytest.raises(RuntimeError):
         streamed.get_submodule(names[0])(torch.zeros(1, 7))  # also a call that fails gives the weight back
     assert all(streamed.get_submodule(name).weight is weight for name, weight in weights.items())
+    other = import_transformers().AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16)
+    stream_weights(other, names, torch.device("cpu"))
+    stop_streaming(other)
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in other.modules())
+    assert same_bits(other(ids).logits, plain(ids).logits)
     for one, two in zip(convert(plain), convert(streamed), strict=True):
         assert same_bits(one.codes, two.codes)
     assert same_bits(streamed(ids).logits, plain(ids).logits)
@@ -71,10 +76,13 @@ def test_only_called_layers_have_their_weight_on_the_gpu():
         assert {name.removesuffix(".weight") for name, on_gpu in places.items() if not on_gpu} == set(names)
 
 
-@pytest.mark.parametrize(("share", "method", "waits"), [(0.6, "falqon", True), (0.4, "falqon", False),
-                                                        (0.6, "lora", False)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("share", "method", "shared", "waits"),
+    [(0.6, "falqon", False, True), (0.4, "falqon", False, False), (0.6, "lora", False, False),
+     (0.6, "lora", True, True), (0.4, "lora", True, False)],
+)  # fmt: skip
 def test_a_model_of_more_than_half_the_gpus_memory_waits_on_the_host(
-    make_base, pairs, monkeypatch, share, method, waits
+    make_base, pairs, monkeypatch, share, method, shared, waits
 ):
     base = make_base("llama")
     source, settings = (
@@ -84,7 +92,7 @@ def test_a_model_of_more_than_half_the_gpus_memory_waits_on_the_host(
     kind = import_transformers().LlamaForCausalLM
     size = sum(p.nbytes for p in kind.from_pretrained(base, dtype=torch.bfloat16).parameters())
     monkeypatch.setattr(machine, "gpus", lambda: [machine.Gpu("one", (9, 0), int(size / share))])
-    found = loading._streamed(settings, kind, loading.load_config(source.path))
+    found = loading._streamed(settings, kind, loading.load_config(source.path), shared)
     assert len(found) == (14 if waits else 0)
 
 

@@ -7,6 +7,9 @@ from rank_work import compared, given_up, moments, sharded_and_back, shares, spi
 from ranks import run_ranks
 
 from pipeline.falqon.base_files import RECORD
+from pipeline.finetune.checkpoint import RUN
+
+SVD, QLORA = {"initialisation": "randomized-svd"}, {"method": "qlora"}  # the first needs no losses
 
 
 def test_a_difference_between_processes_is_an_error_that_names_it_in_every_process():
@@ -59,9 +62,14 @@ def test_the_codes_that_are_written_to_collect_them_are_counted_in_advance(tmp_p
         assert after == 0  # they would be replaced
 
 
-@pytest.mark.parametrize(("size", "family"), [(2, "llama"), (4, "mixtral")])
-def test_each_process_holds_its_share_of_the_bytes(size, family):
-    for held in run_ranks(size, shares, family).values():
+@pytest.mark.parametrize(("size", "family", "how"), [(2, "llama", SVD), (4, "mixtral", SVD), (2, "llama", QLORA)])
+def test_each_process_holds_its_share_of_the_bytes(tmp_path, size, family, how):
+    if how == QLORA:
+        pytest.importorskip("bitsandbytes")
+        pytest.importorskip("peft")
+    for name in (RECORD, RUN):
+        (tmp_path / name).touch()  # as if rank 0 had prepared the run
+    for held in run_ranks(size, shares, family, how, str(tmp_path)).values():
         for mine, whole in held.values():
             # Rows are divided up, and every matrix has 24 rows or more: rounded up by less than one in six.
             assert mine <= 1.17 * whole / size
