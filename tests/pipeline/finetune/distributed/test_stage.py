@@ -38,10 +38,18 @@ def tiny(make_base, changes, **shapes):
         pytest.param({"gradient_accumulation": 3, "gradient_checkpointing": True}, (1, 4), (2,), id="uneven"),
         pytest.param({"gradient_accumulation": 2, "update_rule": "released"}, (), (2,), id="released"),
         pytest.param(
-            {"gradient_accumulation": 2, "update_rule": "accumulate-stochastic", "rows": 4}, (0, 1), (2,), id="rows"
+            {"gradient_accumulation": 2, "update_rule": "accumulate-stochastic", "rows": 4, **EIGHT_BITS},
+            (0, 1),
+            (2,),
+            id="rows",
         ),
         pytest.param({"gradient_accumulation": 4, "rank": 6, **LORA}, (), (2, 4), id="lora"),
-        pytest.param({"gradient_accumulation": 3, **QLORA, **EIGHT_BITS}, (1, 4), (3,), id="qlora"),
+        pytest.param(
+            {"gradient_accumulation": 3, "gradient_checkpointing": True, **QLORA, **EIGHT_BITS},
+            (1, 4),
+            (3,),
+            id="qlora",
+        ),
     ],
 )
 def test_any_number_of_processes_ends_with_the_bits_of_one(make_base, pairs, tmp_path, changes, blank, sizes):
