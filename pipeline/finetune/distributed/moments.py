@@ -19,6 +19,7 @@ from pipeline.falqon.layer import FalqonLinear
 from pipeline.finetune.distributed.group import Group
 
 _ALIGN = 64  # bytes: where a matrix begins may decide how its products are computed
+TOGETHER = 8  # layers whose inputs are sent together: while they are, they are in memory twice
 _Seen = list[tuple[str, Tensor]]
 
 
@@ -47,8 +48,15 @@ def shared_moments(
             model(**batch, use_cache=False)
         if group.rank >= len(held):
             seen.clear()
-        for name, x in _for_this_process(seen, owners, group):
-            add_moment(moments, name, x)
+        found: dict[str, list[Tensor]] = {}
+        for name, x in seen:
+            found.setdefault(name, []).append(x)
+        seen.clear()
+        for start in range(0, len(layers), TOGETHER):
+            names = list(layers)[start : start + TOGETHER]
+            part = [(name, x) for name in names for x in found.pop(name, [])]
+            for name, x in _for_this_process(part, owners, group):
+                add_moment(moments, name, x)
     return moments
 
 
