@@ -28,6 +28,8 @@ from pipeline.dry_run.costs import (
 from pipeline.dry_run.devices import DEVICES, Device
 
 TOKENS, LENGTH, RANK, STEP_TOKENS = 8192, 512, 64, 64 * 8192  # per micro-batch, per sequence; of a step
+NODE = 8  # GPUs
+REPLICA_SHARE = 0.5  # of a GPU's memory, at most, for its part of a replica (`pipeline.finetune.distributed.machines`)
 LINK_SHARE = 0.8  # part of a data sheet's rate that large transfers reach: an assumption
 
 
@@ -72,20 +74,38 @@ def gathered_bytes(model: Model, way: Way) -> float:
     return (model.shape.linear + model.idle) * way.weight_bytes + values
 
 
+def static(model: Model, way: Way) -> float:
+    """Bytes of all weights, gradients and moments."""
+    return static_bytes(model.shape, RANK, way) + model.idle * way.weight_bytes
+
+
+def shard_group(model: Model, way: Way, device: Device, count: int) -> int:
+    """The number of GPUs among which the weights are divided: those of a node, if they fit, else all."""
+    held = static(model, way) / NODE + _gathered(model, way)
+    fits = held <= REPLICA_SHARE * device.memory_bytes
+    return NODE if count > NODE and fits else count
+
+
+def _gathered(model: Model, way: Way) -> float:
+    """Bytes that each GPU holds whole for a while: embeddings and head, and two decoder layers."""
+    return model.shape.others * 2 + 2 * gathered_bytes(model, way) / model.shape.layers
+
+
 def memory_per_gpu(model: Model, way: Way, count: int) -> float:
-    """Peak bytes on each GPU: shares of what is sharded, whole what is not, two gathered layers, activations."""
+    """Peak bytes on each of `count` GPUs among which the weights are divided.
+
+    Shares of what is sharded, whole what is not, two gathered layers, activations.
+    """
     step = Step(TOKENS // LENGTH, LENGTH, RANK, checkpointing=True)
-    static = static_bytes(model.shape, RANK, way) + model.idle * way.weight_bytes
     rest = memory_bytes(model.shape, step, way) - static_bytes(model.shape, RANK, way)
     if count == 1:
-        return static + rest
-    layers = 2 * gathered_bytes(model, way) / model.shape.layers
-    return static / count + model.shape.others * 2 + layers + rest
+        return static(model, way) + rest
+    return static(model, way) / count + _gathered(model, way) + rest
 
 
 def transfer_seconds(received: float, links: Links, count: int) -> float:
     """Seconds in which every GPU receives this many bytes that are spread evenly over all."""
-    nodes = math.ceil(count / 8)
+    nodes = math.ceil(count / NODE)
     inside = received * (count - 1) / count / (links.inside * LINK_SHARE)
     between = received * (nodes - 1) / nodes / (links.between * LINK_SHARE)
     return max(inside, between)
@@ -101,10 +121,22 @@ def step_seconds(model: Model, way: Way, device: Device, links: Links, count: in
         return rounds * compute + found.optimizer
     weights = gathered_bytes(model, way)
     gradients = 4 * trained_values(model.shape, RANK, way)
-    moved = transfer_seconds(2 * weights + gradients, links, count)
-    first = transfer_seconds(weights / model.shape.layers, links, count)
-    norm = transfer_seconds(gradients, links, count)  # whole gradients are gathered once, to sum them in order
-    return rounds * (max(compute, moved) + first) + norm + found.optimizer / count
+    size = shard_group(model, way, device, count)
+    moved = transfer_seconds(2 * weights + gradients, links, size)
+    if size < count:  # sums go from node to node, and from the last one to all
+        moved = max(moved, count // size * gradients / (links.between * LINK_SHARE))
+    first = transfer_seconds(weights / model.shape.layers, links, size)
+    norm = transfer_seconds(gradients, links, size)  # whole gradients are gathered once, to sum them in order
+    return rounds * (max(compute, moved) + first) + norm + found.optimizer / size
+
+
+def device_of(links: Links) -> Device:
+    """The GPU that these links connect."""
+    return next(one for one in DEVICES if one.name == links.device)
+
+
+def _memory(model: Model, way: Way, links: Links, count: int) -> float:
+    return memory_per_gpu(model, way, shard_group(model, way, device_of(links), count))
 
 
 def main() -> None:
@@ -115,14 +147,13 @@ def main() -> None:
         print("| GPUs | " + " | ".join(["GB, FP8", "GB, bf16 LoRA", *heads]) + " |")
         print("|---" * (3 + len(heads)) + "|")
         for count in COUNTS:
-            memory = [memory_per_gpu(model, way, count) for way in (LIVE_COMPILED, LORA)]
-            cells = [f"{size / 1e9:.1f}" for size in memory]
+            cells = [f"{_memory(model, way, LINKS[0], count) / 1e9:.1f}" for way in (LIVE_COMPILED, LORA)]
             for links in LINKS:
-                device = next(one for one in DEVICES if one.name == links.device)
-                for way, size in zip((LIVE_COMPILED, LORA), memory, strict=True):
+                device = device_of(links)
+                for way in (LIVE_COMPILED, LORA):
                     seconds = step_seconds(model, way, device, links, count)
                     alone = step_seconds(model, way, device, links, 1)
-                    fits = size <= device.memory_bytes
+                    fits = _memory(model, way, links, count) <= device.memory_bytes
                     cells.append(f"{seconds:.1f} ({alone / seconds / count:.0%})" if fits else "does not fit")
             print(f"| {count} | " + " | ".join(cells) + " |")
 

@@ -42,5 +42,6 @@ def disk_need(
     output = sum(shards.values()) + adapter + sidecars + records
     base = work.codes + work.directions if falqon else 0
     step = (4 + moments) * work.trained + (work.codes if work.flushes else 0)
+    spilled = work.weights if work.processes > 1 else 0  # deployed codes are collected in files next to the checkpoints
     training = base + min(saves, kept + 1) * step
-    return DiskNeed(max(training, base + min(saves, kept) * step + output), output)
+    return DiskNeed(max(training, base + min(saves, kept) * step + spilled + output), output)

@@ -10,11 +10,12 @@ other. `docs/planning.md` compares the sums with real runs.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Final
 
 from pipeline.dry_run.workload import Group, Workload
 from pipeline.falqon.base_files import SHARD_BYTES
-from pipeline.falqon.final_merge import held_moments
+from pipeline.falqon.final_merge import held_moments, merge_groups
 
 _FP32: Final = 4  # bytes
 _STATES: Final = 4 * _FP32  # per trained value: itself, its gradient, AdamW's two moments
@@ -27,12 +28,15 @@ _CONVERSION, _SVD = 8, 12
 # Compensated rounding: H in fp32, reordered, then in fp64 with its factor and its inverse, per input squared; and
 # target, work, result and their transposed copies in fp32, per weight.
 _SOLVER, _ROUNDED = 4 + 3 * 8, 6 * _FP32
+_GATHERED: Final = 3  # decoder layers: one that is used, the next one, and the buffer that it is received in
 _MERGE: Final = 3 * _FP32  # LoRA: a layer's weight, its change and their sum
 
 
 def phase_bytes(work: Workload) -> Mapping[str, int]:
     """Peak bytes that each phase allocates, in addition to the packages and the text that are in memory before it."""
     largest = max(work.groups, key=lambda group: group.weights)
+    if work.processes > 1:
+        return _shared_phases(work, largest)
     base, merged, head = _base(work, work.flushes), _base(work, True), _head(work)
     optimizer = (_STATES - _FP32) * work.trained  # without gradients
     moments = held_moments([group.width for group in work.groups]) if work.compensated else 0
@@ -41,6 +45,59 @@ def phase_bytes(work: Workload) -> Mapping[str, int]:
         "step": base + _STATES * work.trained + activation_bytes(work) + max(head, _layer(work)),
         "final merge": optimizer + moments + _merge(work, merged),
         "write": optimizer + (merged if work.method == "falqon" else work.itemsize * work.weights) + work.shard,
+    }
+
+
+def _shared_phases(work: Workload, largest: Group) -> Mapping[str, int]:
+    """`phase_bytes` of the main one of several processes, which holds the most; codes are mapped until they are shared.
+
+    The final merge first sends the inputs of a group of layers to the processes that will round them, and then rounds.
+    """
+    from pipeline.finetune.distributed.moments import TOGETHER  # not in a plan for one process, whose memory it takes
+
+    held, head = shares(work), _head(work)
+    static, gathered = held["sharded_weights_bytes"], held["gathered_bytes"]
+    layers = [group.width for group in work.groups]
+    optimizer = (_STATES - _FP32) * work.trained // work.shards
+    moments = held_moments(layers, work.processes) if work.compensated else 0
+    inputs = max(sum(work.groups[place].share * layers[place] for place in each) for each in merge_groups(layers))
+    sent = 2 * sum(sorted((group.share * group.width for group in work.groups), reverse=True)[:TOGETHER])
+    collected = gathered + int(work.itemsize * work.tokens * (inputs + sent)) if work.compensated else 0
+    owned = max(sum(_codes_and_b(work, work.groups[place]) for place in each) for each in merge_groups(layers))
+    rounded = max(owned // work.processes, _codes_and_b(work, largest)) + _merge(work, 0)
+    adapter = work.codes - work.weights + _FP32 * work.trained
+    spilled = min(SHARD_BYTES, work.codes) + 2 * _codes_and_b(work, largest)
+    return {
+        "prepare": _prepare(replace(work, filed=True), largest, head),
+        "step": static + held["sharded_adapter_bytes"] + gathered + activation_bytes(work) + max(head, _layer(work)),
+        "final merge": static + optimizer + moments + max(collected, rounded),
+        "write": static + optimizer + adapter + max(spilled, work.shard),
+    }
+
+
+def _codes_and_b(work: Workload, group: Group) -> int:
+    return group.weights + work.rank * (group.width + _FP32 * group.rows)
+
+
+def static_bytes(work: Workload) -> int:
+    """Bytes of all parameters, gradients and moments, on however many devices they are."""
+    return work.codes + work.others + _STATES * work.trained
+
+
+def shares(work: Workload) -> Mapping[str, int]:
+    """What one of several processes holds during training, beside its micro-batch, in bytes by name.
+
+    `sharded_weights_bytes` is its part of codes, embeddings, norms and output head, `sharded_adapter_bytes` its part of
+    B, the gradient and the moments, and `gathered_bytes` what it gets from others for a while: embeddings, norms and
+    head for a whole pass, and decoder layers one after the other. Before the model is converted, it holds
+    `loaded_bytes`, the base model for the packing test, unless that is mapped or streamed.
+    """
+    layer = (work.codes + _FP32 * work.trained) // work.layers
+    return {
+        "sharded_weights_bytes": (work.codes + work.others) // work.shards,
+        "sharded_adapter_bytes": _STATES * work.trained // work.shards,
+        "gathered_bytes": work.others + _GATHERED * layer,
+        "loaded_bytes": _loaded(work),
     }
 
 
@@ -93,10 +150,15 @@ def _stack(work: Workload) -> int:
     return max((g.together * (g.weights + work.rank * (g.width + _FP32 * g.rows)) for g in stacks), default=0)
 
 
+def _loaded(work: Workload) -> int:
+    """The model as it is loaded, without what is mapped from files or on the host."""
+    elsewhere = work.mapped or work.streamed
+    return (0 if work.mapped else work.others) + (0 if elsewhere else work.itemsize * work.weights)
+
+
 def _prepare(work: Workload, largest: Group, head: int) -> int:
     """Gradients of the unconverted model, layer by layer; then its conversion, layer by layer."""
-    elsewhere = work.mapped or work.streamed
-    loaded = (0 if work.mapped else work.others) + (0 if elsewhere else work.itemsize * work.weights)
+    elsewhere, loaded = work.mapped or work.streamed, _loaded(work)
     if work.method != "falqon":
         return loaded + (_base(work, False) if work.method == "qlora" else 0) + _FP32 * work.trained
     inputs = work.layers * work.tokens * work.hidden * work.itemsize

@@ -60,6 +60,8 @@ class Workload:
         tokens, length, answers: of the largest micro-batch: tokens with padding, the row's length, answer tokens.
         saved: bytes that one decoder layer saves for the backward pass in that micro-batch.
         checkpointing: decoder layers are recomputed in the backward pass.
+        processes: number of processes that train the model together.
+        shards: number of processes among which each copy of the parameters is divided.
     """
 
     method: Literal["falqon", "lora", "qlora"]
@@ -83,6 +85,8 @@ class Workload:
     answers: int
     saved: int
     checkpointing: bool
+    processes: int = 1
+    shards: int = 1
 
     @property
     def weights(self) -> int:

@@ -11,9 +11,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -33,8 +32,8 @@ _DAMPING = 0.001
 _MOMENT_BYTES = 1 << 29  # maximum total size of the second moments in memory at the same time
 
 Inputs = Callable[[], Iterable[dict[str, Tensor]]]
-FindMoments = Callable[[nn.Module, dict[str, FalqonLinear], Inputs], dict[str, Tensor]]
-Whole = Callable[[str, FalqonLinear], AbstractContextManager[Any]]
+Merged = tuple[dict[str, FlushReport], list[str]]
+MergeGroup = Callable[[nn.Module, dict[str, FalqonLinear], FinalMerge, Inputs], Merged]
 
 
 def second_moments(model: nn.Module, layers: dict[str, FalqonLinear], inputs: Inputs) -> dict[str, Tensor]:
@@ -71,14 +70,28 @@ def observed_inputs(layers: dict[str, FalqonLinear], see: Callable[[str, Tensor]
             layer.observer = None
 
 
-def _as_it_is(name: str, layer: FalqonLinear) -> AbstractContextManager[Any]:
-    return nullcontext()
+def merge_group(model: nn.Module, layers: dict[str, FalqonLinear], how: FinalMerge, inputs: Inputs) -> Merged:
+    """Merge all of B into the codes of some layers, after which their B is zero.
+
+    Args:
+        model: see `merge_all`; with compensated rounding, it is run on `inputs` before anything is changed.
+        layers: by name; changed in place.
+        how: the rounding.
+        inputs: see `merge_all`.
+
+    Returns:
+        A report of the merge for each layer, and the names of trained layers that were to be compensated but have not
+        been reached by any token, so that they are rounded to nearest.
+    """
+    moments = second_moments(model, layers, inputs) if how is FinalMerge.COMPENSATED else {}
+    unseen = [name for name, layer in layers.items() if is_unseen(layer, how, moments.get(name))]
+    return {name: merge_layer(layer, moments.get(name)) for name, layer in layers.items()}, unseen
 
 
 @torch.no_grad()
 def merge_all(
     model: nn.Module, layers: dict[str, FalqonLinear], how: FinalMerge, inputs: Inputs,
-    find_moments: FindMoments = second_moments, whole: Whole = _as_it_is,
+    merge: MergeGroup = merge_group,
 ) -> dict[str, FlushReport]:  # fmt: skip
     """Merge all of B into the codes of every layer at the end of training, after which B is zero.
 
@@ -88,27 +101,23 @@ def merge_all(
         layers: by name, in module order; changed in place.
         how: the rounding of the merge.
         inputs: called once for each group of layers; returns an iterable over keyword arguments of the model.
-        find_moments: as `second_moments`.
-        whole: a context in which the layer of that name has all of its tensors.
+        merge: as `merge_group`.
 
     Returns:
         A report of the merge for each layer.
     """
     reports: dict[str, FlushReport] = {}
     names = list(layers)
-    for places in _groups([layer.in_features for layer in layers.values()]):
-        group = {names[place]: layers[names[place]] for place in places}
-        moments = find_moments(model, group, inputs) if how is FinalMerge.COMPENSATED else {}
-        unseen = []
-        for name, layer in group.items():
-            with whole(name, layer):
-                if how is FinalMerge.COMPENSATED and name not in moments and bool(layer.lora_B.any()):
-                    unseen.append(name)
-                codes, reports[name] = _all_rows(layer, moments.get(name))
-                layer.weight_codes.view(torch.uint8).copy_(codes.view(torch.uint8))
-                layer.lora_B.data.zero_()
+    for places in merge_groups([layer.in_features for layer in layers.values()]):
+        found, unseen = merge(model, {names[place]: layers[names[place]] for place in places}, how, inputs)
+        reports |= found
         _warn_unseen(unseen)
     return reports
+
+
+def is_unseen(layer: FalqonLinear, how: FinalMerge, moments: Tensor | None) -> bool:
+    """Whether the rounding of a layer with an update should be compensated, but no token has reached it."""
+    return how is FinalMerge.COMPENSATED and moments is None and bool(layer.lora_B.any())
 
 
 def _warn_unseen(names: list[str]) -> None:
@@ -121,14 +130,22 @@ def _warn_unseen(names: list[str]) -> None:
         )
 
 
-def _all_rows(layer: FalqonLinear, moments: Tensor | None) -> tuple[Tensor, FlushReport]:
-    """W's codes with all of B merged, and a report of the change.
+def merge_layer(layer: FalqonLinear, moments: Tensor | None) -> FlushReport:
+    """Merge all of B into W's codes, in place, after which B is zero; returns a report of the change.
 
     Args:
-        layer: not changed.
+        layer: has all of its rows.
         moments: `(in, in)` fp32, proportional to X^T X: rounding minimizes the error of `X target^T` for inputs X with
             these second moments. None rounds to the nearest code.
     """
+    codes, report = _all_rows(layer, moments)
+    layer.weight_codes.view(torch.uint8).copy_(codes.view(torch.uint8))
+    layer.lora_B.data.zero_()
+    return report
+
+
+def _all_rows(layer: FalqonLinear, moments: Tensor | None) -> tuple[Tensor, FlushReport]:
+    """W's codes with all of B merged, and a report of the change; changes nothing."""
     every = torch.arange(layer.out_features, device=layer.codes.device)
     if moments is None:
         return rounded_rows(layer, every)
@@ -140,7 +157,7 @@ def _all_rows(layer: FalqonLinear, moments: Tensor | None) -> tuple[Tensor, Flus
     return codes, flush_report(layer.weight_codes.float(), target, codes.float())
 
 
-def _groups(widths: Sequence[int]) -> Iterator[list[int]]:
+def merge_groups(widths: Sequence[int]) -> Iterator[list[int]]:
     """Split layers into groups of consecutive ones whose fp32 second moments together fit into `_MOMENT_BYTES`.
 
     A layer whose moments alone exceed that limit is a group of its own.
@@ -164,6 +181,12 @@ def _groups(widths: Sequence[int]) -> Iterator[list[int]]:
         yield group
 
 
-def held_moments(widths: Sequence[int]) -> int:
-    """Peak memory of second moments during a compensated merge, bytes; `widths` are the `in_features` of the layers."""
-    return max((sum(4 * widths[place] ** 2 for place in group) for group in _groups(widths)), default=0)
+def held_moments(widths: Sequence[int], processes: int = 1) -> int:
+    """Peak memory of second moments during a compensated merge, bytes, in one process or in each of several.
+
+    Args:
+        widths: `in_features` of each layer.
+        processes: their number; each holds the moments of the layers that it rounds.
+    """
+    sizes = ([4 * widths[place] ** 2 for place in group] for group in merge_groups(widths))
+    return max((max(-(-sum(each) // processes), *each) for each in sizes), default=0)

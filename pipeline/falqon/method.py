@@ -12,7 +12,7 @@ from fp8pipe.artifact import LayerRecord
 from fp8pipe.numerics.kinds import ScaleRule
 from pipeline.falqon.base_files import BaseFiles
 from pipeline.falqon.convert import FalqonGroup, convert_model
-from pipeline.falqon.final_merge import Inputs, merge_all, second_moments
+from pipeline.falqon.final_merge import Inputs, merge_all
 from pipeline.falqon.flush import FlushReport, flush_rows, preview, select_rows
 from pipeline.falqon.grouped import group_experts
 from pipeline.falqon.layer import FalqonLinear
@@ -125,15 +125,11 @@ class FalqonMethod(Method):
 
     def finish(self, model: nn.Module, inputs: Inputs) -> dict[str, FlushReport]:
         """Merge B into the codes with the rule's final merge; returns a report for each FALQON layer."""
-        return merge_all(model, self.layers, self.rule.final, inputs, self.moments, self.whole)
+        return merge_all(model, self.layers, self.rule.final, inputs)
 
     def whole(self, name: str, layer: FalqonLinear) -> AbstractContextManager[Any]:
         """A context in which `layer`, called `name`, has all of its tensors, which may be changed in place."""
         return nullcontext()
-
-    def moments(self, model: nn.Module, layers: dict[str, FalqonLinear], inputs: Inputs) -> dict[str, Tensor]:
-        """The second moments of the inputs of layers; see `second_moments`."""
-        return second_moments(model, layers, inputs)
 
 
 def deployed_of(group: FalqonGroup) -> Weights:

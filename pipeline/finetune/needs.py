@@ -22,7 +22,7 @@ from pipeline.dry_run.activations import layer_count, saved_bytes
 from pipeline.dry_run.batches import BatchSizes, batch_sizes, probe_packing
 from pipeline.dry_run.costs import CONTEXT_BYTES
 from pipeline.dry_run.disk import DiskNeed, disk_need
-from pipeline.dry_run.memory import mapped_bytes, phase_bytes, sums_bytes
+from pipeline.dry_run.memory import mapped_bytes, phase_bytes, shares, static_bytes, sums_bytes
 from pipeline.dry_run.rates import measure_rates
 from pipeline.dry_run.times import Schedule, phase_seconds
 from pipeline.dry_run.workload import Group, Workload
@@ -47,6 +47,9 @@ _TOWER: Final = (
     "the tokens of images are counted; not counted are memory and time of the vision tower, which is not trained, and "
     "the reading of image files"
 )
+_EACH: Final = (
+    "memory is that of each process, the most of any; time is not estimated, as it depends on the links between them"
+)
 _NOT_PROBED: Final = "only if the model keeps the examples of a row apart, which is tested once it is loaded"
 
 
@@ -61,6 +64,7 @@ class Needs:
         temporary: bytes of temporary files.
         seconds: wall time; None on a GPU.
         packing: what becomes of packing, in words.
+        shares: what each of several processes holds; see `pipeline.dry_run.memory.shares`.
         notes: how the figures were obtained.
     """
 
@@ -70,12 +74,14 @@ class Needs:
     temporary: int
     seconds: float | None
     packing: str
+    shares: Mapping[str, int]
     notes: tuple[str, ...]
 
 
 def estimate_needs(
-    config: FinetuneConfig, source: ModelSource, settings: Any, structure: ModelStructure, names: dict[str, str]
-) -> Needs:
+    config: FinetuneConfig, source: ModelSource, settings: Any, structure: ModelStructure, names: dict[str, str],
+    processes: int = 1,
+) -> Needs:  # fmt: skip
     """Estimate a run from the model's shapes, file headers and the training text.
 
     Args:
@@ -84,6 +90,7 @@ def estimate_needs(
         settings: its transformers configuration.
         structure: of the model, after a probe pass.
         names: the trained layers' names in the checkpoint, by module path.
+        processes: number of processes that share the run; memory is then that of each.
 
     Raises:
         ConfigurationError: the run itself would reject the text.
@@ -102,13 +109,15 @@ def estimate_needs(
     others = sum(entry.size_bytes for name, entry in base.entries.items() if name not in trained)
     mapped = plain and on_cpu and all(DTYPES[entry.dtype] == dtype for entry in base.entries.values())
     work = replace(work, stored=(work.weights * dtype.itemsize, others), mapped=mapped)
+    work = work if processes == 1 else _shared(work, processes, config.device)
     disk = disk_need(
         work, shards=shards, tensors=len(base.entries), sidecars=sidecar_bytes(source.path, BASE_MODEL_FILES),
         saves=config.saves, kept=config.keep_checkpoints, moments=moment_bytes(config),
     )  # fmt: skip
     phases = phase_bytes(work)
     peak = (resident if on_cpu else CONTEXT_BYTES) + int(_ALLOCATOR * max(phases.values()))
-    seconds, rates = _seconds(config, work, text, train, config.saves, dtype) if on_cpu else (None, "")
+    timed = on_cpu and processes == 1
+    seconds, rates = _seconds(config, work, text, train, config.saves, dtype) if timed else (None, "")
     largest = max(phases, key=lambda phase: phases[phase])
     uncounted = "" if saved is not None else "; the activations of this architecture could not be counted"
     notes = (
@@ -117,9 +126,21 @@ def estimate_needs(
         f"memory{'' if on_cpu else ' (of the GPU)'} and disk are estimated from shapes, within about 20 %; memory is "
         f"largest in the phase {largest!r}{uncounted}",
         *((_MAPPED,) if work.mapped else ()),
+        *((_EACH,) if processes > 1 else ()),
         *((rates,) if rates else ()),
     )
-    return Needs(peak, mapped_bytes(work), disk, sums_bytes(work), seconds, packing, notes)
+    return Needs(
+        peak, mapped_bytes(work), disk, sums_bytes(work), seconds, packing, shares(work) if processes > 1 else {}, notes
+    )
+
+
+def _shared(work: Workload, processes: int, device: str) -> Workload:
+    """The same run in several processes."""
+    from pipeline.finetune.distributed.machines import count_replicas
+
+    shared = replace(work, processes=processes, shards=processes)
+    gathered = shares(shared)["gathered_bytes"]
+    return replace(shared, shards=processes // count_replicas(static_bytes(shared), gathered, processes, device))
 
 
 def _packed(

@@ -37,6 +37,7 @@ from pipeline.finetune.method import export_warnings
 from pipeline.finetune.needs import estimate_needs
 
 _PACKAGES: Final = {"falqon": (), "lora": ("peft",), "qlora": ("peft", "bitsandbytes")}
+_ONE_GPU: Final = ("no GPU estimate of step time: the cost model is that of one GPU (docs/cost-model.md)",)
 _SMALLER: Final = "a smaller --batch-size or --sequence-length, --gradient-checkpointing, or a smaller model"
 
 
@@ -51,6 +52,7 @@ def plan_finetune(config: FinetuneConfig, output: Path | None = None) -> Plan:
         ConfigurationError: the run itself would reject the model, the text or the rank.
         MissingCapabilityError: a GPU was requested, but none is available that supports the method.
     """
+    processes, here = _processes(config)
     device = resolve_device(config.device, config.gpu_need)
     config = config.model_copy(update={"device": device.name})
     source = resolve_model(config.model)
@@ -68,8 +70,8 @@ def plan_finetune(config: FinetuneConfig, output: Path | None = None) -> Plan:
     base = 0 if config.method != "falqon" else base_bytes(
         structure, config.rule, config.rank, config.initialisation or config.rule.initialisation
     )  # fmt: skip
-    needs = estimate_needs(config, source, settings, structure, names)
-    on_gpus, told = _on_gpus(config, settings, shapes)
+    needs = estimate_needs(config, source, settings, structure, names, processes)
+    on_gpus, told = _on_gpus(config, settings, shapes) if processes == 1 else ({}, _ONE_GPU)
     where = output or Path(config.model).name
     return Plan(
         reads=(f"{config.model} ({source.path})", config.data),
@@ -80,7 +82,11 @@ def plan_finetune(config: FinetuneConfig, output: Path | None = None) -> Plan:
         seconds=needs.seconds,
         hardware="a CPU" if config.device == "cpu" else str(config.gpu_need),
         packages=_packages(config),
-        missing=(*missing, *_missing_memory(config, needs.peak), *missing_disk(output or Path(), needs.disk.most)),
+        missing=(
+            *missing,
+            *_missing_memory(config, needs.peak, here),
+            *missing_disk(output or Path(), needs.disk.most),
+        ),
         notes=(*warnings, *read_ending(source.path, tuned=True).warnings(), *needs.notes, *told),
         facts={
             "device": str(device),
@@ -93,15 +99,34 @@ def plan_finetune(config: FinetuneConfig, output: Path | None = None) -> Plan:
             "tokens": config.steps * config.gradient_accumulation * config.batch_size * config.sequence_length,
             "mapped_bytes": needs.mapped,
             "temporary_bytes": needs.temporary,
+            **({"processes": processes, **needs.shares} if processes > 1 else {}),
             **on_gpus,
         },
     )
 
 
-def _missing_memory(config: FinetuneConfig, peak: int) -> tuple[Missing, ...]:
-    """An entry if the device has less memory than the run needs."""
+def _processes(config: FinetuneConfig) -> tuple[int, int]:
+    """The number of processes that a launcher started for this plan, as it would for the run: in all, and here.
+
+    Raises:
+        ConfigurationError: so many cannot share the run.
+    """
+    from fp8pipe.core.launch import launched
+
+    place = launched()
+    if place is None:
+        return 1, 1
+    from pipeline.finetune.distributed.machines import local_size
+    from pipeline.finetune.distributed.processes import check_processes
+
+    check_processes(config, place.size)
+    return place.size, local_size(place.size)
+
+
+def _missing_memory(config: FinetuneConfig, peak: int, here: int) -> tuple[Missing, ...]:
+    """An entry if the device has less memory than a process needs; on a CPU, than all that are `here` need."""
     if config.device == "cpu":
-        return missing_memory(peak, _SMALLER)
+        return missing_memory(peak * here, _SMALLER)
     found = next(iter(machine.gpus()), None)
     if found is None or peak <= found.memory_bytes:
         return ()

@@ -27,12 +27,10 @@ from fp8pipe.core.errors import Fp8PipeError
 from fp8pipe.core.launch import launched
 from fp8pipe.models.compat import import_transformers
 from fp8pipe.models.language.text import IGNORED
-from pipeline.falqon.final_merge import second_moments
 from pipeline.finetune.batches import Batch, Batches
 from pipeline.finetune.checkpoint import CheckpointStore
 from pipeline.finetune.distributed.group import Group, joined
 from pipeline.finetune.distributed.method import ShardedFalqon
-from pipeline.finetune.distributed.moments import shared_moments
 from pipeline.finetune.distributed.processes import SeveralProcesses
 from pipeline.finetune.distributed.shard import shard
 from pipeline.finetune.distributed.tensors import assign, sharded_like, wholes
@@ -114,7 +112,8 @@ _FAULTS: dict[str, Callable[[], None]] = {
 
 
 @contextmanager
-def _group() -> Iterator[Group]:
+def joined_group() -> Iterator[Group]:
+    """The processes of this run."""
     place = launched()
     assert place is not None
     with joined(place, "cpu") as processes:
@@ -124,7 +123,7 @@ def _group() -> Iterator[Group]:
 def compared() -> list[str]:
     """The messages about values and tensors that differ in rank 1, each named, and about those that do not."""
     found = []
-    with _group() as group:
+    with joined_group() as group:
         same, other = torch.arange(6.0), torch.arange(6.0) + (group.rank == 1) * 1e-6
         checks = [
             lambda: group.require_same({"seed": 1}, "the configuration"),
@@ -144,7 +143,7 @@ def compared() -> list[str]:
 
 def turns(log: str) -> None:
     """Appends this process's rank to a file, in turn, in each of two runs."""
-    with _group() as group:
+    with joined_group() as group:
 
         def write() -> None:
             if group.rank == 0:
@@ -153,7 +152,7 @@ def turns(log: str) -> None:
                 handle.write(str(group.rank))
 
         group.in_turn(write)
-    with _group() as group:  # another run of the same processes
+    with joined_group() as group:  # another run of the same processes
         group.in_turn(write)
 
 
@@ -162,7 +161,7 @@ def given_up() -> list[str]:
     found: list[str] = []
     for _ in range(2):
         try:
-            with _group() as group:
+            with joined_group() as group:
                 group.in_turn(lambda: found.append(found[1]))  # an IndexError
         except (IndexError, Fp8PipeError) as error:
             found.append(f"{type(error).__name__}: {error}".splitlines()[0])
@@ -172,7 +171,7 @@ def given_up() -> list[str]:
 def sharded_and_back(shapes: list[tuple[tuple[int, ...], str]]) -> list[tuple[int, bool, bool]]:
     """For each shape and dtype: rows held here, whether the whole is what was sharded, and whether assigning works."""
     found = []
-    with _group() as group:
+    with joined_group() as group:
         torch.manual_seed(0)
         origins = [torch.randint(0, 200, shape).to(getattr(torch, dtype)) for shape, dtype in shapes]
         like = [distribute_tensor(torch.zeros_like(origin), group.mesh, [Shard(0)]) for origin in origins]
@@ -190,7 +189,7 @@ def shares(family: str, how: dict[str, Any], folder: str) -> dict[str, tuple[int
 
     model = mixture(family)
     found: dict[str, list[int]] = {"trained": [0, 0], "layers": [0, 0], "rest": [0, 0]}
-    with _group() as group:
+    with joined_group() as group:
         SeveralProcesses(group).method(config("", "", **how), CheckpointStore(Path(folder), 1)).prepare(model)
         shard(model, group.mesh)
         for name, parameter in model.named_parameters():
@@ -206,7 +205,7 @@ def spilled(folder: str) -> tuple[int, int, int]:
     from mixtures import method_of, mixture
 
     model, like = mixture("llama"), method_of("live")
-    with _group() as group:
+    with joined_group() as group:
         method = ShardedFalqon(
             like.rule, rank=like.rank, rows=None, initialisation=like.initialisation, seed=0, group=group,
             folder=Path(folder),
@@ -218,21 +217,3 @@ def spilled(folder: str) -> tuple[int, int, int]:
         group.total(torch.zeros(1))  # the main process has written
         written = sum(t.nbytes for file in Path(folder).glob("*.safetensors") for t in load_file(file).values())
         return before, written, method.spill_bytes()
-
-
-def moments() -> list[tuple[bool, bool]]:
-    """For each layer: whether its shared moments are those of one process, and those of batches in another order."""
-    from mixtures import method_of, mixture
-
-    model = mixture("llama")
-    method = method_of("live")
-    method.prepare(model)
-    generator = torch.Generator().manual_seed(0)
-    batches = [{"input_ids": torch.randint(3, 200, (2, 24), generator=generator)} for _ in range(3)]
-    with torch.no_grad():
-        alone = second_moments(model, method.layers, lambda: batches)
-        other = second_moments(model, method.layers, lambda: batches[::-1])
-        with _group() as group:
-            shard(model, group.mesh)
-            shared = shared_moments(model, method.layers, lambda: batches, group)
-    return [(torch.equal(shared[name], alone[name]), torch.equal(shared[name], other[name])) for name in alone]

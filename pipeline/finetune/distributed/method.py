@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -17,13 +18,13 @@ from fp8pipe.artifact import LayerRecord, disk_guard
 from fp8pipe.core.errors import ConfigurationError
 from fp8pipe.models.language.experts import in_experts
 from pipeline.falqon.base_files import RECORD, BaseFiles
-from pipeline.falqon.final_merge import Inputs
+from pipeline.falqon.final_merge import Inputs, merge_all
 from pipeline.falqon.flush import FlushReport
 from pipeline.falqon.layer import FalqonLinear
 from pipeline.falqon.method import CODES, FalqonMethod, adapter_of, deployed_of
 from pipeline.falqon.observed import Losses
 from pipeline.finetune.distributed.group import Group
-from pipeline.finetune.distributed.moments import shared_moments
+from pipeline.finetune.distributed.merge import shared_merge
 from pipeline.finetune.distributed.sharded import ShardedMethod
 from pipeline.finetune.distributed.tensors import assign, reshard, whole_layer
 from pipeline.finetune.weights import Deployed, Weights
@@ -84,9 +85,12 @@ class ShardedFalqon(FalqonMethod, ShardedMethod):
         return super().after_step(step, measure)
 
     def finish(self, model: nn.Module, inputs: Inputs) -> dict[str, FlushReport]:
-        """As in one process; the processes compare all codes."""
+        """As in one process; each layer is merged by one of the processes. Replicas are compared before."""
         self._compared = frozenset(self.layers)
-        return super().finish(model, inputs)
+        for name, layer in self.layers.items() if self.replicas > 1 else ():
+            with self.whole(name, layer):
+                pass
+        return merge_all(model, self.layers, self.rule.final, inputs, partial(shared_merge, group=self.group))
 
     def health(self, step: int) -> FlushReport:
         """As in one process."""
@@ -106,10 +110,6 @@ class ShardedFalqon(FalqonMethod, ShardedMethod):
             yield
             if name in self._compared:
                 self.group.require_equal({name + CODES: layer.code_bytes, f"{name}.lora_B": layer.lora_B})
-
-    def moments(self, model: nn.Module, layers: dict[str, FalqonLinear], inputs: Inputs) -> dict[str, Tensor]:
-        """See `shared_moments`."""
-        return shared_moments(model, layers, inputs, self.group)
 
     def step_state(self) -> dict[str, Tensor]:
         """As in one process, but sharded."""

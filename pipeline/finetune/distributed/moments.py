@@ -1,14 +1,14 @@
 """Second moments of layer inputs for the final merge, from batches that the processes share.
 
-Moments are sums over batches, and sums depend on their order. So each batch's inputs, rather than its moments, go to
-all processes, which add their products in the order of one process. For the usual number of tokens of a batch that is
-less traffic, too, and all processes then round with the same moments.
+Moments are sums over batches, and sums depend on their order. So each batch's inputs, rather than its moments, are sent
+to the process that will round the layer, which adds their products in the order of one process. For the usual number of
+tokens of a batch that is less traffic, too.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from itertools import islice
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -18,13 +18,26 @@ from pipeline.falqon.final_merge import Inputs, add_moment, observed_inputs
 from pipeline.falqon.layer import FalqonLinear
 from pipeline.finetune.distributed.group import Group
 
+_ALIGN = 64  # bytes: where a matrix begins may decide how its products are computed
+TOGETHER = 8  # layers whose inputs are sent together: while they are, they are in memory twice
 _Seen = list[tuple[str, Tensor]]
 
 
 def shared_moments(
-    model: nn.Module, layers: dict[str, FalqonLinear], inputs: Inputs, group: Group
+    model: nn.Module, layers: dict[str, FalqonLinear], inputs: Inputs, group: Group, owners: Mapping[str, int]
 ) -> dict[str, Tensor]:
-    """`pipeline.falqon.final_merge.second_moments` of a sharded model; batch i is run by process i mod W."""
+    """`pipeline.falqon.final_merge.second_moments` of a sharded model; batch i is run by process i mod W.
+
+    Args:
+        model: see there.
+        layers: see there.
+        inputs: see there.
+        group: the processes.
+        owners: the rank that needs the moments of each layer.
+
+    Returns:
+        The moments of this process's layers.
+    """
     moments: dict[str, Tensor] = {}
     batches = iter(inputs())
     while held := list(islice(batches, group.size)):  # not all of them: pixel values take much memory
@@ -33,18 +46,50 @@ def shared_moments(
         seen: _Seen = []
         with observed_inputs(layers, lambda name, x, seen=seen: seen.append((name, x.detach()))):  # type: ignore[misc]
             model(**batch, use_cache=False)
-        for rank in range(len(held)):
-            for name, x in _from(rank, seen, group):
+        if group.rank >= len(held):
+            seen.clear()
+        found: dict[str, list[Tensor]] = {}
+        for name, x in seen:
+            found.setdefault(name, []).append(x)
+        seen.clear()
+        for start in range(0, len(layers), TOGETHER):
+            names = list(layers)[start : start + TOGETHER]
+            part = [(name, x) for name in names for x in found.pop(name, [])]
+            for name, x in _for_this_process(part, owners, group):
                 add_moment(moments, name, x)
     return moments
 
 
-def _from(rank: int, seen: _Seen, group: Group) -> _Seen:
-    """The inputs that the process `rank` has seen, in the order in which it has."""
-    told: list[Any] = [[(name, x.shape, x.dtype) for name, x in seen] if rank == group.rank else None]
-    dist.broadcast_object_list(told, src=rank)
-    device = torch.device(group.device)
-    found = seen if rank == group.rank else [(name, torch.empty(s, dtype=d, device=device)) for name, s, d in told[0]]
-    for _, x in found:
-        dist.broadcast(x.contiguous() if rank == group.rank else x, src=rank)
-    return found
+def _for_this_process(seen: _Seen, owners: Mapping[str, int], group: Group) -> Iterator[tuple[str, Tensor]]:
+    """The inputs of this process's layers that all processes have seen, by rank, and in the order in which each has.
+
+    Args:
+        seen: what this process has seen; emptied.
+        owners: the rank of each layer's process.
+        group: the processes.
+    """
+    seen.sort(key=lambda one: owners[one[0]])  # stable
+    told = group.everyones([(name, tuple(x.shape), x.dtype, _padded(x)) for name, x in seen])  # by sender
+    counts = [[0] * group.size for _ in told]  # bytes from each process to each
+    for sender, inputs in enumerate(told):
+        for name, _, _, size in inputs:
+            counts[sender][owners[name]] += size
+    sent = torch.zeros(sum(counts[group.rank]), dtype=torch.uint8, device=group.device)
+    start = 0
+    for _, x in seen:
+        sent[start : start + x.nbytes] = x.contiguous().reshape(-1).view(torch.uint8)
+        start += _padded(x)
+    seen.clear()
+    received = sent.new_empty(sum(row[group.rank] for row in counts))
+    dist.all_to_all_single(received, sent, [row[group.rank] for row in counts], counts[group.rank])
+    start = 0
+    for inputs in told:
+        for name, shape, dtype, size in inputs:
+            if owners[name] == group.rank:
+                used = torch.Size(shape).numel() * dtype.itemsize
+                yield name, received[start : start + used].view(dtype).view(shape)
+                start += size
+
+
+def _padded(x: Tensor) -> int:
+    return -(-x.nbytes // _ALIGN) * _ALIGN

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -18,6 +19,7 @@ from pipeline.finetune.config import FinetuneConfig
 from pipeline.finetune.distributed.evaluate import shared_heldout_loss
 from pipeline.finetune.distributed.group import Group
 from pipeline.finetune.distributed.lora import ShardedLora
+from pipeline.finetune.distributed.machines import lay_out
 from pipeline.finetune.distributed.method import ShardedFalqon
 from pipeline.finetune.distributed.shard import shard
 from pipeline.finetune.distributed.sharded import ShardedMethod
@@ -27,6 +29,7 @@ from pipeline.finetune.method import Method
 from pipeline.finetune.processes import Processes, RunWriter, build_method
 from pipeline.finetune.weights import Weights
 
+_LOG = logging.getLogger(__name__)
 T = TypeVar("T")
 _WRITTEN = "written"  # key in the store, set when the artifact is complete
 
@@ -39,15 +42,8 @@ class SeveralProcesses(Processes):
         self.facts = {"world_size": group.size}
 
     def check(self, config: FinetuneConfig) -> None:
-        """Refuse what would leave processes without work."""
-        size, count = self.group.size, config.gradient_accumulation
-        if count < size:
-            raise ConfigurationError(
-                f"{size} processes have {count} micro-batch(es) per step to share",
-                why=f"gradient_accumulation is {count}; a micro-batch is computed by one process",
-                fix=f"use --gradient-accumulation {size} or a multiple of it; with --batch-size divided by as much, a "
-                "step has as many sequences as before",
-            )
+        """See `check_processes`."""
+        check_processes(config, self.size)
 
     def in_turn(self, function: Callable[[], T]) -> T:
         """See `Group.in_turn`."""
@@ -74,7 +70,12 @@ class SeveralProcesses(Processes):
         store: CheckpointStore, metrics_file: Path,
     ) -> Trainer:  # fmt: skip
         """The trainer of the model, which is sharded first."""
-        sums = shard(model, self.group.mesh)
+        layout = lay_out(model, self.group)
+        if layout.replicas > 1:
+            self.facts = self.facts | {"replicas": layout.replicas}
+            cast(ShardedMethod, method).replicas = layout.replicas
+            _LOG.info("each of %d machines holds a replica of the parameters", layout.replicas)
+        sums = shard(model, layout.mesh, layout.across)
         trainer = RankedTrainer(config, model, method, train, heldout, store, metrics_file)
         trainer.join(self.group, sums)
         return trainer
@@ -99,6 +100,22 @@ class SeveralProcesses(Processes):
             return artifact
         self.group.wait(_WRITTEN)
         return open_artifact(output, verify=False)  # which the main process has just done
+
+
+def check_processes(config: FinetuneConfig, size: int) -> None:
+    """Refuse what would leave some of `size` processes without work.
+
+    Raises:
+        ConfigurationError: it is refused.
+    """
+    count = config.gradient_accumulation
+    if count < size:
+        raise ConfigurationError(
+            f"{size} processes have {count} micro-batch(es) per step to share",
+            why=f"gradient_accumulation is {count}; a micro-batch is computed by one process",
+            fix=f"use --gradient-accumulation {size} or a multiple of it; with --batch-size divided by as much, a "
+            "step has as many sequences as before",
+        )
 
 
 class _Reader:

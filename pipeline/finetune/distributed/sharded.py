@@ -17,9 +17,11 @@ class ShardedMethod(Method, Protocol):
 
     Attributes:
         experts: names of the trained layers that belong to an expert, which tokens may not reach.
+        replicas: number of replicas of the parameters, whose processes compute the same steps.
     """
 
     experts: tuple[str, ...] = ()
+    replicas: int = 1
 
     def observed_experts(self, see: Callable[[str], None]) -> AbstractContextManager[None]:
         """A context in which `see` is called with the name of each of `experts` that is used."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from rank_work import compared, given_up, moments, sharded_and_back, shares, spilled, turns
+from rank_work import compared, given_up, sharded_and_back, shares, spilled, turns
 from ranks import run_ranks
 
 from pipeline.falqon.base_files import RECORD
@@ -46,13 +46,6 @@ def test_tensors_of_any_shape_are_whole_again_and_take_values():
     assert [[rows for rows, _, _ in found[rank]] for rank in range(4)] == [
         [2, 2, 1, 1, 3], [2, 2, 1, 0, 3], [2, 2, 0, 0, 3], [2, 1, 0, 0, 0],
     ]  # fmt: skip
-
-
-def test_moments_of_shared_batches_have_the_bits_of_one_process():
-    for found in run_ranks(2, moments).values():  # three batches: one process has none in the second round
-        assert len(found) == 8
-        assert all(same for same, _ in found)
-        assert not all(reordered for _, reordered in found)  # else the order would be no part of the test
 
 
 def test_the_codes_that_are_written_to_collect_them_are_counted_in_advance(tmp_path):

@@ -1,0 +1,48 @@
+"""A plan in several processes is that of each of them, and is printed once."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from rank_plan import planned
+from ranks import run_ranks
+
+from pipeline.finetune.plan import plan_finetune
+
+RANK, ROWS = 8, {"qkv": 64 + 2 * 32, "o": 64, "up": 2 * 96, "down": 64}
+WIDTHS = {"qkv": 64, "o": 64, "up": 64, "down": 96}
+LAYERS, REST = 2, 2 * (272 * 64 + 5 * 64)  # embedding (tied to the head) and five norms, bf16
+
+
+@pytest.fixture
+def settings(make_base, pairs):
+    return {"base": str(make_base()), "data": str(pairs), "device": "cpu"}
+
+
+def test_it_counts_what_each_process_holds(settings, tmp_path):
+    found = run_ranks(2, planned, {**settings, "gradient_accumulation": 2}, str(tmp_path))
+    assert found == {0: 0, 1: 0}
+    assert (tmp_path / "1.out").read_text() == ""
+    plan = json.loads((tmp_path / "0.out").read_text())["plan"]
+    codes = LAYERS * sum((ROWS[name] + RANK) * WIDTHS[name] for name in ROWS)
+    trained = LAYERS * RANK * sum(ROWS.values())
+    assert plan["processes"] == 2
+    assert plan["sharded_weights_bytes"] == (codes + REST) // 2
+    assert plan["sharded_adapter_bytes"] == 4 * 4 * trained // 2  # B, its gradient and two moments in fp32
+    assert plan["gathered_bytes"] == REST + 3 * (codes + 4 * trained) // LAYERS
+    assert plan["loaded_bytes"] == 0  # the base is mapped from its files on a CPU
+    assert plan["seconds"] is None
+    assert any("memory is that of each process" in note for note in plan["notes"])
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_a_plan_for_one_process_has_no_shares(settings):
+    from tuning_config import config
+
+    facts = plan_finetune(config(**settings)).facts
+    assert not {"processes", "gathered_bytes"} & facts.keys()
+
+
+def test_what_several_processes_cannot_run_is_refused_by_the_plan_too(settings, tmp_path):
+    assert run_ranks(2, planned, settings, str(tmp_path)) == {0: 10, 1: 0}  # two processes for one micro-batch
