@@ -118,7 +118,7 @@ def test_what_was_interrupted_killed_or_lost_continues(tmp_path, cluster):
     checkpoints = tmp_path / "run" / "base.partial" / "checkpoints"
     process = start(tmp_path, {"base": SLOW}, cluster)
     wait_for(checkpoints / "step-0002")
-    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGTERM)  # taken as Ctrl-C, which processes in the background of a shell ignore
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130, errors
     assert "while running base" in errors
