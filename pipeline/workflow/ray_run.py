@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import graphlib
 import os
+import signal
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -81,7 +82,11 @@ class RayRunner:
 
     @contextlib.contextmanager
     def _connected(self) -> Iterator[Any]:
+        handler = signal.getsignal(signal.SIGTERM)
         ray = connect(self._address, quiet=self._quiet)
+        signal.signal(
+            signal.SIGTERM, handler
+        )  # Ray's own would end this process and leave the stages to the supervisors
         try:
             yield ray
         finally:
