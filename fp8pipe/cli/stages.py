@@ -96,7 +96,9 @@ def _training(name: str, *sources: str) -> StageCommand:
         except ConfigurationError:  # reported by `check`, with the stage's name
             return str(settings.get("device"))
 
-    return StageCommand(name, sources, check, arguments, _in_run, resumable=True, device=device)
+    return StageCommand(
+        name, sources, check, arguments, _in_run, resumable=True, device=device, without_effect=("report_to",)
+    )
 
 
 def _measurement(name: str, *inline: str) -> StageCommand:

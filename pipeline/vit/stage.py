@@ -23,12 +23,10 @@ from calibration.make import ARTIFACT_IMAGES, FOLDER_PREFIX, ImageRequest, make_
 from fp8pipe.artifact import (
     Artifact,
     ArtifactWriter,
-    Comparison,
     Gate,
     NumberFormat,
     Parent,
     ScaleRule,
-    Verdict,
     check_place,
 )
 from fp8pipe.artifact.kinds import VIT_KIND, Accuracy, FirstLast, TransformFacts, VitDetails
@@ -36,9 +34,7 @@ from fp8pipe.core.devices import on_device, parts_on
 from fp8pipe.core.plan import enter_phase
 from fp8pipe.core.progress import track
 from fp8pipe.core.work import WorkPool
-from fp8pipe.models.vision.answers import agreeing
 from fp8pipe.models.vision.image_folder import ImageFolder
-from fp8pipe.models.vision.prepare import vision_outputs
 from fp8pipe.models.vision.quantized import QuantizedVit, layer_records, save_quantized
 from fp8pipe.models.vision.sources import VisionModel, load_vision_model
 from fp8pipe.models.vision.structure import VitStructure, read_structure
@@ -46,10 +42,14 @@ from fp8pipe.numerics.bf16 import widen_bf16_products
 from fp8pipe.numerics.convolutions import plain_convolutions
 from fp8pipe.numerics.kinds import Kind, granularity
 from pipeline.finetune.checkpoint import CheckpointStore
+from pipeline.tracking.config import require_trackers
+from pipeline.tracking.reporter import TRACKERS_FILE, Reporter, reporting
+from pipeline.tracking.tracker import Subject
 from pipeline.vit.augment import first_views
 from pipeline.vit.config import QuantizeVitConfig
 from pipeline.vit.distill import Distiller
 from pipeline.vit.evaluate import accuracy, compared_models, read_evaluation_folder
+from pipeline.vit.gates import agreement_gate, code_gate
 from pipeline.vit.initialise import (
     activation_bits,
     activation_kinds,
@@ -89,6 +89,7 @@ def quantize_vit(
         Fp8PipeError: the stage failed; finished images and checkpoints are kept in `OUTPUT.partial`.
     """
     config = on_device(config)
+    require_trackers(config.report_to)
     check_place(output, force=force, resume=resume)
     widen_bf16_products()
     image_request(config)  # rejects an unknown method
@@ -130,9 +131,12 @@ def _write(
     folder: ImageFolder | None, output: Path, *, force: bool, resume: bool, pool: WorkPool | None,
 ) -> Artifact:  # fmt: skip
     """Make and write the artifact from inputs that have been checked."""
-    with ArtifactWriter(output, kind=VIT_KIND, stage="quantize-vit", force=force, resume=resume) as writer:
+    described = config.model_dump(mode="json")
+    with (
+        ArtifactWriter(output, kind=VIT_KIND, stage="quantize-vit", force=force, resume=resume) as writer,
+        reporting(config.report_to, Subject(writer.output, "quantize-vit", described), writer.root) as reporter,
+    ):
         store = CheckpointStore(writer.root / _CHECKPOINTS, keep=2)
-        described = config.model_dump(mode="json")
         if store.started():
             store.check_config(described, {"model": vision.digest})
         else:
@@ -141,28 +145,39 @@ def _write(
             writer.warn(note)
         started = time.perf_counter()
         enter_phase("images")
-        images = given or _make(config, vision, structure, writer.root / _IMAGES_WORK, pool)
+        images = given or _make(config, vision, structure, writer.root / _IMAGES_WORK, pool, reporter)
         for note in (*vision.notes, *structure.notes, *images.notes):
             writer.warn(note)
         seconds = {"images": time.perf_counter() - started}
         started = time.perf_counter()
-        student, history, transformed = _train(config, vision, structure, images, store)
+        student, history, transformed = _train(config, vision, structure, images, store, reporter)
         seconds["training"] = time.perf_counter() - started
-        return _finish(config, vision, structure, images, student, history, transformed, seconds, folder, writer, pool)
+        artifact = _finish(
+            config, vision, structure, images, student, history, transformed, seconds, folder, writer, pool
+        )
+        reporter.tag(artifact)
+        return artifact
 
 
 def _make(
-    config: QuantizeVitConfig, vision: VisionModel, structure: VitStructure, folder: Path, pool: WorkPool | None
-) -> ImageSet:
+    config: QuantizeVitConfig, vision: VisionModel, structure: VitStructure, folder: Path, pool: WorkPool | None,
+    reporter: Reporter,
+) -> ImageSet:  # fmt: skip
     with track(config.images, "images") as progress:
-        return make_images(
-            image_request(config), vision, structure, checkpoints=folder, on_images=progress.advance, pool=pool
-        )
+
+        def made(first: int, batch: ImageSet) -> None:
+            progress.advance(len(batch.images))
+            line = {f"synthesis/{name}": value for name, value in batch.mean_losses.items()}
+            reporter.report("images", first // config.synthesis.batch_size, {"step": first + len(batch.images), **line})
+
+        request = image_request(config)
+        return make_images(request, vision, structure, checkpoints=folder, on_batch=made, pool=pool)
 
 
 def _train(
-    config: QuantizeVitConfig, vision: VisionModel, structure: VitStructure, images: ImageSet, store: CheckpointStore
-) -> tuple[Student, list[dict[str, float]], Transformed]:
+    config: QuantizeVitConfig, vision: VisionModel, structure: VitStructure, images: ImageSet, store: CheckpointStore,
+    reporter: Reporter,
+) -> tuple[Student, list[dict[str, float]], Transformed]:  # fmt: skip
     """Apply equivalent transforms, initialise a student from the images, and distill it.
 
     Returns:
@@ -182,7 +197,13 @@ def _train(
     if distiller.resume():
         _LOG.info("resumed after step %d", distiller.step)
     with track(config.distill.steps, "distillation", done=distiller.step) as progress:
-        history = distiller.run(lambda figures: progress.advance(loss=figures["loss"]))
+        report = reporter.follow("distillation", distiller.history)
+
+        def step(figures: dict[str, float]) -> None:
+            progress.advance(loss=figures["loss"])
+            report(figures)
+
+        history = distiller.run(step)
     return student, history, transformed
 
 
@@ -231,12 +252,12 @@ def _finish(
     images.save(writer.root / ARTIFACT_IMAGES, vision.architecture.classes)
     (writer.root / _METRICS).write_text("".join(json.dumps(line) + "\n" for line in history))
     pixels = vision.preprocessing.normalize(images.images)
-    for gate in (_code_gate(quantized), _rebuild_gate(quantized, pixels[:_PROBE_IMAGES], writer.root)):
+    for gate in (code_gate(quantized), _rebuild_gate(quantized, pixels[:_PROBE_IMAGES], writer.root)):
         writer.gate(gate)
     enter_phase("agree")
     device = torch.device(config.device)
     quantized = quantized.to(device)  # so far on the CPU, for writing and for the comparison with the rebuilt model
-    similarity = _agreement(vision, quantized, pixels, structure, device)
+    similarity = agreement_gate(vision, quantized, pixels, structure, device)
     writer.gate(similarity)
     if not similarity.passed:
         writer.warn(f"the quantized model follows its teacher poorly: {similarity.name} {similarity.value:.3f}")
@@ -263,48 +284,19 @@ def _finish(
         details=VitDetails(
             precision=str(config.precision), edges=config.edges, images=len(images.images),
             image_method="images" if _are_pictures(images) else images.method,  # so that no local path is recorded
-            image_losses={name: sum(v) / len(v) for name, v in images.losses.items() if v},
+            image_losses=images.mean_losses,
             seconds={name: round(value, 1) for name, value in seconds.items()},
             transforms=TransformFacts(done=list(conditioned.steps), left_out=list(conditioned.notes)),
             seconds_per_image=round(seconds["images"] / len(images.images), 3),
             loss=FirstLast(first=history[0]["loss"], last=history[-1]["loss"]) if history else None,
             accuracy=None if measured is None else Accuracy.model_validate(measured),
         ),
-        exclude=[_CHECKPOINTS, _IMAGES_WORK], volatile=[_METRICS],
+        exclude=[_CHECKPOINTS, _IMAGES_WORK, TRACKERS_FILE], volatile=[_METRICS],
     )  # fmt: skip
 
 
 def _are_pictures(images: ImageSet) -> bool:
     return images.method.startswith(FOLDER_PREFIX)
-
-
-def _code_gate(quantized: QuantizedVit) -> Gate:
-    """A gate that no weight has more distinct codes than its bit width allows, such as 16 for a 4-bit weight."""
-    above = sum(len(w.codes.view(torch.uint8).unique()) > 2**w.bits for w in quantized.weights.values())
-    return Gate(name="weights with too many codes", value=above)
-
-
-@torch.no_grad()
-def _agreement(
-    vision: VisionModel, quantized: QuantizedVit, pixels: Tensor, structure: VitStructure, device: torch.device
-) -> Gate:
-    """A gate on how well the deployed model agrees with its teacher on the calibration images."""
-    teacher = torch.cat([vision_outputs(vision.model, batch).cpu() for batch in parts_on(pixels, _BATCH, device)])
-    student = torch.cat([quantized(batch).cpu() for batch in parts_on(pixels, _BATCH, device)])
-    if structure.is_backbone:
-        value = float(torch.cosine_similarity(teacher, student, dim=1).mean())
-        name = "cosine with the teacher's features"
-        detail = "on the calibration images"
-    else:
-        value = float(agreeing(teacher, student, vision.architecture.activation).float().mean())
-        name, detail = "top-1 agreement with the teacher", "on the calibration images"
-        if not vision.architecture.ranked:
-            name = "agreement with the teacher's outputs"
-            detail += ": share whose outputs differ by less than half of the teacher's spread"
-    return Gate(
-        name=name, value=value, comparison=Comparison.AT_LEAST, threshold=0.5, detail=detail,
-        failure=Verdict.REGRESSION,
-    )  # fmt: skip
 
 
 _FRESH = """

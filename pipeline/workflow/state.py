@@ -44,6 +44,7 @@ class StageCommand:
         versions: returns the versions of engines outside this Python environment. Called with the settings.
         device: returns the device that the command would use now, on which its output may depend. Called with the
             settings; None for commands without a `device` setting.
+        without_effect: settings that change nothing in the output, and so are no part of the key.
     """
 
     name: str
@@ -57,6 +58,7 @@ class StageCommand:
     environment: Callable[[Settings], Mapping[str, str]] = lambda settings: {}
     versions: Callable[[Settings], Mapping[str, str]] = lambda settings: {}
     device: Callable[[Settings], str] | None = None
+    without_effect: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,8 +201,11 @@ class RunState:
         """The stage with its `device` setting replaced by the device that it would use now, or removed for the CPU.
 
         So `auto` gives the same key as the device to which it resolves, and the CPU the same key as no `device`.
+        Settings without effect on the output are removed.
         """
-        device = self.commands[spec.command].device
+        command = self.commands[spec.command]
+        settings = {name: value for name, value in spec.settings.items() if name not in command.without_effect}
+        spec, device = replace(spec, settings=settings), command.device
         if device is None:
             return spec
         found = device(spec.settings)

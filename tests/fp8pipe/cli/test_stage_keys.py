@@ -54,3 +54,13 @@ def test_a_gpu_that_cannot_do_the_work_changes_no_key(key, monkeypatch):
     assert key("finetune") == before
     monkeypatch.setattr(machine, "gpus", lambda: [Gpu("A100", (8, 0), 40 << 30)])
     assert key("quantize-vit") == key("quantize-vit", "cuda")
+
+
+def test_trackers_are_no_part_of_a_key(tmp_path):
+    def key(line: str) -> str:
+        file = tmp_path / "recipe.yaml"
+        file.write_text(f"stages:\n  one:\n    command: finetune\n    {STAGES['finetune']}\n    {line}\n")
+        recipe = load_recipe(file, ())
+        return RunState(recipe, stage_commands(), tmp_path / "run", RunOptions()).key(recipe.stages[0])
+
+    assert key("report_to: [mlflow, wandb]") == key("") != key("steps: 7")

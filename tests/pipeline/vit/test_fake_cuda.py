@@ -20,7 +20,8 @@ from pipeline.vit import evaluate, initialise
 from pipeline.vit.augment import first_views
 from pipeline.vit.config import QuantizeVitConfig
 from pipeline.vit.distill import Distiller
-from pipeline.vit.stage import _agreement, begin_student
+from pipeline.vit.gates import agreement_gate
+from pipeline.vit.stage import begin_student
 from pipeline.vit.transforms.apply import apply_transforms
 
 IMAGES, CUDA = 4, torch.device("cuda")
@@ -47,7 +48,7 @@ def test_a_student_is_begun_trained_deployed_and_judged(bits, rounding, monkeypa
         distiller.one_step()
         assert (counter.syncs, counter.uploads) == ({}, 0)
         running = student.deploy().to(CUDA)
-        _agreement(teacher, running, images, shapes, CUDA)
+        agreement_gate(teacher, running, images, shapes, CUDA)
         monkeypatch.setattr(evaluate, "batches", lambda *given: [torch.zeros(3, 3, *TINY.size, dtype=torch.uint8)])
         folder = evaluate.ImageFolder(None, ("class 1", "class 7"), (None,) * 3, (0, 1, 1))
         models = {"teacher": lambda x: vision_outputs(teacher.model, x), "student": running}
