@@ -15,6 +15,7 @@ from pipeline.tracking.tracker import Ending, Figures, Subject
 
 __all__ = ["WandbTracker"]
 
+_PATIENCE_S: Final = 60.0  # for the upload of what is left at the end of a run
 _EXIT_CODES: Final[Mapping[Ending, int]] = {"finished": 0, "failed": 1, "interrupted": 130}
 
 
@@ -26,8 +27,10 @@ class WandbTracker:
         opened = wandb.init(
             project=os.environ.get("WANDB_PROJECT", "fp8pipe"), name=subject.name, job_type=subject.stage, id=run,
             resume=None if run is None else "allow", config=dict(subject.config),
-            # Its console capture would put itself between this process and its terminal.
-            settings=wandb.Settings(console="off"),
+            settings=wandb.Settings(
+                quiet=True, console="off",  # its capture would put itself between this process and its terminal
+                finish_timeout=_PATIENCE_S, finish_timeout_raises=True,  # without, a server that is gone is waited for
+            ),
         )  # fmt: skip
         opened.define_metric("*", step_metric="step")
         self._run = opened
