@@ -16,7 +16,7 @@ from fp8pipe.artifact.writer import partial_of
 from fp8pipe.core.errors import BadArtifactError, ConfigurationError
 from fp8pipe.core.version import __version__
 from pipeline.workflow.keys import VERSIONS, SourceDigests, file_states, stage_key
-from pipeline.workflow.recipe import Recipe, StageSpec, settings_differing, substitute
+from pipeline.workflow.recipe import Recipe, StageSpec, references, settings_differing, substitute
 
 __all__ = ["STAGES", "RunOptions", "RunState", "StageCommand", "StageStatus", "content_of"]
 
@@ -189,13 +189,19 @@ class RunState:
             dotted: self.records[name].content if name in self.records else "" for dotted, name in spec.reads.items()
         }
         sources = {
-            name: self.sources.digest(str(spec.settings[name]))
+            name: self._digest(spec.settings[name])
             for name in self.commands[spec.command].sources
             if spec.settings.get(name) is not None and name not in spec.reads
         }
         own = {name: version for name, version in self.versions.items() if name != "python"}
         engine = {f"engine {name}": v for name, v in self.commands[spec.command].versions(spec.settings).items()}
         return stage_key(self._placed(spec), contents, sources, own | engine)
+
+    def _digest(self, value: Any) -> str:
+        """The digest of the inputs that a setting names: one, or several in a list."""
+        if isinstance(value, list | tuple):
+            return canonical_digest([self._digest(one) for one in value if not references({"": one})])
+        return self.sources.digest(str(value))
 
     def _placed(self, spec: StageSpec) -> StageSpec:
         """The stage with its `device` setting replaced by the device that it would use now, or removed for the CPU.
