@@ -34,6 +34,11 @@ class ImageSet:
     losses: dict[str, list[float]] = field(default_factory=dict)  # final value of each loss by name, one per image
     notes: list[str] = field(default_factory=list)  # messages about restarts and the like
 
+    @property
+    def mean_losses(self) -> dict[str, float]:
+        """The mean over the images of each loss, by name."""
+        return {name: sum(values) / len(values) for name, values in self.losses.items() if values}
+
     def to_bytes(self) -> bytes:
         """The set as a safetensors file with its record in the metadata."""
         facts = {"method": self.method, "seed": self.seed, "losses": self.losses, "notes": self.notes}

@@ -30,7 +30,7 @@ FOLDER_PREFIX, ARTIFACT_PREFIX = "images:", "artifact:"
 ARTIFACT_IMAGES = "calibration"  # folder in an artifact
 IMAGES_JOB = "images"  # name of the job that makes synthetic images
 METHODS = ("synthetic", "patch-similarity", "gaussian")
-Progress = Callable[[int], None]
+OnBatch = Callable[[int, ImageSet], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +62,7 @@ def make_images(
     structure: VitStructure,
     *,
     checkpoints: Path | None = None,
-    on_images: Progress = lambda count: None,
+    on_batch: OnBatch = lambda first, batch: None,
     pool: WorkPool | None = None,
 ) -> ImageSet:
     """Make or read the requested images.
@@ -72,7 +72,8 @@ def make_images(
         vision: the float model to calibrate.
         structure: the model's structure.
         checkpoints: directory in which finished batches are stored, for a resumed run.
-        on_images: called with the number of newly finished images.
+        on_batch: called with every batch of made images, and before it the number of its first image; also with those
+            that an earlier run has made. The order is not fixed.
         pool: shares the batches of synthetic images with other processes, which then compute them with `batch_maker`.
 
     Raises:
@@ -86,14 +87,15 @@ def make_images(
     if request.method == "gaussian":
         streams = [image_stream(request.seed, i) for i in range(request.count)]
         noise = vision.preprocessing.to_uint8(normal(streams, 3, *structure.image_size))
-        on_images(request.count)
-        return ImageSet(noise, None, request.method, request.seed)
+        made = ImageSet(noise, None, request.method, request.seed)
+        on_batch(0, made)
+        return made
     if checkpoints is None:
-        return _synthesize(request, vision, structure, None, on_images, pool or LocalPool())
+        return _synthesize(request, vision, structure, None, on_batch, pool or LocalPool())
     checkpoints.mkdir(parents=True, exist_ok=True)
     with lock(checkpoints):  # an earlier run that is still active would write the same batches
         _prepare(checkpoints, request, vision)
-        return _synthesize(request, vision, structure, checkpoints, on_images, pool or LocalPool())
+        return _synthesize(request, vision, structure, checkpoints, on_batch, pool or LocalPool())
 
 
 def read_images(request: ImageRequest, vision: VisionModel, structure: VitStructure) -> ImageSet | None:
@@ -155,14 +157,14 @@ def _targets(vision: VisionModel, structure: VitStructure) -> VitStructure:
 
 def _synthesize(
     request: ImageRequest, vision: VisionModel, structure: VitStructure, checkpoints: Path | None,
-    on_images: Progress, pool: WorkPool,
+    on_batch: OnBatch, pool: WorkPool,
 ) -> ImageSet:  # fmt: skip
     # Make the images that no earlier run has stored in `checkpoints`, and join all batches.
     size, parts = request.synthesis.batch_size, {}
     for first in range(0, request.count, size):
         if checkpoints is not None and _place(checkpoints, first).is_dir():
             parts[first] = ImageSet.load(_place(checkpoints, first))
-            on_images(len(parts[first].images))
+            on_batch(first, parts[first])
     # As many batches as a GPU can hold are made together, but stored one by one: a resumed run may have another GPU.
     synthesizer = _synthesizer(request, vision, structure)
     missing = [first for first in range(0, request.count, size) if first not in parts]
@@ -176,7 +178,7 @@ def _synthesize(
             parts[start] = whole.part(start - first, min(start + size, end) - first)
             if checkpoints is not None:
                 _keep(parts[start], _place(checkpoints, start))
-            on_images(len(parts[start].images))
+            on_batch(start, parts[start])
     whole = ImageSet.joined([parts[first] for first in sorted(parts)])
     return replace(
         whole, method=request.method, seed=request.seed, labels=None if structure.classes is None else whole.labels

@@ -7,6 +7,7 @@ not hashed and weights are not read, so a plan takes seconds for an export of an
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import math
 from collections.abc import Mapping, Sequence
@@ -22,6 +23,8 @@ from fp8pipe.core.errors import MissingCapabilityError
 from fp8pipe.core.machine import format_bytes
 from fp8pipe.core.plan import Missing, PhaseMeter, Plan, can_measure, missing_memory, missing_packages
 from fp8pipe.models.checkpoint.tensors import header_entries, is_scale
+from validation.bench.record import measure_path
+from validation.tasks.record import EvaluateConfig
 
 RECORD_BYTES: Final = 16_384  # approximate size of a record next to an export
 _GRAPH_COPIES: Final = 6.0  # fp32 copies of the weights: the file, the model it is compared with, the sessions
@@ -73,6 +76,18 @@ def plan_vllm(
         packages=("vllm, in an environment of its own",),
         note=note,
     )  # fmt: skip
+
+
+def plan_tasks(artifact: Artifact, config: EvaluateConfig, *, vllm_python: str | None = None) -> Plan:
+    """Plan `evaluate`; see `plan_vllm`. In torch, memory is not estimated: it does not grow with the model."""
+    record, others = measure_path(artifact.root, "evaluate"), tuple(map(Path, config.against))
+    lacking = missing_packages(("lm-eval",))
+    if config.engine == "transformers":
+        note = "the weights are in memory a part at a time, about 1 GiB in fp32"
+        return _plan(artifact, record, None, lacking, others, packages=("lm-eval",), note=note)
+    plan = plan_vllm(artifact, "evaluate", record, vllm_python=vllm_python, form=config)
+    reads, packages = (*plan.reads, *config.against), ("lm-eval", *plan.packages)
+    return dataclasses.replace(plan, reads=reads, packages=packages, missing=(*lacking, *plan.missing))
 
 
 def plan_onnx(

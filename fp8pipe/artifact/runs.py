@@ -29,7 +29,9 @@ class StageRecord(FrozenConfig):
     """The result of one stage, whether it succeeded or failed."""
 
     name: str = Field(description="the stage's name in the recipe")
-    command: str = Field(description="what it does: finetune, quantize-vit, export, validate, bench or serve-check")
+    command: str = Field(
+        description="what it does: finetune, quantize-vit, export, validate, bench, serve-check or evaluate"
+    )
     key: str = Field(description="sha256 over command, resolved configuration, contents of the inputs, and the version")
     inputs: dict[str, str] = Field(default_factory=dict, description="names of the stages it reads, by setting")
     output: str = Field(description="directory or file that it wrote, relative to the run's directory")

@@ -26,7 +26,7 @@ from fp8pipe.core.errors import BadArtifactError
 __all__ = ["Checked", "Tree", "check_bytes", "check_record", "find_parent", "find_tree"]
 
 # Suffixes of the records that are written next to an artifact.
-_BESIDE = (".validation.json", ".bench.json", ".serve-check.json")
+_BESIDE = (".validation.json", ".bench.json", ".serve-check.json", ".evaluate.json")
 _MANY = 5
 _HASHERS = 2  # files hashed in parallel: a core hashes about 1.5 GB per second, and a disk may read faster than that
 _UNKNOWN = "no record covers it"

@@ -25,6 +25,7 @@ COMMANDS = {
     "lint": "Report what TensorRT would refuse or build slowly in an ONNX graph.",
     "validate": "Run an export in its engine and prove that it serves what was made.",
     "bench": "Measure speed and size of an export against full precision.",
+    "evaluate": "Score a language export on tasks, beside other models.",
     "serve": "Serve an export over HTTP.",
     "serve-check": "Start the service of an export, query it, and stop it.",
     "serve-repository": "Write an export as a model repository for Triton.",

@@ -33,7 +33,7 @@ _LEFT_BY: Final = {"finetune": TUNED_KINDS, "quantize-vit": (VIT_KIND,)}
 _CONFIGS: Final = {
     "finetune": "pipeline.finetune.config:FinetuneConfig", "quantize-vit": "pipeline.vit.config:QuantizeVitConfig",
     "bench": "validation.bench.record:BenchConfig", "serve-check": "validation.bench.record:ServeCheckConfig",
-    "validate": "exporters.vllm.form:ServingForm",
+    "validate": "exporters.vllm.form:ServingForm", "evaluate": "validation.tasks.record:EvaluateConfig",
 }  # fmt: skip
 _TEXT: Final = {"type": "string"}
 
@@ -50,6 +50,10 @@ def stage_commands() -> dict[str, StageCommand]:
         ),
         replace(_measurement("bench", "export", "vllm_python"), device=_device_of_engine),
         _measurement("serve-check", "export"),
+        replace(
+            _measurement("evaluate", "export", "vllm_python"), sources=("export", "against", "task_dir"),
+            without_effect=("timeout_s",),
+        ),
     )  # fmt: skip
     return {command.name: command for command in found}
 
@@ -62,7 +66,7 @@ def stage_schemas() -> dict[str, dict[str, Any]]:
         schema["properties"].pop("force", None)
         named = {"artifact": _TEXT, "target": {"const": target.name}}
         schemas[f"export {target.name}: {target.help}"] = _with(schema, named, ("artifact", "target"))
-    for name in ("bench", "serve-check"):
+    for name in ("bench", "serve-check", "evaluate"):
         schemas[name] = _with(schemas[name], {"export": _TEXT}, ("export",))
     texts: dict[str, Any] = dict.fromkeys(_VALIDATE, _TEXT)
     texts |= {"engine": {"enum": _engines()}, "device": {"enum": [*DEVICES], "description": DEVICE_HELP}}
@@ -96,7 +100,10 @@ def _training(name: str, *sources: str) -> StageCommand:
         except ConfigurationError:  # reported by `check`, with the stage's name
             return str(settings.get("device"))
 
-    return StageCommand(name, sources, check, arguments, _in_run, resumable=True, device=device, parallel=True)
+    return StageCommand(
+        name, sources, check, arguments, _in_run, resumable=True, device=device, parallel=True,
+        without_effect=("report_to",),
+    )  # fmt: skip
 
 
 def _measurement(name: str, *inline: str) -> StageCommand:

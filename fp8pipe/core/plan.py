@@ -35,7 +35,7 @@ _EXTRAS: Final = {
     "gguf": "samples", "accelerate": "samples", "chatterbot-corpus": "samples", "scikit-learn": "samples",
     "peft": "train", "bitsandbytes": "train", "timm": "vit", "torchvision": "vit", "pillow": "vit", "onnx": "onnx",
     "onnxruntime": "onnx", "onnxscript": "onnx", "onnx-ir": "onnx", "tensorrt": "trt", "tensorrt-rtx": "trt-rtx",
-    "fastapi": "serve", "uvicorn": "serve", "prometheus-client": "serve",
+    "fastapi": "serve", "uvicorn": "serve", "prometheus-client": "serve", "lm-eval": "evaluate",
 }  # fmt: skip
 
 

@@ -16,14 +16,14 @@ from fp8pipe.report.figures import Documents
 
 __all__ = ["Item", "Record", "Subject", "open_subject"]
 
-_RECORDS = ("validation", "bench", "serve-check")
+_RECORDS = ("validation", "bench", "serve-check", "evaluate")
 
 
 @dataclass(frozen=True, slots=True)
 class Record:
     """A record stored next to an export."""
 
-    kind: str  # validation, bench or serve-check
+    kind: str  # validation, bench, serve-check or evaluate
     file: str  # its file name, relative to the subject's root
     finding: str  # why the report ignores it; empty if it is intact and applies to the export in its current state
     verdict: Verdict  # its verdict; ANOMALOUS if it is ignored

@@ -15,6 +15,7 @@ from pydantic import Field, field_validator, model_validator
 from fp8pipe.core.config import CONFIG_ONLY, Flag, FrozenConfig
 from fp8pipe.core.devices import DEVICE_HELP, DeviceName, GpuNeed
 from pipeline.falqon.rules import DEFAULT_RULE, RULES, Initialisation, UpdateRule, update_rule
+from pipeline.tracking.config import ReportTo
 
 # Only FALQON uses FP8 tensor cores; the baselines LoRA and QLoRA compute in bf16.
 FALQON_NEED: Final = GpuNeed("falqon", (8, 0), "bf16; FP8 products from 8.9 on")
@@ -106,6 +107,7 @@ class FinetuneConfig(FrozenConfig):
     dtype: Annotated[Literal["bfloat16", "float32"], CONFIG_ONLY] = Field(
         "bfloat16", description="Dtype of activations and unconverted weights."
     )
+    report_to: ReportTo = ()
 
     @field_validator("update_rule")
     @classmethod

@@ -45,6 +45,9 @@ class Trainer:
         heldout: held-out batches.
         store: the store of the run's checkpoints.
         metrics_file: JSON Lines file with one line for each log line and each evaluation.
+
+    Attributes:
+        on_record: called with every line of metrics after it was written.
     """
 
     def __init__(
@@ -65,6 +68,7 @@ class Trainer:
         self.compiled = compile_layers(model, exact_casts=method.exact_casts)
         self.step = 0
         self.history: list[Metrics] = []
+        self.on_record: Callable[[Metrics], None] = lambda figures: None
         self._flushed: FlushReport | None = None
 
     def run(self, on_step: Callable[[Metrics], None] = lambda metrics: None) -> None:
@@ -182,6 +186,7 @@ class Trainer:
         """Append metrics, by name, to the history and to the metrics file, and log them."""
         self.history.append(figures)
         self.write_metrics([figures], "a")
+        self.on_record(figures)
         _LOG.info("%s", "  ".join(f"{key} {_brief(value)}" for key, value in figures.items()))
 
     def write_metrics(self, lines: list[Metrics], mode: Literal["a", "w"]) -> None:

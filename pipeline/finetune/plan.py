@@ -35,6 +35,7 @@ from pipeline.falqon.convert import base_bytes, read_convertible
 from pipeline.finetune.config import FinetuneConfig
 from pipeline.finetune.method import export_warnings
 from pipeline.finetune.needs import estimate_needs
+from pipeline.tracking.config import missing_trackers
 
 _PACKAGES: Final = {"falqon": (), "lora": ("peft",), "qlora": ("peft", "bitsandbytes")}
 _ONE_GPU: Final = ("no GPU estimate of step time: the cost model is that of one GPU (docs/cost-model.md)",)
@@ -66,7 +67,7 @@ def plan_finetune(config: FinetuneConfig, output: Path | None = None) -> Plan:
     names = checkpoint_names(source.path, structure.naming, structure.trainable)
     warnings = export_warnings(source.path, config.method, names.values())
     shapes = [structure.shape(name) for name in structure.trainable]
-    missing = missing_packages(_packages(config))
+    missing = (*missing_packages(_packages(config)), *missing_trackers(config.report_to))
     base = 0 if config.method != "falqon" else base_bytes(
         structure, config.rule, config.rank, config.initialisation or config.rule.initialisation
     )  # fmt: skip

@@ -44,6 +44,9 @@ from pipeline.finetune.packing import find_packing, give_masks, packing_warning
 from pipeline.finetune.processes import Processes, processes_of
 from pipeline.finetune.room import check_room
 from pipeline.finetune.text import TrainingText, load_text
+from pipeline.tracking.config import require_trackers
+from pipeline.tracking.reporter import TRACKERS_FILE, reporting
+from pipeline.tracking.tracker import Subject
 
 _LOG = logging.getLogger(__name__)
 _CHECKPOINTS, _METRICS, _PLOT = "checkpoints", "metrics.jsonl", "plot.png"
@@ -70,6 +73,7 @@ def finetune(config: FinetuneConfig, output: Path, *, force: bool = False, resum
 
         def read() -> tuple[ModelSource, TrainingText]:
             if processes.main:  # when others come here, it may have begun to write
+                require_trackers(config.report_to)
                 check_place(output, force=force, resume=resume)
             return _read_inputs(config)
 
@@ -105,7 +109,13 @@ def tune(
     """
     kind = FALQON_KIND if config.method == "falqon" else LORA_KIND
     processes = processes or Processes()
-    with processes.writer(output, kind=kind, stage="finetune", force=force, resume=resume) as writer:
+    trackers = config.report_to if processes.main else ()
+    with (
+        processes.writer(output, kind=kind, stage="finetune", force=force, resume=resume) as writer,
+        reporting(
+            trackers, Subject(writer.output, "finetune", config.model_dump(mode="json")), writer.root
+        ) as reporter,
+    ):
         for warning in [*read_base(source.path).warnings(), *text.warnings]:
             writer.warn(warning)
         enter_phase("load")
@@ -130,13 +140,16 @@ def tune(
         processes.same(trainer.step, "the checkpoint to continue from")
         if resumed:
             _LOG.info("resumed after step %d", trainer.step)
+        trainer.on_record = reporter.follow("training", trainer.history)
         _LOG.info("converted %d of %d linear layers", len(method.names), len(records))
         for left_out in by_reason({r.name: r.reason for r in records if r.name not in method.names}):
             _LOG.info("left out: %s", left_out)
         with track(config.steps, "training", done=trainer.step) as progress:
             trainer.run(lambda m: progress.advance(loss=m["loss"], tokens_per_second=m["tokens_per_second"]))
         run = Run(config, source, text, names, records, processes)
-        return deploy(run, trainer, writer, exclude=[_CHECKPOINTS], volatile=[_METRICS], plot=_PLOT)
+        artifact = deploy(run, trainer, writer, exclude=[_CHECKPOINTS, TRACKERS_FILE], volatile=[_METRICS], plot=_PLOT)
+        reporter.tag(artifact)
+        return artifact
 
 
 def _keep_apart(config: FinetuneConfig, model: nn.Module, text: TrainingText) -> TrainingText:

@@ -12,6 +12,7 @@ from fp8pipe.core.config import CONFIG_ONLY, Flag, FrozenConfig, build_config
 from fp8pipe.core.devices import DEVICE_HELP, DeviceName, GpuNeed
 from fp8pipe.core.errors import ConfigurationError
 from fp8pipe.numerics.kinds import Kind, Precision
+from pipeline.tracking.config import ReportTo
 
 _LARGEST_SIDE: Final = 16384
 VIT_NEED: Final = GpuNeed("quantize-vit", (8, 0), "bf16")
@@ -102,6 +103,7 @@ class QuantizeVitConfig(FrozenConfig):
         None, description="Folder of labelled pictures (one folder per class) to measure accuracy on."
     )
     distill: DistillConfig = Field(default_factory=lambda: build_config(DistillConfig, {}), description="Distillation.")
+    report_to: ReportTo = ()
 
     @field_validator("bits")
     @classmethod

@@ -18,6 +18,7 @@ from fp8pipe.models.vision.quantized import QuantizedVit, layer_records, save_qu
 from fp8pipe.models.vision.sources import VisionModel
 from fp8pipe.models.vision.structure import VitStructure
 from fp8pipe.numerics.kinds import granularity
+from pipeline.tracking.reporter import TRACKERS_FILE
 from pipeline.vit.config import QuantizeVitConfig
 from pipeline.vit.evaluate import accuracy, compared_models
 from pipeline.vit.gates import agreement_gate, code_gate, rebuild_gate
@@ -84,7 +85,7 @@ def deploy(run: Run, folder: ImageFolder | None, writer: ArtifactWriter, pool: W
         runtime={"device": config.device, "threads": torch.get_num_threads()},
         layers=layer_records(quantized, rule=ScaleRule.LEARNED if config.distill.steps else ScaleRule.CALIBRATED),
         details=_details(run, measured),
-        exclude=[CHECKPOINTS, IMAGES_WORK], volatile=[_METRICS],
+        exclude=[CHECKPOINTS, IMAGES_WORK, TRACKERS_FILE], volatile=[_METRICS],
     )  # fmt: skip
 
 
@@ -126,7 +127,7 @@ def _details(run: Run, measured: Accuracy | None) -> VitDetails:
     return VitDetails(
         precision=str(run.config.precision), edges=run.config.edges, images=len(images.images),
         image_method="images" if are_pictures(images) else images.method,  # so that no local path is recorded
-        image_losses={name: sum(v) / len(v) for name, v in images.losses.items() if v},
+        image_losses=images.mean_losses,
         seconds={name: round(value, 1) for name, value in run.seconds.items()},
         transforms=TransformFacts(done=list(run.transformed.steps), left_out=list(run.transformed.notes)),
         seconds_per_image=round(run.seconds["images"] / len(images.images), 3),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Final
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -20,7 +21,7 @@ from fp8pipe.models.vision.structure import VitStructure
 
 __all__ = ["agreement_gate", "code_gate", "rebuild_gate"]
 
-_BATCH = 32
+_BATCH: Final = 32
 
 
 def code_gate(quantized: QuantizedVit) -> Gate:

@@ -14,6 +14,7 @@ from fp8pipe.models.vision.sources import load_vision_model
 from fp8pipe.models.vision.structure import read_structure
 from pipeline.dry_run.process import Scaled, dry_run
 from pipeline.dry_run.vision import PICTURES, STEPS
+from pipeline.tracking.config import missing_trackers
 from pipeline.vit.config import QuantizeVitConfig
 from pipeline.vit.initialise import weight_formats
 from pipeline.vit.stage import image_request
@@ -59,7 +60,12 @@ def plan_quantize_vit(config: QuantizeVitConfig, output: Path | None = None) -> 
         seconds=sum(seconds.values()) if seconds else None,
         hardware="a CPU" if config.device == "cpu" else str(config.gpu_need),
         packages=packages,
-        missing=(*missing_packages(packages), *missing_memory(peak, _SMALLER), *missing_disk(output or Path(), disk)),
+        missing=(
+            *missing_packages(packages),
+            *missing_trackers(config.report_to),
+            *missing_memory(peak, _SMALLER),
+            *missing_disk(output or Path(), disk),
+        ),
         notes=(*vision.notes, *structure.notes, *notes, *((_GPU_MEMORY,) if config.device == "cuda" else ())),
         facts={
             "device": str(device),

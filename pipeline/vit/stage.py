@@ -29,6 +29,9 @@ from fp8pipe.numerics.bf16 import widen_bf16_products
 from fp8pipe.numerics.convolutions import plain_convolutions
 from fp8pipe.numerics.kinds import Kind
 from pipeline.finetune.checkpoint import CheckpointStore
+from pipeline.tracking.config import require_trackers
+from pipeline.tracking.reporter import Reporter, reporting
+from pipeline.tracking.tracker import Subject
 from pipeline.vit.augment import first_views
 from pipeline.vit.config import QuantizeVitConfig
 from pipeline.vit.deploy import CHECKPOINTS, IMAGES_WORK, Run, are_pictures, deploy
@@ -70,6 +73,7 @@ def quantize_vit(
         Fp8PipeError: the stage failed; finished images and checkpoints are kept in `OUTPUT.partial`.
     """
     config = on_device(config)
+    require_trackers(config.report_to)
     check_place(output, force=force, resume=resume)
     widen_bf16_products()
     image_request(config)  # rejects an unknown method
@@ -111,9 +115,12 @@ def _write(
     folder: ImageFolder | None, output: Path, *, force: bool, resume: bool, pool: WorkPool | None,
 ) -> Artifact:  # fmt: skip
     """Make and write the artifact from inputs that have been checked."""
-    with ArtifactWriter(output, kind=VIT_KIND, stage="quantize-vit", force=force, resume=resume) as writer:
+    described = config.model_dump(mode="json")
+    with (
+        ArtifactWriter(output, kind=VIT_KIND, stage="quantize-vit", force=force, resume=resume) as writer,
+        reporting(config.report_to, Subject(writer.output, "quantize-vit", described), writer.root) as reporter,
+    ):
         store = CheckpointStore(writer.root / CHECKPOINTS, keep=2)
-        described = config.model_dump(mode="json")
         if store.started():
             store.check_config(described, {"model": vision.digest})
         else:
@@ -122,29 +129,38 @@ def _write(
             writer.warn(note)
         started = time.perf_counter()
         enter_phase("images")
-        images = given or _make(config, vision, structure, writer.root / IMAGES_WORK, pool)
+        images = given or _make(config, vision, structure, writer.root / IMAGES_WORK, pool, reporter)
         for note in (*vision.notes, *structure.notes, *images.notes):
             writer.warn(note)
         seconds = {"images": time.perf_counter() - started}
         started = time.perf_counter()
-        student, history, transformed = _train(config, vision, structure, images, store)
+        student, history, transformed = _train(config, vision, structure, images, store, reporter)
         seconds["training"] = time.perf_counter() - started
         run = Run(config, vision, structure, images, student, history, transformed, seconds)
-        return deploy(run, folder, writer, pool)
+        artifact = deploy(run, folder, writer, pool)
+        reporter.tag(artifact)
+        return artifact
 
 
 def _make(
-    config: QuantizeVitConfig, vision: VisionModel, structure: VitStructure, folder: Path, pool: WorkPool | None
-) -> ImageSet:
+    config: QuantizeVitConfig, vision: VisionModel, structure: VitStructure, folder: Path, pool: WorkPool | None,
+    reporter: Reporter,
+) -> ImageSet:  # fmt: skip
     with track(config.images, "images") as progress:
-        return make_images(
-            image_request(config), vision, structure, checkpoints=folder, on_images=progress.advance, pool=pool
-        )
+
+        def made(first: int, batch: ImageSet) -> None:
+            progress.advance(len(batch.images))
+            line = {f"synthesis/{name}": value for name, value in batch.mean_losses.items()}
+            reporter.report("images", first // config.synthesis.batch_size, {"step": first + len(batch.images), **line})
+
+        request = image_request(config)
+        return make_images(request, vision, structure, checkpoints=folder, on_batch=made, pool=pool)
 
 
 def _train(
-    config: QuantizeVitConfig, vision: VisionModel, structure: VitStructure, images: ImageSet, store: CheckpointStore
-) -> tuple[Student, list[dict[str, float]], Transformed]:
+    config: QuantizeVitConfig, vision: VisionModel, structure: VitStructure, images: ImageSet, store: CheckpointStore,
+    reporter: Reporter,
+) -> tuple[Student, list[dict[str, float]], Transformed]:  # fmt: skip
     """Apply equivalent transforms, initialise a student from the images, and distill it.
 
     Returns:
@@ -164,7 +180,13 @@ def _train(
     if distiller.resume():
         _LOG.info("resumed after step %d", distiller.step)
     with track(config.distill.steps, "distillation", done=distiller.step) as progress:
-        history = distiller.run(lambda figures: progress.advance(loss=figures["loss"]))
+        report = reporter.follow("distillation", distiller.history)
+
+        def step(figures: dict[str, float]) -> None:
+            progress.advance(loss=figures["loss"])
+            report(figures)
+
+        history = distiller.run(step)
     return student, history, transformed
 
 

@@ -16,7 +16,7 @@ from fp8pipe.artifact.writer import partial_of
 from fp8pipe.core.errors import BadArtifactError, ConfigurationError
 from fp8pipe.core.version import __version__
 from pipeline.workflow.keys import VERSIONS, SourceDigests, file_states, stage_key
-from pipeline.workflow.recipe import Recipe, StageSpec, settings_differing, substitute
+from pipeline.workflow.recipe import Recipe, StageSpec, references, settings_differing, substitute
 
 __all__ = ["STAGES", "RunOptions", "RunState", "StageCommand", "StageStatus", "content_of"]
 
@@ -45,6 +45,7 @@ class StageCommand:
         device: returns the device that the command would use now, on which its output may depend. Called with the
             settings; None for commands without a `device` setting.
         parallel: whether torchrun may start the command as several processes, one per GPU.
+        without_effect: settings that change nothing in the output, and so are no part of the key.
     """
 
     name: str
@@ -59,6 +60,7 @@ class StageCommand:
     versions: Callable[[Settings], Mapping[str, str]] = lambda settings: {}
     device: Callable[[Settings], str] | None = None
     parallel: bool = False
+    without_effect: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,7 +204,7 @@ class RunState:
             dotted: self.records[name].content if name in self.records else "" for dotted, name in spec.reads.items()
         }
         sources = {
-            name: self.sources.digest(str(spec.settings[name]))
+            name: self._digest(spec.settings[name])
             for name in self.commands[spec.command].sources
             if spec.settings.get(name) is not None and name not in spec.reads
         }
@@ -210,12 +212,21 @@ class RunState:
         engine = {f"engine {name}": v for name, v in self.commands[spec.command].versions(spec.settings).items()}
         return stage_key(self._placed(spec), contents, sources, own | engine)
 
+    def _digest(self, value: Any) -> str:
+        """The digest of the inputs that a setting names: one, or several in a list."""
+        if isinstance(value, list | tuple):
+            return canonical_digest([self._digest(one) for one in value if not references({"": one})])
+        return self.sources.digest(str(value))
+
     def _placed(self, spec: StageSpec) -> StageSpec:
         """The stage with its `device` setting replaced by the device that it would use now, or removed for the CPU.
 
         So `auto` gives the same key as the device to which it resolves, and the CPU the same key as no `device`.
+        Settings without effect on the output are removed.
         """
-        device = self.commands[spec.command].device
+        command = self.commands[spec.command]
+        settings = {name: value for name, value in spec.settings.items() if name not in command.without_effect}
+        spec, device = replace(spec, settings=settings), command.device
         if device is None:
             return spec
         found = device(spec.settings)

@@ -74,7 +74,7 @@ def main() -> None:
 
         Reading.read = read
         try:
-            result = probe._plain(probe.run(job))
+            result = probe.plain(probe.run(job))
         except Exception:
             result = {"error": traceback.format_exc()}
         gc.collect()

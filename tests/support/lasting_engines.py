@@ -37,7 +37,7 @@ class LastingEngines:
         python, _, probe, job = command
         self.started += 1
         log.touch()
-        key = json.dumps(variables, sort_keys=True)
+        key = json.dumps([probe, variables], sort_keys=True)
         process = self._processes.get(key) or self._start([python, "-P", str(LOOP), probe], variables, key)
         assert process.stdin is not None
         assert process.stdout is not None

@@ -9,7 +9,7 @@ import os
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import Field, field_validator
 
@@ -22,7 +22,7 @@ from fp8pipe.core.devices import DEVICE_HELP, DeviceName
 from fp8pipe.core.machine import describe_machine
 
 RECORD_VERSION = 1
-Stage = Literal["bench", "serve-check"]
+Stage = Literal["bench", "serve-check", "evaluate"]
 
 
 class Figure(FrozenConfig):
@@ -44,7 +44,7 @@ class MeasureRecord(FrozenConfig):
     """The record of one measurement."""
 
     schema_version: int = Field(default=RECORD_VERSION, description="version of this schema")
-    stage: Stage = Field(description="bench or serve-check")
+    stage: Stage = Field(description="bench, serve-check or evaluate")
     date: str = Field(description="UTC time, ISO 8601")
     export: str = Field(description="name of the export's directory")
     manifest_digest: str = Field(description="digest of the export's manifest when it was measured")
@@ -59,8 +59,11 @@ class MeasureRecord(FrozenConfig):
     verdict: Literal["ACCEPT", "REJECT"] = Field(description="REJECT if a gate failed")
 
 
+M = TypeVar("M", bound=MeasureRecord)
+
+
 def measure_path(export: Path, stage: Stage) -> Path:
-    """`<export>.bench.json` or `<export>.serve-check.json`, next to the export."""
+    """`<export>.bench.json`, and so on by stage, next to the export."""
     absolute = Path(os.path.abspath(export))
     return absolute.with_name(f"{absolute.name}.{stage}.json")
 
@@ -68,29 +71,33 @@ def measure_path(export: Path, stage: Stage) -> Path:
 def write_measure(
     artifact: Artifact, stage: Stage, settings: FrozenConfig, rows: Sequence[Figure], *, packages: Sequence[str],
     gates: Sequence[Gate] = (), not_measured: Sequence[str] = (), versions: Mapping[str, str] | None = None,
-) -> MeasureRecord:  # fmt: skip
+    kind: type[M] = MeasureRecord, **more: Any,  # type: ignore[assignment]
+) -> M:  # fmt: skip
     """Create the record of a measurement and write it next to the export, atomically.
 
     Args:
         artifact: the export.
-        stage: bench or serve-check.
+        stage: the command that measured.
         settings: the resolved settings.
         rows: the measured values.
         packages: distributions of this environment whose versions are recorded.
         gates: comparisons; the verdict is REJECT if one failed.
         not_measured: what was not measured, and why.
         versions: further versions, for example those of vLLM's environment.
+        kind: class of the record.
+        more: fields that this class adds.
 
     Raises:
         OutOfMemoryError: the disk is full.
     """
     failed = failures(gates)
-    record = MeasureRecord(
+    record = kind(
         stage=stage, date=datetime.now(UTC).isoformat(timespec="seconds"), export=artifact.root.absolute().name,
         manifest_digest=artifact.digest, machine=describe_machine(),
         versions={**installed_versions(packages), **(versions or {})},
         settings=settings.model_dump(mode="json"), rows=list(rows), figures={row.name: row.value for row in rows},
         not_measured=list(not_measured), gates=list(gates), reasons=failed, verdict="REJECT" if failed else "ACCEPT",
+        **more,
     )  # fmt: skip
     write_record(record, artifact.root, place=measure_path(artifact.root, stage))
     return record

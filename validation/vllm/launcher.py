@@ -191,6 +191,7 @@ def answers(url: str) -> bool:
 
 
 PROBE = Path(__file__).with_name("probe.py")
+SCORE = Path(__file__).with_name("score.py")
 # vLLM's arguments for comparisons with torch: fp32, without features that would change the summation order.
 PARITY_ARGUMENTS = (
     "--dtype", "float32", "--max-num-seqs", "4", "--enforce-eager", "--no-enable-prefix-caching", "--seed", "0",
@@ -248,16 +249,31 @@ def run_probe(
         BadArtifactError: vLLM could not load or run the export; its last log lines are shown.
         Fp8PipeError: the job took longer than `timeout_s`, or `ended` was set.
     """
+    document = {**asdict(job), "variables": None, "dump": str(dump)}
+    return run_script(PROBE, document, job.variables, environment, timeout_s=timeout_s, ended=ended)
+
+
+def run_script(
+    script: Path, document: Mapping[str, Any], variables: Mapping[str, str], environment: VllmEnvironment, *,
+    timeout_s: float, ended: Event | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """Run a script of this folder in a new process of vLLM's Python, and return its result.
+
+    Args:
+        script: PROBE or SCORE.
+        document: its job, among others the directory of the `model`.
+        variables: environment variables of the process.
+        environment: see `run_probe`, as for the other arguments and the errors that are raised.
+    """
     with tempfile.TemporaryDirectory(prefix="fp8pipe-probe-") as folder:
         root = Path(folder)
-        document = {**asdict(job), "variables": None, "dump": str(dump), "result": str(root / "result.json")}
-        (root / "job.json").write_text(json.dumps(document), encoding="utf-8")
+        (root / "job.json").write_text(json.dumps({**document, "result": str(root / "result.json")}), encoding="utf-8")
         log = root / "engine.log"
-        command = [str(environment.python), "-P", str(PROBE), str(root / "job.json")]
-        logger.info("starting vLLM %s on %s", environment.vllm, job.model)
-        code = _run(command, dict(job.variables), log, timeout_s, ended or Event())
+        command = [str(environment.python), "-P", str(script), str(root / "job.json")]
+        logger.info("starting vLLM %s on %s", environment.vllm, document["model"])
+        code = _run(command, dict(variables), log, timeout_s, ended or Event())
         if code != 0 or not (root / "result.json").is_file():
-            raise engine_failure(f"vLLM failed on {job.model}", code, log)
+            raise engine_failure(f"vLLM failed on {document['model']}", code, log)
         result: dict[str, Any] = json.loads((root / "result.json").read_text(encoding="utf-8"))
         logger.info("vLLM done: loaded in %.1f s, %.1f s in all", result["load_s"], result["total_s"])
         return result

@@ -42,8 +42,8 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     started = time.monotonic()
     reading = Reading(job["tensors"], Path(job["dump"]), products=job["products"])
     with reading.loading():
-        llm = _load(job)
-    result: dict[str, Any] = {"load_s": time.monotonic() - started, "versions": _versions()}
+        llm = load(job)
+    result: dict[str, Any] = {"load_s": time.monotonic() - started, "versions": versions()}
     llm.apply_model(reading.read)
     result |= {"weights": reading.report, "unexplained": reading.unexplained, "layers": reading.layers}
     result["logprobs"] = _logprobs(llm, job["sequences"])
@@ -54,7 +54,7 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
-def _load(job: dict[str, Any]) -> Any:
+def load(job: dict[str, Any]) -> Any:
     """Start the engine with the job's arguments, in this process, so that its modules can be accessed."""
     import vllm.entrypoints.llm as offline
     from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
@@ -68,7 +68,8 @@ def _load(job: dict[str, Any]) -> Any:
     return offline.LLM.from_engine_args(EngineArgs.from_cli_args(arguments))
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Versions of the packages that determine what the engine computes."""
     import transformers
     import vllm
 
@@ -107,14 +108,14 @@ def _answers(llm: Any, job: dict[str, Any]) -> list[dict[str, Any]]:
     return [{"prompt_ids": list(ids), "token_ids": list(new.token_ids), "text": new.text} for ids, new in answers]
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """Replace NaN and infinities, which JSON lacks, by strings that `float` can parse."""
     if isinstance(value, float) and not math.isfinite(value):
         return repr(value)
     if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
+        return {key: plain(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     return value
 
 
@@ -122,7 +123,7 @@ def main(path: str) -> None:
     """Read the job, run it, and write its result."""
     job = json.loads(Path(path).read_text(encoding="utf-8"))
     result = run(job)
-    Path(job["result"]).write_text(json.dumps(_plain(result)), encoding="utf-8")
+    Path(job["result"]).write_text(json.dumps(plain(result)), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -88,7 +88,7 @@ def validate_export(
     plan = None if source is None else plan_of(artifact, source)
     environment = inspect_environment(find_vllm_python(vllm_python))
     require_known_device(environment)
-    _require_plugin(environment, artifact)
+    require_plugin(environment, artifact)
     remove_record(artifact.root)  # if anything fails from here on, no old verdict remains
     chosen = asked.with_defaults(artifact.root, on_cpu=environment.on_cpu)
     record = compare(Case(artifact, plan, environment, chosen, tuple(prompts), max_tokens, timeout_s))
@@ -114,7 +114,7 @@ def _check_request(prompts: Sequence[str], max_tokens: int, form: ServingForm) -
         )  # fmt: skip
 
 
-def _require_plugin(environment: VllmEnvironment, artifact: Artifact) -> None:
+def require_plugin(environment: VllmEnvironment, artifact: Artifact) -> None:
     """Fail early if vLLM for CPUs lacks the plugin, without which it refuses or requantizes FP8 weights.
 
     Raises:

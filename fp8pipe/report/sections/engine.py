@@ -15,6 +15,7 @@ LAYERS = "layers.json"
 _MEASURED = (
     ("bench", "speed and size", "its speed was not measured."),
     ("serve-check", "through its service", "its service was not started and queried."),
+    ("evaluate", "scores on tasks", "it was not scored on tasks."),
 )
 
 

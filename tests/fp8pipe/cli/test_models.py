@@ -17,6 +17,7 @@ from pipeline.finetune.config import FinetuneConfig
 from pipeline.vit.config import QuantizeVitConfig
 from serving.config import LanguageConfig, ServeConfig, VisionConfig
 from validation.bench.record import BenchConfig, ServeCheckConfig
+from validation.tasks.record import EvaluateConfig
 
 # By model, what stands in --config alone, besides what is nested.
 CONFIG_ONLY: dict[type[FrozenConfig], set[str]] = {
@@ -30,6 +31,7 @@ CONFIG_ONLY: dict[type[FrozenConfig], set[str]] = {
     LanguageConfig: {"extra", "supervision"},
     BenchConfig: set(),
     ServeCheckConfig: {"extra"},
+    EvaluateConfig: {"extra"},
     **{target.options: {"force"} for target in targets()},
     TrtExportOptions: {"force", "enterprise"},
 }  # fmt: skip
@@ -47,6 +49,7 @@ OTHER_NAMES = {
 COMMANDS = {
     "finetune": (FinetuneConfig,), "quantize-vit": (QuantizeVitConfig,), "bench": (BenchConfig,),
     "serve": (VisionConfig, LanguageConfig), "serve-check": (ServeCheckConfig,),
+    "evaluate": (EvaluateConfig,),
 }  # fmt: skip
 
 

@@ -54,3 +54,32 @@ def test_a_gpu_that_cannot_do_the_work_changes_no_key(key, monkeypatch):
     assert key("finetune") == before
     monkeypatch.setattr(machine, "gpus", lambda: [Gpu("A100", (8, 0), 40 << 30)])
     assert key("quantize-vit") == key("quantize-vit", "cuda")
+
+
+def test_trackers_are_no_part_of_a_key(tmp_path):
+    def key(line: str) -> str:
+        file = tmp_path / "recipe.yaml"
+        file.write_text(f"stages:\n  one:\n    command: finetune\n    {STAGES['finetune']}\n    {line}\n")
+        recipe = load_recipe(file, ())
+        return RunState(recipe, stage_commands(), tmp_path / "run", RunOptions()).key(recipe.stages[0])
+
+    assert key("report_to: [mlflow, wandb]") == key("") != key("steps: 7")
+
+
+def test_what_an_evaluation_is_compared_with_is_part_of_its_key(tmp_path):
+    def key(against: str) -> str:
+        file = tmp_path / "recipe.yaml"
+        file.write_text(
+            "stages:\n  one:\n    command: evaluate\n    export: e\n    tasks: t\n"
+            f"    against: [{against}, sample:smollm2]\n"
+        )
+        recipe = load_recipe(file, ())
+        return RunState(recipe, stage_commands(), tmp_path / "run", RunOptions()).key(recipe.stages[0])
+
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "weights").write_text("1")
+    before = key(str(model))
+    assert before == key(str(model))
+    (model / "weights").write_text("2")  # in the same place, and named last
+    assert key(str(model)) != before

@@ -24,7 +24,7 @@ def main() -> None:
     for job in jobs:
         os.environ.update(job.get("environment", {}))
         try:
-            results.append(probe._plain(probe.run(job)))
+            results.append(probe.plain(probe.run(job)))
         except Exception as error:
             traceback.print_exc()
             results.append({"error": repr(error)})
