@@ -33,7 +33,9 @@ def places() -> Iterator[tuple[str, int]]:
     pytest.importorskip("grpc", reason="Ray Serve is not installed: pip install 'fp8pipe[ray-serve]'")
     dashboard, port = free_ports(2)
     with pytest.MonkeyPatch.context() as patch:
-        # By default Ray ends a proxy that has not started within 5 s, as it has not on a busy machine.
+        # By default Ray gives its processes a low priority, and ends a proxy that has not started within 5 s: on a busy
+        # machine none would.
+        patch.setenv("RAY_worker_niceness", "0")
         patch.setenv("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "120")
         patch.setenv("RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S", "120")
         import ray

@@ -45,11 +45,11 @@ def test_the_form_rounds_activations_where_it_is_told_to(
 
 def test_forms_that_cannot_be_looked_into_are_refused(tree: Path, engine: Any) -> None:
     spread = [
-        ServingForm(extra=("-pp", "2")),
+        ServingForm(tensor_parallel_size=2),
+        ServingForm(pipeline_parallel_size=2),
         ServingForm(extra=("--data_parallel_size=2",)),
-        ServingForm(extra=("-tp=2",)),
     ]
-    for form in (ServingForm(dtype="auto"), ServingForm(tensor_parallel_size=2), *spread):
+    for form in (ServingForm(dtype="auto"), *spread):
         with pytest.raises(ConfigurationError, match="cannot be validated"):
             validate_export(tree / "copied", form=form)
 
