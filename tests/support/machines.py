@@ -110,6 +110,8 @@ def run_on(
         return [agent.exitcode for agent in agents]
     finally:
         for agent in agents:
+            agent.terminate()  # with its process
+            agent.join(10)
             agent.kill()
 
 
