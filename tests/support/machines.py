@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -110,6 +111,8 @@ def run_on(
         return [agent.exitcode for agent in agents]
     finally:
         for agent in agents:
+            agent.terminate()  # with its process
+            agent.join(10)
             agent.kill()
 
 
@@ -127,9 +130,16 @@ def _agent(
         max_restarts=0,
     )  # fmt: skip
     try:
-        elastic_launch(config, function)(*arguments)
+        elastic_launch(config, _process)(function, *arguments)
     except ChildFailedError as error:
         sys.exit(error.failures[number].exitcode)
+
+
+def _process(function: Callable[..., Any], *arguments: Any) -> None:
+    signal.signal(
+        signal.SIGTERM, signal.SIG_DFL
+    )  # the agent's handler would wait for a call that waits for the network
+    function(*arguments)
 
 
 def _enter(name: str) -> None:
