@@ -284,9 +284,8 @@ class _Planner:
             reason = self.refused.get(module, "not quantized in the source, or not requested")
             return LayerRecord(name=self.spelt.get(module, module), reason=reason, shape=shape)
         before = self.source.encoding_of(self.spelt.get(module, module))
-        rule = ScaleRule.AMAX if before is None else before.scale_rule
-        if self.format.packed and (before is None or before.format != self.format.codes):
-            rule = ScaleRule.LEAST_SQUARES
+        kept = before is not None and before.format == self.format.codes  # else the export chooses the scales
+        rule = before.scale_rule if before is not None and kept else ScaleRule.AMAX
         weight = Encoding(
             format=self.format.codes, bits=4 if self.format.packed else 8, granularity=self.format.weight_granularity,
             scale_rule=rule,

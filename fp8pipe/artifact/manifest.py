@@ -54,8 +54,6 @@ class ScaleRule(StrEnum):
     """The scale is a power of two with which a few of the calibration values are clipped."""
     MSE = "mse"
     """The scale is the power of two with the smallest mean squared error over the calibration values."""
-    LEAST_SQUARES = "least-squares"
-    """The scale is the one of a few that gives the weights the smallest squared error."""
     CALIBRATED = "calibrated"
     """The scale has the smallest error on calibration images."""
     LEARNED = "learned"

@@ -14,9 +14,10 @@ Two restrictions make the product exact in every engine, whatever it multiplies 
   and replaces smaller scales by zero. The cost is negligible: such a block is below a seven-thousandth of the group's
   amax.
 
-Scales of blocks are the E4M3 number nearest to amax / 6, or, with `SEARCHED`, the best of it and some larger ones: a
-block whose largest weight is mapped to 4 instead of 6 uses the part of the grid with the smaller steps. The squared
-error of a block is summed in a fixed order, so that every device and every implementation chooses the same scale.
+The scale of a block is the E4M3 number nearest to amax / 6 (`NEAREST`), or, with `SEARCHED`, the best of it and some
+others: a block whose largest weight is mapped to 4 instead of 6 uses the part of the grid with the smaller steps. The
+squared error of a block is summed in a fixed order, so that every device and every implementation chooses the same
+scale. Exports round without the search, since it made the weights of a model more accurate and its loss no smaller.
 """
 
 from __future__ import annotations
@@ -72,7 +73,7 @@ def global_scale(amax: float) -> float:
     return max(scale, SMALLEST_GLOBAL_SCALE) if amax else SMALLEST_GLOBAL_SCALE
 
 
-def quantize_packed(weight: Tensor, scale: float, offsets: Sequence[int] = SEARCHED) -> tuple[Tensor, Tensor]:
+def quantize_packed(weight: Tensor, scale: float, offsets: Sequence[int] = NEAREST) -> tuple[Tensor, Tensor]:
     """Round a weight to the nearest codes, ties to even.
 
     Args:

@@ -28,6 +28,8 @@ from exporters.vllm.export import export_vllm, plan_export
 from exporters.vllm.nvfp4 import with_global_scales
 from exporters.vllm.options import ExportFormat, VllmExportOptions
 from exporters.vllm.reopen import iter_weights, reopen
+from exporters.vllm.verify import plan_itself
+from exporters.vllm.writer import write_auxiliary, write_weights
 from fp8pipe.artifact import open_artifact
 from fp8pipe.artifact.finding import Finding, LintFindingsError
 from fp8pipe.artifact.verify import find_tree
@@ -149,7 +151,7 @@ def test_what_the_manifest_says(family: Path) -> None:
     plain, again = (open_artifact(family / name).manifest for name in ("quantized", "again"))
     assert (plain.number_format.name, plain.number_format.granularity) == ("nvfp4", "per-block")
     layers = {layer.name: layer for layer in plain.layers}
-    assert str(layers[DOWN.removesuffix(".weight")].weight) == "4-bit nvfp4, per-block, least-squares"
+    assert str(layers[DOWN.removesuffix(".weight")].weight) == "4-bit nvfp4, per-block, amax"
     assert layers[DOWN.removesuffix(".weight")].activation is None
     assert {gate.name for gate in plain.gates} >= {"weights-bit-exact", "global-scales", "nvfp4-rounding-error"}
     assert any("not trained in NVFP4" in warning for warning in plain.warnings)
@@ -241,6 +243,22 @@ def test_an_intact_export_is_verified(family: Path) -> None:
         assert verified(family / name, source) == []
         plan = with_global_scales(plan_export(source, OPTIONS))
         assert all(gate.passed for gate in reopen(plan, family / name))
+
+
+def test_weights_that_are_in_nvfp4_already_are_copied_byte_for_byte(family: Path, tmp_path: Path) -> None:
+    """A source that holds such weights: here the export itself."""
+    plan = plan_itself(open_artifact(family / "quantized"))
+    assert with_global_scales(plan) is plan
+    assert write_weights(plan, tmp_path) == []
+    write_auxiliary(plan, tmp_path)
+    assert (tmp_path / "model.safetensors").read_bytes() == (family / "quantized" / "model.safetensors").read_bytes()
+    assert all(gate.passed for gate in reopen(plan, tmp_path))
+    for edit, (gate, where) in ((next_scale, ("weights-bit-exact", DOWN)), (double_a_group, ("global-scales", GATE))):
+        tensors = raw(family / "quantized")
+        edit(tensors)
+        save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+        failed = {found.name: found.detail for found in reopen(plan, tmp_path) if not found.passed}
+        assert where in failed[gate]
 
 
 def refusal(source: Path, output: Path) -> dict[str, list[str]]:

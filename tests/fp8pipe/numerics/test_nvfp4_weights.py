@@ -109,7 +109,7 @@ def test_of_equally_good_scales_the_first_is_chosen(values: list[float]) -> None
     """Numbers of the grid itself, for which several scales have the same error, often zero."""
     weight = torch.tensor([values]) * 2.0**-7
     scale = global_scale(float(weight.abs().max()))
-    packed, blocks = quantize_packed(weight, scale)
+    packed, blocks = quantize_packed(weight, scale, SEARCHED)
     plain = quantize_nvfp4(weight, scale, SEARCHED)
     assert same_bits(packed, plain.packed)
     assert same_bits(blocks, plain.scale)
@@ -126,7 +126,7 @@ def test_searched_scales_are_the_best_of_their_candidates() -> None:
         factor = np.clip(nearest + offset, 0x08, 0x7E).astype(np.uint8).view(FP8).astype(np.float64)[..., None] * scale
         codes = np.clip(blocks / factor, -6, 6).astype(np.float32).astype(FP4).astype(np.float64)
         errors.append(((codes * factor - blocks) ** 2).sum(-1))
-    found = dequantize_packed(*quantize_packed(weight, scale), scale).double().numpy().reshape(64, -1, 16)
+    found = dequantize_packed(*quantize_packed(weight, scale, SEARCHED), scale).double().numpy().reshape(64, -1, 16)
     # fp32 sums of 16 squares have a relative error below 2^-20, so a candidate may win that is worse by so much.
     np.testing.assert_allclose(((found - blocks) ** 2).sum(-1), np.min(errors, 0), rtol=2.0**-19, atol=1e-30)
     assert np.min(errors, 0).sum() < 0.9 * errors[0].sum()

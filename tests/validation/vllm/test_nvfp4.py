@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from artifact_tree import rehash
+from breadth import only_long
 from lasting_engines import lasting_engines
 from safetensors.torch import load_file, save_file
 from tiny_checkpoints import make_model, write_plain
@@ -48,6 +49,7 @@ def exports(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.vllm
 @pytest.mark.slow
+@only_long  # a usual run has one engine with such an export: that of the plugin's tests
 def test_vllm_accepts_it_and_rejects_a_changed_one_by_name(exports: Path, python: Path) -> None:
     try:
         require_nvfp4(inspect_environment(python))
