@@ -40,6 +40,7 @@ _OURS: Final = frozenset(
 _NODES: Final = frozenset(("--nnodes", "--node-rank", "--master-addr", "--master-port", "-n", "-r"))
 _SHORT: Final = {"-tp": "--tensor-parallel-size", "-pp": "--pipeline-parallel-size"}
 _BACKENDS: Final = frozenset(("--distributed-executor-backend", "--data-parallel-backend", "-dpb"))
+_LOCAL: Final = ("mp", "uni")  # backends whose workers are processes of this machine
 
 
 class ServingForm(FrozenConfig):
@@ -82,19 +83,20 @@ class ServingForm(FrozenConfig):
         # Refuse extra arguments that the service sets itself, or that have a field of their own.
         if extra and not extra[0].startswith("-"):
             raise ValueError(f"{extra[0]!r} is not an option; give vLLM's own options after '--'")
-        typed = {_flag(name) for name in _TYPED} | {f"--no-{name[2:]}" for name in map(_flag, _TYPED)}
         for argument, after in pairwise((*extra, "")):
-            flag, _, value = argument.partition("=")
-            flag = _SHORT.get(flag, flag).replace("_", "-")
-            if flag in _OURS:
-                raise ValueError(f"{flag} is set by fp8pipe and cannot be given")
-            if flag in typed or flag in _NODES:
-                raise ValueError(f"{flag} is an option of this command: give it before '--'")
-            if flag in _BACKENDS and (value or after) == "ray":
-                raise ValueError(
-                    f"{flag} ray cannot be given: Ray's workers would load the model on nodes where nothing has hashed "
-                    "it; run this command on each node, with --nnodes and --node-rank"
-                )
+            name, _, value = argument.partition("=")
+            flag = name.partition(".")[0].replace("_", "-")  # vLLM takes `_` for `-`, and `--option.key` for JSON
+            for option in _meant(flag):
+                said = option if flag.startswith(option) or flag in _SHORT else f"{flag}, short for {option},"
+                if option in _OURS:
+                    raise ValueError(f"{said} is set by fp8pipe and cannot be given")
+                if option not in _BACKENDS:
+                    raise ValueError(f"{said} is an option of this command: give it before '--'")
+                if (value or after) not in _LOCAL:
+                    raise ValueError(
+                        f"{flag} {value or after} cannot be given: its workers could load the model on nodes where "
+                        "nothing has hashed it; run this command on each node, with --nnodes and --node-rank"
+                    )
         return extra
 
     @model_validator(mode="after")
@@ -206,3 +208,16 @@ def declared_cache(model: Path) -> bool:
 
 def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
+
+
+def _meant(flag: str) -> list[str]:
+    """The options not to be given that vLLM could take `flag` for: its parser accepts abbreviations, and `-n2`."""
+    if not flag.startswith("-") or flag in ("-", "--"):
+        return []
+    typed = {_flag(name) for name in _TYPED} | {f"--no-{name[2:]}" for name in map(_flag, _TYPED)}
+    refused = {name: name for name in _OURS | _NODES | _BACKENDS | typed} | _SHORT
+    return sorted(
+        {option for name, option in refused.items()
+         if (name.startswith(flag) and flag != "-dp")  # an option of its own, --data-parallel-size
+         or (len(name) == 2 and flag.startswith(name))}
+    )  # fmt: skip

@@ -39,6 +39,7 @@ OPTIONAL = (
 )
 _ONNX = ("onnx", "onnxruntime", "onnxscript", "onnx-ir")
 _SERVER = ("fastapi", "uvicorn", "httptools", "uvloop", "python-multipart", "pillow", "prometheus-client")
+_RAY_SERVE = ("ray", "grpcio-reflection")  # the latter comes with ray[serve] alone
 _VIT = ("timm", "torchvision", "pillow")
 _NEEDS = (FALQON_NEED, LORA_NEED, VIT_NEED)
 # Below this much free disk space, a model and its export may not fit.
@@ -247,6 +248,8 @@ def _serve(vllm: VllmEnvironment | MissingCapabilityError) -> Iterator[Ability]:
     yield _language(vllm)
     yield _packages("serve", "vision, in ONNX Runtime", (*_SERVER, "onnx", "onnxruntime", "onnx-ir"),
                     "on the cpu; on a GPU with onnxruntime-gpu", "pip install 'fp8pipe[serve]'")  # fmt: skip
+    yield _packages("serve", "vision, in Ray Serve", (*_SERVER, "onnx", "onnxruntime", "onnx-ir", *_RAY_SERVE),
+                    "on each node of a Ray cluster", "pip install 'fp8pipe[ray-serve]'")  # fmt: skip
     devices, missing = machine.gpus(), _missing(("tensorrt-rtx",))
     what = "vision, in TensorRT for RTX"
     if not devices:

@@ -3,7 +3,8 @@
 `fp8pipe serve` is started on every node, with the same options and its own `--node-rank`. So every node hashes its own
 copy of the export against the manifest before vLLM may load it there. A manifest that fits its files could still be
 that of another export; so a further node asks node 0 which artifact it serves (every response of its HTTP service names
-the digest), and starts vLLM only if it is the same. No node loads weights before the processes of all nodes have met.
+the digest) and how it runs vLLM (see `sameness`), and starts vLLM only if both are the same as here. No node loads
+weights before the processes of all nodes have met.
 
 vLLM's processes of one start belong together: if those of one node end, the others' are useless. Node 0 starts vLLM
 again after a crash, as on a single node, and its `/readyz` names the start. When that changes, vLLM is started again
@@ -18,7 +19,7 @@ import http.client
 import json
 import logging
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from exporters.vllm.environment import engine_failure
@@ -26,6 +27,7 @@ from fp8pipe.artifact import Artifact
 from fp8pipe.artifact.record import DIGEST_HEADER
 from fp8pipe.core.errors import BadArtifactError, ConfigurationError, MissingCapabilityError
 from serving.config import SupervisorConfig
+from serving.language.sameness import differences
 from serving.language.supervisor import Child, State
 
 logger = logging.getLogger(__name__)
@@ -41,11 +43,27 @@ class Seen:
         digest: of the artifact that it serves, as in the header.
         state: of its vLLM, a value of `State`, or `draining`.
         start: identifies one start of its vLLM.
+        run: digests of how it runs vLLM, see `sameness`.
     """
 
     digest: str
     state: str
     start: str
+    run: dict[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Missed:
+    """A look without an answer of node 0.
+
+    Attributes:
+        gone: nothing listens there, or the connection was closed without an answer: its service has ended. A look that
+            took too long does not tell that.
+        odd: what something else has answered; empty if nothing did.
+    """
+
+    gone: bool = False
+    odd: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,30 +77,23 @@ class Head:
     def __str__(self) -> str:
         return f"{self.host}:{self.port}"
 
-    def look(self) -> Seen | None:
-        """Ask node 0; None if it does not answer.
-
-        Raises:
-            ConfigurationError: something else answers there.
-        """
+    def look(self) -> Seen | Missed:
+        """Ask node 0."""
         connection = http.client.HTTPConnection(self.host, self.port, timeout=self.timeout_s)
         try:
             connection.request("GET", "/readyz")
             reply = connection.getresponse()
             body = reply.read()
-        except (OSError, http.client.HTTPException):
-            return None
+        except (OSError, http.client.HTTPException) as error:
+            return Missed(gone=isinstance(error, ConnectionError))
         finally:
             connection.close()
         try:
             document = json.loads(body)
-            return Seen(reply.headers[DIGEST_HEADER], str(document["status"]), str(document["start"]))
-        except (ValueError, KeyError, TypeError) as error:
-            raise ConfigurationError(
-                f"what answers at {self} is not node 0's fp8pipe serve",
-                why=f"GET /readyz returned {reply.status} without the start of its vLLM",
-                fix="give node 0's address with --master-addr, and the port that it serves on with --port",
-            ) from error
+            run = {str(name): str(digest) for name, digest in document["run"].items()}
+            return Seen(reply.headers[DIGEST_HEADER], str(document["status"]), str(document["start"]), run)
+        except (ValueError, KeyError, TypeError, AttributeError):
+            return Missed(odd=f"GET /readyz returned {reply.status} without the start of its vLLM")
 
 
 class Follower:
@@ -92,14 +103,17 @@ class Follower:
         start: starts vLLM here and returns its child.
         head: node 0.
         artifact: the export on this node, whose files have been hashed.
+        run: how vLLM runs on this node, from `run_of`.
         config: timeouts and intervals.
         stay_s: longest time after SIGTERM that node 0 may need for its requests, seconds.
     """
 
     def __init__(
-        self, start: Callable[[], Child], head: Head, artifact: Artifact, config: SupervisorConfig, stay_s: float
-    ) -> None:
-        self._start, self._head, self._artifact, self._config, self._stay_s = start, head, artifact, config, stay_s
+        self, start: Callable[[], Child], head: Head, artifact: Artifact, run: Mapping[str, str],
+        config: SupervisorConfig, stay_s: float,
+    ) -> None:  # fmt: skip
+        self._start, self._head, self._artifact, self._run = start, head, artifact, run
+        self._config, self._stay_s = config, stay_s
         self._leaving = asyncio.Event()
         self._leave_at: float | None = None
         self._last = ""
@@ -110,7 +124,7 @@ class Follower:
         Raises:
             BadArtifactError: node 0 serves another artifact; or vLLM's first start failed, see `engine_failure`, which
                 raises other errors, too.
-            ConfigurationError: something else answers at node 0's address.
+            ConfigurationError: something else answers at node 0's address, or node 0 runs vLLM in another way.
             MissingCapabilityError: node 0 cannot be reached.
         """
         loop = asyncio.get_running_loop()
@@ -142,10 +156,15 @@ class Follower:
         reached, reported = loop.time(), loop.time()
         while not self._leaving.is_set():
             seen, now = await self._look(), loop.time()
-            if seen is not None:
+            if isinstance(seen, Seen):
                 reached = now
                 if seen.state == State.STARTING and seen.start != self._last:
                     return seen.start
+            elif seen.odd and not self._last:  # later, an odd answer is one that did not come
+                raise ConfigurationError(
+                    f"what answers at {self._head} is not node 0's fp8pipe serve", why=seen.odd,
+                    fix="give node 0's address with --master-addr, and the port that it serves on with --port",
+                )  # fmt: skip
             elif now - reached > self._config.start_timeout_s:
                 raise MissingCapabilityError(
                     f"node 0 does not answer at {self._head}", why=f"tried for {now - reached:.0f} s",
@@ -153,7 +172,8 @@ class Follower:
                 )  # fmt: skip
             if now - reported > _REPORT_EVERY_S:
                 reported = now
-                logger.info("waiting for node 0 at %s: %s", self._head, seen.state if seen else "no answer")
+                state = seen.state if isinstance(seen, Seen) else "no answer"
+                logger.info("waiting for node 0 at %s: %s", self._head, state)
             await self._pause()
         return ""
 
@@ -165,27 +185,36 @@ class Follower:
         loop, missed, ready = asyncio.get_running_loop(), 0, False
         while (code := child.exit_code()) is None:
             seen = await self._look()
-            missed = 0 if seen is not None else missed + 1
-            if seen is not None and (seen.start != begun or seen.state in (State.WAITING, State.STOPPED)):
-                logger.warning("vLLM has ended on node 0: ending it here")
-                break
-            ready = ready or (seen is not None and seen.state == State.READY)
-            if missed >= (1 if self._leave_at is not None else self._config.probe_failures):
-                logger.warning("node 0 does not answer at %s: ending vLLM here", self._head)
-                break
+            if isinstance(seen, Seen):
+                missed, ready = 0, ready or seen.state == State.READY
+                if seen.start != begun or seen.state in (State.WAITING, State.STOPPED):
+                    logger.warning("vLLM has ended on node 0: ending it here")
+                    break
+            else:
+                missed += 1
+                # After a signal node 0 is expected to go; one slow answer is no sign of that.
+                if missed >= self._config.probe_failures or (seen.gone and self._leave_at is not None):
+                    logger.warning("node 0 does not answer at %s: ending vLLM here", self._head)
+                    break
             if self._leave_at is not None and loop.time() >= self._leave_at:
                 break
             await self._pause()
         return code, ready
 
-    async def _look(self) -> Seen | None:
+    async def _look(self) -> Seen | Missed:
         seen = await asyncio.to_thread(self._head.look)
         mine = f"sha256:{self._artifact.digest}"
-        if seen is not None and seen.digest != mine:
+        if isinstance(seen, Seen) and seen.digest != mine:
             raise BadArtifactError(
                 f"{self._artifact.root} is not the export that node 0 serves",
                 why=f"it is {mine}, and node 0 at {self._head} serves {seen.digest}",
                 fix="copy the export of node 0 to this node",
+            )
+        if isinstance(seen, Seen) and (others := differences(self._run, seen.run)):
+            raise ConfigurationError(
+                f"node 0 at {self._head} runs vLLM in another way than this node",
+                why=f"this node has {'; '.join(others)}, and node 0 has not",
+                fix="install the same versions on all nodes, and start them with the same options and variables",
             )
         return seen
 

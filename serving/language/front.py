@@ -49,16 +49,17 @@ class Front:
         lifecycle: the lifecycle of the service.
         metrics: the service's own metrics; `/metrics` shows them before vLLM's.
         identity: the response of `/v1/artifact`.
+        run: digests of how vLLM runs, for further nodes, see `sameness`.
         with_page: whether to serve the web page at `/`.
         timeout_s: longest wait for the headers of a response, seconds; None waits as long as the client does.
     """
 
     def __init__(
         self, supervisor: Supervisor, lifecycle: Lifecycle, metrics: HttpMetrics, identity: dict[str, Any], *,
-        with_page: bool = True, timeout_s: float | None = None,
+        run: dict[str, str], with_page: bool = True, timeout_s: float | None = None,
     ) -> None:  # fmt: skip
         self.supervisor, self.lifecycle, self.metrics, self.identity = supervisor, lifecycle, metrics, identity
-        self.timeout_s = timeout_s
+        self.run, self.timeout_s = run, timeout_s
         page = _PAGE.replace("@MODEL@", escape(supervisor.model)).replace("@DIGEST@", escape(identity["digest"]))
         self._page = (page, page_headers(page)) if with_page else None
         self._running: set[asyncio.Task[Any]] = set()
@@ -103,7 +104,7 @@ class Front:
         if path == "/readyz":
             ready = self.supervisor.state is State.READY and not self.lifecycle.draining
             state = "draining" if self.lifecycle.draining else self.supervisor.state.value
-            document = {"status": state, "start": self.supervisor.start_id}
+            document = {"status": state, "start": self.supervisor.start_id, "run": self.run}
             retry = {"Retry-After": str(self.supervisor.retry_after_s)}
             return JSONResponse(document) if ready else JSONResponse(document, 503, retry)
         if path == "/v1/artifact":

@@ -14,7 +14,7 @@ import asyncio
 import logging
 import math
 import tempfile
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ from serving.http.service import Proof, identity_of, proof_of, read_keys, serve
 from serving.http.telemetry import HttpMetrics
 from serving.language.follower import Follower, Head
 from serving.language.front import Front
+from serving.language.sameness import digests, run_of
 from serving.language.supervisor import Child, State, Supervisor
 from serving.language.upstream import KEEP_ALIVE_S, Upstream
 
@@ -61,8 +62,8 @@ def serve_language(export: Path, config: ServeConfig, language: LanguageConfig |
         BadArtifactError: the files do not match the manifest, vLLM cannot load the export, or node 0 serves another.
         GateFailedError: no validation accepted the export for this engine and these options, and `unvalidated` is not
             set.
-        ConfigurationError: the model cannot be divided as asked, the API keys cannot be read, or the service cannot
-            listen on the address.
+        ConfigurationError: the model cannot be divided as asked, the API keys cannot be read, the service cannot listen
+            on the address, or node 0 runs vLLM in another way.
         MissingCapabilityError: vLLM is missing, or the GPUs that it is built for, or the plugin for FP8 on this CPU, or
             node 0 does not answer.
         OutOfMemoryError: vLLM ran out of memory while it started.
@@ -79,7 +80,8 @@ def serve_language(export: Path, config: ServeConfig, language: LanguageConfig |
         command = _engine_command(environment, artifact, model_dir, chosen, socket)
         model, env = chosen.name_of(artifact), chosen.variables(VLLM_HTTP_TIMEOUT_KEEP_ALIVE=str(KEEP_ALIVE_S))
         if chosen.node_rank:
-            return _follow(command, env, log, artifact, config, chosen)
+            run = run_of(proof, chosen.form)
+            return _follow(lambda: Child(command, env, log), run, artifact, config, chosen)
         supervisor = supervise(command, env, socket, log, model, chosen)
         return run_front(supervisor, artifact, config, chosen, proof)
 
@@ -111,7 +113,7 @@ def _engine_command(
 
 
 def _follow(
-    command: list[str], env: dict[str, str], log: Path, artifact: Artifact, config: ServeConfig, chosen: LanguageConfig
+    start: Callable[[], Child], run: dict[str, str], artifact: Artifact, config: ServeConfig, chosen: LanguageConfig
 ) -> int:
     """Run vLLM's workers on a further node until a signal arrives; returns the exit code (0).
 
@@ -127,7 +129,7 @@ def _follow(
     stay_s = max(config.linger_s, chosen.drain_seconds) + _AFTER_DRAIN_S
 
     async def follow() -> None:
-        await Follower(lambda: Child(command, env, log), head, artifact, chosen.supervision, stay_s).run()
+        await Follower(start, head, artifact, run, chosen.supervision, stay_s).run()
 
     asyncio.run(follow())
     return 0
@@ -163,7 +165,7 @@ def run_front(
     restarts.set_function(lambda: supervisor.restarts)
     front = Front(
         supervisor, lifecycle, metrics, identity_of(artifact, proof),
-        with_page=config.page, timeout_s=language.request_timeout_s,
+        run=digests(run_of(proof, language.form)), with_page=config.page, timeout_s=language.request_timeout_s,
     )  # fmt: skip
     drain_s = max(config.linger_s, language.drain_seconds)
     serve(_supervised(front, drain_s), artifact, config, proof=proof, keys=keys, metrics=metrics, lifecycle=lifecycle,

@@ -41,10 +41,14 @@ def test_doctor_names_the_packages_that_a_verb_lacks(monkeypatch):
     from fp8pipe.core import machine
 
     real = machine.distribution_version
-    gone = {"onnxscript", "peft", "tensorrt-rtx", "timm", "fastapi"}
+    gone = {"onnxscript", "peft", "tensorrt-rtx", "timm", "fastapi", "grpcio-reflection"}
     monkeypatch.setattr(machine, "distribution_version", lambda name: None if name in gone else real(name))
-    able = {(one["verb"], one["what"].split(":")[0].split(",")[0]): one for one in
-            json.loads(invoke("doctor", "--json").stdout)["can"]}  # fmt: skip
+    found = json.loads(invoke("doctor", "--json").stdout)["can"]
+    (ray_serve,) = (one for one in found if one["what"] == "vision, in Ray Serve")
+    assert not ray_serve["able"]
+    assert "grpcio-reflection" in ray_serve["how"]
+    assert "fp8pipe[ray-serve]" in ray_serve["add"]
+    able = {(one["verb"], one["what"].split(":")[0].split(",")[0]): one for one in found}
     for key, extra, package in (
         (("export", "onnx"), "onnx", "onnxscript"), (("train", "lora"), "train", "peft"),
         (("quantize", "vision transformers"), "vit", "timm"), (("serve", "vision"), "", ""),

@@ -30,7 +30,7 @@ CONFIGURATION = Path(__file__).resolve().parents[3] / "deploy" / "ray_serve.yaml
 @pytest.fixture(scope="module")
 def places() -> Iterator[tuple[str, int]]:
     """The address of a Ray cluster on this machine, and the port on which its Serve is to listen."""
-    pytest.importorskip("grpc", reason="Ray Serve is not installed: pip install 'fp8pipe[ray-serve]'")
+    pytest.importorskip("grpc_reflection", reason="Ray Serve is not installed: pip install 'fp8pipe[ray-serve]'")
     dashboard, port = free_ports(2)
     with pytest.MonkeyPatch.context() as patch:
         # By default Ray gives its processes a low priority, and ends a proxy that has not started within 5 s: on a busy
