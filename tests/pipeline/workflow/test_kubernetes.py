@@ -128,7 +128,7 @@ esac
 
 
 def test_the_printed_loop_waits_for_the_end_of_a_job_and_ends_at_a_failed_one(tmp_path):
-    """With a stand-in for kubectl, as there is no cluster here: the first Job is suspended at first, the second fails."""
+    """With a stand-in for kubectl, as there is no cluster here: the first Job is suspended once, the second fails."""
     for name, text in (("kubectl", KUBECTL), ("sleep", "#!/bin/sh\n")):
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(0o755)
