@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import quick_run
@@ -191,6 +192,20 @@ def test_a_job_that_succeeds_without_a_document_is_an_error_that_says_so(tmp_pat
     with pytest.raises(Fp8PipeError, match="ended with exit code 7") as found:
         judging(tmp_path)[0]._judged("base", Outcome(7, {}))
     assert found.value.exit_code == 1
+
+
+def test_a_stage_that_its_node_interrupts_is_started_again_but_not_for_ever(tmp_path, monkeypatch):
+    """With a stand-in for Ray that gives the outcome, as no test can shut a node down."""
+    exceptions = pytest.importorskip("ray").exceptions
+    runner, said = judging(tmp_path)
+    submitted: list[str] = []
+    monkeypatch.setattr(runner, "_ray", SimpleNamespace(exceptions=exceptions, get=lambda reference: Outcome(130)))
+    monkeypatch.setattr(runner, "_submit", submitted.append)
+    assert [runner._ended("base", None) for _ in range(2)] == [False, False]
+    assert submitted == ["base", "base"]
+    assert "interrupted on its node" in said[0]
+    with pytest.raises(MissingCapabilityError, match="was lost 3 times"):
+        runner._ended("base", None)
 
 
 def test_an_error_without_a_message_is_shown_by_its_class():
