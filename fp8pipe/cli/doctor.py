@@ -35,6 +35,7 @@ OPTIONAL = (
     ("pyarrow", "training data in parquet, arrow and .zst files", "pip install 'fp8pipe[data]'"),
     ("timm", "vision models", "pip install 'fp8pipe[vit]' torch==YOURS"),
     ("onnxruntime", "export --target onnx and trt, and their proofs", "pip install 'fp8pipe[onnx]'"),
+    ("ray", "run and quantize-vit with --ray", "pip install 'fp8pipe[ray]'"),
     ("tensorrt-rtx", "engines of export --target trt", "pip install 'fp8pipe[trt-rtx]'"),
 )
 _ONNX = ("onnx", "onnxruntime", "onnxscript", "onnx-ir")
@@ -80,7 +81,7 @@ def doctor_command(vllm_python: str | None, console: Console) -> None:
     vllm = _find_vllm(vllm_python)
     optional = (_package_check(name, f"for {purpose}", how) for name, purpose, how in OPTIONAL)
     checks = [*_python_checks(), *_device_checks(), *_vllm_checks(vllm), *optional, *_disk_checks()]
-    able = [*_train(), *_quantize(), *_export(), *_build(), *_serve(vllm)]
+    able = [*_train(), *_quantize(), *_export(), *_build(), *_run(), *_serve(vllm)]
     document = {
         "checks": [dataclasses.asdict(check) for check in checks], "can": [dataclasses.asdict(one) for one in able],
     }  # fmt: skip
@@ -224,6 +225,13 @@ def _export() -> Iterator[Ability]:
     yield Ability("export", "vllm: fp8, fp8-block, w8a16, nvfp4, bf16", True, "compressed-tensors checkpoints")
     yield _packages("export", "onnx: qdq, qdq-exact, int4-weight-only", _ONNX, "proved in ONNX Runtime", add)
     yield _packages("export", "trt: graphs, and ModelOpt checkpoints", _ONNX, "linted; engines: see below", add)
+
+
+def _run() -> Iterator[Ability]:
+    yield Ability(
+        "run", "recipes, here or as Kubernetes Jobs", True, "kubernetes-jobs writes manifests, and sends none"
+    )
+    yield _packages("run", "recipes on a Ray cluster", ("ray",), "--ray ADDRESS", "pip install 'fp8pipe[ray]'")
 
 
 def _build() -> Iterator[Ability]:

@@ -8,12 +8,17 @@ import click
 
 from fp8pipe.cli.common import PATH, Console, common_options
 
-_ORDER = """kubectl apply -f {folder}/recipe.yaml
+# In parentheses, as `exit` would end the user's shell. A Job of before is deleted together with its pod, which may take
+# a while to end. A Job may have other conditions first, such as Suspended, where a queue admits it.
+_ORDER = """(
+kubectl apply -f {folder}/recipe.yaml || exit 1
 for job in {folder}/[0-9]*.yaml; do
-  kubectl replace --force -f "$job"
-  kubectl wait --for=jsonpath='{{.status.conditions[0].status}}'=True --timeout=-1s -f "$job"
-  kubectl wait --for=condition=complete --timeout=10s -f "$job" || break
-done"""
+  kubectl delete --ignore-not-found --cascade=foreground --wait -f "$job" && kubectl create -f "$job" || exit 1
+  until kubectl get -f "$job" -o jsonpath='{{.status.conditions[?(@.status=="True")].type}}' |
+    grep -qwE 'Complete|Failed'; do sleep 10; done
+  kubectl wait --for=condition=complete --timeout=0s -f "$job" || exit 1
+done
+)"""
 
 
 @click.command("kubernetes-jobs")
@@ -45,11 +50,11 @@ def kubernetes_jobs_command(
             f"{output} is not empty", why="manifests of other stages there would be created, too",
             fix="name another directory with --output, or remove this one",
         )  # fmt: skip
-    files = {"recipe.yaml": recipe_manifest(read)}
+    run = run or f"runs/{read.name}"
+    files = {"recipe.yaml": recipe_manifest(read, run)}
     width = len(str(len(read.stages)))
     for number, spec in enumerate(read.stages, 1):
-        manifest = job_manifest(read, spec, image=image, claim=claim, run=run or f"runs/{read.name}")
-        files[f"{number:0{width}}-{spec.name}.yaml"] = manifest
+        files[f"{number:0{width}}-{spec.name}.yaml"] = job_manifest(read, spec, image=image, claim=claim, run=run)
     output.mkdir(parents=True, exist_ok=True)
     for name, manifest in files.items():
         (output / name).write_text(yaml.safe_dump(manifest, sort_keys=False, allow_unicode=True), encoding="utf-8")

@@ -142,7 +142,9 @@ def _reasons(record: RunRecord) -> list[str]:
 def _show_plan(state: RunState, runner: WorkflowRunner, console: Console) -> None:
     """Check every stage that would run, and show the plan; writes nothing. Exits as the first refused stage does."""
     statuses = state.statuses()
-    runner.check([status.spec for status in statuses if status.run])
+    specs = [status.spec for status in statuses if status.run]
+    runner.check(specs)
+    runner.require_gpus(specs)
     anew = {status.spec.name for status in statuses if status.run}
     stages = [_planned(state, status, anew.intersection(status.spec.reads.values())) for status in statuses]
     total = _total(stages, state.directory)

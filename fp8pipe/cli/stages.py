@@ -102,8 +102,18 @@ def _training(name: str, *sources: str) -> StageCommand:
 
     return StageCommand(
         name, sources, check, arguments, _in_run, resumable=True, device=device, parallel=True,
-        without_effect=("report_to",),
+        without_effect=("report_to",), check_processes=_check_micro_batches if name == "finetune" else _any_number,
     )  # fmt: skip
+
+
+def _any_number(settings: Settings, count: int) -> None:
+    """Processes of quantize-vit share images, of which there are always more."""
+
+
+def _check_micro_batches(settings: Settings, count: int) -> None:
+    from pipeline.finetune.config import check_processes
+
+    check_processes(build_config(_config("finetune"), settings), count)  # type: ignore[arg-type]
 
 
 def _measurement(name: str, *inline: str) -> StageCommand:

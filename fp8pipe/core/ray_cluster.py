@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import socket
 import traceback
 from typing import Any, Final
 
@@ -13,6 +14,7 @@ from fp8pipe.core.errors import ConfigurationError, Fp8PipeError, MissingCapabil
 __all__ = ["connect", "describe", "described_error"]
 
 _INSTALL: Final = "python -m pip install 'fp8pipe[ray]'"
+_CONNECT_S: Final = 10.0
 _SHOWN: Final = 300  # characters of a cause, from its end
 
 
@@ -51,6 +53,7 @@ def connect(address: str, *, quiet: bool = False) -> Any:
         import ray
     except ImportError as error:
         raise MissingCapabilityError("Ray is not installed", why=str(error), fix=_INSTALL) from error
+    _require_reachable(address)
     started: dict[str, Any] = {"include_dashboard": False} if address == "local" else {}
     try:
         ray.init(address, logging_level=logging.WARNING, log_to_driver=not quiet, **started)
@@ -59,9 +62,24 @@ def connect(address: str, *, quiet: bool = False) -> Any:
             f"there is no Ray cluster at {address!r}", why=str(error), fix="give auto, local, or ray://HOST:PORT"
         ) from error
     except ConnectionError as error:
-        raise MissingCapabilityError(
-            f"the Ray cluster at {address!r} cannot be reached",
-            why=" ".join(str(error).split())[:300],
-            fix="start one with `ray start --head`, or use --ray local; if it has tokens, set RAY_AUTH_MODE=token",
-        ) from error
+        raise _unreachable(address, error) from error
     return ray
+
+
+def _require_reachable(address: str) -> None:
+    """Raise an error if nothing listens at `HOST:PORT`, as Ray itself would go on trying for minutes."""
+    host, colon, port = address.rpartition("://")[2].rpartition(":")
+    if not colon or not port.isdecimal():
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_S).close()
+    except (OSError, OverflowError) as error:
+        raise _unreachable(address, error) from error
+
+
+def _unreachable(address: str, error: Exception) -> MissingCapabilityError:
+    return MissingCapabilityError(
+        f"the Ray cluster at {address!r} cannot be reached",
+        why=" ".join(str(error).split())[:300],
+        fix="start one with `ray start --head`, or use --ray local; if it has tokens, set RAY_AUTH_MODE=token",
+    )

@@ -14,6 +14,7 @@ from pydantic import Field, field_validator, model_validator
 
 from fp8pipe.core.config import CONFIG_ONLY, Flag, FrozenConfig
 from fp8pipe.core.devices import DEVICE_HELP, DeviceName, GpuNeed
+from fp8pipe.core.errors import ConfigurationError
 from pipeline.falqon.rules import DEFAULT_RULE, RULES, Initialisation, UpdateRule, update_rule
 from pipeline.tracking.config import ReportTo
 
@@ -169,6 +170,22 @@ class FinetuneConfig(FrozenConfig):
     def gpu_need(self) -> GpuNeed:
         """The GPU features that the method requires."""
         return FALQON_NEED if self.method == "falqon" else LORA_NEED
+
+
+def check_processes(config: FinetuneConfig, size: int) -> None:
+    """Refuse what would leave some of `size` processes without work.
+
+    Raises:
+        ConfigurationError: it is refused.
+    """
+    count = config.gradient_accumulation
+    if count < size:
+        raise ConfigurationError(
+            f"{size} processes have {count} micro-batch(es) per step to share",
+            why=f"gradient_accumulation is {count}; a micro-batch is computed by one of the {size} processes",
+            fix=f"use --gradient-accumulation {size} or a multiple of it; with --batch-size divided by as much, a "
+            "step has as many sequences as before",
+        )
 
 
 def _takes_rows(rule: UpdateRule) -> bool:

@@ -32,7 +32,7 @@ from pipeline.dry_run.costs import (
 )
 from pipeline.dry_run.devices import DEVICES, Device, device_reported
 from pipeline.falqon.convert import base_bytes, read_convertible
-from pipeline.finetune.config import FinetuneConfig
+from pipeline.finetune.config import FinetuneConfig, check_processes
 from pipeline.finetune.method import export_warnings
 from pipeline.finetune.needs import estimate_needs
 from pipeline.tracking.config import missing_trackers
@@ -118,7 +118,6 @@ def _processes(config: FinetuneConfig) -> tuple[int, int]:
     if place is None:
         return 1, 1
     from pipeline.finetune.distributed.machines import local_size
-    from pipeline.finetune.distributed.processes import check_processes
 
     check_processes(config, place.size)
     return place.size, local_size(place.size)

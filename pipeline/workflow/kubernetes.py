@@ -21,15 +21,16 @@ _RECIPE: Final = "/recipe"
 _RECIPE_FILE: Final = "recipe.yaml"
 _USER: Final = 10001  # that of the images and of deploy/kubernetes.yaml
 _STOP_S: Final = 90  # `fp8pipe run` gives an interrupted stage 60 s
-# Exit codes after which another try would end in the same way: all errors but a process that was killed.
+# Exit codes after which another try would end in the same way: all errors but a process that was killed. Several
+# processes of which one was killed do not end with 1, as torchrun does, see `WorkflowRunner._finished`.
 _FINAL_CODES: Final = (1, 2, 10, 11, 12, 13, 14, 15)
 
 
-def recipe_manifest(recipe: Recipe) -> dict[str, Any]:
-    """The ConfigMap with the recipe that the Jobs run."""
+def recipe_manifest(recipe: Recipe, run: str) -> dict[str, Any]:
+    """The ConfigMap with the recipe that the Jobs of a run use; `run` is the directory of the run on the volume."""
     text = yaml.safe_dump(recipe.plain(), sort_keys=False, allow_unicode=True)
     return {
-        "apiVersion": "v1", "kind": "ConfigMap", "metadata": _metadata(f"{recipe.name}-recipe", recipe),
+        "apiVersion": "v1", "kind": "ConfigMap", "metadata": _metadata(recipe, run),
         "data": {_RECIPE_FILE: text},
     }  # fmt: skip
 
@@ -44,7 +45,7 @@ def job_manifest(recipe: Recipe, spec: StageSpec, *, image: str, claim: str, run
         claim: the PersistentVolumeClaim of the volume that all stages share; the working directory is its root.
         run: directory of the run on that volume.
     """
-    metadata = _metadata(f"{recipe.name}-{spec.name}", recipe, spec)
+    metadata = _metadata(recipe, run, spec)
     pod = {
         "restartPolicy": "Never", "automountServiceAccountToken": False, "terminationGracePeriodSeconds": _STOP_S,
         "securityContext": {
@@ -54,7 +55,7 @@ def job_manifest(recipe: Recipe, spec: StageSpec, *, image: str, claim: str, run
         "containers": [_container(spec, image, run)],
         "volumes": [
             {"name": "workspace", "persistentVolumeClaim": {"claimName": claim}},
-            {"name": "recipe", "configMap": {"name": _name(f"{recipe.name}-recipe")}},
+            {"name": "recipe", "configMap": {"name": _metadata(recipe, run)["name"]}},
             {"name": "tmp", "emptyDir": {}},
             {"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": "2Gi"}},
         ],
@@ -62,7 +63,7 @@ def job_manifest(recipe: Recipe, spec: StageSpec, *, image: str, claim: str, run
     return {
         "apiVersion": "batch/v1", "kind": "Job", "metadata": metadata,
         "spec": {
-            "backoffLimit": 3,  # a stage that was killed, or lost its node, continues from its checkpoint
+            "backoffLimit": 3,  # a stage that was killed continues from its checkpoint; evictions are not counted
             "podFailurePolicy": {
                 "rules": [
                     {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},
@@ -107,18 +108,25 @@ def gpus_of(spec: StageSpec) -> int:
     return spec.resources.gpus
 
 
-def _metadata(name: str, recipe: Recipe, spec: StageSpec | None = None) -> dict[str, Any]:
+def _metadata(recipe: Recipe, run: str, spec: StageSpec | None = None) -> dict[str, Any]:
+    """Name and labels of the Job of a stage, or of the ConfigMap."""
+    stage = [] if spec is None else [spec.name]
+    # Always with a digest: two runs of a recipe, or stage c of a-b and stage b-c of a, must not replace each other.
+    name = _digested("-".join([recipe.name, *(stage or ["recipe"])]), "\0".join([recipe.name, run, *stage]))
     # Not `app: fp8pipe`, by which the service of deploy/kubernetes.yaml selects its pods.
-    labels = {"fp8pipe/run": _name(recipe.name)}
-    if spec is not None:
-        labels["fp8pipe/stage"] = _name(spec.name)
-    return {"name": _name(name), "labels": labels}
+    labels = {"fp8pipe/recipe": _label(recipe.name), "fp8pipe/run": _label(run)}
+    return {"name": name, "labels": labels | ({} if spec is None else {"fp8pipe/stage": _label(spec.name)})}
 
 
-def _name(text: str) -> str:
-    """A name that Kubernetes accepts (RFC 1123, at most 63 characters): `text`, or its start and its digest."""
-    found = re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
-    if found == text and len(text) <= 63:
-        return found
-    digest = hashlib.sha256(text.encode()).hexdigest()[:8]
-    return f"{found[:54].rstrip('-')}-{digest}".lstrip("-")
+def _label(text: str) -> str:
+    """A value that Kubernetes accepts (RFC 1123, at most 63 characters): `text`, or its start and its digest."""
+    return text if _plain(text) == text and len(text) <= 63 else _digested(text, text)
+
+
+def _digested(text: str, whole: str) -> str:
+    """A name that Kubernetes accepts: the start of `text`, and a digest of `whole`."""
+    return f"{_plain(text)[:54].rstrip('-')}-{hashlib.sha256(whole.encode()).hexdigest()[:8]}".lstrip("-")
+
+
+def _plain(text: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")

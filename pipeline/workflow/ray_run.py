@@ -7,6 +7,7 @@ date, on which device it runs, from which checkpoint it continues, and what its 
 from __future__ import annotations
 
 import contextlib
+import functools
 import graphlib
 import os
 import signal
@@ -16,7 +17,14 @@ from pathlib import Path
 from typing import Any, Final
 
 from fp8pipe.artifact.runs import RunRecord, read_run
-from fp8pipe.core.errors import Fp8PipeError, InterruptedRunError, MissingCapabilityError, OutOfMemoryError
+from fp8pipe.core.errors import (
+    BadArtifactError,
+    Fp8PipeError,
+    InterruptedRunError,
+    MissingCapabilityError,
+    OutOfMemoryError,
+    first_line,
+)  # fmt: skip
 from fp8pipe.core.ray_cluster import connect, described_error
 from fp8pipe.core.version import __version__
 from pipeline.workflow.locks import locked_run
@@ -62,7 +70,8 @@ class RayRunner:
         """
         state = self.state
         WorkflowRunner(state, self._show).check(state.wanted())
-        with locked_run(state.directory, shared=True), self._connected() as self._ray:
+        tell = functools.partial(self._show, "run")
+        with locked_run(state.directory, shared=True, tell=tell), self._connected() as self._ray:
             nodes = [node for node in self._ray.nodes() if node["Alive"]]
             self._needs = {spec.name: needs_of(spec, nodes) for spec in self._submitted()}
             self._require_room(nodes)
@@ -159,7 +168,7 @@ class RayRunner:
             outcome: Outcome = self._ray.get(reference)
         except lost.OutOfMemoryError as error:
             raise OutOfMemoryError(
-                f"the stage {name} was ended because its node ran out of memory", why=_first_line(error),
+                f"the stage {name} was ended because its node ran out of memory", why=_shown(error),
                 fix=f"give it more: --set {name}.resources.memory=64GiB",
             ) from error  # fmt: skip
         except lost.RayTaskError as error:
@@ -172,25 +181,33 @@ class RayRunner:
             return False
         if outcome.error:
             raise described_error(outcome.error, f"a node of the Ray cluster, for the stage {name}")
+        if outcome.code == InterruptedRunError.exit_code:  # not by this command, which would no longer be here
+            self._restart(name, InterruptedRunError("the stage was interrupted on its node, as by a shutdown"))
+            return False
         return self._judged(name, outcome)
 
     def _restart(self, name: str, error: Exception) -> None:
         count = self._losses[name] = self._losses.get(name, 0) + 1
         if count == _LOSSES:
             raise MissingCapabilityError(
-                f"the process or node that ran the stage {name} was lost {count} times", why=_first_line(error),
+                f"the process or node that ran the stage {name} was lost {count} times", why=_shown(error),
                 fix="see the logs of the nodes; the same command continues from the last checkpoint",
             ) from error  # fmt: skip
-        self._show(name, f"its process or node was lost, and it is started again: {_first_line(error)}")
+        self._show(name, f"its process or node was lost, and it is started again: {_shown(error)}")
         self._submit(name)
 
     def _judged(self, name: str, outcome: Outcome) -> bool:
         document = outcome.document
         stages = {stage["name"]: stage for stage in document.get("run", {}).get("stages", ())}
-        if outcome.code == 0 or "verdict" in document:  # a failed gate is a verdict, and no error
+        if "verdict" in document:  # a failed gate is a verdict, and no error
             self._show(name, f"{stages.get(name, {}).get('verdict', document['verdict'])}")
             self._failed |= outcome.code != 0
             return outcome.code == 0
+        if outcome.code == 0:
+            raise BadArtifactError(
+                f"the job of the stage {name} says nothing of its result", why="its output is no JSON document",
+                fix="see its log: the Python environment of the node may print, too; the same command continues",
+            )  # fmt: skip
         error = document.get("error", {})
         what = error.get("what") or f"the job of the stage {name} ended with exit code {outcome.code}"
         found = Fp8PipeError(what, why=str(error.get("why", "")), fix=str(error.get("fix") or "see the log of the run"))
@@ -228,9 +245,12 @@ def _in_words(needs: Mapping[str, float]) -> str:
     return ", ".join([f"{needs['CPU']:g} CPUs", f"{needs['GPU']:g} GPUs", *gib])
 
 
-def _first_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]
+def _shown(error: Exception) -> str:
+    """The message of an error of Ray, on one line: its first one alone says little."""
+    return " ".join(str(error).split())[:300] or first_line(error)
 
 
 def _last_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[-1][:300]
+    """The last line of the traceback that Ray gives as the message: what was raised on the node."""
+    lines = str(error).strip().splitlines()
+    return lines[-1][:300] if lines else first_line(error)

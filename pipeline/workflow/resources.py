@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 
 from pydantic import Field
@@ -26,9 +27,11 @@ class Resources(FrozenConfig):
 
     def environment(self, processes: int) -> dict[str, str]:
         """Default environment variables of the processes of a stage."""
-        found = {} if self.cpus is None else {"OMP_NUM_THREADS": str(max(1, self.cpus // processes))}
-        # The launcher of several processes starts Python without -P.
-        return found if processes == 1 else {**found, "PYTHONSAFEPATH": "1"}
+        if processes == 1:
+            return {} if self.cpus is None else {"OMP_NUM_THREADS": str(self.cpus)}
+        # The launcher of several processes would give each of them one thread, and starts Python without -P.
+        cores = self.cpus or len(os.sched_getaffinity(0))
+        return {"OMP_NUM_THREADS": str(max(1, cores // processes)), "PYTHONSAFEPATH": "1"}
 
 
 def launcher(program: Sequence[str], processes: int) -> list[str]:

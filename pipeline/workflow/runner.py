@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import shlex
 import shutil
+import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
@@ -17,7 +18,13 @@ from fp8pipe.artifact import CHECKPOINT_PREFIX, MANIFEST_NAME
 from fp8pipe.artifact.gate import Verdict, worst
 from fp8pipe.artifact.record import remove_checked
 from fp8pipe.artifact.runs import RunRecord, StageRecord, write_run
-from fp8pipe.core.errors import BadArtifactError, ConfigurationError, Fp8PipeError, InterruptedRunError
+from fp8pipe.core.errors import (
+    BadArtifactError,
+    ConfigurationError,
+    Fp8PipeError,
+    InterruptedRunError,
+    MissingCapabilityError,
+)  # fmt: skip
 from fp8pipe.core.machine import describe_machine
 from fp8pipe.core.version import __version__
 from pipeline.workflow.gates import inside, judge, said_by_gates, verdict_of_failure
@@ -55,8 +62,11 @@ class WorkflowRunner:
         found, recipe = [], self.state.recipe
         for spec in stages:
             read = {dotted: recipe.stage(name).command for dotted, name in spec.reads.items()}
+            command, settings = self.state.commands[spec.command], self.state.settings(spec)
             try:
-                self.state.commands[spec.command].check(self.state.settings(spec), read)
+                command.check(settings, read)
+                if (count := self.state.processes(spec)) > 1:
+                    _check_several(command, settings, count)
             except Fp8PipeError as error:
                 found.append(f"{spec.name}: {error.why or error.what}")
         if found:
@@ -64,6 +74,20 @@ class WorkflowRunner:
                 f"the recipe {recipe.name} cannot be run as it is", why="; ".join(found),
                 fix="correct the settings named above; `fp8pipe schema` describes them all",
             )  # fmt: skip
+
+    def require_gpus(self, stages: Sequence[StageSpec]) -> None:
+        """Refuse a stage of several processes that would all share the CPU of this machine.
+
+        Raises:
+            MissingCapabilityError: there is one.
+        """
+        for spec in stages:
+            device, count = self.state.commands[spec.command].device, self.state.processes(spec)
+            if device is not None and count > 1 and device(self.state.settings(spec)) == "cpu":
+                raise MissingCapabilityError(
+                    f"the stage {spec.name} asks for {count} GPUs", why="this machine has none that it can use",
+                    fix=f"run it where they are, or use one process: --set {spec.name}.resources.gpus=0",
+                )  # fmt: skip
 
     def run(self) -> RunRecord:
         """Run the stages that are not up to date, evaluate all gates, and write the record after every stage.
@@ -74,13 +98,20 @@ class WorkflowRunner:
 
         Raises:
             ConfigurationError: another run uses the directory, or a command rejects its settings (all are listed).
+            MissingCapabilityError: a stage asks for several GPUs, and this machine has none.
             Fp8PipeError: a stage failed for a reason that no verdict covers; the record contains the error, too.
             InterruptedRunError: the user pressed Ctrl-C; running stages have been stopped and can be resumed.
         """
         only = self.state.options.only
-        with locked_run(self.state.directory, shared=only is not None, stage=only) as self._locks:
+        reads = () if only is None else tuple(dict.fromkeys(self.state.recipe.stage(only).reads.values()))
+        with locked_run(
+            self.state.directory, shared=only is not None, stage=only, reads=reads,
+            tell=lambda line: self._show(only or "run", line),
+        ) as self._locks:  # fmt: skip
             self.state.reread()  # while this run waited, another may have recorded stages
-            self.check([status.spec for status in self.state.statuses() if status.run])
+            specs = [status.spec for status in self.state.statuses() if status.run]
+            self.check(specs)
+            self.require_gpus(specs)
             write_recipe(self.state)
             try:
                 self._schedule()
@@ -157,7 +188,9 @@ class WorkflowRunner:
         error = result.document.get("error") if result.code else None
         if result.code and error is None:
             what = f"the process of the stage {spec.name} died"
-            error = {"type": "Died", "exit_code": result.code, "what": what, "why": "", "fix": ""}
+            # The launcher of several processes exits with 1 if one was killed, which must not look like an error of it.
+            code = result.code if self.state.processes(spec) == 1 else 128 + signal.SIGKILL
+            error = {"type": "Died", "exit_code": code, "what": what, "why": "", "fix": ""}
         # A verdict record, even REJECT, is output: old ones were removed. An old manifest may remain, so compare times.
         manifest, began = output / MANIFEST_NAME, self.state.marker(spec).stat().st_mtime_ns
         anew = manifest.is_file() and manifest.stat().st_mtime_ns >= began
@@ -230,6 +263,15 @@ class WorkflowRunner:
             versions=self.state.versions, machine=describe_machine(), started=_now(),
             stages=[records[spec.name] for spec in self.state.recipe.stages if spec.name in records],
         )  # fmt: skip
+
+
+def _check_several(command: StageCommand, settings: Mapping[str, Any], count: int) -> None:
+    """Check the settings of a stage that runs in `count` processes, one for each GPU."""
+    if settings.get("device") == "cpu":
+        raise ConfigurationError(
+            f"{count} GPUs are of no use", why=f"device is cpu, and resources.gpus is {count}: each GPU gets a process"
+        )
+    command.check_processes(settings, count)
 
 
 def _content(output: Path, key: str) -> str:

@@ -45,6 +45,8 @@ class StageCommand:
         device: returns the device that the command would use now, on which its output may depend. Called with the
             settings; None for commands without a `device` setting.
         parallel: whether torchrun may start the command as several processes, one per GPU.
+        check_processes: raises a ConfigurationError if the settings leave nothing to do for some of several processes.
+            Called with the settings and the number of processes, after `check`.
         without_effect: settings that change nothing in the output, and so are no part of the key.
     """
 
@@ -61,6 +63,7 @@ class StageCommand:
     device: Callable[[Settings], str] | None = None
     parallel: bool = False
     without_effect: tuple[str, ...] = ()
+    check_processes: Callable[[Settings, int], None] = lambda settings, count: None
 
 
 @dataclass(frozen=True, slots=True)

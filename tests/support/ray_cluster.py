@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,14 +26,19 @@ sys.stdin.read()
 def ray_cluster(cpus: int) -> Iterator[str]:
     """The address of a cluster with one node, whose workers find this fp8pipe."""
     environment = {**os.environ, "PYTHONPATH": ROOT, "RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}
-    holder = subprocess.Popen(
-        [sys.executable, "-c", _HOLD, str(cpus)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL, env=environment, text=True,
-    )  # fmt: skip
-    assert holder.stdin is not None
-    assert holder.stdout is not None
-    try:
-        yield next(line for line in holder.stdout if line.startswith("address ")).split()[1]
-    finally:
-        holder.stdin.close()
-        holder.wait(60)
+    with tempfile.TemporaryFile("w+") as errors:
+        holder = subprocess.Popen(
+            [sys.executable, "-c", _HOLD, str(cpus)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors,
+            env=environment, text=True,
+        )  # fmt: skip
+        assert holder.stdin is not None
+        assert holder.stdout is not None
+        try:
+            line = next((line for line in holder.stdout if line.startswith("address ")), None)
+            if line is None:
+                errors.seek(0)
+                raise RuntimeError(f"the Ray cluster did not start:\n{errors.read()}")
+            yield line.split()[1]
+        finally:
+            holder.stdin.close()
+            holder.wait(60)

@@ -33,6 +33,7 @@ def quick_commands() -> dict[str, StageCommand]:
             "gate",
             "score",
             "exit_code",
+            "killed",
             "verdict",
             "orphan",
             "waits_for",

@@ -12,10 +12,9 @@ from torch import Tensor, nn
 
 from fp8pipe.artifact import Artifact, open_artifact
 from fp8pipe.artifact.writer import partial_of
-from fp8pipe.core.errors import ConfigurationError
 from pipeline.finetune.batches import Batches
 from pipeline.finetune.checkpoint import CheckpointStore
-from pipeline.finetune.config import FinetuneConfig
+from pipeline.finetune.config import FinetuneConfig, check_processes
 from pipeline.finetune.distributed.evaluate import shared_heldout_loss
 from pipeline.finetune.distributed.group import Group
 from pipeline.finetune.distributed.lora import ShardedLora
@@ -100,22 +99,6 @@ class SeveralProcesses(Processes):
             return artifact
         self.group.wait(_WRITTEN)
         return open_artifact(output, verify=False)  # which the main process has just done
-
-
-def check_processes(config: FinetuneConfig, size: int) -> None:
-    """Refuse what would leave some of `size` processes without work.
-
-    Raises:
-        ConfigurationError: it is refused.
-    """
-    count = config.gradient_accumulation
-    if count < size:
-        raise ConfigurationError(
-            f"{size} processes have {count} micro-batch(es) per step to share",
-            why=f"gradient_accumulation is {count}; a micro-batch is computed by one process",
-            fix=f"use --gradient-accumulation {size} or a multiple of it; with --batch-size divided by as much, a "
-            "step has as many sequences as before",
-        )
 
 
 class _Reader:

@@ -27,7 +27,7 @@ def test_doctor_reports_and_says_how_to_get_what_is_missing(tmp_path, monkeypatc
     text = invoke("doctor", "--vllm-python", tmp_path / "none").stdout
     assert checks["vllm environment"]["fix"] in text
     able = {(one["verb"], one["what"]): one for one in json.loads(result.stdout)["can"]}
-    assert {verb for verb, _ in able} == {"train", "quantize", "export", "build engines", "serve"}
+    assert {verb for verb, _ in able} == {"train", "quantize", "export", "build engines", "run", "serve"}
     language = able["serve", "language, in vLLM"]
     assert (language["able"], language["add"]) == (False, "make setup-vllm")
     assert "not serve" in text
@@ -41,7 +41,7 @@ def test_doctor_names_the_packages_that_a_verb_lacks(monkeypatch):
     from fp8pipe.core import machine
 
     real = machine.distribution_version
-    gone = {"onnxscript", "peft", "tensorrt-rtx", "timm", "fastapi", "grpcio-reflection"}
+    gone = {"onnxscript", "peft", "tensorrt-rtx", "timm", "fastapi", "grpcio-reflection", "ray"}
     monkeypatch.setattr(machine, "distribution_version", lambda name: None if name in gone else real(name))
     found = json.loads(invoke("doctor", "--json").stdout)["can"]
     (ray_serve,) = (one for one in found if one["what"] == "vision, in Ray Serve")
@@ -51,7 +51,8 @@ def test_doctor_names_the_packages_that_a_verb_lacks(monkeypatch):
     able = {(one["verb"], one["what"].split(":")[0].split(",")[0]): one for one in found}
     for key, extra, package in (
         (("export", "onnx"), "onnx", "onnxscript"), (("train", "lora"), "train", "peft"),
-        (("quantize", "vision transformers"), "vit", "timm"), (("serve", "vision"), "", ""),
+        (("quantize", "vision transformers"), "vit", "timm"), (("run", "recipes on a Ray cluster"), "ray", "ray"),
+        (("serve", "vision"), "", ""),
     ):  # fmt: skip
         assert not able[key]["able"]
         assert package in able[key]["how"]

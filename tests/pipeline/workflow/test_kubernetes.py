@@ -18,6 +18,7 @@ from workflow_runner import Runner
 
 from fp8pipe.artifact.runs import read_run
 from fp8pipe.cli import main
+from fp8pipe.cli.kubernetes_jobs import _ORDER
 from pipeline.workflow.kubernetes import job_manifest, recipe_manifest
 from pipeline.workflow.recipe import recipe_of
 
@@ -70,7 +71,7 @@ def test_kubectl_knows_every_field(tmp_path):
         assert without_additions(changed, manifest) == manifest
     misspelt = manifest | {"spec": manifest["spec"] | {"backoffLimt": 3}}
     assert without_additions(of_kubectl(misspelt, tmp_path), misspelt) != misspelt
-    recipe = recipe_manifest(jobs()[0])
+    recipe = recipe_manifest(jobs()[0], WHERE["run"])
     (tmp_path / "recipe.yaml").write_text(recipe["data"]["recipe.yaml"])
     create = ["kubectl", "create", "configmap", recipe["metadata"]["name"], f"--from-file={tmp_path / 'recipe.yaml'}"]
     made = json.loads(subprocess.run([*create, "--dry-run=client", "-o", "json"], capture_output=True).stdout)
@@ -95,12 +96,53 @@ def test_names_are_those_that_kubernetes_accepts_and_differ(name):
     stages = {stage: {"command": "work"} for stage in ("a", "a-", "b" * 63, "b" * 62 + "c")}
     recipe, made = jobs(stages, name)
     names = [job["metadata"]["name"] for job in made.values()]
-    names.append(recipe_manifest(recipe)["metadata"]["name"])
+    names.append(recipe_manifest(recipe, WHERE["run"])["metadata"]["name"])
     labels = [value for job in made.values() for value in job["metadata"]["labels"].values()]
     assert all(re.fullmatch(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?", text) for text in [*names, *labels])
     assert len(set(names)) == 5
     mounted = {job["spec"]["template"]["spec"]["volumes"][1]["configMap"]["name"] for job in made.values()}
     assert mounted == {names[-1]}
+
+
+def test_other_recipes_and_other_runs_have_other_jobs():
+    """As `kubectl` would replace the Job of one by that of the other."""
+
+    def names(recipe: str, stage: str, run: str) -> set[str]:
+        made = recipe_of({"name": recipe, "stages": {stage: {"command": "work"}}}, "here")
+        job = job_manifest(made, made.stages[0], **WHERE | {"run": run})
+        return {job["metadata"]["name"], recipe_manifest(made, run)["metadata"]["name"]}
+
+    several = [names("a-b", "c", "runs/1"), names("a", "b-c", "runs/1"), names("a-b", "c", "runs/2")]
+    assert len(set.union(*several)) == 6
+    assert names("a-b", "c", "runs/1") == several[0]
+
+
+KUBECTL = """#!/bin/sh
+echo "$@" >> calls
+case "$*" in
+  get*1-*) [ -e asked ] && echo SuccessCriteriaMet Complete || echo Suspended; touch asked ;;
+  get*2-*) echo FailureTarget Failed ;;
+  wait*2-*) exit 1 ;;
+esac
+"""
+
+
+def test_the_printed_loop_waits_for_the_end_of_a_job_and_ends_at_a_failed_one(tmp_path):
+    """With a stand-in for kubectl, as there is no cluster here: the first Job is suspended once, the second fails."""
+    for name, text in (("kubectl", KUBECTL), ("sleep", "#!/bin/sh\n")):
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    for name in ("1-a", "2-b", "3-c"):
+        (tmp_path / f"{name}.yaml").touch()
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    done = subprocess.run(["sh", "-c", _ORDER.format(folder=".")], cwd=tmp_path, env={"PATH": path}, timeout=60)
+    assert done.returncode == 1
+    verbs = [(line.split()[0], line.split("./")[1]) for line in (tmp_path / "calls").read_text().splitlines()]
+    assert [(verb, rest.split()[0]) for verb, rest in verbs] == [
+        ("apply", "recipe.yaml"),
+        *((verb, "1-a.yaml") for verb in ("delete", "create", "get", "get", "wait")),
+        *((verb, "2-b.yaml") for verb in ("delete", "create", "get", "wait")),
+    ]  # fmt: skip
 
 
 def test_the_commands_of_the_jobs_are_a_run_of_the_recipe(tmp_path):
@@ -111,7 +153,7 @@ def test_the_commands_of_the_jobs_are_a_run_of_the_recipe(tmp_path):
     recipe, made = jobs(stages)
     volume, mounted = tmp_path / "volume", tmp_path / "recipe.yaml"
     volume.mkdir()
-    mounted.write_text(recipe_manifest(recipe)["data"]["recipe.yaml"])
+    mounted.write_text(recipe_manifest(recipe, WHERE["run"])["data"]["recipe.yaml"])
     for name in (*made, "proof"):  # one of them twice
         program, *words = made[name]["spec"]["template"]["spec"]["containers"][0]["command"]
         words = [str(mounted) if word == "/recipe/recipe.yaml" else word for word in words]
@@ -134,7 +176,7 @@ def test_the_command_writes_them_in_order_and_refuses_a_folder_in_use(tmp_path):
     assert done.exit_code == 0, done.output
     assert sorted(path.name for path in (tmp_path / "jobs").iterdir()) == ["1-model.yaml", "2-onnx.yaml", "recipe.yaml"]
     assert "no GPU for: onnx" in done.stderr
-    loop = done.stdout[done.stdout.index("kubectl") :]
+    loop = done.stdout[done.stdout.index("(\nkubectl") :]
     assert subprocess.run(["sh", "-n", "-c", loop]).returncode == 0
     written = yaml.safe_load((tmp_path / "jobs" / "1-model.yaml").read_text())
     values = yaml.safe_load(REAL.replace("gpus: 1", "gpus: 1, cpus: 3"))

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import multiprocessing
+import os
 import time
 
 import pytest
 from workflow_runner import Runner
 
 from fp8pipe.artifact.runs import read_run
-from fp8pipe.core.errors import ConfigurationError
+from fp8pipe.core.errors import ConfigurationError, MissingCapabilityError
 from pipeline.workflow import locks
+from pipeline.workflow.kubernetes import _STOP_S
 
 STAGES = {
     "base": {"command": "work", "value": 1, "steps": 2},
@@ -47,7 +51,10 @@ def test_stages_one_by_one_are_a_whole_run_and_two_at_once_lose_no_record(tmp_pa
     go.unlink()
     left = start(runner, stages, "left")
     monkeypatch.setattr(locks, "_LOCK_S", 0.1)
-    for options, held in (({"only": "left"}, "the stage left in"), ({}, "jobs is being written")):
+    monkeypatch.setattr(locks, "_JOB_LOCK_S", 0.1)
+    # `proof` reads `left`, and `left` reads `base`.
+    held_by_left = (({"only": name}, f"the stage {held} in") for name, held in (("left", "left"), ("proof", "left")))
+    for options, held in (*held_by_left, ({"only": "base"}, "the stage base in"), ({}, "jobs is being written")):
         with pytest.raises(ConfigurationError, match=held):
             runner.run(stages, **options)
     assert [stage.name for stage in runner.run(stages, only="right").stages] == ["base", "right"]
@@ -58,6 +65,36 @@ def test_stages_one_by_one_are_a_whole_run_and_two_at_once_lose_no_record(tmp_pa
     assert keys(read_run(runner.directory)) == expected
     runner.run(stages)
     assert runner.started == []
+
+
+def test_a_job_waits_longer_than_an_ended_pod_or_an_nfs_lease_lasts_and_says_so(tmp_path, monkeypatch):
+    assert locks._JOB_LOCK_S > _STOP_S + 90  # an NFS server keeps the locks of a lost node for 90 s by default
+    monkeypatch.setattr(locks, "_JOB_LOCK_S", 0.1)
+    said: list[str] = []
+    with (
+        locks.locked_run(tmp_path, shared=True, stage="a"),
+        pytest.raises(ConfigurationError, match="the stage a in"),
+        locks.locked_run(tmp_path, shared=True, stage="a", tell=said.append),
+    ):
+        pass
+    assert said == [f"the stage a in {tmp_path} is in use by another run: waiting for up to 0 s"]
+
+
+def test_every_lock_is_on_a_file_that_nfs_lets_lock(tmp_path):
+    """NFS emulates flock by locks of byte ranges: shared ones need a file open for reading, others one for writing."""
+    with locks.locked_run(tmp_path, shared=True, stage="a", reads=("b",)) as descriptors:
+        assert len(descriptors) == 3
+        assert {fcntl.fcntl(one, fcntl.F_GETFL) & os.O_ACCMODE for one in descriptors} == {os.O_RDWR}
+
+
+def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch):
+    def refuses(*given):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(locks.fcntl, "flock", refuses)  # there is no such file system here
+    with pytest.raises(MissingCapabilityError, match="cannot be locked") as found, locks.locked_run(tmp_path):
+        pass
+    assert "No locks available" in found.value.why
 
 
 def test_a_stage_alone_is_judged_with_what_it_depends_on_only(runner):

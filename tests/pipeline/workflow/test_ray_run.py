@@ -9,20 +9,22 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import quick_run
 import workflow_stage
 import yaml
+from breadth import only_long
 from ray_cluster import ROOT, ray_cluster
 from workflow_runner import Runner
 
 from fp8pipe.artifact import open_artifact
 from fp8pipe.artifact.runs import read_run
-from fp8pipe.core.errors import MissingCapabilityError
+from fp8pipe.core.errors import BadArtifactError, Fp8PipeError, MissingCapabilityError
 from fp8pipe.core.version import __version__
-from pipeline.workflow.ray_job import StageJob
-from pipeline.workflow.ray_run import needs_of
+from pipeline.workflow.ray_job import Outcome, StageJob
+from pipeline.workflow.ray_run import RayRunner, _last_line, _shown, needs_of
 from pipeline.workflow.recipe import recipe_of
 
 STAGES = {
@@ -114,6 +116,7 @@ def test_a_failing_stage_gives_its_own_error_and_ends_the_run(tmp_path, cluster)
     assert [stage["name"] for stage in json.loads(answer)["run"]["stages"]] == ["base", "left"]
 
 
+@only_long  # 20 s of waiting for three runs to reach the moment at which each of them is ended
 def test_what_was_interrupted_killed_or_lost_continues(tmp_path, cluster):
     checkpoints = tmp_path / "run" / "base.partial" / "checkpoints"
     process = start(tmp_path, {"base": SLOW}, cluster)
@@ -175,6 +178,39 @@ def test_the_environment_of_a_stage_is_not_ray_s(tmp_path):
     assert job(tmp_path, threads="4").environment(worker) == {
         "CUDA_VISIBLE_DEVICES": "", "HOME": "/x", "OMP_NUM_THREADS": "4",
     }  # fmt: skip
+
+
+def judging(tmp_path) -> tuple[RayRunner, list[str]]:
+    said: list[str] = []
+    state = Runner(tmp_path / "run").state(STAGES)
+    return RayRunner(state, lambda stage, line: said.append(line), "auto"), said
+
+
+def test_a_job_that_succeeds_without_a_document_is_an_error_that_says_so(tmp_path):
+    with pytest.raises(BadArtifactError, match="the job of the stage base says nothing of its result"):
+        judging(tmp_path)[0]._judged("base", Outcome(0, {}))
+    with pytest.raises(Fp8PipeError, match="ended with exit code 7") as found:
+        judging(tmp_path)[0]._judged("base", Outcome(7, {}))
+    assert found.value.exit_code == 1
+
+
+def test_a_stage_that_its_node_interrupts_is_started_again_but_not_for_ever(tmp_path, monkeypatch):
+    """With a stand-in for Ray that gives the outcome, as no test can shut a node down."""
+    exceptions = pytest.importorskip("ray").exceptions
+    runner, said = judging(tmp_path)
+    submitted: list[str] = []
+    monkeypatch.setattr(runner, "_ray", SimpleNamespace(exceptions=exceptions, get=lambda reference: Outcome(130)))
+    monkeypatch.setattr(runner, "_submit", submitted.append)
+    assert [runner._ended("base", None) for _ in range(2)] == [False, False]
+    assert submitted == ["base", "base"]
+    assert "interrupted on its node" in said[0]
+    with pytest.raises(MissingCapabilityError, match="was lost 3 times"):
+        runner._ended("base", None)
+
+
+def test_an_error_without_a_message_is_shown_by_its_class():
+    assert (_shown(ValueError()), _last_line(ValueError())) == ("ValueError", "ValueError")
+    assert _last_line(ValueError("a\nb\n")) == "b"
 
 
 @pytest.mark.parametrize(
