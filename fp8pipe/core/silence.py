@@ -3,9 +3,9 @@
 A network that is cut resets no connection. A collective operation then waits until its own timeout, and an operation of
 the store, timeout or not, until TCP gives up after a quarter of an hour. So every process sends a heartbeat to the
 store once a second, from a thread, and observes its own and that of rank 0, who observes all: if every process observed
-every other one, the store would have to answer the square of their number once a second. Another thread, which calls nothing
-that can wait for the network, counts for how long none has come: it prints the error and ends the process, as no call
-that waits in the main thread could be made to return.
+every other one, the store would have to answer the square of their number once a second. Another thread, which calls
+nothing that can wait for the network, counts for how long none has come: it prints the error and ends the process, as
+no call that waits in the main thread could be made to return.
 """
 
 from __future__ import annotations

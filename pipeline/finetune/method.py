@@ -241,7 +241,10 @@ def _to_nf4(
     new = new.to(place or weight.device)  # quantizes
     new.quant_state = new.weight.quant_state  # which a parameter loses where FSDP shards it
     if waits is not None:  # the block scales stay in the place
-        new.weight.data = new.weight.data.to(waits)
+        new.weight = bitsandbytes.nn.Params4bit(
+            new.weight.data.as_subclass(Tensor).to(waits), requires_grad=False, quant_state=new.quant_state,
+            blocksize=new.weight.blocksize, compress_statistics=True, quant_type="nf4", module=new, bnb_quantized=True,
+        )  # fmt: skip
     replace_layer(model, name, new)
 
 

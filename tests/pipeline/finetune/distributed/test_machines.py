@@ -13,7 +13,6 @@ from ranks import assert_same, run_ranks
 from fp8pipe.core import machine
 from pipeline.finetune.distributed.machines import count_replicas
 
-
 # In fp32, as sums of a few bf16 gradients are exact, whatever their order.
 LIVE = {"dtype": "float32", "final_merge_batches": 2}
 # With rank 32 some A and B have 4,096 values, whose moments bitsandbytes quantizes; a checkpoint gathers the moments.

@@ -10,6 +10,7 @@ from ranks import run_ranks
 from tuning_config import config
 
 from fp8pipe.core import launch
+from fp8pipe.core.errors import ConfigurationError
 from pipeline.finetune.plan import plan_finetune
 
 RANK, ROWS = 8, {"qkv": 64 + 2 * 32, "o": 64, "up": 2 * 96, "down": 64}
@@ -65,5 +66,7 @@ def test_a_plan_for_one_process_has_no_shares(settings):
     assert not {"processes", "gathered_bytes"} & facts.keys()
 
 
-def test_what_several_processes_cannot_run_is_refused_by_the_plan_too(settings, tmp_path):
-    assert run_ranks(2, planned, settings, str(tmp_path)) == {0: 10, 1: 0}  # two processes for one micro-batch
+def test_what_several_processes_cannot_run_is_refused_by_the_plan_too(settings, monkeypatch):
+    monkeypatch.setattr(launch, "launched", lambda: launch.Place(0, 2, 0, None))
+    with pytest.raises(ConfigurationError, match="2 processes have 1 micro-batch"):
+        plan_finetune(config(**settings))
