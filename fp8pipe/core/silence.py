@@ -2,9 +2,10 @@
 
 A network that is cut resets no connection. A collective operation then waits until its own timeout, and an operation of
 the store, timeout or not, until TCP gives up after a quarter of an hour. So every process sends a heartbeat to the
-store once a second, from a thread, and observes its own and those of the others. Another thread, which calls nothing
-that can wait for the network, counts for how long none has come: it prints the error and ends the process, as no call
-that waits in the main thread could be made to return.
+store once a second, from a thread, and observes its own and that of rank 0, who observes all: if every process observed
+every other one, the store would have to answer the square of their number once a second. Another thread, which calls
+nothing that can wait for the network, counts for how long none has come: it prints the error and ends the process, as
+no call that waits in the main thread could be made to return.
 """
 
 from __future__ import annotations
@@ -47,7 +48,8 @@ class SilenceWatch:
     def __init__(self, place: Place, store: Any) -> None:
         self.hosts: Sequence[str] = ()
         self._place = replace(place, store=place.store.clone())  # the main thread may be waiting in the other one
-        self._heartbeats = Heartbeats(store, place.rank, range(place.size), SILENCE_S)
+        self._observed = range(place.size) if place.rank == 0 else (0, place.rank)
+        self._heartbeats = Heartbeats(store, place.rank, self._observed, SILENCE_S)
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
 
@@ -67,23 +69,27 @@ class SilenceWatch:
     def _silent(self) -> list[int]:
         """The ranks that send no more heartbeats, once there are any; none if the context ends before."""
         # Ticks of this thread, not the clock: after a pause of this process, the other threads need time as well.
-        ticks = dict.fromkeys(range(self._place.size), 0)
+        ticks = dict.fromkeys(self._observed, 0)
         before = dict.fromkeys(ticks, b"")
         while not self._over.wait(_TICK_S):
             for rank in ticks:
                 heartbeat = self._heartbeats.last(rank)
                 ticks[rank] = ticks[rank] + 1 if heartbeat == before[rank] else 0
                 before[rank] = heartbeat
-            limits = {rank: self._limit(rank, before[rank]) for rank in ticks}
+            limits = {rank: self._limit(rank) for rank in ticks}
             if any(ticks[rank] * _TICK_S >= limits[rank] for rank in ticks):
                 return [rank for rank in ticks if ticks[rank] * _TICK_S > limits[rank] / 2]
         return []
 
-    def _limit(self, rank: int, last: bytes) -> float:
-        """For how long a rank may send no heartbeat after its last one, in seconds."""
+    def _limit(self, rank: int) -> float:
+        """For how long a rank may send no heartbeat now, in seconds."""
         if self._heartbeats.broken:
             return GRACE_S if rank == self._place.rank else math.inf
-        return SILENCE_S if last else MEETING.total_seconds()  # it may still be importing modules
+        return self._longest(rank)
+
+    def _longest(self, rank: int) -> float:
+        """For how long a rank may send no heartbeat after its last one, or before its first, in seconds."""
+        return SILENCE_S if self._heartbeats.last(rank) else MEETING.total_seconds()  # it may be importing modules
 
     def _end(self, silent: list[int]) -> None:
         place = self._place
@@ -106,15 +112,16 @@ class SilenceWatch:
                 fix="see the messages of that launcher; --resume continues from the last checkpoint",
             )
         return InterruptedRunError(
-            f"this process has been cut off from the others of this run for {SILENCE_S:.0f} s",
+            f"this process has been cut off from the others of this run for {self._longest(self._place.rank):.0f} s",
             why=f"the store in which they meet, at {address}, does not answer",
             fix=_FIX,
         )
 
     def _lost(self, silent: list[int]) -> InterruptedRunError:
         named = [f"rank {rank}" + (f" on {self.hosts[rank]}" if self.hosts else "") for rank in silent]
+        longest = min(map(self._longest, silent))
         return InterruptedRunError(
-            f"{', '.join(named)} of this run: no heartbeat for {SILENCE_S:.0f} s",
+            f"{', '.join(named)} of this run: no heartbeat for {longest:.0f} s",
             why="the processes were stopped, or their machines or the network failed: none of them ended with an error",
             fix=_FIX,
         )

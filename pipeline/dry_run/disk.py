@@ -42,6 +42,7 @@ def disk_need(
     output = sum(shards.values()) + adapter + sidecars + records
     base = work.codes + work.directions if falqon else 0
     step = (4 + moments) * work.trained + (work.codes if work.flushes else 0)
-    spilled = work.weights if work.processes > 1 else 0  # deployed codes are collected in files next to the checkpoints
+    # Deployed weights are collected in files next to the checkpoints: codes, or merged bf16 weights.
+    spilled = (1 if work.method == "falqon" else 2) * work.weights if work.processes > 1 else 0
     training = base + min(saves, kept + 1) * step
     return DiskNeed(max(training, base + min(saves, kept) * step + spilled + output), output)

@@ -20,6 +20,9 @@ from pipeline.falqon.final_merge import held_moments, merge_groups
 _FP32: Final = 4  # bytes
 _STATES: Final = 4 * _FP32  # per trained value: itself, its gradient, AdamW's two moments
 _NF4: Final = 4.127 / 8  # bytes per weight, with double quantization (arXiv 2305.14314)
+_PACKED: Final = 0.5  # without the scales
+_BF16: Final = 2
+_SPILLED: Final = 1 << 28  # merged weights of LoRA in memory until they are written
 _LOSS_CHUNKS: Final = 3 * (1 << 25)  # copies of a chunk of fp32 logits in the loss
 _SKETCH: Final = 3  # columns of the gradient's sketch, in units of the rank
 # Bytes per weight of the largest layer while it is converted: stacked in bf16 (2), its error in fp32 (4), the codes and
@@ -36,7 +39,7 @@ def phase_bytes(work: Workload) -> Mapping[str, int]:
     """Peak bytes that each phase allocates, in addition to the packages and the text that are in memory before it."""
     largest = max(work.groups, key=lambda group: group.weights)
     if work.processes > 1:
-        return _shared_phases(work, largest)
+        return _shared_phases(work, largest) if work.method == "falqon" else _shared_baseline(work, head=_head(work))
     base, merged, head = _base(work, work.flushes), _base(work, True), _head(work)
     optimizer = (_STATES - _FP32) * work.trained  # without gradients
     moments = held_moments([group.width for group in work.groups]) if work.compensated else 0
@@ -49,7 +52,8 @@ def phase_bytes(work: Workload) -> Mapping[str, int]:
 
 
 def _shared_phases(work: Workload, largest: Group) -> Mapping[str, int]:
-    """`phase_bytes` of the main one of several processes, which holds the most; codes are mapped until they are shared.
+    """`phase_bytes` of FALQON in the main one of several processes, which holds the most; codes are mapped until they
+    are shared.
 
     The final merge first sends the inputs of a group of layers to the processes that will round them, and then rounds.
     """
@@ -58,7 +62,7 @@ def _shared_phases(work: Workload, largest: Group) -> Mapping[str, int]:
     held, head = shares(work), _head(work)
     static, gathered = held["sharded_weights_bytes"], held["gathered_bytes"]
     layers = [group.width for group in work.groups]
-    optimizer = (_STATES - _FP32) * work.trained // work.shards
+    optimizer = held["sharded_adapter_bytes"] - _FP32 * work.trained // work.shards
     moments = held_moments(layers, work.processes) if work.compensated else 0
     inputs = max(sum(work.groups[place].share * layers[place] for place in each) for each in merge_groups(layers))
     sent = 2 * sum(sorted((group.share * group.width for group in work.groups), reverse=True)[:TOGETHER])
@@ -75,27 +79,62 @@ def _shared_phases(work: Workload, largest: Group) -> Mapping[str, int]:
     }
 
 
+def _shared_baseline(work: Workload, head: int) -> Mapping[str, int]:
+    """`phase_bytes` of LoRA and QLoRA in the main one of several processes.
+
+    Merged weights are not kept: a forward pass merges each layer for itself, and the artifact collects one after the
+    other, in files.
+    """
+    held = shares(work)
+    packed = int(_PACKED * work.weights) if work.method == "qlora" and not work.packed_on_host else 0
+    scales = _block_scales(work)
+    static, gathered = held["sharded_weights_bytes"], held["gathered_bytes"]
+    largest = max(max(group.outs) * group.width for group in work.groups)
+    optimizer = held["sharded_adapter_bytes"] - _FP32 * work.trained // work.shards
+    merged = (_MERGE + work.itemsize) * largest
+    spilled = min(_SPILLED, _BF16 * work.weights) + gathered // work.layers + merged
+    return {
+        "prepare": _loaded(work) + packed + scales + _FP32 * work.trained,
+        "step": static + held["sharded_adapter_bytes"] + gathered + activation_bytes(work) + max(head, _layer(work)),
+        "final merge": static + optimizer + gathered + merged,
+        "write": static + optimizer + max(spilled, work.shard),
+    }
+
+
+def _frozen(work: Workload) -> int:
+    """Bytes of what is frozen in the trained layers: codes, NF4 or plain weights."""
+    if work.method == "falqon":
+        return work.codes
+    return int(_PACKED * work.weights) if work.method == "qlora" else work.itemsize * work.weights
+
+
+def _block_scales(work: Workload) -> int:
+    return int((_NF4 - _PACKED) * work.weights) if work.method == "qlora" else 0
+
+
 def _codes_and_b(work: Workload, group: Group) -> int:
     return group.weights + work.rank * (group.width + _FP32 * group.rows)
 
 
 def static_bytes(work: Workload) -> int:
     """Bytes of all parameters, gradients and moments, on however many devices they are."""
-    return work.codes + work.others + _STATES * work.trained
+    return _frozen(work) + work.others + _STATES * work.trained
 
 
 def shares(work: Workload) -> Mapping[str, int]:
     """What one of several processes holds during training, beside its micro-batch, in bytes by name.
 
-    `sharded_weights_bytes` is its part of codes, embeddings, norms and output head, `sharded_adapter_bytes` its part of
-    B, the gradient and the moments, and `gathered_bytes` what it gets from others for a while: embeddings, norms and
+    `sharded_weights_bytes` is its part of codes (or NF4, or plain weights), embeddings, norms and output head, and for
+    NF4 all block scales, which are not sharded; `sharded_adapter_bytes` its part of what is trained, the gradient and
+    the moments, and `gathered_bytes` what it gets from others for a while: embeddings, norms and
     head for a whole pass, and decoder layers one after the other. Before the model is converted, it holds
     `loaded_bytes`, the base model for the packing test, unless that is mapped or streamed.
     """
-    layer = (work.codes + _FP32 * work.trained) // work.layers
+    layer = (_frozen(work) + _FP32 * work.trained) // work.layers
+    owners = work.shards if work.moments == 2 * _FP32 else work.processes  # 8-bit moments have no replicas
     return {
-        "sharded_weights_bytes": (work.codes + work.others) // work.shards,
-        "sharded_adapter_bytes": _STATES * work.trained // work.shards,
+        "sharded_weights_bytes": (_frozen(work) + work.others) // work.shards + _block_scales(work),
+        "sharded_adapter_bytes": 2 * _FP32 * work.trained // work.shards + work.moments * work.trained // owners,
         "gathered_bytes": work.others + _GATHERED * layer,
         "loaded_bytes": _loaded(work),
     }

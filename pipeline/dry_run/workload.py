@@ -62,6 +62,8 @@ class Workload:
         checkpointing: decoder layers are recomputed in the backward pass.
         processes: number of processes that train the model together.
         shards: number of processes among which each copy of the parameters is divided.
+        moments: bytes of the optimizer's two moments per trained value; counted in several processes only.
+        packed_on_host: QLoRA's weights are on the host from their quantization until they are sharded.
     """
 
     method: Literal["falqon", "lora", "qlora"]
@@ -87,6 +89,8 @@ class Workload:
     checkpointing: bool
     processes: int = 1
     shards: int = 1
+    moments: int = 8
+    packed_on_host: bool = False
 
     @property
     def weights(self) -> int:

@@ -133,6 +133,10 @@ def attend(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
         return done
+    if torch.is_autocast_enabled("cpu"):
+        # Casts its products here, but not those of the backward pass, which would get queries of another dtype than
+        # values if the model is in fp32: rotary embeddings make fp32 of what the projections gave.
+        query, key, value = (x.to(torch.get_autocast_dtype("cpu")) for x in (query, key, value))
     groups = key.shape[1]
     scale = width**-0.5 if scaling is None else scaling
     fold = (batch * groups, heads // groups * length, width)

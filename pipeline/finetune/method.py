@@ -153,10 +153,12 @@ class LoraMethod(Method):
     """
 
     place: torch.device | None = None  # where weights are quantized, if not where they are
+    waits: torch.device | None = None  # where packed weights are until they are used, if not where they are quantized
 
     def __init__(self, *, rank: int, alpha: float, seed: int, quantized: bool) -> None:
         self.rank, self.alpha, self.seed, self.quantized = rank, alpha, seed, quantized
         self._transposed: dict[str, bool] = {}
+        self._dtype = torch.bfloat16
         self._peft: Any = None
 
     def prepare(
@@ -168,9 +170,10 @@ class LoraMethod(Method):
         peft = import_package("peft", "the lora and qlora baselines need peft", _INSTALL)
         self.names = structure.trainable
         self._transposed = {name: structure.transposed(name) for name in self.names}
+        self._dtype = structure.weight(model, self.names[0]).dtype
         if self.quantized:
             for name in self.names:
-                _to_nf4(model, name, structure.weight(model, name), self.place)
+                _to_nf4(model, name, structure.weight(model, name), self.place, self.waits)
         torch.manual_seed(self.seed)
         config = peft.LoraConfig(
             r=self.rank, lora_alpha=self.alpha, target_modules=list(self.names), lora_dropout=0.0,
@@ -199,9 +202,12 @@ class LoraMethod(Method):
             parameter.data.copy_(state[name])
 
     def finish(self, model: nn.Module, inputs: Inputs) -> dict[str, FlushReport]:
-        """Merge the adapters into bf16 weights; NF4 weights are dequantized first, as in the forward pass."""
+        """Merge the adapters into bf16 weights; NF4 weights are dequantized first, as in the forward pass.
+
+        Until they are written, their values are kept in the dtype of the run, with which the model computes.
+        """
         for name in self.names:
-            _merge(model, name)
+            _merge(model, name, self._dtype)
         return {}
 
     def deployed_weights(self) -> Weights:
@@ -215,7 +221,9 @@ class LoraMethod(Method):
         return Deployed(stored.to(torch.bfloat16), None, self._transposed[name])
 
 
-def _to_nf4(model: nn.Module, name: str, weight: Tensor, place: torch.device | None) -> None:
+def _to_nf4(
+    model: nn.Module, name: str, weight: Tensor, place: torch.device | None, waits: torch.device | None
+) -> None:
     bitsandbytes = import_package("bitsandbytes", "the qlora baseline needs bitsandbytes", _INSTALL)
     old = model.get_submodule(name)
     bias = getattr(old, "bias", None)
@@ -232,15 +240,20 @@ def _to_nf4(model: nn.Module, name: str, weight: Tensor, place: torch.device | N
         new.bias = nn.Parameter(bias.detach(), requires_grad=False)
     new = new.to(place or weight.device)  # quantizes
     new.quant_state = new.weight.quant_state  # which a parameter loses where FSDP shards it
+    if waits is not None:  # the block scales stay in the place
+        new.weight = bitsandbytes.nn.Params4bit(
+            new.weight.data.as_subclass(Tensor).to(waits), requires_grad=False, quant_state=new.quant_state,
+            blocksize=new.weight.blocksize, compress_statistics=True, quant_type="nf4", module=new, bnb_quantized=True,
+        )  # fmt: skip
     replace_layer(model, name, new)
 
 
 @torch.no_grad()
-def _merge(model: nn.Module, name: str) -> None:
+def _merge(model: nn.Module, name: str, dtype: torch.dtype) -> None:
     """Replace a layer with an adapter by a plain one with the merged weight."""
     layer: Any = model.get_submodule(name)
     base = layer.get_base_layer()
-    merged = merged_weight(layer)
+    merged = merged_weight(layer).to(dtype)
     if isinstance(base, nn.Linear) and merged.shape != base.weight.shape:  # packed NF4: use a plain layer instead
         bias = base.bias
         base = nn.Linear(merged.shape[1], merged.shape[0], bias=False, device="meta")

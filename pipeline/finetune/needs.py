@@ -109,7 +109,7 @@ def estimate_needs(
     others = sum(entry.size_bytes for name, entry in base.entries.items() if name not in trained)
     mapped = plain and on_cpu and all(DTYPES[entry.dtype] == dtype for entry in base.entries.values())
     work = replace(work, stored=(work.weights * dtype.itemsize, others), mapped=mapped)
-    work = work if processes == 1 else _shared(work, processes, config.device)
+    work = work if processes == 1 else _shared(work, processes, config)
     disk = disk_need(
         work, shards=shards, tensors=len(base.entries), sidecars=sidecar_bytes(source.path, BASE_MODEL_FILES),
         saves=config.saves, kept=config.keep_checkpoints, moments=moment_bytes(config),
@@ -134,13 +134,15 @@ def estimate_needs(
     )
 
 
-def _shared(work: Workload, processes: int, device: str) -> Workload:
+def _shared(work: Workload, processes: int, config: FinetuneConfig) -> Workload:
     """The same run in several processes."""
     from pipeline.finetune.distributed.machines import count_replicas
 
-    shared = replace(work, processes=processes, shards=processes)
+    shared = replace(
+        work, processes=processes, shards=processes, moments=moment_bytes(config), packed_on_host=config.device != "cpu"
+    )
     gathered = shares(shared)["gathered_bytes"]
-    return replace(shared, shards=processes // count_replicas(static_bytes(shared), gathered, processes, device))
+    return replace(shared, shards=processes // count_replicas(static_bytes(shared), gathered, processes, config.device))
 
 
 def _packed(

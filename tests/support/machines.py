@@ -23,6 +23,7 @@ import rank_work
 from ranks import serve
 
 from fp8pipe.core import launch, silence
+from pipeline.finetune.distributed.trainer import RankedTrainer
 
 _CLONE_NEWNET = 0x40000000
 _PORT = 29500
@@ -166,6 +167,12 @@ def cut_command(
         if heals_after_s:
             threading.Timer(heals_after_s, network.heal, [1]).start()
 
-    silence.SILENCE_S = silence_s
+    def one_step(trainer: RankedTrainer) -> Any:
+        if trainer.step == step:  # before that, a busy machine may be silent for longer
+            silence.SILENCE_S = silence_s
+        return one_step_of(trainer)
+
+    one_step_of = RankedTrainer.one_step
+    RankedTrainer.one_step = one_step
     rank_work._FAULTS["cut"] = cut
     rank_work.command(settings, output, "cut", 1, step)

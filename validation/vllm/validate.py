@@ -101,7 +101,7 @@ def _check_request(prompts: Sequence[str], max_tokens: int, form: ServingForm) -
             "a validation needs at least one question and one token per answer",
             why=f"{len(prompts)} prompt(s) and max_tokens {max_tokens} were given",
         )
-    spread = [name for name in form.extra if name.split("=", 1)[0].replace("_", "-") in _SEVERAL_DEVICES]
+    spread = [name for name in form.extra if _asks_for_several(name)]
     spread += ["--tensor-parallel-size"] if (form.tensor_parallel_size or 1) > 1 else []
     spread += ["--pipeline-parallel-size"] if (form.pipeline_parallel_size or 1) > 1 else []
     if form.dtype == "auto" or spread:
@@ -112,6 +112,14 @@ def _check_request(prompts: Sequence[str], max_tokens: int, form: ServingForm) -
             "these serving settings cannot be validated",
             why=one_process if spread else "vLLM would choose the dtype", fix="give a dtype, and one device",
         )  # fmt: skip
+
+
+def _asks_for_several(argument: str) -> bool:
+    """Whether vLLM's parser, which accepts abbreviations and `-dp2`, could take this for one of `_SEVERAL_DEVICES`."""
+    flag = argument.partition("=")[0].replace("_", "-")
+    if flag.startswith("--"):
+        return flag != "--" and any(option.startswith(flag) for option in _SEVERAL_DEVICES)
+    return any(flag.startswith(option) for option in _SEVERAL_DEVICES if not option.startswith("--"))
 
 
 def require_plugin(environment: VllmEnvironment, artifact: Artifact) -> None:

@@ -18,10 +18,11 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import PrefixStore, Store
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from fp8pipe.core.devices import use_own_gpu
-from fp8pipe.core.errors import ConfigurationError, Fp8PipeError, GateFailedError, InterruptedRunError
-from fp8pipe.core.launch import GRACE_S, Place, within
+from fp8pipe.core.errors import ConfigurationError, Fp8PipeError, GateFailedError, InterruptedRunError, first_line
+from fp8pipe.core.launch import GRACE_S, MEETING, Place, within
 from fp8pipe.core.silence import SilenceWatch
 
 if TYPE_CHECKING:
@@ -164,17 +165,18 @@ def _connected(place: Place, device: str, store: Store) -> Iterator[Group]:
         )
     try:
         dist.init_process_group(
-            backend, store=store, rank=place.rank, world_size=place.size, timeout=_TIMEOUT, device_id=own
+            backend, store=store, rank=place.rank, world_size=place.size, timeout=MEETING, device_id=own
         )
     except RuntimeError as error:
         if "connectFullMesh" not in str(error):  # what gloo cannot do if it listens on an interface of another network
             raise
         raise ConfigurationError(
             "the processes of this run cannot connect to each other",
-            why=str(error).splitlines()[0],
+            why=first_line(error),
             fix="set GLOO_SOCKET_IFNAME, on each machine, to the network interface that the other machines reach (and "
             "NCCL_SOCKET_IFNAME for GPUs); see docs/distributed.md",
         ) from error
+    _set_pg_timeout(_TIMEOUT)  # gloo has one timeout for both, and a packet to a wrong interface may vanish
     _LOG.info("%d processes, connected by %s", place.size, backend)
     yield Group(place, device, store)
     dist.barrier()  # rank 0 may hold the store, so it must not leave first

@@ -45,6 +45,8 @@ class ShardedLora(LoraMethod, ShardedMethod):
             collected.
     """
 
+    waits = torch.device("cpu")  # FSDP moves the weights of one decoder layer at a time to the device
+
     def __init__(self, *, group: Group, folder: Path, **options: Any) -> None:
         super().__init__(**options)
         self.group, self.folder = group, folder
@@ -138,7 +140,7 @@ class _Merged(nn.Module):
         self.layer = layer
 
     def forward(self, x: Tensor) -> Tensor:
-        base, weight = self.layer.get_base_layer(), merged_weight(self.layer)
+        base, weight = self.layer.get_base_layer(), merged_weight(self.layer).to(x.dtype)
         if getattr(base, "quant_state", None) is not None:
             return nn.functional.linear(x, weight, base.bias)
         return cast(Tensor, functional_call(base, {"weight": weight}, (x,)))

@@ -80,6 +80,14 @@ def heartbeats_of(rank, store):
     return Heartbeats(PrefixStore("run", store), rank, [], 0)
 
 
+def heard(rank, *watches):
+    """Waits until these have heard of a rank, whose silence is then measured from its last heartbeat."""
+    until = time.monotonic() + 30
+    while not all(one._heartbeats.last(rank) for one in watches):
+        assert time.monotonic() < until
+        time.sleep(0.05)
+
+
 def wait_for(codes, count):
     until = time.monotonic() + 30
     while len(codes) < count and time.monotonic() < until:
@@ -128,25 +136,40 @@ def test_the_error_of_a_process_that_is_cut_off_is_printed(store, monkeypatch):
 
 
 def test_of_the_processes_that_miss_another_one_prints_its_rank_and_machine(store, ended, caplog):
-    lost = heartbeats_of(2, store)
-    with watch(0, 3, store.clone()) as one, watch(1, 3, store.clone()) as two:
-        one.hosts = two.hosts = ["a", "a", "b"]
-        time.sleep(0.5)
-        assert not ended
+    lost = heartbeats_of(0, store)
+    with watch(1, 3, store.clone()) as one, watch(2, 3, store.clone()) as two:
+        one.hosts = two.hosts = ["b", "a", "a"]
+        heard(0, one, two)
         lost.stop()
         wait_for(ended, 4)  # each of two ends as soon as the error is printed, or else after a while
     assert set(ended) == {130}
+    assert caplog.text.count("rank 0 on b of this run: no heartbeat for 1 s") == 1
+    assert Place(1, 3, 0, store).failed()[1] == 130
+
+
+def test_the_first_process_misses_every_other_one_and_the_others_only_the_first(store, ended, caplog):
+    main = heartbeats_of(0, store)
+    lost = heartbeats_of(2, store)
+    with watch(1, 3, store.clone()) as other:
+        heard(0, other)
+        lost.stop()
+        with watch(0, 3, store.clone()) as first:
+            first.hosts = ["a", "a", "b"]
+            wait_for(ended, 1)
+            assert Place(0, 3, 0, store).failed() == (0, 130)
+    main.stop()
     assert caplog.text.count("rank 2 on b of this run: no heartbeat for 1 s") == 1
-    assert Place(0, 3, 0, store).failed()[1] == 130
+    assert "rank 1" not in caplog.text
 
 
-def test_a_process_that_has_not_yet_sent_a_heartbeat_has_as_long_as_it_takes_to_meet(store, ended, monkeypatch):
+def test_a_process_that_has_not_yet_sent_a_heartbeat_has_as_long_as_it_takes_to_meet(store, ended, caplog, monkeypatch):
     monkeypatch.setattr(silence, "MEETING", timedelta(seconds=2))
     with watch(0, 2, store):
         time.sleep(1.5)
         assert not ended
         wait_for(ended, 1)
     assert set(ended) == {130}
+    assert caplog.text.count("rank 1 of this run: no heartbeat for 2 s") == 1
 
 
 def test_a_process_that_could_not_listen_takes_nobody_for_silent(store, ended):

@@ -65,6 +65,19 @@ def test_gradients_are_those_of_finite_differences():
     assert torch.autograd.gradcheck(lambda *x: attend(torch.nn.Module(), *x, mask)[0], _inputs(torch.float64))
 
 
+def test_queries_in_fp32_and_values_in_bf16_under_autocast_give_what_all_in_bf16_give():
+    """As in a model in fp32, where the rotary embedding of what a projection gave in bf16 is in fp32."""
+    mixed, plain = _inputs(torch.bfloat16), _inputs(torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16):
+        query, key, value = mixed
+        out, _ = attend(torch.nn.Module(), query.float(), key.float(), value, None)
+        expected, _ = attend(torch.nn.Module(), *plain, None)
+    assert torch.equal(out, expected)
+    for result in (out, expected):
+        result.sum().backward()
+    assert all(torch.equal(a.grad, b.grad) for a, b in zip(mixed, plain, strict=True))
+
+
 def test_a_model_gives_the_fused_kernels_logits_and_gradients(make_base):
     transformers = import_transformers()
     batch = torch.arange(2 * 24).reshape(2, 24) % 50

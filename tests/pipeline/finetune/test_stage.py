@@ -90,11 +90,11 @@ def test_other_rules_reach_an_artifact_and_flush_what_they_buffer(make_base, pai
     assert any(("flush_changed" if rule != "live-nearest" else "pending_changed") in line for line in lines)
 
 
-@pytest.mark.parametrize("method", ["lora", "qlora"])
-def test_baselines_run_through_the_same_loop_and_merge(make_base, pairs, tmp_path, method):
+@pytest.mark.parametrize(("method", "dtype"), [("lora", "bfloat16"), ("lora", "float32"), ("qlora", "bfloat16")])
+def test_baselines_run_through_the_same_loop_and_merge(make_base, pairs, tmp_path, method, dtype):
     pytest.importorskip("peft")
     base = make_base(intermediate_size=128)  # bitsandbytes quantizes blocks of 64 values
-    artifact = finetune(config(base, pairs, method=method, steps=20, evaluate_every=0), tmp_path / "out")
+    artifact = finetune(config(base, pairs, method=method, dtype=dtype, steps=20, evaluate_every=0), tmp_path / "out")
     assert artifact.kind == "lora-merged"
     assert artifact.manifest.details.rule is None
     assert artifact.manifest.config["update_rule"] is None

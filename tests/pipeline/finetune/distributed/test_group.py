@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
+
 import pytest
+import torch
+import torch.distributed as dist
 from rank_work import compared, given_up, sharded_and_back, shares, spilled, turns
 from ranks import run_ranks
 
+from fp8pipe.core.launch import Place
 from pipeline.falqon.base_files import RECORD
 from pipeline.finetune.checkpoint import RUN
+from pipeline.finetune.distributed.group import _connected
 
 SVD, QLORA = {"initialisation": "randomized-svd"}, {"method": "qlora"}  # the first needs no losses
 
@@ -36,6 +42,18 @@ def test_a_process_that_waits_learns_who_failed_and_no_other_run_follows():
         0: ["IndexError: list index out of range", again],
         1: ["InterruptedRunError: rank 0 has failed", again],
     }
+
+
+def test_processes_connect_within_minutes_and_then_may_wait_for_longer(monkeypatch):
+    """gloo waits for as long to connect as for any operation later, if it is not told otherwise."""
+    begun, init = [], dist.init_process_group
+    monkeypatch.setattr(
+        dist, "init_process_group", lambda *args, **options: begun.append(options["timeout"]) or init(*args, **options)
+    )
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    with _connected(Place(0, 1, 0, store), "cpu", store):
+        waits = dist.group.WORLD._get_backend(torch.device("cpu")).options._timeout
+    assert (begun, waits) == ([timedelta(minutes=5)], timedelta(minutes=30))
 
 
 def test_tensors_of_any_shape_are_whole_again_and_take_values():

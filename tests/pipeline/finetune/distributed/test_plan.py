@@ -7,7 +7,10 @@ import json
 import pytest
 from rank_plan import planned
 from ranks import run_ranks
+from tuning_config import config
 
+from fp8pipe.core import launch
+from fp8pipe.core.errors import ConfigurationError
 from pipeline.finetune.plan import plan_finetune
 
 RANK, ROWS = 8, {"qkv": 64 + 2 * 32, "o": 64, "up": 2 * 96, "down": 64}
@@ -37,12 +40,33 @@ def test_it_counts_what_each_process_holds(settings, tmp_path):
     assert not (tmp_path / "out.partial").exists()
 
 
-def test_a_plan_for_one_process_has_no_shares(settings):
-    from tuning_config import config
+QLORA = {"method": "qlora", "optimizer": "adamw-8bit"}
 
+
+@pytest.mark.parametrize(
+    ("changes", "frozen", "scales", "moments"),
+    # Bytes per frozen weight: bf16, or NF4 with one fp32 scale for 256 8-bit scales of 64 weights; of both moments.
+    [({"method": "lora"}, 2, 0, 8), (QLORA, 0.5, 1 / 64 + 4 / (64 * 256), 2)],
+    ids=["lora", "qlora"],
+)
+def test_it_counts_what_each_process_holds_of_the_baselines(settings, changes, frozen, scales, moments, monkeypatch):
+    monkeypatch.setattr(launch, "launched", lambda: launch.Place(0, 2, 0, None))
+    plan = plan_finetune(config(**settings, gradient_accumulation=2, **changes))
+    weights = LAYERS * sum(ROWS[name] * WIDTHS[name] for name in ROWS)
+    columns = LAYERS * (3 * 64 + 64 + 2 * 64 + 96)  # each layer has an A of its own
+    trained = RANK * (columns + LAYERS * sum(ROWS.values()))
+    held = (frozen * weights + REST) / 2 + scales * weights
+    assert plan.facts["sharded_weights_bytes"] == pytest.approx(held, abs=0.0003 * weights)
+    assert plan.facts["sharded_adapter_bytes"] == (8 + moments) * trained // 2
+    assert plan.facts["gathered_bytes"] == pytest.approx(REST + 3 * (frozen * weights + 4 * trained) / LAYERS, abs=3)
+
+
+def test_a_plan_for_one_process_has_no_shares(settings):
     facts = plan_finetune(config(**settings)).facts
     assert not {"processes", "gathered_bytes"} & facts.keys()
 
 
-def test_what_several_processes_cannot_run_is_refused_by_the_plan_too(settings, tmp_path):
-    assert run_ranks(2, planned, settings, str(tmp_path)) == {0: 10, 1: 0}  # two processes for one micro-batch
+def test_what_several_processes_cannot_run_is_refused_by_the_plan_too(settings, monkeypatch):
+    monkeypatch.setattr(launch, "launched", lambda: launch.Place(0, 2, 0, None))
+    with pytest.raises(ConfigurationError, match="2 processes have 1 micro-batch"):
+        plan_finetune(config(**settings))
