@@ -63,7 +63,8 @@ def _cut_blocks(
     # Sizes of which a device would get a part of a block, so that its scale would belong to two devices.
     text = _text(config)
     block, group = _quantized(config, "block_structure"), _quantized(config, "group_size")
-    if parts == 1 or (block or group) is None:
+    step = block or group
+    if parts == 1 or step is None:
         return
     width = text.get("head_dim") or (text["hidden_size"] // heads if heads and "hidden_size" in text else None)
     sizes = dict(inner)
@@ -74,7 +75,7 @@ def _cut_blocks(
     for name, size in sizes.items():
         # The export leaves a layer whose inputs are no whole groups as it is, so it may be divided anywhere.
         whole = size % group == 0 if group else True
-        if whole and size % parts == 0 and size // parts % (block or group):
+        if whole and size % parts == 0 and size // parts % step:
             what = f"blocks of {block}" if block else f"groups of {group}"
             yield f"{name} is {size}, of which each device has {size // parts}: not whole {what}"
 
