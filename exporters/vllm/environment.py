@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -25,6 +26,7 @@ PYTHON_VARIABLE = "FP8PIPE_VLLM_PYTHON"
 _FOLDER = Path(".venv-vllm") / "bin" / "python"
 _PLUGIN = "fp8pipe_cpu"  # the name of the plugin's entry point
 _REPOSITORY = Path(__file__).resolve().parents[2]
+_NVFP4_SINCE = (0, 2)  # the plugin's first version that knows NVFP4
 _HOW = (
     "run scripts/setup_vllm.sh (CPU), or name a Python that has vLLM with --vllm-python or the variable "
     f"{PYTHON_VARIABLE}"
@@ -132,7 +134,7 @@ def require_nvfp4(environment: VllmEnvironment) -> None:
     Raises:
         MissingCapabilityError: the plugin is missing, switched off, or too old.
     """
-    if not environment.on_cpu or (environment.dequantizes and not (environment.plugin or "").startswith("0.1.")):
+    if not environment.on_cpu or (environment.dequantizes and _numbers(environment.plugin) >= _NVFP4_SINCE):
         return
     found = "missing" if environment.plugin is None else f"{environment.plugin}, which is too old"
     off = environment.plugin is not None and not environment.dequantizes
@@ -141,6 +143,11 @@ def require_nvfp4(environment: VllmEnvironment) -> None:
         why="its plugin is switched off (VLLM_PLUGINS)" if off else f"its plugin fp8pipe-vllm-cpu is {found}",
         fix="unset VLLM_PLUGINS" if off else "run scripts/setup_vllm.sh, or pip install serving/vllm_plugin there",
     )
+
+
+def _numbers(version: str | None) -> tuple[int, ...]:
+    """The first two numbers of a version; none without a version."""
+    return tuple(int(number) for number in re.findall(r"\d+", version or "")[:2])
 
 
 def subprocess_environment(**more: str) -> dict[str, str]:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from exporters.vllm.blocks import by_unit, scale_of
 from exporters.vllm.plan import ExportPlan, Unit, fused_siblings
+from exporters.vllm.values import count_bad, value_findings
 from fp8pipe.artifact.finding import Finding, refuse
 from fp8pipe.models.checkpoint.packed import PackedEntry
 from fp8pipe.models.checkpoint.rows import read_rows
@@ -58,38 +59,51 @@ def fused_units(plan: ExportPlan) -> list[list[Unit]]:
 def with_global_scales(plan: ExportPlan) -> ExportPlan:
     """The plan with the global scale of every weight that is rounded to NVFP4; reads these weights once.
 
-    A weight that is not finite gets some scale: the linter refuses it when it is written.
-
     Raises:
-        LintFindingsError: a weight is finite and too large for NVFP4 (`weight-range`).
+        LintFindingsError: a weight is not finite (`not-finite`, `nan-code`, or a rule about its scale), or too large
+            for NVFP4 (`weight-range`).
     """
     rounded = [[unit for unit in group if not isinstance(unit.entry, PackedEntry)] for group in fused_units(plan)]
-    units = [unit for group in rounded for unit in group]
-    if not units:
+    if not any(rounded):
         return plan
-
-    def largest(unit: Unit, rows: range) -> float:
-        values = value_rows(unit, rows, read_rows(unit.entry, rows))
-        return max((abs(float(end)) for end in values.aminmax()), default=0.0) if values.numel() else 0.0
-
-    amax = {unit.entry.name: max(found) for unit, found in by_unit(units, largest)}
+    amax, findings = _amax([unit for group in rounded for unit in group])
     scales: dict[str, float] = {}
-    findings = []
     for group in rounded:
-        names = [unit.entry.name for unit in group]
-        finite = {name: amax[name] for name in names if math.isfinite(amax[name])}
+        known = {unit.entry.name: amax[unit.entry.name] for unit in group if unit.entry.name in amax}
         try:
-            scale = global_scale(max(finite.values(), default=0.0))
+            scale = global_scale(max(known.values(), default=0.0))
         except ValueError as error:
-            worst = max(finite, key=lambda name: finite[name])
+            worst = max(known, key=lambda name: known[name])
             findings.append(Finding("weight-range", worst, str(error), "export with --format fp8, or bf16"))
             continue
-        scales |= dict.fromkeys(names, scale)
+        scales |= dict.fromkeys(known, scale)
     refuse(findings, str(plan.source.root))
     shards = tuple(
         tuple(replace(unit, global_scale=scales.get(unit.entry.name)) for unit in shard) for shard in plan.shards
     )
     return replace(plan, shards=shards)
+
+
+def _amax(units: list[Unit]) -> tuple[dict[str, float], list[Finding]]:
+    """Largest magnitudes by name, and findings about weights that are not finite, which have none.
+
+    It is infinite for FP8 codes whose product with their scale overflows.
+    """
+
+    def largest(unit: Unit, rows: range) -> tuple[float, int]:
+        stored = read_rows(unit.entry, rows)
+        values = value_rows(unit, rows, stored)
+        amax = max(abs(float(end)) for end in values.aminmax()) if values.numel() else 0.0
+        return math.inf if math.isnan(amax) else amax, count_bad(stored)  # max() ignores NaN in some orders
+
+    found, findings = {}, []
+    for unit, blocks in by_unit(units, largest):
+        amax = max((one for one, _ in blocks), default=0.0)
+        bad = [] if math.isfinite(amax) else [*value_findings(unit, sum(count for _, count in blocks))]
+        findings += bad
+        if not bad:
+            found[unit.entry.name] = amax
+    return found, findings
 
 
 def packed_tensors(unit: Unit, rows: range, stored: Tensor) -> _Pieces:

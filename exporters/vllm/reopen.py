@@ -204,7 +204,7 @@ def _weight_gates(plan: ExportPlan, found: _Comparison) -> list[Gate]:
     count = found.counts
     fresh, rounded = count[Action.QUANTIZE], count[Action.DEQUANTIZE] + count[Action.CAST]
     how = (
-        f"{count[Action.CODES]} weight(s) with FP8 codes against the source's code * scale in fp32; {fresh} quantized "
+        f"{count[Action.CODES]} weight(s) with the source's codes against its code * scale; {fresh} quantized "
         f"here against the source rounded by an independent implementation; {rounded} in bf16 against the source's "
         "values (code * scale for FP8 codes) rounded once to bf16"
     )

@@ -41,7 +41,7 @@ def require_fit(model: Path, form: ServingForm) -> None:
 
 
 def _misfits(config: Mapping[str, Any], parts: int, stages: int) -> Iterator[str]:
-    text = config["text_config"] if isinstance(config.get("text_config"), dict) else config
+    text = _text(config)
     heads, groups, layers = (_size(text, names) for names in (_HEADS, _GROUPS, _LAYERS))
     if layers is not None and layers < stages:
         yield f"the model has {layers} layers, fewer than {stages} pipeline stages"
@@ -54,27 +54,47 @@ def _misfits(config: Mapping[str, Any], parts: int, stages: int) -> Iterator[str
     for name, size in inner.items():
         if size % parts:
             yield f"{name} is {size}, which cannot be divided by {parts}"
-    block = _block(config)
-    if block is None or parts == 1:
+    yield from _cut_blocks(config, inner, heads, groups, parts)
+
+
+def _cut_blocks(
+    config: Mapping[str, Any], inner: Mapping[str, int], heads: int | None, groups: int | None, parts: int
+) -> Iterator[str]:
+    # Sizes of which a device would get a part of a block, so that its scale would belong to two devices.
+    text = _text(config)
+    block, group = _quantized(config, "block_structure"), _quantized(config, "group_size")
+    step = block or group
+    if parts == 1 or step is None:
         return
     width = text.get("head_dim") or (text["hidden_size"] // heads if heads and "hidden_size" in text else None)
-    rows = dict(inner)
+    sizes = dict(inner)
     if heads and width:
-        rows |= {"the width of Q": heads * width, "the width of K and V": max(groups or heads, parts) * width}
-    for name, size in rows.items():
-        if size % parts == 0 and size // parts % block:
-            yield f"{name} is {size}, of which each device has {size // parts}: not whole blocks of {block}"
+        sizes["the width of Q"] = heads * width
+        if block:  # groups are along inputs only, and K and V are divided along their outputs
+            sizes["the width of K and V"] = max(groups or heads, parts) * width
+    for name, size in sizes.items():
+        # The export leaves a layer whose inputs are no whole groups as it is, so it may be divided anywhere.
+        whole = size % group == 0 if group else True
+        if whole and size % parts == 0 and size // parts % step:
+            what = f"blocks of {block}" if block else f"groups of {group}"
+            yield f"{name} is {size}, of which each device has {size // parts}: not whole {what}"
+
+
+def _text(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    return config["text_config"] if isinstance(config.get("text_config"), dict) else config
 
 
 def _size(text: Mapping[str, Any], names: tuple[str, ...]) -> int | None:
     return next((text[name] for name in names if isinstance(text.get(name), int)), None)
 
 
-def _block(config: Mapping[str, Any]) -> int | None:
-    """Side of the blocks that have a scale each; None where scales are per row or per tensor, or there are none."""
+def _quantized(config: Mapping[str, Any], key: str) -> int | None:
+    """Size of the blocks (`block_structure`) or of the groups of inputs (`group_size`) that have a scale each, or None.
+
+    There are none where scales are per row or per tensor. Blocks are square.
+    """
     groups = (config.get("quantization_config") or {}).get("config_groups") or {}
     for group in groups.values():
-        shape = (group.get("weights") or {}).get("block_structure")
-        if shape:
-            return int(shape[0])
+        if found := (group.get("weights") or {}).get(key):
+            return int(found[0] if isinstance(found, list) else found)
     return None

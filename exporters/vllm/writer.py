@@ -25,11 +25,11 @@ import torch
 from torch import Tensor
 
 from exporters.vllm.blocks import block_rows, by_unit, scale_of
-from exporters.vllm.lint import count_bad, value_findings
 from exporters.vllm.nvfp4 import packed_tensors
 from exporters.vllm.options import ExportFormat, quantization_config
 from exporters.vllm.plan import Action, ExportPlan, Unit
 from exporters.vllm.resume import ExportProgress
+from exporters.vllm.values import count_bad, value_findings
 from fp8pipe.artifact import disk_guard
 from fp8pipe.artifact.finding import Finding
 from fp8pipe.models.checkpoint.rows import read_rows

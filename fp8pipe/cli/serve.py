@@ -42,9 +42,9 @@ def serve_command(export: Path, extra: tuple[str, ...], console: Console, dry_ru
     of_vllm = resolve(LanguageConfig, None, options, extra=extra) if language else None
     open_served(export)  # refuses artifacts that no server here can run
     asked = config.asked if isinstance(config, VisionConfig) else config.device
-    engine_device(target, asked, "serve", vllm_python=None if of_vllm is None else of_vllm.vllm_python)
+    device = engine_device(target, asked, "serve", vllm_python=None if of_vllm is None else of_vllm.vllm_python)
     if dry_run:
-        _refuse_now(export, config, of_vllm)
+        _refuse_now(export, config, of_vllm, vllm_found=device is not None)
         given = {} if of_vllm is None else {
             "vllm_python": of_vllm.vllm_python, "form": of_vllm.form, "devices": of_vllm.devices_here,
         }  # fmt: skip
@@ -67,9 +67,9 @@ def _refuse_foreign(options: dict[str, Any], extra: tuple[str, ...], language: b
         )  # fmt: skip
 
 
-def _refuse_now(export: Path, config: ServeConfig, of_vllm: LanguageConfig | None) -> None:
-    """Raise what the server would raise at startup: for missing files, a missing ACCEPT, an unreadable API key file, or
-    a model that cannot be divided as asked.
+def _refuse_now(export: Path, config: ServeConfig, of_vllm: LanguageConfig | None, *, vllm_found: bool) -> None:
+    """Raise what the server would raise at startup: for missing files, a missing ACCEPT, an unreadable API key file, a
+    model that cannot be divided as asked, or a vLLM without the plugin that its weights need.
 
     Files are not hashed, which would take as long as for the server itself.
     """
@@ -85,9 +85,13 @@ def _refuse_now(export: Path, config: ServeConfig, of_vllm: LanguageConfig | Non
     if config.api_key_file:
         KeyFile(config.api_key_file)
     if of_vllm is not None:
+        from exporters.vllm.environment import find_vllm_python, inspect_environment
         from exporters.vllm.spread import require_fit
+        from serving.language.server import require_plugin
 
         require_fit(artifact.root, of_vllm)
+        if vllm_found:  # a plan can be made where vLLM is not installed
+            require_plugin(inspect_environment(find_vllm_python(of_vllm.vllm_python)), artifact)
 
 
 def _require_packages(language: bool) -> None:

@@ -86,10 +86,8 @@ def serve_language(export: Path, config: ServeConfig, language: LanguageConfig |
         return run_front(supervisor, artifact, config, chosen, proof)
 
 
-def _engine_command(
-    vllm: VllmEnvironment, artifact: Artifact, model_dir: Path, config: LanguageConfig, socket: Path
-) -> list[str]:
-    """The command line of vLLM's server for the model in `model_dir`, or of its workers on a further node.
+def require_plugin(vllm: VllmEnvironment, artifact: Artifact) -> None:
+    """Refuse a vLLM for CPUs that cannot run the weights of an export.
 
     Raises:
         MissingCapabilityError: an FP8 export on a CPU without the plugin: vLLM alone refuses it or is very slow; or one
@@ -103,6 +101,17 @@ def _engine_command(
             f"{vllm.python} lacks the plugin that runs FP8 on CPUs", why="fp8pipe-vllm-cpu is not installed there",
             fix="run scripts/setup_vllm.sh, or install serving/vllm_plugin there",
         )  # fmt: skip
+
+
+def _engine_command(
+    vllm: VllmEnvironment, artifact: Artifact, model_dir: Path, config: LanguageConfig, socket: Path
+) -> list[str]:
+    """The command line of vLLM's server for the model in `model_dir`, or of its workers on a further node.
+
+    Raises:
+        MissingCapabilityError: see `require_plugin`.
+    """
+    require_plugin(vllm, artifact)
     command = [str(vllm.python), "-P"]
     if config.node_rank:
         command += ["-c", _VLLM_SERVE, "serve", str(model_dir), "--headless"]

@@ -25,7 +25,7 @@ class WeightReport(FrozenConfig):
 
     reference: Literal["export", "source"] = Field(description="origin of the expected values")
     layers: int = Field(ge=0, description="number of compared layers that are stored as codes")
-    tensors: int = Field(ge=0, description="number of tensors compared, FP8 or not")
+    tensors: int = Field(ge=0, description="number of tensors compared, stored as codes or not")
     elements: int = Field(ge=0, description="number of elements of those tensors")
     differing: int = Field(ge=0, description="number of elements whose fp32 bits differ")
     differing_codes: int = Field(ge=0, description="number of elements that quantize to another code")

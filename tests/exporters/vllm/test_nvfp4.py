@@ -303,6 +303,34 @@ def test_weights_beyond_the_range_are_refused_by_name(make_model: Callable[..., 
         export_vllm(base, tmp_path / "export", OPTIONS)
 
 
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+@pytest.mark.parametrize("place", ["first", "last"])
+def test_one_value_that_is_not_finite_is_refused_by_name(
+    value: float, place: str, make_model: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wherever it is among the blocks of rows, of which the others are finite, as in any large layer."""
+    monkeypatch.setattr(rows, "_BLOCK_VALUES", 1_000)
+    base = make_model("llama")
+    tensors = raw(base)
+    tensors[DOWN][0 if place == "first" else -1, 4] = value
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(LintFindingsError) as caught:
+        export_vllm(base, tmp_path / "export", OPTIONS)
+    assert [(found.rule, found.where) for found in caught.value.findings] == [("not-finite", DOWN)]
+    assert not (tmp_path / "export").exists()
+
+
+def test_a_scale_that_is_not_finite_is_refused_by_name(family: Path, tmp_path: Path) -> None:
+    trained = Path(shutil.copytree(family / "trained", tmp_path / "trained"))
+    tensors = raw(trained)
+    tensors[DOWN + "_scale"].fill_(float("inf"))
+    save_file(tensors, trained / "model.safetensors", metadata={"format": "pt"})
+    rehash(trained)
+    with pytest.raises(LintFindingsError) as caught:
+        export_vllm(trained, tmp_path / "export", OPTIONS)
+    assert [(found.rule, found.where) for found in caught.value.findings] == [("scale-not-finite", DOWN + "_scale")]
+
+
 def test_the_dry_run_names_the_format_and_the_size(family: Path, tmp_path: Path) -> None:
     document, shown = plan_vllm(family / "plain", tmp_path / "export", OPTIONS)
     size = sum(tensor.nbytes for tensor in raw(family / "quantized").values())

@@ -17,6 +17,7 @@ SMOL = {"num_attention_heads": 9, "num_key_value_heads": 3, "num_hidden_layers":
         "hidden_size": 576}  # fmt: skip
 LLAMA = {"num_attention_heads": 32, "num_hidden_layers": 32, "intermediate_size": 11008, "hidden_size": 4096}
 BLOCKS = {"quantization_config": {"config_groups": {"group_0": {"weights": {"block_structure": [128, 128]}}}}}
+FP4 = {"quantization_config": {"config_groups": {"group_0": {"weights": {"group_size": 16}}}}}
 
 
 def refusal(folder: Path, config: dict[str, Any], tensor: int, pipeline: int = 1) -> str:
@@ -47,6 +48,13 @@ def refusal(folder: Path, config: dict[str, Any], tensor: int, pipeline: int = 1
         (LLAMA | BLOCKS, 4, 1, "intermediate_size is 11008, of which each device has 2752: not whole blocks of 128"),
         (LLAMA | BLOCKS | {"num_key_value_heads": 2, "head_dim": 64, "intermediate_size": 1024}, 4, 1,
          "the width of K and V is 256, of which each device has 64"),
+        # Groups of 16 are along inputs: those of the output projection and of the MLP's last layer are divided.
+        (LLAMA | FP4 | {"intermediate_size": 1376}, 2, 1, ""),
+        (LLAMA | FP4 | {"intermediate_size": 1376}, 8, 1,
+         "intermediate_size is 1376, of which each device has 172: not whole groups of 16"),
+        (LLAMA | FP4 | {"intermediate_size": 1368}, 8, 1, ""),  # no whole groups: that layer stays in bf16
+        (LLAMA | FP4 | {"head_dim": 8}, 32, 1, "the width of Q is 256, of which each device has 8: not whole groups"),
+        (LLAMA | FP4 | {"num_key_value_heads": 8, "head_dim": 8}, 8, 1, ""),  # 8 outputs of K and V on each
         (LLAMA | {"intermediate_size": 11008}, 4, 1, ""),  # a scale per row needs no blocks
     ],
 )  # fmt: skip

