@@ -19,7 +19,7 @@ def one_report() -> Iterator[bool]:
     Of the errors of several processes, only the first is raised; the other processes end without printing, with the
     same exit code.
     """
-    from fp8pipe.core.launch import launched, own_failure, print_errors_with
+    from fp8pipe.core.launch import launched, print_errors_with, report_failure
 
     place = launched()
     console = click.get_current_context().find_object(Console)
@@ -30,7 +30,7 @@ def one_report() -> Iterator[bool]:
     except BaseException as error:
         if place is None:
             raise
-        printed, code = own_failure(place, error, failure_of(error).exit_code)
+        printed, code = report_failure(place, error, failure_of(error).exit_code)
         if printed is None:
             raise click.exceptions.Exit(code) from error
         if printed is error:

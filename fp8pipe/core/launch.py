@@ -40,7 +40,7 @@ _LOST: Final = ("Connection closed by peer", "Connection reset by peer", "Broken
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class RankContext:
     """The place of this process among several.
 
     Attributes:
@@ -75,7 +75,7 @@ class Place:
 
 
 @lru_cache(maxsize=1)
-def launched() -> Place | None:
+def launched() -> RankContext | None:
     """The place of this process among those that a launcher started; None if it runs alone.
 
     The first call meets the other processes, silences all but that of rank 0, and starts to watch for failures.
@@ -98,7 +98,7 @@ def launched() -> Place | None:
             why=first_line(error),
             fix="check that all were started, and that MASTER_ADDR and MASTER_PORT can be reached",
         ) from error
-    place = Place(rank, size, int(os.environ["LOCAL_RANK"]), store)
+    place = RankContext(rank, size, int(os.environ["LOCAL_RANK"]), store)
     if rank:
         logging.disable(logging.WARNING)
         configure(quiet=True)
@@ -119,7 +119,7 @@ def _check_variables() -> None:
         raise ConfigurationError("a launcher's variables are no numbers", why=", ".join(wrong), fix=fix)
 
 
-def own_failure(place: Place, error: BaseException, exit_code: int) -> tuple[BaseException | None, int]:
+def report_failure(place: RankContext, error: BaseException, exit_code: int) -> tuple[BaseException | None, int]:
     """What this process has to do after `error`, of which the others are told.
 
     Args:
@@ -141,7 +141,7 @@ def own_failure(place: Place, error: BaseException, exit_code: int) -> tuple[Bas
     return (lost or error) if first else None, exit_code
 
 
-def tell_of_failure(place: Place, exit_code: int) -> tuple[bool, int]:
+def tell_of_failure(place: RankContext, exit_code: int) -> tuple[bool, int]:
     """Tell the others that this process has failed.
 
     Returns:
@@ -178,13 +178,13 @@ def print_errors_with(function: Callable[[Fp8PipeError], None]) -> None:
     _printers.append(function)
 
 
-def print_error(place: Place, error: Fp8PipeError) -> None:
+def print_error(place: RankContext, error: Fp8PipeError) -> None:
     """Print an error that ends this process, from another thread than the main one, which may be anywhere."""
     _introduce(place)
     _printers[-1](error)
 
 
-def _introduce(place: Place) -> None:
+def _introduce(place: RankContext) -> None:
     if place.rank:
         _LOG.error("rank %d of %d, on %s, failed:", place.rank, place.size, platform.node())
 
@@ -207,7 +207,7 @@ def _lost(error: BaseException) -> Fp8PipeError | None:
     )
 
 
-def _start_to_watch(place: Place, store: Any) -> None:
+def _start_to_watch(place: RankContext, store: Any) -> None:
     """Watch for failures of other processes until this one exits, over a connection that nothing else waits for."""
     over = threading.Event()
     thread = threading.Thread(target=_watch, args=(replace(place, store=store), over), daemon=True)
@@ -220,7 +220,7 @@ def _start_to_watch(place: Place, store: Any) -> None:
     atexit.register(stop)
 
 
-def _watch(place: Place, over: threading.Event) -> None:
+def _watch(place: RankContext, over: threading.Event) -> None:
     """End this process if another one has failed and nothing else ends it."""
     while not over.wait(_WATCH_S):
         try:

@@ -19,7 +19,15 @@ from dataclasses import replace
 from typing import Any, Final, Self
 
 from fp8pipe.core.errors import InterruptedRunError
-from fp8pipe.core.launch import GRACE_S, MEETING, Place, leave_after_printing, print_error, tell_of_failure, within
+from fp8pipe.core.launch import (
+    GRACE_S,
+    MEETING,
+    RankContext,
+    leave_after_printing,
+    print_error,
+    tell_of_failure,
+    within,
+)
 from fp8pipe.core.rank_store import Heartbeats
 
 __all__ = ["SILENCE_S", "SilenceWatch"]
@@ -45,7 +53,7 @@ class SilenceWatch:
         hosts: names of the ranks' machines for the message; may be set later.
     """
 
-    def __init__(self, place: Place, store: Any) -> None:
+    def __init__(self, place: RankContext, store: Any) -> None:
         self.hosts: Sequence[str] = ()
         self._place = replace(place, store=place.store.clone())  # the main thread may be waiting in the other one
         self._observed = range(place.size) if place.rank == 0 else (0, place.rank)

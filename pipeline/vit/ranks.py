@@ -18,7 +18,7 @@ import torch
 from calibration.make import IMAGES_JOB, batch_maker
 from fp8pipe.core.devices import on_device, use_own_gpu
 from fp8pipe.core.errors import ConfigurationError
-from fp8pipe.core.launch import Place
+from fp8pipe.core.launch import RankContext
 from fp8pipe.core.work import Item, Job, StorePool, WorkPool, assist
 from fp8pipe.core.work_ray import RayPool
 from fp8pipe.models.vision.image_folder import ImageFolder
@@ -36,7 +36,7 @@ __all__ = ["assist_quantize_vit", "job_opener", "open_pool"]
 
 
 @contextmanager
-def open_pool(config: QuantizeVitConfig, place: Place | None, ray: str | None) -> Iterator[WorkPool | None]:
+def open_pool(config: QuantizeVitConfig, place: RankContext | None, ray: str | None) -> Iterator[WorkPool | None]:
     """The pool of rank 0: the other ranks, or the Ray cluster at the address `ray`; None if there are neither.
 
     Raises:
@@ -61,7 +61,7 @@ def open_pool(config: QuantizeVitConfig, place: Place | None, ray: str | None) -
         yield None
 
 
-def assist_quantize_vit(config: QuantizeVitConfig, place: Place) -> None:
+def assist_quantize_vit(config: QuantizeVitConfig, place: RankContext) -> None:
     """Compute for rank 0, which runs `quantize_vit` with the same configuration, until it has finished.
 
     Raises:

@@ -15,7 +15,7 @@ from pipeline.falqon.rules import FinalMerge
 from pipeline.finetune.distributed.merge import shared_merge
 from pipeline.finetune.distributed.moments import shared_moments
 from pipeline.finetune.distributed.shard import shard
-from pipeline.finetune.distributed.tensors import wholes
+from pipeline.finetune.distributed.tensors import full_tensors
 
 BATCHES = 3  # of two processes one has none in the second round
 
@@ -71,7 +71,7 @@ def merged(family: str, how: str, budget: int) -> dict[str, Any]:
         _note_rounded(method.layers, rounded)
         shared = merge_all(model, method.layers, FinalMerge(how), lambda: batches,
                            lambda *arguments: shared_merge(*arguments, group))  # fmt: skip
-        codes = list(wholes([layer.code_bytes for layer in method.layers.values()]))
+        codes = list(full_tensors([layer.code_bytes for layer in method.layers.values()]))
         zero = not any(bool(layer.lora_B.to_local().any()) for layer in method.layers.values())
     same = all(torch.equal(one, layer.code_bytes) for one, layer in zip(codes, layers.values(), strict=True))
     return {

@@ -33,7 +33,7 @@ from pipeline.finetune.distributed.group import Group, joined
 from pipeline.finetune.distributed.method import ShardedFalqon
 from pipeline.finetune.distributed.processes import SeveralProcesses
 from pipeline.finetune.distributed.shard import shard
-from pipeline.finetune.distributed.tensors import assign, sharded_like, wholes
+from pipeline.finetune.distributed.tensors import assign, full_tensors, sharded_like
 from pipeline.finetune.distributed.trainer import RankedTrainer
 from pipeline.finetune.stage import finetune
 
@@ -178,7 +178,7 @@ def sharded_and_back(shapes: list[tuple[tuple[int, ...], str]]) -> list[tuple[in
         shards = [sharded_like(origin, one) for origin, one in zip(origins, like, strict=True)]
         for one, origin in zip(like, origins, strict=True):
             assign(one, origin)
-        for origin, shard, one, assigned in zip(origins, shards, wholes(shards), wholes(like), strict=True):
+        for origin, shard, one, assigned in zip(origins, shards, full_tensors(shards), full_tensors(like), strict=True):
             found.append((len(shard.to_local()), torch.equal(one, origin), torch.equal(assigned, origin)))
     return found
 

@@ -22,7 +22,7 @@ from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from fp8pipe.core.devices import use_own_gpu
 from fp8pipe.core.errors import ConfigurationError, Fp8PipeError, GateFailedError, InterruptedRunError, first_line
-from fp8pipe.core.launch import GRACE_S, MEETING, Place, within
+from fp8pipe.core.launch import GRACE_S, MEETING, RankContext, within
 from fp8pipe.core.silence import SilenceWatch
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ class Group:
         mesh: all processes in one dimension.
     """
 
-    def __init__(self, place: Place, device: str, store: Store) -> None:
+    def __init__(self, place: RankContext, device: str, store: Store) -> None:
         self.device, self.store, self._place = device, store, place
         self.rank, self.size = place.rank, place.size
         self.mesh: DeviceMesh = init_device_mesh(device, (place.size,))
@@ -85,7 +85,7 @@ class Group:
         dist.all_reduce(summed)
         return summed.cpu()
 
-    def everyones(self, value: T) -> list[T]:
+    def all_gather_object(self, value: T) -> list[T]:
         """`value` of each process, by rank."""
         found: list[Any] = [None] * self.size
         dist.all_gather_object(found, value)
@@ -97,7 +97,7 @@ class Group:
         Raises:
             ConfigurationError: it differs; the message names the ranks.
         """
-        found = self.everyones(repr(value))
+        found = self.all_gather_object(repr(value))
         if others := [rank for rank, one in enumerate(found) if one != found[0]]:
             raise ConfigurationError(
                 f"{what} differs between the processes of this run",
@@ -112,7 +112,7 @@ class Group:
         Raises:
             GateFailedError: they differ; the message names the first tensor that does.
         """
-        found = self.everyones({name: _digest(tensor) for name, tensor in tensors.items()})
+        found = self.all_gather_object({name: _digest(tensor) for name, tensor in tensors.items()})
         for name in tensors:
             if others := [rank for rank, one in enumerate(found) if one[name] != found[0][name]]:
                 raise GateFailedError(
@@ -124,7 +124,7 @@ class Group:
 
 
 @contextmanager
-def joined(place: Place, device: str) -> Iterator[SeveralProcesses]:
+def joined(place: RankContext, device: str) -> Iterator[SeveralProcesses]:
     """The processes of a run on `device`, one of its devices for each process, for as long as the context lasts.
 
     Of an error in this context, the other processes are told. The process group is then left as it is, as to destroy
@@ -144,7 +144,7 @@ def joined(place: Place, device: str) -> Iterator[SeveralProcesses]:
         with SilenceWatch(place, store) as watch, _connected(place, device, store) as group:
             from pipeline.finetune.distributed.processes import SeveralProcesses
 
-            watch.hosts = group.everyones(platform.node())
+            watch.hosts = group.all_gather_object(platform.node())
             yield SeveralProcesses(group)
     except BaseException as error:
         code = error.exit_code if isinstance(error, Fp8PipeError) else 1
@@ -154,7 +154,7 @@ def joined(place: Place, device: str) -> Iterator[SeveralProcesses]:
 
 
 @contextmanager
-def _connected(place: Place, device: str, store: Store) -> Iterator[Group]:
+def _connected(place: RankContext, device: str, store: Store) -> Iterator[Group]:
     own = use_own_gpu(place.local) if device == "cuda" else None
     backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
     if dist.is_initialized():

@@ -47,7 +47,7 @@ def lay_out(model: nn.Module, group: Group) -> Layout:
     layers = [_bytes(layer) for layer in decoder_layers(model)]
     static = whole + _STATES * sum(p.nbytes for p in model.parameters() if p.requires_grad)
     gathered = max(0, whole - sum(layers)) + _GATHERED * max(layers, default=0)  # layers may be within others
-    wanted = group.everyones((count_replicas(static, gathered, group.size, group.device), _place(group.rank)))
+    wanted = group.all_gather_object((count_replicas(static, gathered, group.size, group.device), _place(group.rank)))
     replicas = min(count for count, _ in wanted)
     local = group.size // replicas
     if replicas == 1 or any(place != (local, rank % local) for rank, (_, place) in enumerate(wanted)):

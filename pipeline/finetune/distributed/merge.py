@@ -21,7 +21,7 @@ from pipeline.falqon.layer import FalqonLinear
 from pipeline.falqon.rules import FinalMerge
 from pipeline.finetune.distributed.group import Group
 from pipeline.finetune.distributed.moments import shared_moments
-from pipeline.finetune.distributed.tensors import assign, reshard, wholes
+from pipeline.finetune.distributed.tensors import assign, full_tensors, reshard
 
 
 def shared_merge(
@@ -38,7 +38,7 @@ def shared_merge(
             if is_unseen(layer, how, moments.get(name)):
                 unseen.append(name)
             reports[name] = merge_layer(layer, moments.pop(name, None))
-    for theirs, missed in group.everyones((reports, unseen)):
+    for theirs, missed in group.all_gather_object((reports, unseen)):
         reports |= theirs
         unseen += [name for name in missed if name not in unseen]
     return {name: reports[name] for name in layers}, [name for name in layers if name in unseen]
@@ -82,7 +82,7 @@ def owned_layers(
     }
     places = [(name, key) for name, each in shards.items() for key in each]
     with torch.no_grad():
-        for (name, key), whole in zip(places, wholes([shards[name][key] for name, key in places]), strict=True):
+        for (name, key), whole in zip(places, full_tensors([shards[name][key] for name, key in places]), strict=True):
             if name in mine:  # not a view, which would keep what was gathered with it
                 mine[name]._parameters[key] = nn.Parameter(whole.clone(), requires_grad=shards[name][key].requires_grad)
         yield mine

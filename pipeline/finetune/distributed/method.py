@@ -26,7 +26,7 @@ from pipeline.falqon.observed import Losses
 from pipeline.finetune.distributed.group import Group
 from pipeline.finetune.distributed.merge import shared_merge
 from pipeline.finetune.distributed.sharded import ShardedMethod
-from pipeline.finetune.distributed.tensors import assign, reshard, whole_layer
+from pipeline.finetune.distributed.tensors import assign, reshard, unsharded_layer
 from pipeline.finetune.weights import Deployed, Weights
 
 _SPILL_BYTES: Final = 1 << 28  # of codes in memory until they are written
@@ -98,7 +98,7 @@ class ShardedFalqon(FalqonMethod, ShardedMethod):
         return super().health(step)
 
     def whole(self, name: str, layer: FalqonLinear) -> AbstractContextManager[Any]:
-        """See `whole_layer`; what was computed is compared between the processes where that is due."""
+        """See `unsharded_layer`; what was computed is compared between the processes where that is due."""
         return self._whole(name, layer)
 
     @contextmanager
@@ -106,7 +106,7 @@ class ShardedFalqon(FalqonMethod, ShardedMethod):
         assert self._model is not None
         if not isinstance(layer.lora_B, DTensor):  # a forward pass without a backward pass leaves the root's own whole
             reshard(self._model)
-        with whole_layer(layer):
+        with unsharded_layer(layer):
             yield
             if name in self._compared:
                 self.group.require_equal({name + CODES: layer.code_bytes, f"{name}.lora_B": layer.lora_B})

@@ -69,7 +69,7 @@ def _for_this_process(seen: _Seen, owners: Mapping[str, int], group: Group) -> I
         group: the processes.
     """
     seen.sort(key=lambda one: owners[one[0]])  # stable
-    told = group.everyones([(name, tuple(x.shape), x.dtype, _padded(x)) for name, x in seen])  # by sender
+    told = group.all_gather_object([(name, tuple(x.shape), x.dtype, _padded(x)) for name, x in seen])  # by sender
     counts = [[0] * group.size for _ in told]  # bytes from each process to each
     for sender, inputs in enumerate(told):
         for name, _, _, size in inputs:

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from pipeline.finetune.distributed.group import Group
-from pipeline.finetune.distributed.tensors import assign, wholes
+from pipeline.finetune.distributed.tensors import assign, full_tensors
 
 
 class OwnedSteps(torch.optim.Optimizer):
@@ -46,8 +46,8 @@ class OwnedSteps(torch.optim.Optimizer):
     def step(self, closure: Any = None) -> Any:
         """Do the step of every parameter that has a gradient; all processes must take part."""
         moved = [p for p in self._owners if p.grad is not None]
-        gradients = wholes([p.grad for p in moved if p.grad is not None])
-        for p, value, gradient in zip(moved, wholes(moved), gradients, strict=True):
+        gradients = full_tensors([p.grad for p in moved if p.grad is not None])
+        for p, value, gradient in zip(moved, full_tensors(moved), gradients, strict=True):
             if p in self._own:
                 self._own[p].data, self._own[p].grad = value.detach(), gradient
         if self._inner is not None:
@@ -91,7 +91,7 @@ class OwnedState:
 
     def __init__(self, mine: dict[str, Tensor], order: Iterable[str], group: Group) -> None:
         self._group = group
-        told = group.everyones({path: (tensor.shape, tensor.dtype) for path, tensor in mine.items()})
+        told = group.all_gather_object({path: (tensor.shape, tensor.dtype) for path, tensor in mine.items()})
         self._owners = {path: rank for rank, one in enumerate(told) for path in one}
         place = {name: number for number, name in enumerate(order)}
         paths = sorted(self._owners, key=lambda path: place[path.removeprefix("optimizer/").rpartition("/")[0]])

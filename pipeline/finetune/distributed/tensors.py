@@ -24,7 +24,7 @@ _ALIGN: Final = 16  # bytes, so that every tensor's dtype fits
 _all_gather = dist.all_gather_single if hasattr(dist, "all_gather_single") else dist.all_gather_into_tensor
 
 
-def wholes(tensors: Sequence[Tensor]) -> Iterator[Tensor]:
+def full_tensors(tensors: Sequence[Tensor]) -> Iterator[Tensor]:
     """Each tensor as a whole, in order, on its device; many small ones are gathered together.
 
     All processes must go through the whole iterator, with the same tensors.
@@ -50,9 +50,9 @@ def _gathered(batch: Sequence[Tensor]) -> Iterator[Tensor]:
     if parts:
         mine = torch.cat(parts)
         mesh = sharded[0].device_mesh
-        everyones = mine.new_empty(mesh.size() * len(mine))
-        _all_gather(everyones, mine, group=mesh.get_group())
-        columns = everyones.view(mesh.size(), -1).split([len(part) for part in parts], 1)
+        gathered = mine.new_empty(mesh.size() * len(mine))
+        _all_gather(gathered, mine, group=mesh.get_group())
+        columns = gathered.view(mesh.size(), -1).split([len(part) for part in parts], 1)
         found = zip(sharded, columns, strict=True)
     for tensor in batch:
         if isinstance(tensor, DTensor):
@@ -94,7 +94,7 @@ def assign(tensor: Tensor, whole: Tensor) -> None:
 
 
 @contextmanager
-def whole_layer(layer: FalqonLinear) -> Iterator[None]:
+def unsharded_layer(layer: FalqonLinear) -> Iterator[None]:
     """A context in which a sharded layer has all of its codes and B as ordinary parameters.
 
     At its end every process keeps its rows of what they are then, so all processes must make the same changes.
@@ -114,7 +114,7 @@ def held_whole(places: Sequence[tuple[nn.Module, str]]) -> Iterator[None]:
     """
     shards: list[Any] = [module._parameters[name] for module, name in places]
     with torch.no_grad():
-        for (module, name), shard, whole in zip(places, shards, wholes(shards), strict=True):
+        for (module, name), shard, whole in zip(places, shards, full_tensors(shards), strict=True):
             module._parameters[name] = nn.Parameter(whole, requires_grad=shard.requires_grad)
         yield
         for (module, name), shard in zip(places, shards, strict=True):

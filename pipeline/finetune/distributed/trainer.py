@@ -21,7 +21,7 @@ from pipeline.finetune.distributed.group import Group
 from pipeline.finetune.distributed.owners import OwnedState, OwnedSteps
 from pipeline.finetune.distributed.shard import OrderedSums
 from pipeline.finetune.distributed.sharded import ShardedMethod
-from pipeline.finetune.distributed.tensors import sharded_like, wholes
+from pipeline.finetune.distributed.tensors import full_tensors, sharded_like
 from pipeline.finetune.loop import Metrics, Trainer, build_optimizer
 from pipeline.finetune.loss import answer_count
 
@@ -90,7 +90,7 @@ class RankedTrainer(Trainer):
         if not gradients:
             return torch.zeros((), device=self.config.device)
         # The operations of `torch.nn.utils.clip_grad_norm_`, which would take the norms of the shards.
-        norms = [torch._foreach_norm([whole], 2.0)[0] for whole in wholes(gradients)]
+        norms = [torch._foreach_norm([whole], 2.0)[0] for whole in full_tensors(gradients)]
         norm: Tensor = torch.linalg.vector_norm(torch.stack(norms), 2.0)
         factor = torch.clamp(self.config.clip_norm / (norm + 1e-6), max=1.0)
         torch._foreach_mul_([gradient.to_local() for gradient in gradients], factor)  # type: ignore[attr-defined]
@@ -128,7 +128,7 @@ class RankedTrainer(Trainer):
 
     def _whole(self, shard: Shard) -> Shard:
         found: Shard = {}
-        for name, whole in zip(shard, wholes(list(shard.values())), strict=True):
+        for name, whole in zip(shard, full_tensors(list(shard.values())), strict=True):
             if self._owned is not None:
                 whole = self._owned.at_main(name, whole)
             if self.group.rank == 0:

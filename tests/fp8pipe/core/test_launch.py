@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from fp8pipe.core import launch
 from fp8pipe.core.errors import ConfigurationError, InterruptedRunError, OutOfMemoryError
-from fp8pipe.core.launch import Place, launched, own_failure
+from fp8pipe.core.launch import RankContext, launched, report_failure
 
 ROOT = Path(__file__).resolve().parents[3]
 # Rank 1, whose stdout cannot be written any more, waits for something that never comes.
@@ -23,7 +23,7 @@ from torch.distributed import TCPStore
 from fp8pipe.core import launch
 store = TCPStore("127.0.0.1", int(sys.argv[1]))
 launch._WATCH_S = launch.GRACE_S = 0.1
-launch._start_to_watch(launch.Place(1, 2, 1, store), store.clone())
+launch._start_to_watch(launch.RankContext(1, 2, 1, store), store.clone())
 sys.stdout.close()
 time.sleep(60)
 """
@@ -40,7 +40,7 @@ def this_process_goes_on(monkeypatch):
 def places():
     """Three processes of one run."""
     store = dist.HashStore()
-    return [Place(rank, 3, rank, store) for rank in range(3)]
+    return [RankContext(rank, 3, rank, store) for rank in range(3)]
 
 
 def test_a_process_alone_is_not_one_of_several(monkeypatch):
@@ -76,9 +76,9 @@ def test_variables_that_are_no_numbers_are_refused_by_name(monkeypatch, name, va
 def test_only_the_first_failure_is_printed_and_its_exit_code_is_everyones(places):
     assert places[0].failed() is None
     first = OutOfMemoryError("no memory")
-    assert own_failure(places[2], first, 15) == (first, 15)
-    assert own_failure(places[0], ConfigurationError("another"), 10) == (None, 15)
-    assert own_failure(places[1], RuntimeError("Connection closed by peer [127.0.0.1]"), 1) == (None, 15)
+    assert report_failure(places[2], first, 15) == (first, 15)
+    assert report_failure(places[0], ConfigurationError("another"), 10) == (None, 15)
+    assert report_failure(places[1], RuntimeError("Connection closed by peer [127.0.0.1]"), 1) == (None, 15)
     assert all(place.failed() == (2, 15) for place in places)
 
 
@@ -87,8 +87,8 @@ def test_no_process_exits_before_the_error_is_printed(monkeypatch):
     at_exit, left = [], []
     monkeypatch.setattr(launch.atexit, "register", lambda *call: at_exit.append(call))
     store = dist.HashStore()
-    own_failure(Place(1, 2, 1, store), OutOfMemoryError("no memory"), 15)
-    own_failure(Place(0, 2, 0, store), ConfigurationError("another"), 10)
+    report_failure(RankContext(1, 2, 1, store), OutOfMemoryError("no memory"), 15)
+    report_failure(RankContext(0, 2, 0, store), ConfigurationError("another"), 10)
     monkeypatch.setattr(launch, "_leave", lambda code: left.append((threading.current_thread().name, code)))
     printer, other = (threading.Thread(target=end, args=arguments, name=name)
                       for name, (end, *arguments) in zip(("printer", "other"), at_exit, strict=True))  # fmt: skip
@@ -112,14 +112,14 @@ def test_a_process_that_tells_its_failure_again_stays_the_first_and_corrects_its
     """The Python interface tells of an error that passes through it, before the command line knows its exit code."""
     assert places[1].fail(1)
     error = MemoryError()
-    assert own_failure(places[1], error, 15) == (error, 15)
+    assert report_failure(places[1], error, 15) == (error, 15)
     assert places[1].fail(15)
-    assert own_failure(places[0], ConfigurationError("another"), 10) == (None, 15)
+    assert report_failure(places[0], ConfigurationError("another"), 10) == (None, 15)
 
 
 def test_a_process_that_waits_ends_with_the_exit_code_of_the_one_that_failed():
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    Place(0, 2, 0, store).fail(15)
+    RankContext(0, 2, 0, store).fail(15)
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", WAITING, str(store.port)]
     ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=50, check=False)
@@ -135,7 +135,7 @@ def test_a_process_that_waits_ends_with_the_exit_code_of_the_one_that_failed():
     ],
 )
 def test_a_lost_connection_without_another_failure_is_told_as_such(places, error):
-    told, code = own_failure(places[1], error, 1)
+    told, code = report_failure(places[1], error, 1)
     assert isinstance(told, InterruptedRunError)
     assert code == 130
     assert "--resume" in told.fix
@@ -150,4 +150,4 @@ def test_a_lost_connection_without_another_failure_is_told_as_such(places, error
     ],
 )
 def test_an_error_of_its_own_is_no_lost_connection(places, own):
-    assert own_failure(places[0], own, 1) == (own, 1)
+    assert report_failure(places[0], own, 1) == (own, 1)

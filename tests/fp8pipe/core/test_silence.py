@@ -15,7 +15,7 @@ from torch.distributed import PrefixStore, TCPStore
 
 from fp8pipe.core import launch, rank_store, silence
 from fp8pipe.core.errors import OutOfMemoryError
-from fp8pipe.core.launch import Place, own_failure
+from fp8pipe.core.launch import RankContext, report_failure
 from fp8pipe.core.rank_store import Heartbeats
 from fp8pipe.core.silence import SilenceWatch
 
@@ -73,7 +73,7 @@ def ended(monkeypatch):
 
 
 def watch(rank, size, store):
-    return SilenceWatch(Place(rank, size, 0, store), PrefixStore("run", store))
+    return SilenceWatch(RankContext(rank, size, 0, store), PrefixStore("run", store))
 
 
 def heartbeats_of(rank, store):
@@ -131,7 +131,7 @@ def test_the_error_of_a_process_that_is_cut_off_is_printed(store, monkeypatch):
     client = TCPStore("127.0.0.1", relay.port, wait_for_workers=False)
     relay.cut()
     error = OutOfMemoryError("no memory")
-    assert own_failure(Place(1, 2, 1, client), error, 15) == (error, 15)
+    assert report_failure(RankContext(1, 2, 1, client), error, 15) == (error, 15)
     relay.close()
 
 
@@ -144,7 +144,7 @@ def test_of_the_processes_that_miss_another_one_prints_its_rank_and_machine(stor
         wait_for(ended, 4)  # each of two ends as soon as the error is printed, or else after a while
     assert set(ended) == {130}
     assert caplog.text.count("rank 0 on b of this run: no heartbeat for 1 s") == 1
-    assert Place(1, 3, 0, store).failed()[1] == 130
+    assert RankContext(1, 3, 0, store).failed()[1] == 130
 
 
 def test_the_first_process_misses_every_other_one_and_the_others_only_the_first(store, ended, caplog):
@@ -156,7 +156,7 @@ def test_the_first_process_misses_every_other_one_and_the_others_only_the_first(
         with watch(0, 3, store.clone()) as first:
             first.hosts = ["a", "a", "b"]
             wait_for(ended, 1)
-            assert Place(0, 3, 0, store).failed() == (0, 130)
+            assert RankContext(0, 3, 0, store).failed() == (0, 130)
     main.stop()
     assert caplog.text.count("rank 2 on b of this run: no heartbeat for 1 s") == 1
     assert "rank 1" not in caplog.text

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from rank_work import compared, given_up, sharded_and_back, shares, spilled, turns
 from ranks import run_ranks
 
-from fp8pipe.core.launch import Place
+from fp8pipe.core.launch import RankContext
 from pipeline.falqon.base_files import RECORD
 from pipeline.finetune.checkpoint import RUN
 from pipeline.finetune.distributed.group import _connected
@@ -51,7 +51,7 @@ def test_processes_connect_within_minutes_and_then_may_wait_for_longer(monkeypat
         dist, "init_process_group", lambda *args, **options: begun.append(options["timeout"]) or init(*args, **options)
     )
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    with _connected(Place(0, 1, 0, store), "cpu", store):
+    with _connected(RankContext(0, 1, 0, store), "cpu", store):
         waits = dist.group.WORLD._get_backend(torch.device("cpu")).options._timeout
     assert (begun, waits) == ([timedelta(minutes=5)], timedelta(minutes=30))
 

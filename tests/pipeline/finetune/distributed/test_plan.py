@@ -50,7 +50,7 @@ QLORA = {"method": "qlora", "optimizer": "adamw-8bit"}
     ids=["lora", "qlora"],
 )
 def test_it_counts_what_each_process_holds_of_the_baselines(settings, changes, frozen, scales, moments, monkeypatch):
-    monkeypatch.setattr(launch, "launched", lambda: launch.Place(0, 2, 0, None))
+    monkeypatch.setattr(launch, "launched", lambda: launch.RankContext(0, 2, 0, None))
     plan = plan_finetune(config(**settings, gradient_accumulation=2, **changes))
     weights = LAYERS * sum(ROWS[name] * WIDTHS[name] for name in ROWS)
     columns = LAYERS * (3 * 64 + 64 + 2 * 64 + 96)  # each layer has an A of its own
@@ -67,6 +67,6 @@ def test_a_plan_for_one_process_has_no_shares(settings):
 
 
 def test_what_several_processes_cannot_run_is_refused_by_the_plan_too(settings, monkeypatch):
-    monkeypatch.setattr(launch, "launched", lambda: launch.Place(0, 2, 0, None))
+    monkeypatch.setattr(launch, "launched", lambda: launch.RankContext(0, 2, 0, None))
     with pytest.raises(ConfigurationError, match="2 processes have 1 micro-batch"):
         plan_finetune(config(**settings))
