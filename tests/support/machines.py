@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import rank_work
+import torch
 from ranks import serve
 
 from fp8pipe.core import launch, silence
@@ -137,9 +138,9 @@ def _agent(
 
 
 def _process(function: Callable[..., Any], *arguments: Any) -> None:
-    signal.signal(
-        signal.SIGTERM, signal.SIG_DFL
-    )  # the agent's handler would wait for a call that waits for the network
+    # The agent's handler would wait for a call that waits for the network.
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    torch.set_num_threads(1)  # as in the process that the bits are compared with
     function(*arguments)
 
 

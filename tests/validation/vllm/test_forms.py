@@ -48,7 +48,7 @@ def test_forms_that_cannot_be_looked_into_are_refused(tree: Path, engine: Any) -
         ServingForm(tensor_parallel_size=2),
         ServingForm(pipeline_parallel_size=2),
         ServingForm(extra=("--data_parallel_size=2",)),
-        ServingForm(extra=("--data-par", "2")),
+        ServingForm(extra=("--prefill-context", "2")),
         ServingForm(extra=("-dp2",)),
     ]
     for form in (ServingForm(dtype="auto"), *spread):
