@@ -21,9 +21,17 @@ from fp8pipe.artifact.record import ExportRejectedError, record_path
 from validation.vllm.record import ValidationRecord
 from validation.vllm.validate import validate_export
 
-__all__ = ["PROMPTS", "checked", "scaled_inputs", "write_family"]
+__all__ = ["PROMPTS", "checked", "export_both", "scaled_inputs", "write_family", "write_trained"]
 
 PROMPTS = ("Hello",)
+
+
+def export_both(root: Path, options: VllmExportOptions) -> Path:
+    """Writes `plain` and `trained` (one scale a tensor) into `root`, and their exports, `quantized` and `again`."""
+    plain = write_plain(root / "plain", make_model())
+    export_vllm(plain, root / "quantized", options)
+    export_vllm(write_trained(root / "trained", plain), root / "again", options)
+    return root
 
 
 def write_trained(folder: Path, plain: Path, **details: object) -> Path:

@@ -17,9 +17,9 @@ from language_models import ARCHITECTURES
 from language_models import write as write_architecture
 from safetensors.torch import load_file, save_file
 from small_artifacts import details_of
-from tiny_checkpoints import make_model, quantize, write_plain
+from tiny_checkpoints import quantize
 from torch import Tensor
-from trained_exports import write_trained
+from trained_exports import export_both
 
 from exporters.vllm.dry_run import _some_rows, plan_vllm
 from exporters.vllm.export import export_vllm, plan_export
@@ -39,12 +39,8 @@ LAYER = "model.layers.1.mlp.down_proj.weight"
 
 @pytest.fixture(scope="module")
 def family(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`plain` and `trained` (one scale a tensor), and the exports of both, `quantized` and `copied`."""
-    root = tmp_path_factory.mktemp("blocks")
-    plain = write_plain(root / "plain", make_model())
-    export_vllm(plain, root / "quantized", OPTIONS)
-    export_vllm(write_trained(root / "trained", plain), root / "copied", OPTIONS)
-    return root
+    """`plain` and `trained` (one scale a tensor), and the exports of both, `quantized` and `again`."""
+    return export_both(tmp_path_factory.mktemp("blocks"), OPTIONS)
 
 
 def raw(root: Path) -> dict[str, Tensor]:
@@ -91,14 +87,14 @@ def test_other_readers_read_the_same_numbers(family: Path) -> None:
 
 
 def test_trained_codes_are_kept_with_their_scale(family: Path) -> None:
-    trained, stored = raw(family / "trained"), raw(family / "copied")
+    trained, stored = raw(family / "trained"), raw(family / "again")
     coded = [name for name in trained if name + "_scale" in trained]
     assert len(coded) == LINEARS
     for name in coded:
         assert same_bits(stored[name], trained[name])
         grid = tuple(side // 128 for side in trained[name].shape)
         assert same_bits(stored[name + "_scale"], trained[name + "_scale"].expand(grid).contiguous())
-    for name, value in iter_weights(family / "copied"):
+    for name, value in iter_weights(family / "again"):
         scale = trained.get(name + "_scale", torch.tensor(1.0))
         assert same_bits(value, trained[name].float() * scale), name
 
@@ -125,7 +121,7 @@ def test_blocks_of_rows_change_no_byte(
         parts = export_vllm(family / source, tmp_path / "parts", OPTIONS)
     finally:
         torch.set_num_threads(threads)
-    whole = family / {"plain": "quantized", "trained": "copied"}[source]
+    whole = family / {"plain": "quantized", "trained": "again"}[source]
     assert (parts.root / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
 
 
@@ -148,8 +144,8 @@ def swap_two_blocks(tensors: dict[str, Tensor]) -> None:
         ("plain", "quantized", double_one_block),
         ("plain", "quantized", flip_one_code),
         ("plain", "quantized", swap_two_blocks),
-        ("trained", "copied", double_one_block),
-        ("trained", "copied", flip_one_code),
+        ("trained", "again", double_one_block),
+        ("trained", "again", flip_one_code),
     ],
 )
 def test_each_difference_fails_the_gate_that_names_the_weight(

@@ -18,9 +18,8 @@ from compressed_tensors.quantization.quant_scheme import NVFP4A16
 from language_models import ARCHITECTURES
 from language_models import write as write_architecture
 from safetensors.torch import load_file, save_file
-from tiny_checkpoints import make_model, write_plain
 from torch import Tensor
-from trained_exports import write_trained
+from trained_exports import export_both
 
 from exporters.verify.whole import verify_tree
 from exporters.vllm.dry_run import plan_vllm
@@ -47,11 +46,7 @@ FUSED = (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("mlp.gat
 @pytest.fixture(scope="module")
 def family(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`plain` and `trained` (FP8, one scale a tensor), and the exports of both, `quantized` and `again`."""
-    root = tmp_path_factory.mktemp("nvfp4")
-    plain = write_plain(root / "plain", make_model())
-    export_vllm(plain, root / "quantized", OPTIONS)
-    export_vllm(write_trained(root / "trained", plain), root / "again", OPTIONS)
-    return root
+    return export_both(tmp_path_factory.mktemp("nvfp4"), OPTIONS)
 
 
 def raw(root: Path) -> dict[str, Tensor]:

@@ -11,11 +11,9 @@ import pytest
 import torch
 from artifact_tree import rehash
 from safetensors.torch import load_file, save_file
-from tiny_checkpoints import make_model, write_plain
 from torch import Tensor, nn
-from trained_exports import checked, scaled_inputs, write_trained
+from trained_exports import checked, export_both, scaled_inputs
 
-from exporters.vllm.export import export_vllm
 from exporters.vllm.options import ExportFormat, VllmExportOptions
 from fp8pipe.artifact import open_artifact
 from validation.vllm.expected import ExpectedWeights, plan_of
@@ -28,12 +26,8 @@ LAYER = "model.layers.1.mlp.down_proj.weight"
 
 @pytest.fixture(scope="module")
 def exports(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`quantized` beside `plain`, `copied` beside `trained`; in `doubled`, one scale of `quantized` is doubled."""
-    root = tmp_path_factory.mktemp("blocks")
-    plain = write_plain(root / "plain", make_model())
-    options = VllmExportOptions(format=ExportFormat.FP8_BLOCK)
-    export_vllm(plain, root / "quantized", options)
-    export_vllm(write_trained(root / "trained", plain), root / "copied", options)
+    """`quantized` beside `plain`, `again` beside `trained`; in `doubled`, one scale of `quantized` is doubled."""
+    root = export_both(tmp_path_factory.mktemp("blocks"), VllmExportOptions(format=ExportFormat.FP8_BLOCK))
     doubled = Path(shutil.copytree(root / "quantized", root / "doubled"))
     tensors = load_file(doubled / "model.safetensors")
     tensors[LAYER + "_scale"][1, 2] *= 2
@@ -58,7 +52,7 @@ def test_vllm_accepts_it_and_rejects_one_doubled_scale_by_name(exports: Path) ->
         assert 0 < report.differing <= 128 * 128  # zeros stay zeros
 
 
-@pytest.mark.parametrize(("name", "source"), [("quantized", "plain"), ("copied", "trained")])
+@pytest.mark.parametrize(("name", "source"), [("quantized", "plain"), ("again", "trained")])
 def test_a_torch_engine_is_accepted_for_the_source(exports: Path, engine: Any, name: str, source: str) -> None:
     record = checked(exports / name, against=exports / source)
     assert record.verdict == "ACCEPT", record.reasons
@@ -90,7 +84,7 @@ def test_inputs_are_rounded_in_groups(exports: Path, engine: Any, monkeypatch: p
     found = {}
     for rounding in (grouped_inputs, scaled_inputs):
         engine({"bfloat16": rounding})
-        found[rounding] = checked(exports / "copied", against=exports / "trained").served
+        found[rounding] = checked(exports / "again", against=exports / "trained").served
     # The engine that rounds like the torch model of the form differs from it by nothing but the order of sums.
     assert found[grouped_inputs].kernels.rounding == 14
     assert found[grouped_inputs].form_kl < 0.1 * found[scaled_inputs].form_kl
@@ -103,7 +97,7 @@ def test_groups_of_an_input_have_their_own_scale() -> None:
     assert not torch.equal(_rounded(x, 128), _rounded(x))
 
 
-@pytest.mark.parametrize(("name", "source"), [("quantized", "plain"), ("copied", "trained"), ("quantized", None)])
+@pytest.mark.parametrize(("name", "source"), [("quantized", "plain"), ("again", "trained"), ("quantized", None)])
 def test_an_engine_of_codes_must_hold_codes_and_scales_of_blocks(exports: Path, name: str, source: str | None) -> None:
     artifact, stored = open_artifact(exports / name), load_file(exports / name / "model.safetensors")
     plan = None if source is None else plan_of(artifact, exports / source)

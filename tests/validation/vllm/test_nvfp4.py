@@ -12,11 +12,9 @@ from artifact_tree import rehash
 from breadth import only_long
 from lasting_engines import lasting_engines
 from safetensors.torch import load_file, save_file
-from tiny_checkpoints import make_model, write_plain
-from trained_exports import checked, write_trained
+from trained_exports import checked, export_both
 
 from exporters.vllm.environment import VllmEnvironment, inspect_environment, require_nvfp4
-from exporters.vllm.export import export_vllm
 from exporters.vllm.options import ExportFormat, VllmExportOptions
 from fp8pipe.artifact import open_artifact
 from fp8pipe.core.errors import MissingCapabilityError
@@ -32,11 +30,7 @@ KEYS = "model.layers.0.self_attn.k_proj.weight"
 @pytest.fixture(scope="module")
 def exports(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`quantized` beside `plain`, `again` beside `trained`; in `changed`, a code and both kinds of scales differ."""
-    root = tmp_path_factory.mktemp("nvfp4")
-    plain = write_plain(root / "plain", make_model())
-    options = VllmExportOptions(format=ExportFormat.NVFP4)
-    export_vllm(plain, root / "quantized", options)
-    export_vllm(write_trained(root / "trained", plain), root / "again", options)
+    root = export_both(tmp_path_factory.mktemp("nvfp4"), VllmExportOptions(format=ExportFormat.NVFP4))
     changed = Path(shutil.copytree(root / "quantized", root / "changed"))
     tensors = load_file(changed / "model.safetensors")
     tensors[LAYER + "_packed"][5, 7] ^= 0x30  # the upper code of a pair, by up to three codes
