@@ -19,6 +19,7 @@ SETTINGS = {
     "steps": 3, "save_every": 2, "evaluate_every": 3, "heldout_fraction": 0.1, "clip_norm": 0.1,
     "final_merge_batches": 2,
 }  # fmt: skip
+INTERRUPTED = 130
 TWO_AND_FOUR = (2, 4) if LONG else (4,)
 # With rank 32 some A and B have 4,096 values: those whose moments bitsandbytes keeps in 8 bits. Others have fewer.
 EIGHT_BITS = {"optimizer": "adamw-8bit", "rank": 32}
@@ -89,7 +90,7 @@ def test_experts_that_only_some_processes_reach_end_with_the_bits_of_one(make_ba
     ("fault", "code", "says", "changes", "resumed_by"),
     [
         ("memory", 15, "out of memory", QLORA | EIGHT_BITS, 3),
-        pytest.param("interrupt", 130, "interrupted", LORA, 1, marks=only_long),
+        pytest.param("interrupt", INTERRUPTED, "interrupted", LORA, 1, marks=only_long),
         ("killed", -9, "", {}, 4),
     ],
 )
@@ -99,7 +100,9 @@ def test_a_fault_of_one_process_ends_all_with_one_error_and_another_number_of_th
     settings = {"base": tiny(make_base, changes), "data": str(pairs), **SETTINGS, "gradient_accumulation": 4, **changes}
     output = tmp_path / "cut"
     ended = run_ranks(2, command, settings, str(output), fault, 1, 2)  # returns once all have ended
-    assert code in ended.values()  # of the first to end; the launcher may end the other one
+    # Of the first to end, after which the launcher ends the other one. Only a killed process does not tell its code.
+    assert set(ended.values()) <= ({code} if says else {code, INTERRUPTED})
+    assert ended
     logs = [(tmp_path / f"cut-{rank}.log").read_text() for rank in (0, 1)]
     assert "step 2" in logs[0]
     assert "step 2" not in logs[1]  # only one process tells how far they are
@@ -107,6 +110,7 @@ def test_a_fault_of_one_process_ends_all_with_one_error_and_another_number_of_th
         assert json.loads(logs[1][logs[1].index("{\n") :])["error"]["what"] == says
         assert "error" not in logs[0]
     else:  # the launcher may have ended it before it noticed
+        assert ("ended unexpectedly" in logs[0]) or ended == {1: code}
         assert "unforeseen" not in logs[0]
     assert [path.name for path in (tmp_path / "cut.partial" / "checkpoints").glob("step-*")] == ["step-00000002"]
     if resumed_by > 1:
