@@ -7,6 +7,7 @@
 # Compilers and pip stay in the stages that build. The final ones hold an interpreter, a virtual environment made from
 # pinned requirements, and fp8pipe, and run as a user without rights. Nothing is written outside /tmp.
 # `--build-arg PIP_EXTRA_INDEX_URL=...` names the index that has CPU builds of torch, which llm-cpu needs.
+# `--build-arg FP8PIPE_COMMIT=$(git rev-parse HEAD)` is what `fp8pipe --version` then says.
 
 ARG PYTHON_IMAGE=python:3.11.14-slim-bookworm
 # CUDA 13, as the pinned onnxruntime-gpu is linked against.
@@ -15,13 +16,14 @@ ARG VLLM_IMAGE=vllm/vllm-openai:v0.32.0
 
 FROM ${PYTHON_IMAGE} AS wheel
 WORKDIR /source
-COPY pyproject.toml README.md LICENSE ./
+COPY pyproject.toml setup.py README.md LICENSE ./
 COPY fp8pipe fp8pipe
 COPY pipeline pipeline
 COPY exporters exporters
 COPY validation validation
 COPY serving serving
 COPY calibration calibration
+ARG FP8PIPE_COMMIT=
 RUN pip wheel --no-cache-dir --no-deps --wheel-dir /wheels . ./serving/vllm_plugin
 
 FROM ${PYTHON_IMAGE} AS vision-cpu-build

@@ -3,6 +3,7 @@
 # make check       before a commit: linters, types, import contracts and quick tests, in less than a minute
 # make test        both environments, then linters, types, import contracts and tests
 # make mutants     one small fault at a time in the code of the proof, which a test must notice (about an hour)
+# make sbom        dist/: what .venv holds, as a CycloneDX document, and the licences
 # make demo        both environments, then the demonstration
 #
 # On a machine with an NVIDIA GPU, give the CUDA build of torch you want: make setup TORCH=torch==2.14.1
@@ -26,7 +27,7 @@ VLLM_STAMP := $(VLLM_VENV)/.setup-$(call key,scripts/setup_vllm.sh $(PLUGIN_FILE
 
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: setup setup-vllm lint check test mutants demo clean
+.PHONY: setup setup-vllm lint check test mutants demo sbom clean
 
 setup: $(STAMP)
 
@@ -76,6 +77,16 @@ mutants: setup
 
 demo: setup setup-vllm
 	bash scripts/demo.sh
+
+# The tools have an environment of their own, or they would be listed.
+sbom: setup
+	$(PYTHON) -m venv .venv-sbom
+	.venv-sbom/bin/python -m pip install -q 'cyclonedx-bom>=7,<8' 'pip-licenses>=5,<6'
+	mkdir -p dist
+	.venv-sbom/bin/cyclonedx-py environment --pyproject pyproject.toml --output-reproducible -o dist/sbom.cdx.json \
+		$(BIN)/python
+	.venv-sbom/bin/pip-licenses --python=$(BIN)/python --order=license --with-urls --format=markdown \
+		--output-file=dist/licenses.md
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

@@ -13,7 +13,7 @@ from typing import Any
 import click
 
 from fp8pipe.cli.common import Console, failure_of
-from fp8pipe.core.version import __version__
+from fp8pipe.core.version import build_facts
 
 __all__ = ["COMMANDS", "main"]
 
@@ -113,8 +113,17 @@ class LazyGroup(click.Group):
 _SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 
 
+def _show_version(context: click.Context, _option: click.Parameter, wanted: bool) -> None:
+    if wanted and not context.resilient_parsing:
+        click.echo(build_facts())
+        context.exit()
+
+
 @click.group(cls=LazyGroup, context_settings=_SETTINGS)
-@click.version_option(__version__, prog_name="fp8pipe")
+@click.option(
+    "--version", is_flag=True, is_eager=True, expose_value=False, callback=_show_version,
+    help="Show the version, its commit, Python and libraries, and exit.",
+)  # fmt: skip
 def main() -> None:
     """Tune a model in FP8, export it to an inference engine, and prove that the engine serves exactly that model.
 

@@ -11,7 +11,7 @@ import pytest
 
 _ROOT = Path(__file__).resolve().parents[2]
 _ROOMS = ["fp8pipe", "pipeline", "exporters", "validation", "serving", "calibration"]
-_SOURCES = ["pyproject.toml", "README.md", "LICENSE", *_ROOMS]
+_SOURCES = ["pyproject.toml", "setup.py", "README.md", "LICENSE", *_ROOMS]
 
 
 def bare_environment(folder: Path, pins: str) -> Path:

@@ -116,7 +116,17 @@ def test_the_installed_script_is_this_group():
     project = tomllib.loads((Path(__file__).parents[3] / "pyproject.toml").read_text())
     assert project["project"]["scripts"] == {"fp8pipe": "fp8pipe.cli:main"}
     assert project["project"]["version"] == __version__
-    assert invoke("--version").stdout == f"fp8pipe, version {__version__}\n"
+    assert invoke("--version").stdout.startswith(f"fp8pipe {__version__}\n")
+
+
+@pytest.mark.parametrize(
+    ("words", "offered"),
+    [("fp8pipe exp", {"plain,export"}), ("fp8pipe finetune --update", {"plain,--update-rule"})],
+)
+def test_the_shell_completes_commands_and_options(words, offered):
+    asked = {"COMP_WORDS": words, "COMP_CWORD": str(words.count(" ")), "_FP8PIPE_COMPLETE": "bash_complete"}
+    done = CliRunner().invoke(main, [], prog_name="fp8pipe", env=asked)
+    assert set(done.stdout.splitlines()) == offered
 
 
 def test_a_misspelt_command_gets_a_suggestion():
