@@ -23,7 +23,7 @@ from pipeline.falqon.sums import Sums
 
 Losses = Callable[[], Iterable[Tensor]]
 _Project = Callable[[Tensor, Tensor, str], Tensor]
-_CACHES = ("past_key_values", "layer_past")  # arguments of decoder layers
+_CACHES = ("cache", "past_key_values", "layer_past")  # arguments of decoder layers
 
 
 @dataclass(slots=True)

@@ -17,7 +17,13 @@ from torch import Tensor, nn
 
 from fp8pipe.artifact.kinds import KvAmax, KvCacheFacts
 from fp8pipe.core.errors import ConfigurationError
-from fp8pipe.models.language.kv_cache import cache_scale, observe_ranges, rounding_cache, why_unsupported
+from fp8pipe.models.language.kv_cache import (
+    cache_argument,
+    cache_scale,
+    observe_ranges,
+    rounding_cache,
+    why_unsupported,
+)
 from pipeline.finetune.batches import Batch, Batches
 from pipeline.finetune.compiled import uncompiled
 from pipeline.finetune.loss import answer_count, answer_loss, model_inputs
@@ -100,7 +106,7 @@ def _first(batches: Batches, records: int) -> list[Batch]:
 def _losses(model: nn.Module, batches: Sequence[Batch], device: str, cache: Callable[[], Any]) -> Tensor:
     """The summed loss of the answer tokens of every batch, nats, float64; `cache` makes the cache of a batch."""
     found = [
-        float(answer_loss(model, {**model_inputs(batch, device), "past_key_values": cache()}, batch.labels))
+        float(answer_loss(model, {**model_inputs(batch, device), **cache_argument(model, cache())}, batch.labels))
         for batch in batches
     ]
     return torch.tensor(found, dtype=torch.float64)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from fp8pipe.models.compat import import_transformers
-from fp8pipe.models.language.kv_cache import rounding_cache
+from fp8pipe.models.language.kv_cache import cache_argument, rounding_cache
 from fp8pipe.models.language.parts import PART_BYTES, PartedModel, StoredWeights
 from fp8pipe.numerics.bf16 import widen_bf16_products
 from fp8pipe.numerics.plain import grid_numbers
@@ -119,7 +119,7 @@ class Reference:
 
     def round_cache(self, scales: Mapping[int, tuple[float, float]], *, toward_zero: bool) -> None:
         """From now on, round keys and values to E4M3; the arguments are those of `rounding_cache`."""
-        self._cache = lambda: {"past_key_values": rounding_cache(self.model, scales, toward_zero=toward_zero)}
+        self._cache = lambda: cache_argument(self.model, rounding_cache(self.model, scales, toward_zero=toward_zero))
 
     def logprobs(self, texts: Sequence[Text]) -> list[Tensor]:
         """Log-probabilities of the next token from each text's start on: fp32 `(length - start, vocabulary)` each.

@@ -34,6 +34,7 @@ from exporters.tensorrt.language.target import CacheFacts
 from exporters.tensorrt.target import Base
 from fp8pipe.artifact.finding import Finding, refuse
 from fp8pipe.core.errors import ConfigurationError
+from fp8pipe.models.language.kv_cache import cache_argument
 from fp8pipe.numerics.quantizers import WeightCodes
 
 if TYPE_CHECKING:
@@ -167,7 +168,7 @@ class _Decoder(nn.Module):
         position_ids: Tensor,  # (batch, sequence)
         past: list[tuple[Tensor, Tensor]] | None = None,  # (batch, heads, past, size) each
     ) -> tuple[Tensor, ...]:
-        cache = None
+        cache: Any = None
         if past is not None:
             from transformers import DynamicCache
 
@@ -176,12 +177,12 @@ class _Decoder(nn.Module):
                 cache.update(key, value, layer)
         mask = additive_mask(input_ids, attention_mask, self.model.dtype, cached=past is not None)
         found = self.model(
-            input_ids=input_ids, attention_mask=mask, position_ids=position_ids, past_key_values=cache,
-            use_cache=past is not None,
+            input_ids=input_ids, attention_mask=mask, position_ids=position_ids,
+            **cache_argument(self.model, cache), use_cache=past is not None,
         )  # fmt: skip
-        if past is None:
+        if cache is None:
             return (found.logits.float(),)
-        present = [tensor for layer in found.past_key_values.layers for tensor in (layer.keys, layer.values)]
+        present = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
         return (found.logits.float(), *present)
 
 

@@ -25,6 +25,7 @@ from exporters.tensorrt.language.graph import additive_mask, assign, cache_shape
 from exporters.tensorrt.language.source import LanguageModel
 from exporters.tensorrt.language.stream import NotLayered, tensors_in
 from exporters.tensorrt.target import Base
+from fp8pipe.models.language.kv_cache import cache_argument
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -119,7 +120,7 @@ class _OneLayer(nn.Module):
         self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor,
         past: list[tuple[Tensor, Tensor]] | None = None,
     ) -> tuple[Tensor, ...]:  # fmt: skip
-        cache = None
+        cache: Any = None
         if past is not None:
             from transformers import DynamicCache
 
@@ -128,10 +129,10 @@ class _OneLayer(nn.Module):
                 cache.update(*past[0], slot)
         mask = additive_mask(input_ids, attention_mask, self.model.dtype, cached=past is not None)
         found = self.model(
-            input_ids=input_ids, attention_mask=mask, position_ids=position_ids, past_key_values=cache,
-            use_cache=past is not None,
+            input_ids=input_ids, attention_mask=mask, position_ids=position_ids,
+            **cache_argument(self.model, cache), use_cache=past is not None,
         )  # fmt: skip
-        layer = None if cache is None else found.past_key_values.layers[self.index]
+        layer = None if cache is None else cache.layers[self.index]
         present = () if layer is None else (layer.keys, layer.values)
         return (found.logits.float(), *present, *self.read, self.made[0])
 

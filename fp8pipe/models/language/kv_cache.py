@@ -8,6 +8,7 @@ implementation of the attention.
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -88,7 +89,7 @@ def observe_ranges(
                 return keys, values
 
             body: Any = getattr(model, "base_model", model)  # the output head adds nothing to the cache
-            body(**inputs, past_key_values=_cache(model, record), use_cache=True)
+            body(**inputs, **cache_argument(body, _cache(model, record)), use_cache=True)
     if not found or "" in found:
         raise ConfigurationError("the model fills no key/value cache", why="no attention layer stored keys and values")
     broken = next((name for name, seen in found.items() if not math.isfinite(seen.k + seen.v)), None)
@@ -97,11 +98,20 @@ def observe_ranges(
     return dict(sorted(found.items(), key=lambda item: item[1].layer))
 
 
+def cache_argument(model: nn.Module, cache: Any) -> dict[str, Any]:
+    """The cache as an argument of this model's `forward`: `cache` since transformers 5.24, `past_key_values` before.
+
+    Models whose code comes with the checkpoint keep the older name under any version.
+    """
+    taken = inspect.signature(model.forward).parameters
+    return {"cache" if "cache" in taken else "past_key_values": cache}
+
+
 def rounding_cache(model: nn.Module, scales: Mapping[int, tuple[float, float]], *, toward_zero: bool = False) -> Any:
     """An empty cache, for one forward pass, that rounds keys and values to E4M3 as an engine's FP8 cache does.
 
     Args:
-        model: the model that will be given the cache, as `past_key_values`.
+        model: the model that will be given the cache, by `cache_argument`.
         scales: of keys and of values, by the layer's index in the cache; other layers have the scale 1.
         toward_zero: round toward zero, as vLLM's kernels for CPUs do, and not to the nearest number, as GPUs do.
     """

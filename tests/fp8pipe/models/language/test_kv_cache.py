@@ -7,10 +7,17 @@ import numpy as np
 import pytest
 import torch
 from tiny_decoders import DECODERS
+from torch import nn
 
 from fp8pipe.core.errors import ConfigurationError
 from fp8pipe.models.compat import import_transformers
-from fp8pipe.models.language.kv_cache import cache_scale, observe_ranges, rounding_cache, why_unsupported
+from fp8pipe.models.language.kv_cache import (
+    cache_argument,
+    cache_scale,
+    observe_ranges,
+    rounding_cache,
+    why_unsupported,
+)
 
 GRID = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
 GRID = np.unique(GRID[np.isfinite(GRID)])
@@ -97,3 +104,19 @@ def test_models_whose_engines_cache_something_else_are_told_apart():
     assert not why_unsupported(DECODERS["llama"]())
     assert "latent" in why_unsupported(transformers.DeepseekV3Config())
     assert "other layers" in why_unsupported(transformers.Gemma3nTextConfig())
+
+
+def test_the_cache_is_given_under_the_name_that_the_model_takes():
+    """transformers 5.24 renamed it; the older name then warns, and ends in a later version."""
+
+    class Renamed(nn.Module):
+        def forward(self, input_ids, cache=None):
+            return cache
+
+    class Older(nn.Module):
+        def forward(self, input_ids, past_key_values=None):
+            return past_key_values
+
+    given = object()
+    for model in (Renamed(), Older()):
+        assert model(None, **cache_argument(model, given)) is given
