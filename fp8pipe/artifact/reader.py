@@ -20,7 +20,7 @@ from fp8pipe.artifact import external
 from fp8pipe.artifact.kinds import kind_named
 from fp8pipe.artifact.manifest import CHECKSUM_SINCE, MANIFEST_NAME, FileEntry, Manifest, Parent
 from fp8pipe.artifact.record import checksum_path, read_checked
-from fp8pipe.core.errors import BadArtifactError
+from fp8pipe.core.errors import BadArtifactError, word
 
 __all__ = ["Artifact", "check_file", "open_artifact", "read_manifest", "sha256_file", "staged", "strays"]
 
@@ -102,7 +102,7 @@ def _toward(kind: str, root: Path, wanted: list[str]) -> str:
     exports = [name for name in wanted if kind in kind_named(name).made_from]
     if exports:
         target = kind_named(exports[0]).target
-        return f"export it first: fp8pipe export {root} --target {target} --output DIR; and give that DIR"
+        return f"export it first: fp8pipe export {word(root)} --target {target} --output DIR; and give that DIR"
     return "give the directory of an artifact of that kind"
 
 

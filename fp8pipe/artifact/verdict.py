@@ -15,7 +15,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from fp8pipe.artifact.gate import Gate, Verdict, failures, read_gate
 from fp8pipe.artifact.reader import Artifact, read_manifest
 from fp8pipe.artifact.record import read_checked, record_path
-from fp8pipe.core.errors import BadArtifactError, GateFailedError
+from fp8pipe.core.errors import BadArtifactError, GateFailedError, word
 
 __all__ = ["REJECT", "VerdictRecord", "read_verdict", "require_accept"]
 
@@ -114,7 +114,7 @@ def require_accept(artifact: Artifact, place: Path | None = None) -> VerdictReco
         GateFailedError: there is no record, or its verdict is not ACCEPT.
     """
     path = place or record_path(artifact.root)
-    why, fix = f"there is no record of a validation at {path}", f"fp8pipe validate {artifact.root}"
+    why, fix = f"there is no record of a validation at {path}", f"fp8pipe validate {word(artifact.root)}"
     if path.exists():
         record = read_verdict(path, artifact)
         if record.measures:

@@ -30,7 +30,7 @@ from fp8pipe.cli.common import (
 )
 from fp8pipe.cli.options import foreign, options_of, resolve, union_options
 from fp8pipe.core.config import read_yaml
-from fp8pipe.core.errors import ConfigurationError
+from fp8pipe.core.errors import ConfigurationError, word
 
 if TYPE_CHECKING:
     from fp8pipe.artifact import Artifact
@@ -128,8 +128,8 @@ def _report(exported: Artifact, target: ExportTarget, source: Path, console: Con
     lines += [table([gate.row for gate in manifest.gates])] if manifest.gates else []
     lines += call(target.after, exported) if target.after is not None else []
     if target.engines:
-        against = f" --against {source}" if "against" in target.engines[0].takes else ""
-        lines += next_step(exported, f"fp8pipe validate {exported.root}{against}")
+        against = f" --against {word(source)}" if "against" in target.engines[0].takes else ""
+        lines += next_step(exported, f"fp8pipe validate {word(exported.root)}{against}")
     console.emit(document, "\n".join(lines), quiet_text=str(exported.root))
     require_gates(exported, "do not deploy it; make its source again, or report it")
 

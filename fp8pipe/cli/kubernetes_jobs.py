@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 import click
@@ -19,6 +20,11 @@ for job in {folder}/[0-9]*.yaml; do
   kubectl wait --for=condition=complete --timeout=0s -f "$job" || exit 1
 done
 )"""
+
+
+def _word(folder: Path) -> str:
+    """A folder as one word of a shell, and no option of kubectl."""
+    return shlex.quote(str(folder) if not str(folder).startswith("-") else f"./{folder}")
 
 
 @click.command("kubernetes-jobs")
@@ -63,6 +69,6 @@ def kubernetes_jobs_command(
         click.echo(f"no GPU for: {', '.join(without)} (resources: {{gpus: 1}} in the recipe asks for one)", err=True)
     console.emit(
         {"directory": str(output), "files": list(files), "without_gpu": without},
-        "\n".join([*(str(output / name) for name in files), "in order:", _ORDER.format(folder=output)]),
+        "\n".join([*(str(output / name) for name in files), "in order:", _ORDER.format(folder=_word(output))]),
         quiet_text=str(output),
     )

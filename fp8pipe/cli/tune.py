@@ -12,6 +12,7 @@ import click
 from fp8pipe.cli.common import Console, common_options, show_artifact, show_plan, stage_options
 from fp8pipe.cli.options import model_options, resolve
 from fp8pipe.cli.ranks import one_report
+from fp8pipe.core.errors import word
 from fp8pipe.core.machine import wait_briefly
 from pipeline.finetune.config import FinetuneConfig
 from pipeline.vit.config import QuantizeVitConfig
@@ -107,7 +108,11 @@ def next_export(artifact: Artifact) -> str:
     forms = foresee(artifact.root, artifact.kind)
     form = next((words for words, findings in forms.items() if not findings), next(iter(forms)))
     _, target, *_ = form.split()
-    return f"fp8pipe export {artifact.root} {form} --output {artifact.root}-{target}"
+    return _export_command(artifact, form, target)
+
+
+def _export_command(artifact: Artifact, form: str, target: str) -> str:
+    return f"fp8pipe export {word(artifact.root)} {form} --output {word(f'{artifact.root}-{target}')}"
 
 
 def _losses(artifact: Artifact) -> HeldoutLoss:
@@ -166,7 +171,7 @@ def _show_quantized(console: Console, artifact: Artifact) -> None:
     target = "trt" if details.precision == "wnvfp4anvfp4" else "onnx"  # no other engine supports NVFP4
     show_artifact(
         console, artifact, _quantized_lines(artifact, details),
-        f"fp8pipe export {artifact.root} --target {target} --output {artifact.root}-{target}",
+        _export_command(artifact, f"--target {target}", target),
         remedy="use more bits, more --distill-steps or pictures (--calibration images:DIR); "
         "the artifact is kept for inspection",
         **facts,

@@ -6,6 +6,8 @@ artifact (12) without parsing the message. Modules raise these errors; only the 
 
 from __future__ import annotations
 
+import shlex
+from pathlib import Path
 from typing import ClassVar
 
 
@@ -75,6 +77,11 @@ def first_line(error: BaseException) -> str:
     """The first line of an error's message; the name of the error's class if it has no message."""
     lines = str(error).strip().splitlines()
     return lines[0].rstrip() if lines else type(error).__name__
+
+
+def word(path: Path | str) -> str:
+    """A path as one word of a shell, for commands that users copy from a message."""
+    return shlex.quote(str(path))
 
 
 def class_and_first_line(error: BaseException) -> str:

@@ -68,25 +68,30 @@ def delete_bytes(store: KeyStore, key: str) -> None:
 
 
 class Heartbeats:
-    """Sends a heartbeat once a second, and observes those of other ranks, in a thread of its own.
+    """A context in which a thread sends a heartbeat once a second, and observes those of ranks.
 
     Args:
         store: the store; this object uses a connection of its own.
         rank: this process.
-        others: the ranks to observe.
-        timeout_s: for how long a rank may give no heartbeat, in seconds.
+        observed: the ranks to observe; this one may be among them.
     """
 
-    def __init__(self, store: KeyStore, rank: int, others: Iterable[int], timeout_s: float) -> None:
-        self._store, self._rank, self._timeout_s = store.clone(), rank, timeout_s
-        self._seen = {other: (b"", time.monotonic()) for other in others}
+    def __init__(self, store: KeyStore, rank: int, observed: Iterable[int]) -> None:
+        self._store, self._rank = store.clone(), rank
+        self._seen = {other: (b"", time.monotonic()) for other in observed}
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
-    def is_silent(self, rank: int) -> bool:
-        """Whether a rank has given no heartbeat for too long, or none can be received."""
-        return time.monotonic() - self._seen[rank][1] > self._timeout_s
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.stop()
+
+    def silent_s(self, rank: int) -> float:
+        """For how long no heartbeat of a rank has been received, in seconds."""
+        return time.monotonic() - self._seen[rank][1]
 
     def last(self, rank: int) -> bytes:
         """The last heartbeat of a rank, which differs from those before; empty if there has been none."""

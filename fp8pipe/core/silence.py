@@ -1,11 +1,11 @@
-"""Ends a process of several that hears no more from the others, or from the store in which they meet.
+"""Ends a process of several that hears no more from those it needs, or from the store in which they meet.
 
 A network that is cut resets no connection. A collective operation then waits until its own timeout, and an operation of
 the store, timeout or not, until TCP gives up after a quarter of an hour. So every process sends a heartbeat to the
-store once a second, from a thread, and observes its own and that of rank 0, who observes all: if every process observed
-every other one, the store would have to answer the square of their number once a second. Another thread, which calls
-nothing that can wait for the network, counts for how long none has come: it prints the error and ends the process, as
-no call that waits in the main thread could be made to return.
+store once a second, from a thread, and observes its own and that of rank 0, who observes all if it needs all: if every
+process observed every other one, the store would have to answer the square of their number once a second. Another
+thread, which calls nothing that can wait for the network, counts for how long none has come: it prints the error and
+ends the process, as no call that waits in the main thread could be made to return.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ import contextlib
 import math
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from typing import Any, Final, Self
+from typing import Final, Self
 
 from fp8pipe.core.errors import InterruptedRunError
 from fp8pipe.core.launch import (
@@ -47,17 +47,17 @@ class SilenceWatch:
 
     Args:
         place: the place of this process.
-        store: the part of the key-value store that belongs to this run alone.
+        heartbeats: those of this process, which also observe `needed`; they go on after the context.
+        needed: the ranks without which this one cannot go on, itself included.
 
     Attributes:
         hosts: names of the ranks' machines for the message; may be set later.
     """
 
-    def __init__(self, place: RankContext, store: Any) -> None:
+    def __init__(self, place: RankContext, heartbeats: Heartbeats, needed: Iterable[int]) -> None:
         self.hosts: Sequence[str] = ()
         self._place = replace(place, store=place.store.clone())  # the main thread may be waiting in the other one
-        self._observed = range(place.size) if place.rank == 0 else (0, place.rank)
-        self._heartbeats = Heartbeats(store, place.rank, self._observed, SILENCE_S)
+        self._heartbeats, self._needed = heartbeats, tuple(needed)
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
 
@@ -68,7 +68,6 @@ class SilenceWatch:
     def __exit__(self, *error: object) -> None:
         self._over.set()
         self._thread.join()
-        self._heartbeats.stop()
 
     def _run(self) -> None:
         if silent := self._silent():
@@ -77,7 +76,7 @@ class SilenceWatch:
     def _silent(self) -> list[int]:
         """The ranks that send no more heartbeats, once there are any; none if the context ends before."""
         # Ticks of this thread, not the clock: after a pause of this process, the other threads need time as well.
-        ticks = dict.fromkeys(self._observed, 0)
+        ticks = dict.fromkeys(self._needed, 0)
         before = dict.fromkeys(ticks, b"")
         while not self._over.wait(_TICK_S):
             for rank in ticks:

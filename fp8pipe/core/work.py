@@ -2,9 +2,10 @@
 
 Rank 0 runs the command. The others load the same inputs, and then compute items until rank 0 has finished. Items are
 handed out one by one, so that a faster process computes more of them. Every process sends a heartbeat once a second.
-Rank 0 computes the items of a process that has sent none for `HEARTBEAT_TIMEOUT_S` itself; where rank 0 sends none, the
-others end with an error. So a lost process costs time, but no results, and none waits for ever. (A process that fails
-tells the others, and all end: see `launch`.) The store keeps no result once rank 0 has it.
+Rank 0 computes the items of a process that has sent none for `HEARTBEAT_TIMEOUT_S` itself. Where rank 0 sends none, the
+others end with an error, and so does a process that is cut off from the store: see `silence`. So a lost process costs
+time, but no results, and none waits for ever. (A process that fails tells the others, and all end: see `launch`.) The
+store keeps no result once rank 0 has it.
 """
 
 from __future__ import annotations
@@ -17,13 +18,15 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Final, Protocol, Self
 
-from fp8pipe.core.errors import InterruptedRunError, first_line
+from fp8pipe.core.errors import first_line
+from fp8pipe.core.launch import RankContext, within
 from fp8pipe.core.rank_store import Heartbeats, KeyStore, delete_bytes, get_bytes, put_bytes, with_prefix
+from fp8pipe.core.silence import SilenceWatch
 
 __all__ = ["HEARTBEAT_TIMEOUT_S", "Item", "Job", "LocalPool", "StorePool", "WorkPool", "assist"]
 
 _LOG = logging.getLogger(__name__)
-HEARTBEAT_TIMEOUT_S: Final = 45.0  # a process that has sent no heartbeat for this long is taken for lost
+HEARTBEAT_TIMEOUT_S: Final = 45.0  # of a rank above 0, without a heartbeat: then it is taken for lost
 _PREFIX: Final = "fp8pipe/work"
 _PARTING_S: Final = 10.0
 _POLL_S: Final = 0.05
@@ -68,14 +71,12 @@ class StorePool:
     """The pool of rank 0, which shares its work through a store of torch.distributed; a context manager.
 
     Args:
-        store: the store that all ranks have opened.
-        size: number of ranks.
-        timeout_s: see `HEARTBEAT_TIMEOUT_S`.
+        place: the place of this process, whose store all ranks have opened.
     """
 
-    def __init__(self, store: KeyStore, size: int, timeout_s: float = HEARTBEAT_TIMEOUT_S) -> None:
-        self._store, self._size, self._timeout_s = with_prefix(_PREFIX, store), size, timeout_s
-        self._heartbeats = Heartbeats(self._store, 0, range(1, size), timeout_s)
+    def __init__(self, place: RankContext) -> None:
+        self._place, self._store = place, with_prefix(_PREFIX, place.store)
+        self._heartbeats = Heartbeats(self._store, 0, range(place.size))
         self._jobs, self._waits_since = 0, 0.0
 
     def __enter__(self) -> Self:
@@ -84,9 +85,10 @@ class StorePool:
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
         if kind is None:
             try:
-                self._part()
-            except RuntimeError as error:  # the store is lost, but all results are there
-                _LOG.warning("the other processes could not be told that the work is done: %s", first_line(error))
+                within(2 * _PARTING_S, self._part)
+            except (RuntimeError, TimeoutError) as error:  # the store is lost or cut off, but all results are there
+                why = first_line(error) if str(error) else f"their store has not answered for {2 * _PARTING_S:.0f} s"
+                _LOG.warning("the other processes could not be told that the work is done: %s", why)
         self._heartbeats.stop()
 
     def _part(self) -> None:
@@ -94,13 +96,16 @@ class StorePool:
         self._store.set(_END, "")
         until = time.monotonic() + _PARTING_S
         while time.monotonic() < until and any(
-            not self._store.check([f"gone/{rank}"]) and not self._heartbeats.is_silent(rank)
-            for rank in range(1, self._size)
+            not self._store.check([f"gone/{rank}"]) and not self._is_silent(rank) for rank in range(1, self._place.size)
         ):
             time.sleep(_POLL_S)
 
     def results(self, job: Job, item: Item) -> Iterator[tuple[int, bytes]]:
         """Number and result of each item, in the order in which they are finished; see `WorkPool`."""
+        with SilenceWatch(self._place, self._heartbeats, [0]):  # the rest of the run does not need the store
+            yield from self._results(job, item)
+
+    def _results(self, job: Job, item: Item) -> Iterator[tuple[int, bytes]]:
         place, self._jobs = f"job/{self._jobs}", self._jobs + 1
         put_bytes(self._store, f"{place}/payload", job.payload)
         self._store.set(place, json.dumps({"name": job.name, "count": job.count}))
@@ -133,48 +138,37 @@ class StorePool:
 
     def _is_lost(self, place: str, number: int) -> bool:
         if not self._store.check([f"{place}/taken/{number}"]):  # lost between taking the item and saying so
-            return time.monotonic() - self._waits_since > self._timeout_s
-        return self._heartbeats.is_silent(int(self._store.get(f"{place}/taken/{number}")))
+            return time.monotonic() - self._waits_since > HEARTBEAT_TIMEOUT_S
+        return self._is_silent(int(self._store.get(f"{place}/taken/{number}")))
+
+    def _is_silent(self, rank: int) -> bool:
+        return self._heartbeats.silent_s(rank) > HEARTBEAT_TIMEOUT_S
 
 
-def assist(
-    store: KeyStore, rank: int, load: Callable[[], Callable[[Job], Item]], timeout_s: float = HEARTBEAT_TIMEOUT_S
-) -> None:
+def assist(place: RankContext, load: Callable[[], Callable[[Job], Item]]) -> None:
     """Compute items for rank 0 until it has finished: what the other ranks do.
 
-    Args:
-        store: the store that all ranks have opened.
-        rank: this process.
-        load: loads the inputs, and returns a function that prepares a job and returns one that computes its items.
-        timeout_s: see `HEARTBEAT_TIMEOUT_S`.
+    The process ends, with an error, if rank 0 sends no heartbeat or the store does not answer.
 
-    Raises:
-        InterruptedRunError: rank 0 sends no heartbeat.
+    Args:
+        place: the place of this process, whose store all ranks have opened.
+        load: loads the inputs, and returns a function that prepares a job and returns one that computes its items.
     """
-    store = with_prefix(_PREFIX, store)
-    heartbeats = Heartbeats(store, rank, [0], timeout_s)
-    try:
+    store, needed = with_prefix(_PREFIX, place.store), (0, place.rank)
+    with Heartbeats(store, place.rank, needed) as heartbeats, SilenceWatch(place, heartbeats, needed):
         begin = load()
         for number in itertools.count():
-            if not _awaited(store, f"job/{number}", heartbeats, timeout_s):
+            if not _awaited(store, f"job/{number}"):
                 break
-            _compute(store, rank, f"job/{number}", begin)
-    finally:
-        heartbeats.stop()
-    store.set(f"gone/{rank}", "")
+            _compute(store, place.rank, f"job/{number}", begin)
+        store.set(f"gone/{place.rank}", "")
 
 
-def _awaited(store: KeyStore, place: str, heartbeats: Heartbeats, timeout_s: float) -> bool:
+def _awaited(store: KeyStore, place: str) -> bool:
     """Wait until there is a job at `place` (true) or rank 0 has ended (false)."""
     while not store.check([place]):
         if store.check([_END]):
             return False
-        if heartbeats.is_silent(0):
-            raise InterruptedRunError(
-                "rank 0 is lost",
-                why=f"it has sent no heartbeat for {timeout_s:.0f} s",
-                fix="start all processes again, with --resume",
-            )
         time.sleep(_POLL_S)
     return True
 

@@ -11,7 +11,7 @@ from fp8pipe.artifact.gate import Verdict
 from fp8pipe.artifact.kinds import kind_named
 from fp8pipe.artifact.runs import RUN_NAME, RunRecord, read_run
 from fp8pipe.artifact.verdict import read_verdict
-from fp8pipe.core.errors import BadArtifactError
+from fp8pipe.core.errors import BadArtifactError, word
 from fp8pipe.report.figures import Documents
 
 __all__ = ["Item", "Record", "Subject", "open_subject"]
@@ -86,7 +86,7 @@ class Subject:
 
     def where(self, item: Item) -> str:
         """An artifact's directory as the user would type it."""
-        return str(self.path / item.name) if self.run is not None else str(self.path)
+        return word(self.path / item.name if self.run is not None else self.path)
 
 
 def open_subject(path: Path, image: Path | None = None) -> Subject:

@@ -55,7 +55,7 @@ def open_pool(config: QuantizeVitConfig, place: RankContext | None, ray: str | N
         with RayPool(ray, load, threads=torch.get_num_threads(), gpu=config.device == "cuda") as cluster:
             yield cluster
     elif place is not None:
-        with StorePool(place.store, place.size) as others:
+        with StorePool(place) as others:
             yield others
     else:
         yield None
@@ -65,12 +65,12 @@ def assist_quantize_vit(config: QuantizeVitConfig, place: RankContext) -> None:
     """Compute for rank 0, which runs `quantize_vit` with the same configuration, until it has finished.
 
     Raises:
-        Fp8PipeError: the inputs cannot be loaded or are not those of rank 0, or rank 0 is lost.
+        Fp8PipeError: the inputs cannot be loaded or are not those of rank 0.
     """
     config = on_device(config)
     if config.device == "cuda":
         use_own_gpu(place.local)
-    assist(place.store, place.rank, lambda: job_opener(config))
+    assist(place, lambda: job_opener(config))
 
 
 def job_opener(config: QuantizeVitConfig) -> Callable[[Job], Item]:

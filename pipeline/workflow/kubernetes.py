@@ -77,11 +77,12 @@ def job_manifest(recipe: Recipe, spec: StageSpec, *, image: str, claim: str, run
 
 def _container(spec: StageSpec, image: str, run: str) -> dict[str, Any]:
     gpus = gpus_of(spec)
+    words = ["fp8pipe", "run", f"{_RECIPE}/{_RECIPE_FILE}", f"--output={run}", "--only", spec.name]
     # An image of CUDA may show all GPUs of a node to a container that has asked for none.
     hidden = [] if gpus else [{"name": "CUDA_VISIBLE_DEVICES", "value": ""}]
     found: dict[str, Any] = {
         "name": "stage", "image": image, "workingDir": _WORKSPACE,
-        "command": ["fp8pipe", "run", f"{_RECIPE}/{_RECIPE_FILE}", "--output", run, "--only", spec.name],
+        "command": [word.replace("$", "$$") for word in words],  # Kubernetes would put variables in place of $(NAME)
         "env": [{"name": "HOME", "value": "/tmp"}, *hidden],
         "securityContext": {
             "allowPrivilegeEscalation": False, "readOnlyRootFilesystem": True, "capabilities": {"drop": ["ALL"]},

@@ -20,7 +20,7 @@ from fp8pipe.artifact import Artifact
 from fp8pipe.artifact.gate import Verdict
 from fp8pipe.artifact.record import DIGEST_HEADER, VERDICT_HEADER, record_path
 from fp8pipe.artifact.verdict import require_accept
-from fp8pipe.core.errors import BadArtifactError, ConfigurationError, GateFailedError
+from fp8pipe.core.errors import BadArtifactError, ConfigurationError, GateFailedError, word
 from serving.config import ServeConfig
 from serving.http.admission import (
     OPEN_PATHS,
@@ -72,7 +72,7 @@ def proof_of(artifact: Artifact, config: ServeConfig, versions: Mapping[str, str
         if others:
             raise GateFailedError(
                 f"{artifact.root} was not validated as it would be served",
-                why=f"its record names {'; '.join(others)}", fix=f"run fp8pipe validate {artifact.root} here",
+                why=f"its record names {'; '.join(others)}", fix=f"run fp8pipe validate {word(artifact.root)} here",
             )  # fmt: skip
     except (BadArtifactError, GateFailedError) as error:
         if not config.unvalidated:

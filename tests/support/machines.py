@@ -23,8 +23,9 @@ import rank_work
 import torch
 from ranks import serve
 
-from fp8pipe.core import launch, silence
+from fp8pipe.core import launch, silence, work
 from pipeline.finetune.distributed.trainer import RankedTrainer
+from pipeline.vit import ranks as vit_ranks
 
 _CLONE_NEWNET = 0x40000000
 _PORT = 29500
@@ -92,17 +93,18 @@ def _ip(*words: str) -> None:
 
 
 def run_on(
-    network: Network, function: Callable[..., Any], *arguments: Any, interface: str = "eth0"
+    network: Network, function: Callable[..., Any], *arguments: Any, interface: str = "eth0", barrier_s: float = 300.0
 ) -> list[int | None]:
     """The exit codes of `function(*arguments)` in one process on each machine; None for one that does not end.
 
     Each machine has its own torchrun agent, with the static rendezvous that torchrun uses unless told otherwise. gloo
-    listens on `interface`: the name of this host, which it would resolve, has an address of another network.
+    listens on `interface`: the name of this host, which it would resolve, has an address of another network. An agent
+    whose process has ended well waits `barrier_s` seconds at most for the others.
     """
     serve()
     context = multiprocessing.get_context("forkserver")
     agents = [
-        context.Process(target=_agent, args=(network, number, interface, function, arguments))
+        context.Process(target=_agent, args=(network, number, interface, barrier_s, function, arguments))
         for number in range(network.size)
     ]
     for agent in agents:
@@ -119,11 +121,24 @@ def run_on(
 
 
 def _agent(
-    network: Network, number: int, interface: str, function: Callable[..., Any], arguments: tuple[Any, ...]
+    network: Network,
+    number: int,
+    interface: str,
+    barrier_s: float,
+    function: Callable[..., Any],
+    arguments: tuple[Any, ...],
 ) -> None:
+    from torch.distributed.elastic.agent.server.api import SimpleElasticAgent
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+    exit_barrier = SimpleElasticAgent._exit_barrier
+
+    def barrier(agent: Any) -> None:
+        agent._exit_barrier_timeout = barrier_s
+        exit_barrier(agent)
+
+    SimpleElasticAgent._exit_barrier = barrier
     _enter(network.machine(number))
     os.environ["GLOO_SOCKET_IFNAME"] = interface
     config = LaunchConfig(  # processes are forked, as the server that forks others cannot be reached from here
@@ -177,3 +192,20 @@ def cut_command(
     RankedTrainer.one_step = one_step
     rank_work._FAULTS["cut"] = cut
     rank_work.command(settings, output, "cut", 1, step)
+
+
+def cut_quantize_command(config: str, output: str, network: Network, silence_s: float) -> None:
+    """The command `quantize-vit`, in which rank 1 cuts its machine off for ever when it has loaded its model."""
+
+    def opener(*arguments: Any) -> Any:
+        begin = job_opener(*arguments)
+        silence.SILENCE_S, silence.GRACE_S = silence_s, 1.0
+        network.cut(1)
+        return begin
+
+    job_opener = vit_ranks.job_opener
+    vit_ranks.job_opener = opener  # rank 0 does not call it
+    work.HEARTBEAT_TIMEOUT_S = silence_s
+    rank_work.command_line(
+        ["quantize-vit", "--config", config, "--output", output], f"{output}-{os.environ['RANK']}.log"
+    )

@@ -77,14 +77,20 @@ def command(settings: dict[str, Any], output: str, fault: str, rank: int, step: 
     RankedTrainer.one_step = faulty
     file = Path(f"{output}-{os.environ['RANK']}.json")
     file.write_text(json.dumps(config(**settings).model_dump(mode="json", exclude_none=True)))
-    log = os.open(f"{output}-{os.environ['RANK']}.log", os.O_CREAT | os.O_WRONLY | os.O_APPEND)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
-    sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
+    log = f"{output}-{os.environ['RANK']}.log"
     if fault == "elsewhere" and os.environ["RANK"] == str(rank):
         output += "-elsewhere"
+    command_line(["finetune", "--config", str(file), "--output", output, "--json"], log)
+
+
+def command_line(words: list[str], log: str) -> None:
+    """A command of fp8pipe, whose output is added to a file; ends with the command's exit code."""
+    opened = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
+    os.dup2(opened, 1)
+    os.dup2(opened, 2)
+    sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
     try:
-        main(["finetune", "--config", str(file), "--output", output, "--json"])
+        main(words)
     except SystemExit as end:
         if end.code:  # with 0 the launcher would wait for ever for what this process returns
             atexit._run_exitfuncs()  # multiprocessing does not

@@ -25,7 +25,7 @@ from exporters.graph.formats import GraphDetails
 from exporters.target import call, open_export
 from fp8pipe.artifact import Artifact, Gate, open_artifact
 from fp8pipe.artifact.record import DIGEST_HEADER
-from fp8pipe.core.errors import ConfigurationError, Fp8PipeError
+from fp8pipe.core.errors import ConfigurationError, Fp8PipeError, word
 from validation.bench.record import MeasureRecord, ServeCheckConfig, figure, write_measure
 from validation.vllm.launcher import answers, free_port, open_local
 
@@ -96,7 +96,9 @@ def _service(export: Path, ready_s: float, options: list[str]) -> Iterator[tuple
                     lines = Path(log.name).read_text(errors="replace").splitlines()[-8:]
                     alive = process.poll() is None
                     state = "did not become ready in time" if alive else f"ended with exit code {process.returncode}"
-                    raise Fp8PipeError(f"the service {state}", why="\n".join(lines), fix=f"try: fp8pipe serve {export}")
+                    raise Fp8PipeError(
+                        f"the service {state}", why="\n".join(lines), fix=f"try: fp8pipe serve {word(export)}"
+                    )
                 time.sleep(0.2)
             yield url, process
         finally:

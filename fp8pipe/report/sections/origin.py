@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from fp8pipe.artifact.runs import RUN_NAME
+from fp8pipe.core.errors import word
 from fp8pipe.report.blocks import Block, Code, Node, Table, Text, Tree
 from fp8pipe.report.figures import Badge, Digest, Figure, Form
 from fp8pipe.report.subject import Item, Subject
@@ -59,7 +60,7 @@ def reproduce(subject: Subject) -> Iterator[Block]:
         yield from _by_hand(subject)
         return
     yield _machine(subject.run.machine)
-    yield Code(f"fp8pipe run {subject.path / _RECIPE} --output ANOTHER_DIRECTORY", "The whole run again.")
+    yield Code(f"fp8pipe run {word(subject.path / _RECIPE)} --output ANOTHER_DIRECTORY", "The whole run again.")
     lines = [stage.reproduce for stage in subject.run.stages if stage.reproduce]
     if lines:
         yield Code("\n".join(lines), "Stage by stage.")
@@ -102,7 +103,8 @@ def _by_hand(subject: Subject) -> Iterator[Block]:
         parent = manifest.parents[0].path.rpartition("/")[2] if manifest.parents else "its source"
         chosen = yaml.safe_dump(_set(manifest.config), sort_keys=False).strip()
         yield Code(chosen, f"Configuration of {item.name}, all that is set: fp8pipe {manifest.stage}, from {parent}.")
-        yield Code(f"fp8pipe inspect {subject.path}\nfp8pipe verify {subject.path}", "Look at it, and hash it again.")
+        path = word(subject.path)
+        yield Code(f"fp8pipe inspect {path}\nfp8pipe verify {path}", "Look at it, and hash it again.")
 
 
 def _set(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fp8pipe.artifact.kinds import VIT_KIND, VitDetails
-from fp8pipe.core.errors import ConfigurationError, Fp8PipeError
+from fp8pipe.core.errors import ConfigurationError, Fp8PipeError, word
 from fp8pipe.report.blocks import Block, Missing, Picture, Pictures, Text
 from fp8pipe.report.figures import Form
 from fp8pipe.report.subject import Item, Subject
@@ -85,7 +85,7 @@ def _attention(subject: Subject, item: Item) -> Iterator[Block]:
     where = f"Attention {token} in {made[0].layer}, mean of its heads; computed from the artifact's codes."
     yield Pictures(shown, f"{where} The stronger the colour, the higher the attention.")
     if subject.image is None:
-        yield Missing("No real image is shown for comparison.", f"fp8pipe report {subject.path} --image PICTURE")
+        yield Missing("No real image is shown for comparison.", f"fp8pipe report {word(subject.path)} --image PICTURE")
 
 
 def _picture(found: _AttentionMap, what: str, source: str) -> Picture:

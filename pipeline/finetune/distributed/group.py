@@ -23,6 +23,7 @@ from torch.distributed.distributed_c10d import _set_pg_timeout
 from fp8pipe.core.devices import use_own_gpu
 from fp8pipe.core.errors import ConfigurationError, Fp8PipeError, GateFailedError, InterruptedRunError, first_line
 from fp8pipe.core.launch import GRACE_S, MEETING, RankContext, within
+from fp8pipe.core.rank_store import Heartbeats
 from fp8pipe.core.silence import SilenceWatch
 
 if TYPE_CHECKING:
@@ -141,7 +142,12 @@ def joined(place: RankContext, device: str) -> Iterator[SeveralProcesses]:
         raise _given_up(what, failed[0])
     store = PrefixStore(f"fp8pipe/run/{next(_runs)}", place.store)
     try:
-        with SilenceWatch(place, store) as watch, _connected(place, device, store) as group:
+        needed = range(place.size) if place.rank == 0 else (0, place.rank)
+        with (
+            Heartbeats(store, place.rank, needed) as heartbeats,
+            SilenceWatch(place, heartbeats, needed) as watch,
+            _connected(place, device, store) as group,
+        ):
             from pipeline.finetune.distributed.processes import SeveralProcesses
 
             watch.hosts = group.all_gather_object(platform.node())

@@ -5,12 +5,12 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import logging
-import socket
 import threading
 import time
 from datetime import timedelta
 
 import pytest
+from relay import Relay
 from torch.distributed import PrefixStore, TCPStore
 
 from fp8pipe.core import launch, rank_store, silence
@@ -18,41 +18,6 @@ from fp8pipe.core.errors import OutOfMemoryError
 from fp8pipe.core.launch import RankContext, report_failure
 from fp8pipe.core.rank_store import Heartbeats
 from fp8pipe.core.silence import SilenceWatch
-
-
-class Relay:
-    """A connection to a port that can be cut without a word."""
-
-    def __init__(self, port):
-        self._port, self._sockets, self._open = port, [socket.create_server(("127.0.0.1", 0))], threading.Event()
-        self.port = self._sockets[0].getsockname()[1]
-        self._open.set()
-        threading.Thread(target=self._accept, daemon=True).start()
-
-    def cut(self):
-        self._open.clear()
-
-    def close(self):
-        """Now with a word: nobody waits any longer."""
-        self._open.set()
-        for one in self._sockets:
-            with contextlib.suppress(OSError):
-                one.shutdown(socket.SHUT_RDWR)
-            one.close()
-
-    def _accept(self):
-        with contextlib.suppress(OSError):
-            while True:
-                pair = self._sockets[0].accept()[0], socket.create_connection(("127.0.0.1", self._port))
-                self._sockets.extend(pair)
-                for source, target in (pair, pair[::-1]):
-                    threading.Thread(target=self._pump, args=(source, target), daemon=True).start()
-
-    def _pump(self, source, target):
-        with contextlib.suppress(OSError):
-            while data := source.recv(65536):
-                self._open.wait()
-                target.sendall(data)
 
 
 @pytest.fixture
@@ -72,12 +37,18 @@ def ended(monkeypatch):
     return codes
 
 
+@contextlib.contextmanager
 def watch(rank, size, store):
-    return SilenceWatch(RankContext(rank, size, 0, store), PrefixStore("run", store))
+    needed = range(size) if rank == 0 else (0, rank)
+    with (
+        Heartbeats(PrefixStore("run", store), rank, needed) as heartbeats,
+        SilenceWatch(RankContext(rank, size, 0, store), heartbeats, needed) as made,
+    ):
+        yield made
 
 
 def heartbeats_of(rank, store):
-    return Heartbeats(PrefixStore("run", store), rank, [], 0)
+    return Heartbeats(PrefixStore("run", store), rank, [])
 
 
 def heard(rank, *watches):

@@ -41,13 +41,14 @@ def run(model, output, *options):
 )  # fmt: skip
 def test_outputs_are_judged_where_no_class_is_chosen(changes, tmp_path):
     save_transformers(tmp_path / "model", "hf-deit", **changes)
-    good = run(tmp_path / "model", tmp_path / "good", "--bits", "w8a8")
+    good = run(tmp_path / "model", tmp_path / "my good", "--bits", "w8a8")
     assert good.exit_code == 0, good.output
-    assert "next: fp8pipe export" in good.stdout
+    root = tmp_path / "my good"
+    assert f"next: fp8pipe export '{root}' --target onnx --output '{root}-onnx'" in good.stdout
     bad = run(tmp_path / "model", tmp_path / "bad", "--bits", "w2a2", "--edges", "same")
     assert bad.exit_code == 14, bad.output
     assert "next:" not in bad.output
-    for name, passed in (("good", True), ("bad", False)):
+    for name, passed in (("my good", True), ("bad", False)):
         gates = {gate.name: gate for gate in open_artifact(tmp_path / name).manifest.gates}
         gate = gates["agreement with the teacher's outputs"]
         assert gate.passed is passed

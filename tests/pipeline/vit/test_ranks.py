@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from breadth import only_long
+from machines import cut_quantize_command, network, run_on
 from PIL import Image
 from vit_families import family, vision_family
 
@@ -98,6 +99,18 @@ def test_an_error_ends_all_ranks_with_one_message(place: Path) -> None:
     assert done.returncode != 0
     assert done.stderr.count("error: ") == done.stderr.count("no such directory") == 1
     assert "unforeseen failure" not in done.stderr
+
+
+def test_a_rank_whose_machine_is_cut_off_ends_with_an_error_and_rank_0_goes_on(
+    place: Path, alone: dict[str, str]
+) -> None:
+    with network(2) as machines:
+        config, output = str(place / "config.yaml"), place / "cut"
+        codes = run_on(machines, cut_quantize_command, config, str(output), machines, 2.0, barrier_s=1.0)
+    assert codes == [0, 130]
+    log = (place / "cut-1.log").read_text()
+    assert log.count("error: ") == log.count("cut off from the others of this run for 2 s") == 1
+    assert files(output) == alone
 
 
 def test_ray_writes_the_artifact_of_one_process(place: Path, alone: dict[str, str]) -> None:

@@ -18,7 +18,7 @@ from workflow_runner import Runner
 
 from fp8pipe.artifact.runs import read_run
 from fp8pipe.cli import main
-from fp8pipe.cli.kubernetes_jobs import _ORDER
+from fp8pipe.cli.kubernetes_jobs import _ORDER, _word
 from pipeline.workflow.kubernetes import job_manifest, recipe_manifest
 from pipeline.workflow.recipe import recipe_of
 
@@ -132,17 +132,29 @@ def test_the_printed_loop_waits_for_the_end_of_a_job_and_ends_at_a_failed_one(tm
     for name, text in (("kubectl", KUBECTL), ("sleep", "#!/bin/sh\n")):
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(0o755)
+    folder = tmp_path / "-two words; exit 0; $(exit)"
+    folder.mkdir()
     for name in ("1-a", "2-b", "3-c"):
-        (tmp_path / f"{name}.yaml").touch()
+        (folder / f"{name}.yaml").touch()
     path = f"{tmp_path}:{os.environ['PATH']}"
-    done = subprocess.run(["sh", "-c", _ORDER.format(folder=".")], cwd=tmp_path, env={"PATH": path}, timeout=60)
+    loop = _ORDER.format(folder=_word(Path(folder.name)))
+    done = subprocess.run(["sh", "-c", loop], cwd=tmp_path, env={"PATH": path}, timeout=60)
     assert done.returncode == 1
-    verbs = [(line.split()[0], line.split("./")[1]) for line in (tmp_path / "calls").read_text().splitlines()]
+    verbs = [
+        (line.split()[0], line.split(f"./{folder.name}/")[1]) for line in (tmp_path / "calls").read_text().splitlines()
+    ]
     assert [(verb, rest.split()[0]) for verb, rest in verbs] == [
         ("apply", "recipe.yaml"),
         *((verb, "1-a.yaml") for verb in ("delete", "create", "get", "get", "wait")),
         *((verb, "2-b.yaml") for verb in ("delete", "create", "get", "wait")),
     ]  # fmt: skip
+
+
+def test_kubernetes_puts_nothing_in_place_of_a_variable_in_the_name_of_a_run():
+    recipe = recipe_of({"name": "x", "stages": STAGES}, "here")
+    job = job_manifest(recipe, recipe.stages[0], **WHERE | {"run": "-runs/$(HOME)"})
+    command = job["spec"]["template"]["spec"]["containers"][0]["command"]
+    assert command[3] == "--output=-runs/$$(HOME)"  # `$$` is a dollar sign that begins no variable
 
 
 def test_the_commands_of_the_jobs_are_a_run_of_the_recipe(tmp_path):

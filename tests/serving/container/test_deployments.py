@@ -169,3 +169,15 @@ def test_ray_gets_settings_that_exist() -> None:
     assert deployment["graceful_shutdown_timeout_s"] >= config.request_timeout_s
     schema = pytest.importorskip("ray.serve.schema")
     assert schema.ServeDeploySchema.model_validate(document).applications[0].name == "vision"
+
+
+@pytest.mark.parametrize("name", MANIFESTS)
+def test_a_file_says_what_has_to_be_there_before(name: str) -> None:
+    """A pod whose claim, ConfigMap or Secret is missing waits without end."""
+    files = [name, "kubernetes-vision.yaml"] if name == "kserve.yaml" else [name]  # it refers to that one
+    comments = "\n".join(re.findall("^# .*", "\n".join((DEPLOY / file).read_text() for file in files), re.M))
+    assert "image of your registry" in comments
+    made = [source for volume in pod_of(name)["volumes"] for source in volume.values() if isinstance(source, dict)]
+    needed = {source[key] for source in made for key in ("claimName", "secretName", "name") if key in source}
+    assert needed
+    assert all(re.search(rf"(claim|configmap|secret generic) {one}\b", comments) for one in needed)
