@@ -19,6 +19,7 @@ from workflow_runner import Runner
 from fp8pipe.artifact.runs import read_run
 from fp8pipe.cli import main
 from fp8pipe.cli.kubernetes_jobs import _ORDER, _word
+from fp8pipe.core.errors import Fp8PipeError, InterruptedRunError
 from pipeline.workflow.kubernetes import job_manifest, recipe_manifest
 from pipeline.workflow.recipe import recipe_of
 
@@ -89,6 +90,16 @@ def test_each_job_asks_for_what_its_stage_needs():
     assert containers["proof"]["resources"] == {"limits": {"nvidia.com/gpu": "1"}}
     hidden = {"name": "CUDA_VISIBLE_DEVICES", "value": ""}
     assert [hidden in container["env"] for container in containers.values()] == [False, True, False]
+
+
+def test_a_job_fails_at_once_with_every_code_but_that_of_an_interruption_or_a_signal():
+    """Of the rules the first that fits counts, and a pod without one is started again."""
+    for job in jobs()[1].values():
+        evicted, final = job["spec"]["podFailurePolicy"]["rules"]
+        assert evicted["action"] == "Ignore"
+        assert (final["action"], final["onExitCodes"]["operator"]) == ("FailJob", "In")
+        errors = {error.exit_code for error in Fp8PipeError.__subclasses__()} - {InterruptedRunError.exit_code}
+        assert set(final["onExitCodes"]["values"]) == errors | {1, 2}  # 2: of options that click refuses
 
 
 @pytest.mark.parametrize("name", ["x", "My run!", "größe_2", "a" * 63, "---"])

@@ -194,6 +194,21 @@ def test_a_job_that_succeeds_without_a_document_is_an_error_that_says_so(tmp_pat
     assert found.value.exit_code == 1
 
 
+def test_a_stage_has_the_verdict_and_the_error_of_its_own_job(tmp_path):
+    runner, said = judging(tmp_path)
+    stages = [{"name": "base", "verdict": "ACCEPT"}, {"name": "left", "verdict": "REGRESSION"}]
+    document = {"verdict": "REGRESSION", "run": {"stages": stages}}  # of the whole run, whose stages are all judged
+    assert runner._judged("base", Outcome(0, document))
+    assert not runner._failed
+    assert not runner._judged("left", Outcome(14, document))
+    assert runner._failed
+    assert said == ["ACCEPT", "REGRESSION"]
+    error = {"what": "no layer", "why": "so", "fix": "do", "exit_code": 12}
+    with pytest.raises(Fp8PipeError) as found:
+        runner._judged("left", Outcome(12, {"error": error}))
+    assert error == {key: getattr(found.value, key) for key in error}
+
+
 def test_a_stage_that_its_node_interrupts_is_started_again_but_not_for_ever(tmp_path, monkeypatch):
     """With a stand-in for Ray that gives the outcome, as no test can shut a node down."""
     exceptions = pytest.importorskip("ray").exceptions

@@ -325,8 +325,12 @@ def test_stages_that_need_nothing_of_each_other_run_side_by_side(runner):
 
 def test_a_second_run_in_the_same_directory_is_refused(runner, monkeypatch):
     monkeypatch.setattr(locks, "_LOCK_S", 0.2)
+    monkeypatch.setattr(locks, "_JOB_LOCK_S", 2.0)
     with locks.locked_run(runner.directory), pytest.raises(ConfigurationError, match="is being written by another run"):
         runner.run(STAGES)
+    assert [line.partition(": ")[2] for _, line in runner.lines] == [
+        "waiting for up to 0 s"
+    ]  # a job would wait for longer
 
 
 def test_the_record_holds_what_is_needed_to_do_it_again(runner):

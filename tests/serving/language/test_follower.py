@@ -53,6 +53,11 @@ class Workers:
         return [alive(child._process.pid) for child in self.started]
 
 
+def no_workers() -> Child:
+    """In place of `Workers` where node 0 must be refused: a follower that accepts it fails at once."""
+    raise AssertionError("workers were started")
+
+
 @dataclass(frozen=True)
 class Watched(Head):
     """Node 0, with what each look at it has returned."""
@@ -88,7 +93,7 @@ def place(head: Running, timeout_s: float = 2) -> Watched:
 
 
 def following(
-    workers: Workers, head: Head, export: Path, steps: Callable[[], object], *,
+    workers: Callable[[], Child], head: Head, export: Path, steps: Callable[[], object], *,
     run: Mapping[str, str] = RUN, times: SupervisorConfig = TIMES,
 ) -> None:  # fmt: skip
     """Run a follower while `steps` are taken in a thread; they have to end it."""
@@ -205,17 +210,16 @@ def answering(said: dict[str, object], digest: str) -> type[BaseHTTPRequestHandl
     return Handler
 
 
-def test_a_node_0_that_runs_vllm_in_another_way_is_refused(head: Running, export: Path, tmp_path: Path) -> None:
-    workers, unproven = Workers(tmp_path), LanguageConfig().form
+def test_a_node_0_that_runs_vllm_in_another_way_is_refused(head: Running, export: Path) -> None:
+    unproven = LanguageConfig().form
     for run, said in (
         (run_of(Proof("unvalidated", "", {}), LanguageConfig(dtype="float32").form), "--dtype float32"),
         (run_of(Proof("unvalidated", "activations rounded", {}), unproven), "activations rounded"),
         ({**RUN, "vllm": "0.33.1"}, "this node has vllm 0.33.1, and node 0 has not"),
     ):
         with pytest.raises(ConfigurationError, match="runs vLLM in another way") as refused:
-            following(workers, place(head), export, lambda: None, run=run)
+            following(no_workers, place(head), export, lambda: None, run=run)
         assert said in refused.value.why
-    assert workers.started == []
 
 
 def test_a_second_signal_ends_the_workers_at_once(head: Running, export: Path, tmp_path: Path) -> None:
@@ -236,13 +240,12 @@ def test_another_artifact_than_node_0s_is_refused(head: Running, export: Path, t
     from exporters.vllm.export import export_vllm
     from exporters.vllm.options import VllmExportOptions
 
-    other, workers = tmp_path / "tiny", Workers(tmp_path)
+    other = tmp_path / "tiny"
     export_vllm(write_plain(tmp_path / "plain", make_model(seed=4)), other, VllmExportOptions())
     with pytest.raises(BadArtifactError) as refused:
-        following(workers, place(head), other, lambda: None)
+        following(no_workers, place(head), other, lambda: None)
     for digest in (open_artifact(export).digest, open_artifact(other).digest):
         assert digest in refused.value.why
-    assert workers.started == []
 
 
 def test_a_tampered_copy_is_refused_by_name_before_node_0_is_asked(export: Path, tmp_path: Path) -> None:
@@ -261,17 +264,15 @@ def test_workers_that_do_not_start_end_the_node(head: Running, export: Path, tmp
     assert "no such layer" in refused.value.why
 
 
-def test_a_node_0_that_is_not_there_or_something_else(export: Path, tmp_path: Path) -> None:
+def test_a_node_0_that_is_not_there_or_something_else(export: Path) -> None:
     with ThreadingHTTPServer(("127.0.0.1", 0), SimpleHTTPRequestHandler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         other = Head("127.0.0.1", server.server_port, 2)
         with pytest.raises(ConfigurationError, match="not node 0's"):
-            following(Workers(tmp_path), other, export, lambda: None)
+            following(no_workers, other, export, lambda: None)
         server.shutdown()
     with pytest.raises(MissingCapabilityError, match="does not answer"):
-        following(
-            Workers(tmp_path), other, export, lambda: None, times=TIMES.model_copy(update={"start_timeout_s": 0.5})
-        )
+        following(no_workers, other, export, lambda: None, times=TIMES.model_copy(update={"start_timeout_s": 0.5}))
 
 
 @pytest.mark.parametrize(

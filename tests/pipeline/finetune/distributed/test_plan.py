@@ -10,7 +10,9 @@ from ranks import run_ranks
 from tuning_config import config
 
 from fp8pipe.core import launch
+from fp8pipe.core import plan as core_plan
 from fp8pipe.core.errors import ConfigurationError
+from fp8pipe.core.machine import format_bytes
 from pipeline.finetune.plan import plan_finetune
 
 RANK, ROWS = 8, {"qkv": 64 + 2 * 32, "o": 64, "up": 2 * 96, "down": 64}
@@ -59,6 +61,26 @@ def test_it_counts_what_each_process_holds_of_the_baselines(settings, changes, f
     assert plan.facts["sharded_weights_bytes"] == pytest.approx(held, abs=0.0003 * weights)
     assert plan.facts["sharded_adapter_bytes"] == (8 + moments) * trained // 2
     assert plan.facts["gathered_bytes"] == pytest.approx(REST + 3 * (frozen * weights + 4 * trained) / LAYERS, abs=3)
+
+
+@pytest.mark.parametrize("local", [1, 2])
+def test_machines_have_replicas_of_all_but_8_bit_moments_and_memory_for_their_own_processes(
+    settings, local, monkeypatch
+):
+    monkeypatch.setattr(launch, "launched", lambda: launch.RankContext(0, 2, 0, None))
+    monkeypatch.setattr(core_plan, "available_bytes", lambda: 0)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(local))
+    plan = plan_finetune(config(**settings, gradient_accumulation=2, **QLORA))
+    weights = LAYERS * sum(ROWS[name] * WIDTHS[name] for name in ROWS)
+    trained = RANK * LAYERS * (3 * 64 + 64 + 2 * 64 + 96 + sum(ROWS.values()))
+    scales = 1 / 64 + 4 / (64 * 256)
+    held = (0.5 * weights + REST) / local + scales * weights
+    assert plan.facts["sharded_weights_bytes"] == pytest.approx(held, abs=0.0003 * weights)
+    assert plan.facts["sharded_adapter_bytes"] == 8 * trained // local + 2 * trained // 2
+    needed = format_bytes(local * plan.peak_memory_bytes)
+    assert [one.what for one in plan.missing if one.what.startswith("memory")] == [
+        f"memory: {needed} at the peak, 0 B available now"
+    ]
 
 
 def test_a_plan_for_one_process_has_no_shares(settings):
