@@ -285,7 +285,8 @@ class _Planner:
             return LayerRecord(name=self.spelt.get(module, module), reason=reason, shape=shape)
         before = self.source.encoding_of(self.spelt.get(module, module))
         kept = before is not None and before.format == self.format.codes  # else the export chooses the scales
-        rule = before.scale_rule if before is not None and kept else ScaleRule.AMAX
+        own = ScaleRule.MSE if self.format.packed else ScaleRule.AMAX
+        rule = before.scale_rule if before is not None and kept else own
         weight = Encoding(
             format=self.format.codes, bits=4 if self.format.packed else 8, granularity=self.format.weight_granularity,
             scale_rule=rule,
