@@ -59,6 +59,11 @@ def _of_kernels(plan: ExportPlan) -> Iterator[str]:
             "vLLM's DeepGEMM kernels (Hopper and Blackwell GPUs) round weights with a scale per block again, to scales "
             "that are powers of two: serve with VLLM_USE_DEEP_GEMM=0, as fp8pipe does"
         )
+    if plan.options.format.calibrated:
+        yield (
+            "vLLM rounds inputs to NVFP4 on GPUs of compute capability 10.0 or later only; on older ones it leaves "
+            "them as they are, and so does the plugin on CPUs unless FP8PIPE_VLLM_ACTIVATIONS=quant"
+        )
     experts = [unit for unit in plan.units if unit.quantized and plan.structure.is_expert(unit.module)]
     if experts and plan.options.format is ExportFormat.W8A16:
         yield (
