@@ -2,12 +2,12 @@
 
     python benchmarks/nvfp4_loss.py [--model sample:smollm2] [--tokens 768] [TEXT ...]
 
-The weights that an export in NVFP4 rounds are rounded with its global scales: with the block scale nearest to
-amax / 6, which is what exports do, and with the search among five scales for the smallest squared error, which they do
-not. The model computes in fp32, so that nothing else differs. Texts are files; without any, the sources of three
-modules of Python's standard library, which mix prose and code, of the Python that runs this. Of each, the first tokens
-are scored. Losses are means over tokens, nats; beside them the change from the stored weights and its standard error,
-from the differences per token, and the rounding error of the weights relative to their norm. The last line is JSON.
+The weights that an export in NVFP4 rounds are rounded with its global scales: with the block scale nearest to amax / 6,
+and with the search among five scales for the smallest squared error, which is what exports do. The model computes in
+fp32, so that nothing else differs. Texts are files; without any, the sources of three modules of Python's standard
+library, which mix prose and code, of the Python that runs this. Of each, the first tokens are scored. Losses are means
+over tokens, nats; beside them the change from the stored weights and its standard error, from the differences per
+token, and the rounding error of the weights relative to their norm. The last line is JSON.
 """
 
 from __future__ import annotations

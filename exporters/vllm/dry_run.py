@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import save_file
 
 from exporters.vllm.export import plan_export
+from exporters.vllm.inputs import read_calibration, with_inputs
 from exporters.vllm.lint import lint_structure
 from exporters.vllm.nvfp4 import with_global_scales
 from exporters.vllm.options import ExportFormat, VllmExportOptions
@@ -39,12 +40,15 @@ _HARDWARE = {
     ExportFormat.FP8_BLOCK: "a GPU of compute capability 8.9 or later, or a CPU with this project's vLLM plugin",
     ExportFormat.W8A16: "a GPU of compute capability 8.0 or later, or a CPU with this project's vLLM plugin",
     ExportFormat.NVFP4: "a GPU of compute capability 7.5 or later, or a CPU with this project's vLLM plugin",
+    ExportFormat.NVFP4_W4A4: "a GPU of compute capability 10.0 or later (vLLM does not round inputs on older ones), or "
+    "a CPU with this project's vLLM plugin",
     ExportFormat.BF16: "any device vLLM runs on",
 }
 _HOW: Final = (
     "memory and time are measured on rows of the largest tensor of each kind, with random values: memory to within "
     "about 20 %, time to within a factor of two if files are as fast as in the system's temporary directory"
 )
+_CALIBRATION: Final = "calibration is not in it: the model in fp32, a part in memory at a time, on {} record(s)"
 _ALIGNED: Final = 128
 H = TypeVar("H", bound=TensorHeader)
 _ROWS_BYTES: Final = 1 << 25  # of a tensor, in the source's dtype: some sixty blocks
@@ -59,6 +63,7 @@ def plan_vllm(source: Path, output: Path, options: VllmExportOptions) -> tuple[d
     """
     plan = plan_export(source, options, verify=False)
     refuse(lint_structure(plan), str(plan.source.root))
+    text = read_calibration(plan)
     free, (peak, seconds) = free_bytes(output), measure(plan)
     converted = sum(layer.converted for layer in plan.layers)
     written = plan.payload_bytes + sidecar_bytes(plan.source.root, SERVED_FILES)
@@ -85,7 +90,7 @@ def plan_vllm(source: Path, output: Path, options: VllmExportOptions) -> tuple[d
         output_bytes=written,
         seconds=seconds,
         missing=(*missing_disk(output, written), *missing_memory(peak, "free memory")),
-        notes=(*plan_warnings(plan), _HOW),
+        notes=(*plan_warnings(plan), _HOW, *([] if text is None else [_CALIBRATION.format(text[0].records)])),
         facts={
             "format": str(options.format),
             "files": len(plan.shards),
@@ -122,6 +127,7 @@ def measure(plan: ExportPlan) -> tuple[int | None, float]:
             if meter is not None:
                 meter.enter("export")
             small = with_global_scales(small)
+            small = with_inputs(small, dict.fromkeys((unit.entry.name for unit in units), 1.0), None)
             write_weights(small, root / "export")
             write_auxiliary(small, root / "export")
             reopen(small, root / "export")

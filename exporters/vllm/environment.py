@@ -26,7 +26,8 @@ PYTHON_VARIABLE = "FP8PIPE_VLLM_PYTHON"
 _FOLDER = Path(".venv-vllm") / "bin" / "python"
 _PLUGIN = "fp8pipe_cpu"  # the name of the plugin's entry point
 _REPOSITORY = Path(__file__).resolve().parents[2]
-_NVFP4_SINCE = (0, 2)  # the plugin's first version that knows NVFP4
+_NVFP4_SINCE = (0, 2)  # the plugin's first version that knows NVFP4 ...
+_W4A4_SINCE = (0, 3)  # ... and inputs in it
 _HOW = (
     "run scripts/setup_vllm.sh (CPU), or name a Python that has vLLM with --vllm-python or the variable "
     f"{PYTHON_VARIABLE}"
@@ -128,13 +129,18 @@ def inspect_environment(python: Path) -> VllmEnvironment:
     return VllmEnvironment(python, vllm.split("+", 1)[0], versions)
 
 
-def require_nvfp4(environment: VllmEnvironment) -> None:
+def require_nvfp4(environment: VllmEnvironment, *, inputs: bool = False) -> None:
     """Refuse a vLLM for CPUs that cannot run weights in NVFP4, for which it has no kernel of its own.
+
+    Args:
+        environment: of the vLLM.
+        inputs: whether the checkpoint declares inputs in NVFP4, too.
 
     Raises:
         MissingCapabilityError: the plugin is missing, switched off, or too old.
     """
-    if not environment.on_cpu or (environment.dequantizes and _numbers(environment.plugin) >= _NVFP4_SINCE):
+    since = _W4A4_SINCE if inputs else _NVFP4_SINCE
+    if not environment.on_cpu or (environment.dequantizes and _numbers(environment.plugin) >= since):
         return
     found = "missing" if environment.plugin is None else f"{environment.plugin}, which is too old"
     off = environment.plugin is not None and not environment.dequantizes

@@ -7,6 +7,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
+from exporters.vllm.inputs import measured, read_calibration
 from exporters.vllm.kv_cache import cost_gate, kv_scales
 from exporters.vllm.lint import lint, lint_others, lint_structure
 from exporters.vllm.nvfp4 import with_global_scales
@@ -76,8 +77,9 @@ def export_vllm(source: Path | str, output: Path, options: VllmExportOptions) ->
     """Write a checkpoint that vLLM and transformers load, and check that it holds what its source holds.
 
     The source is read twice: once to lint and write, and once to compare it with what was written, which also hashes
-    both. Weights that are rounded to NVFP4 are read once more before, for the scales that several of them share. An
-    interrupted export is resumed by the same call: shards that were completely written are kept, and compared.
+    both. Weights that are rounded to NVFP4 are read once more before, for the scales that several of them share, and
+    once more where scales of inputs are calibrated. An interrupted export is resumed by the same call: shards that were
+    completely written are kept, and compared.
 
     Args:
         source: a falqon artifact, a lora-merged artifact, or a plain model as `resolve_model` takes it (a Hugging
@@ -87,7 +89,7 @@ def export_vllm(source: Path | str, output: Path, options: VllmExportOptions) ->
         options: format, shard size, engine version, whether to replace an existing output.
 
     Raises:
-        ConfigurationError: unusable source or options, or an existing output without `force`.
+        ConfigurationError: unusable source, text or options, or an existing output without `force`.
         BadArtifactError: an unfinished or corrupt artifact.
         LintRefusedError: the linter's findings; the output was not created.
         GateFailedError: what was written differs from its source; the output was not created.
@@ -102,11 +104,13 @@ def export_vllm(source: Path | str, output: Path, options: VllmExportOptions) ->
         )
     check_place(output, force=options.force)
     plan = plan_export(source, options, verify=(Path(source) / MANIFEST_NAME).is_file())
+    text = read_calibration(plan)
     progress = ExportProgress(partial_of(output), plan)
     disk_guard(output, _left(plan, progress))  # checked first, since the linter takes long
     if lint_structure(plan) or lint_others(plan):
         refuse(lint(plan), str(plan.source.root))
     plan = with_global_scales(plan)
+    plan = plan if text is None else measured(plan, text)
     with ArtifactWriter(
         output, kind=KIND, stage="export", force=options.force, resume=bool(progress.finished)
     ) as writer:
@@ -176,6 +180,8 @@ def details_of(plan: ExportPlan) -> VllmDetails:
         payload_bytes=plan.payload_bytes,
         stop_token_added=plan.ending.added,
         kv_cache=dict(plan.kv_cache) or None,
+        inputs=dict(plan.inputs) or None,
+        calibration=plan.calibration,
     )
 
 

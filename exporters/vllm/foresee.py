@@ -24,7 +24,7 @@ from fp8pipe.models.language.structure import read_structure
 
 
 def foresee(root: Path, kind: str, trained: Collection[str]) -> dict[str, list[Finding]]:
-    """Find what would refuse an export to vLLM in each of its formats.
+    """Find what would refuse an export to vLLM in each of its formats; `nvfp4` stands for both with such weights.
 
     Args:
         root: an artifact, or the base model of an artifact that does not exist yet.
@@ -36,8 +36,9 @@ def foresee(root: Path, kind: str, trained: Collection[str]) -> dict[str, list[F
         default format comes first.
     """
     usual = VllmExportOptions().format
-    words = {form: "--target vllm" + ("" if form is usual else f" --format {form}") for form in ExportFormat}
-    return {words[form]: lint_structure(plan_ahead(root, kind, trained, form)) for form in ExportFormat}
+    forms = [form for form in ExportFormat if not form.calibrated]  # the others refuse what these do
+    words = {form: "--target vllm" + ("" if form is usual else f" --format {form}") for form in forms}
+    return {words[form]: lint_structure(plan_ahead(root, kind, trained, form)) for form in forms}
 
 
 def plan_ahead(root: Path, kind: str, trained: Collection[str], form: ExportFormat) -> ExportPlan:

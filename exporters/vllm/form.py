@@ -40,6 +40,7 @@ _OURS: Final = frozenset(
 _NODES: Final = frozenset(("--nnodes", "--node-rank", "--master-addr", "--master-port", "-n", "-r"))
 _SHORT: Final = {"-tp": "--tensor-parallel-size", "-pp": "--pipeline-parallel-size"}
 _BACKENDS: Final = frozenset(("--distributed-executor-backend", "--data-parallel-backend", "-dpb"))
+_FP4_SINCE: Final = (10, 0)  # compute capability from which on vLLM multiplies inputs in NVFP4
 _LOCAL: Final = ("mp", "uni")  # backends whose workers are processes of this machine
 
 
@@ -163,27 +164,30 @@ class ServingForm(FrozenConfig):
         env.pop("VLLM_API_KEY", None)  # API keys are checked before requests reach vLLM
         return env
 
-    def rounds_activations(self, environment: VllmEnvironment) -> bool:
-        """Whether the inputs of FP8 layers are quantized as the checkpoint declares.
+    def rounds_activations(self, environment: VllmEnvironment, model: Path | None = None) -> bool:
+        """Whether inputs of quantized layers are quantized as the checkpoint in `model` declares; in FP8 without one.
 
         The CPU plugin quantizes them only if the environment variable FP8PIPE_VLLM_ACTIVATIONS is `quant`. vLLM's own
-        kernels always do, except on GPUs without FP8.
+        kernels always do, except on GPUs without arithmetic in that format.
         """
         if environment.dequantizes:
             return os.environ.get(_ACTIVATIONS, "").strip().lower() == "quant"
         device = vllm_gpu(environment)
+        if model is not None and _declared_fp4(model):
+            return device is None or device.capability >= _FP4_SINCE
         return device is None or device.fp8
 
-    def in_words(self, environment: VllmEnvironment) -> str:
+    def in_words(self, environment: VllmEnvironment, model: Path | None = None) -> str:
         """A description of the settings that affect results, which validation records store and compare.
 
-        For example `on a CPU: bfloat16, compiled, activations not rounded`; on a GPU it names the GPU.
+        For example `on a CPU: bfloat16, compiled, activations not rounded`; on a GPU it names the GPU. `model` is as in
+        `rounds_activations`.
 
         Raises:
             MissingCapabilityError: vLLM is built for a GPU and finds none.
         """
         said = [f"on {device_in_words(environment)}: {self.dtype}", "eager" if self.enforce_eager else "compiled"]
-        rounds = self.rounds_activations(environment)
+        rounds = self.rounds_activations(environment, model)
         said.append(f"activations {'rounded as the checkpoint declares' if rounds else 'not rounded'}")
         switched_off = environment.on_cpu and environment.plugin is not None and not environment.dequantizes
         said += ["without the plugin"] if switched_off else []
@@ -204,6 +208,13 @@ def declared_cache(model: Path) -> bool:
     """Whether a checkpoint for vLLM declares an FP8 key/value cache."""
     config = json.loads((model / "config.json").read_bytes())
     return bool((config.get("quantization_config") or {}).get("kv_cache_scheme"))
+
+
+def _declared_fp4(model: Path) -> bool:
+    """Whether a checkpoint for vLLM declares inputs in NVFP4."""
+    block = json.loads((model / "config.json").read_bytes()).get("quantization_config") or {}
+    groups = (block.get("config_groups") or {}).values()
+    return any((group.get("input_activations") or {}).get("num_bits") == 4 for group in groups)
 
 
 def _flag(name: str) -> str:

@@ -30,6 +30,8 @@ class ExportFormat(StrEnum):
     `bf16`: no quantization; FP8 weights are dequantized and rounded once to bf16.
     `nvfp4`: E2M1 weights with an E4M3 scale for every 16 inputs of a row (NVFP4), rounded by the export; activations
         stay in the model's dtype.
+    `nvfp4-w4a4`: the weights of `nvfp4`; activations quantized to NVFP4 at run time, with a global scale for each
+        layer that follows from calibration on text.
     """
 
     FP8 = "fp8"
@@ -37,6 +39,7 @@ class ExportFormat(StrEnum):
     W8A16 = "w8a16"
     BF16 = "bf16"
     NVFP4 = "nvfp4"
+    NVFP4_W4A4 = "nvfp4-w4a4"
 
     @property
     def quantized(self) -> bool:
@@ -46,7 +49,12 @@ class ExportFormat(StrEnum):
     @property
     def packed(self) -> bool:
         """Whether linear weights are stored in NVFP4."""
-        return self is ExportFormat.NVFP4
+        return self in (ExportFormat.NVFP4, ExportFormat.NVFP4_W4A4)
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether each quantized layer has a global scale of its inputs, which follows from text."""
+        return self is ExportFormat.NVFP4_W4A4
 
     @property
     def codes(self) -> Literal["e4m3", "nvfp4"]:
@@ -67,16 +75,20 @@ class ExportFormat(StrEnum):
     def activations(self) -> Encoding | None:
         """What vLLM does with the inputs of quantized layers; None if they stay in the model's dtype."""
         granularity: dict[ExportFormat, Granularity] = {
-            ExportFormat.FP8: "per-token", ExportFormat.FP8_BLOCK: "per-block",
+            ExportFormat.FP8: "per-token", ExportFormat.FP8_BLOCK: "per-block", ExportFormat.NVFP4_W4A4: "per-block",
         }  # fmt: skip
         if self not in granularity:
             return None
-        rule = ScaleRule.AMAX
-        return Encoding(format="e4m3", bits=8, granularity=granularity[self], scale_rule=rule, dynamic=True)
+        bits, rule = 4 if self.packed else 8, ScaleRule.AMAX
+        return Encoding(format=self.codes, bits=bits, granularity=granularity[self], scale_rule=rule, dynamic=True)
 
 
 # compressed-tensors' names for formats, where they differ from that of FP8.
-_FORMATS: Final = {ExportFormat.W8A16: "naive-quantized", ExportFormat.NVFP4: "nvfp4-pack-quantized"}
+_FORMATS: Final = {
+    ExportFormat.W8A16: "naive-quantized",
+    **dict.fromkeys((form for form in ExportFormat if form.packed), "nvfp4-pack-quantized"),
+}
+_RECORDS: Final = 128
 # An FP8 key/value cache as compressed-tensors declares it: one static scale per layer for keys, and one for values.
 KV_CACHE_SCHEME: Final[dict[str, Any]] = {
     "num_bits": 8, "type": "float", "symmetric": True, "strategy": "tensor", "dynamic": False,
@@ -89,8 +101,13 @@ class VllmExportOptions(FrozenConfig):
     format: ExportFormat = Field(
         default=ExportFormat.FP8,
         description="fp8 (W8A8, per-row scales), fp8-block (W8A8, a scale per block of 128 x 128), w8a16 (weight-only "
-        "FP8, per-row scales), bf16 (dequantized) or nvfp4 (weight-only FP4, a scale per 16 inputs, rounded here)",
+        "FP8, per-row scales), bf16 (dequantized), nvfp4 (weight-only FP4, a scale per 16 inputs, rounded here) or "
+        "nvfp4-w4a4 (inputs in FP4, too)",
     )
+    calibration_data: Annotated[str | None, Flag(default="the training data")] = Field(
+        default=None, description="Text to calibrate on"
+    )
+    calibration_records: int = Field(default=_RECORDS, ge=1, description="Records to calibrate on")
     kv_cache: Annotated[Literal["fp8"] | None, Flag(default="the compute dtype")] = Field(
         default=None, description="How engines store keys and values; fp8: E4M3 with calibrated scales"
     )
@@ -107,6 +124,8 @@ class VllmExportOptions(FrozenConfig):
     def _declared(self) -> Self:
         if self.kv_cache is not None and not self.format.quantized:
             raise ValueError("kv_cache is declared beside quantized weights: choose another format than bf16")
+        if not self.format.calibrated and (self.calibration_data is not None or self.calibration_records != _RECORDS):
+            raise ValueError(f"calibration: the format {self.format} has no scales that follow from text")
         return self
 
 
@@ -182,8 +201,12 @@ def quantization_config(
         shared = {"strategy": "tensor_group", "group_size": NVFP4_BLOCK}
     group: dict[str, object] = {"targets": ["Linear"], "weights": {**number, **shared, "dynamic": False}}
     if export_format.activations is not None:
-        inputs = {"strategy": "token"} if block is None else {"strategy": "group", "group_size": block[1]}
-        group["input_activations"] = {**number, **inputs, "dynamic": True}
+        inputs: dict[str, object] = {"strategy": "token", "dynamic": True}
+        if block is not None:
+            inputs |= {"strategy": "group", "group_size": block[1]}
+        elif export_format.packed:  # scales of blocks are computed at run time, the global scale is stored
+            inputs |= {**shared, "dynamic": "local"}
+        group["input_activations"] = {**number, **inputs}
     return {
         "quant_method": "compressed-tensors",
         "format": _FORMATS.get(export_format, "float-quantized"),

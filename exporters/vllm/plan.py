@@ -16,10 +16,10 @@ from functools import cached_property
 from exporters.vllm.kv_cache import scale_tensors
 from exporters.vllm.options import CheckpointSchema, ExportFormat, VllmExportOptions, schema_for
 from exporters.vllm.source import Source
-from exporters.vllm.target import KvScale
+from exporters.vllm.target import CalibrationFacts, KvScale
 from fp8pipe.artifact import Encoding, LayerRecord, ScaleRule
 from fp8pipe.models.checkpoint.names import ModelName
-from fp8pipe.models.checkpoint.packed import PackedEntry, packed_headers
+from fp8pipe.models.checkpoint.packed import INPUT_SUFFIX, WEIGHT, PackedEntry, packed_headers
 from fp8pipe.models.checkpoint.stacks import join_entries
 from fp8pipe.models.checkpoint.tensors import PLAIN_FLOATS, SCALE_SUFFIX, TensorEntry, TensorHeader, is_scale
 from fp8pipe.models.language.ending import Ending
@@ -94,6 +94,10 @@ class ExportPlan:
         ending: how generation_config.json is changed so that engines stop at the end of an answer.
         kv_cache: scales of the FP8 key/value cache by attention layer; empty without one.
         names: the names in the transformers model, by the source's tensor names.
+        inputs: largest magnitude of the inputs of each weight in calibration, by the weight's name in the checkpoint;
+            only where their scales are stored, and once they were measured (`inputs.with_inputs`).
+        input_scales: what is stored for it, the reciprocals of global scales, by tensor name.
+        calibration: the text.
         ignore: entries of `ignore` in config.json's quantization block, spelled as in `spelt`.
         layers: one record per linear layer, named as in `spelt`.
     """
@@ -110,6 +114,9 @@ class ExportPlan:
     layers: tuple[LayerRecord, ...]
     ending: Ending = field(default_factory=Ending)
     kv_cache: Mapping[str, KvScale] = field(default_factory=dict)
+    inputs: Mapping[str, float] = field(default_factory=dict)
+    input_scales: Mapping[str, float] = field(default_factory=dict)
+    calibration: CalibrationFacts | None = None
 
     def stopping_as(self, added: int | None) -> ExportPlan:
         """The plan that fits an existing export, given its manifest's `stop_token_added`.
@@ -135,13 +142,24 @@ class ExportPlan:
 
     @property
     def kv_tensors(self) -> dict[str, float]:
-        """The scales of the key/value cache by tensor name, fp32, shape `(1,)`; they belong to the last shard."""
+        """The scales of the key/value cache by tensor name, fp32, shape `(1,)`."""
         return scale_tensors(self.kv_cache)
+
+    @property
+    def added_tensors(self) -> dict[str, float]:
+        """Tensors without a source, fp32, shape `(1,)`, by name; they belong to the last shard."""
+        return {**self.kv_tensors, **self.input_scales}
+
+    @property
+    def input_names(self) -> tuple[str, ...]:
+        """The names of `input_scales`, which are known before they are measured."""
+        units = (unit for unit in self.units if unit.packed and self.options.format.calibrated)
+        return tuple(unit.entry.name.removesuffix(WEIGHT) + INPUT_SUFFIX for unit in units)
 
     @property
     def payload_bytes(self) -> int:
         """Bytes of tensor data in the whole export."""
-        return sum(unit.size_bytes for unit in self.units) + 4 * len(self.kv_tensors)
+        return sum(unit.size_bytes for unit in self.units) + 4 * (len(self.kv_tensors) + len(self.input_names))
 
 
 def build_plan(source: Source, structure: ModelStructure, options: VllmExportOptions) -> ExportPlan:
@@ -285,7 +303,8 @@ class _Planner:
             return LayerRecord(name=self.spelt.get(module, module), reason=reason, shape=shape)
         before = self.source.encoding_of(self.spelt.get(module, module))
         kept = before is not None and before.format == self.format.codes  # else the export chooses the scales
-        rule = before.scale_rule if before is not None and kept else ScaleRule.AMAX
+        own = ScaleRule.MSE if self.format.packed else ScaleRule.AMAX
+        rule = before.scale_rule if before is not None and kept else own
         weight = Encoding(
             format=self.format.codes, bits=4 if self.format.packed else 8, granularity=self.format.weight_granularity,
             scale_rule=rule,

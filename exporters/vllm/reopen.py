@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from exporters.vllm.blocks import blocks_of, by_unit, scale_of
+from exporters.vllm.inputs import inputs_gate
 from exporters.vllm.kv_cache import is_kv_scale, scales_gate
 from exporters.vllm.options import ExportFormat
 from exporters.vllm.plan import Action, ExportPlan, Unit
@@ -30,7 +31,7 @@ from exporters.vllm.reopen_files import none_differing, other_files
 from exporters.vllm.reopen_nvfp4 import NVFP4_ERROR_BOUND, compare_packed, global_scales_gate, rounded
 from exporters.vllm.target import KIND, VllmDetails
 from fp8pipe.artifact import Comparison, Gate, open_artifact
-from fp8pipe.models.checkpoint.packed import join_packed
+from fp8pipe.models.checkpoint.packed import is_input_scale, join_packed
 from fp8pipe.models.checkpoint.rows import each, read_rows
 from fp8pipe.models.checkpoint.tensors import SCALE_SUFFIX, TensorEntry, is_scale, read_tensor, weight_entries
 from fp8pipe.models.language.structure import build_model
@@ -109,17 +110,17 @@ def reopen(
         "tensor data written, bytes; must equal the plan",
     )
     payload = Gate(name="payload-bytes", value=float(size), threshold=float(plan.payload_bytes), detail=detail)
-    return [*gates, payload, *_cache_scales(plan, written), *other_files(plan, root)]
+    return [*gates, payload, *_added_scales(plan, written), *other_files(plan, root)]
 
 
 def file_gates(plan: ExportPlan, root: Path) -> list[Gate]:
-    """All gates except those on weights: the set of tensors, scales of the cache, the other files, and config.json.
+    """All gates except those on weights: the set of tensors, scales of cache and inputs, other files, and config.json.
 
     Raises:
         BadArtifactError: the written files cannot be read at all.
     """
     written = weight_entries(root)
-    return [_tensor_set(plan, written), *_cache_scales(plan, written), *other_files(plan, root)]
+    return [_tensor_set(plan, written), *_added_scales(plan, written), *other_files(plan, root)]
 
 
 def expected_blocks(unit: Unit) -> Generator[Tensor, None, None]:
@@ -224,14 +225,15 @@ def _weight_gates(plan: ExportPlan, found: _Comparison) -> list[Gate]:
 
 def _tensor_set(plan: ExportPlan, written: dict[str, TensorEntry]) -> Gate:
     planned = {output.name: (output.dtype, output.shape) for unit in plan.units for output in unit.outputs}
-    planned |= {name: ("F32", (1,)) for name in plan.kv_tensors}
+    planned |= {name: ("F32", (1,)) for name in (*plan.kv_tensors, *plan.input_names)}
     found = {name: (entry.dtype, entry.shape) for name, entry in written.items()}
     wrong = [name for name in planned.keys() | found.keys() if planned.get(name) != found.get(name)]
     return none_differing("tensors-as-planned", sorted(wrong), f"names, dtypes and shapes of {len(planned)} tensor(s)")
 
 
-def _cache_scales(plan: ExportPlan, written: dict[str, TensorEntry]) -> list[Gate]:
-    return [scales_gate(plan.kv_tensors, written)] if plan.kv_cache else []
+def _added_scales(plan: ExportPlan, written: dict[str, TensorEntry]) -> list[Gate]:
+    gates = [scales_gate(plan.kv_tensors, written)] if plan.kv_cache else []
+    return [*gates, inputs_gate(plan, written)] if plan.input_names else gates
 
 
 def _at_most(name: str, value: float, threshold: float, detail: str) -> Gate:
@@ -257,7 +259,7 @@ def iter_weights(export: Path) -> Iterator[tuple[str, Tensor]]:
     transposed, block = set(details.transposed), ExportFormat(details.format).block
     entries = join_packed(weight_entries(Path(export)))
     for name, entry in entries.items():
-        if is_scale(name, entries) or is_kv_scale(name):
+        if is_scale(name, entries) or is_kv_scale(name) or is_input_scale(name):
             continue
         tensor, scale = read_tensor(entry), entries.get(name + SCALE_SUFFIX)
         if scale is not None:

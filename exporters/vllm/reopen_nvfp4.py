@@ -21,7 +21,7 @@ from fp8pipe.models.checkpoint.packed import PackedEntry
 from fp8pipe.models.checkpoint.rows import read_rows
 from fp8pipe.models.checkpoint.tensors import TensorEntry, read_tensor
 from fp8pipe.numerics.grids import same_bits
-from fp8pipe.numerics.nvfp4_weights import NEAREST
+from fp8pipe.numerics.nvfp4_weights import SEARCHED
 from fp8pipe.numerics.plain import dequantize_plain
 from fp8pipe.numerics.plain_nvfp4 import (
     PlainNvfp4,
@@ -35,7 +35,7 @@ __all__ = ["NVFP4_ERROR_BOUND", "PackedBlock", "compare_packed", "global_scales_
 
 # Relative error of a block of 16. The scale nearest to amax / 6 maps the largest weight to 5.6 at least and to 6.4 at
 # most. An element below 1.25 is off by at most 1/4, and a larger one by a fifth of itself. So the error is at most
-# sqrt(0.2^2 + 15 / 16 / 5.6^2) = 0.2645 of the norm.
+# sqrt(0.2^2 + 15 / 16 / 5.6^2) = 0.2645 of the norm; a scale that was preferred to it has a smaller one.
 NVFP4_ERROR_BOUND: Final = 0.265
 
 
@@ -60,7 +60,7 @@ def rounded(unit: Unit, original: Tensor, scale: Tensor | None) -> PlainNvfp4:
     """
     if unit.global_scale is None:
         raise ValueError(f"{unit.entry.name}: no global scale was chosen")
-    return quantize_nvfp4(_values(original, scale), unit.global_scale, NEAREST)
+    return quantize_nvfp4(_values(original, scale), unit.global_scale, SEARCHED)
 
 
 def compare_packed(unit: Unit, rows: range, written: Mapping[str, TensorEntry]) -> PackedBlock:

@@ -74,6 +74,6 @@ def _key(plan: ExportPlan) -> str:
             [[str(file.absolute()), found.st_size, found.st_mtime_ns] for file, found in files.items()],
             [[entry.name, entry.start] for entry in entries],
             outputs,
-            plan.kv_tensors,
+            plan.added_tensors,
         ]
     )

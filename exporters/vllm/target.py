@@ -7,10 +7,13 @@ from typing import Any, Final
 from pydantic import Field
 
 from exporters.target import PLAIN_MODEL, Engine, ExportTarget, Service
+from exporters.tensorrt.language.target import CalibrationFacts
 from exporters.vllm.options import VllmExportOptions
 from fp8pipe.artifact.kinds import TUNED_KINDS, Details
 from fp8pipe.artifact.manifest import Encoding
 from fp8pipe.core.config import FrozenConfig
+
+__all__ = ["KIND", "TARGET", "CalibrationFacts", "KvScale", "VllmDetails"]
 
 KIND: Final = "vllm-export"
 
@@ -26,7 +29,7 @@ class KvScale(FrozenConfig):
 class VllmDetails(Details):
     """The manifest's details for an export to vLLM."""
 
-    format: str = Field(description="fp8, fp8-block, w8a16, nvfp4 or bf16")
+    format: str = Field(description="fp8, fp8-block, w8a16, nvfp4, nvfp4-w4a4 or bf16")
     transposed: list[str] = Field(default_factory=list, description="quantized weights stored as (in, out)")
     ignore: list[str] = Field(default_factory=list, description="layers that the engine must not quantize")
     activations: Encoding | None = Field(
@@ -47,6 +50,14 @@ class VllmDetails(Details):
         default=None,
         description="scales of the FP8 key/value cache by attention layer, as the checkpoint names it; none where keys "
         "and values are stored in the compute dtype",
+    )
+    inputs: dict[str, float] | None = Field(
+        default=None,
+        description="largest magnitude of the inputs of each weight in calibration, by its name; none where no "
+        "scales of inputs are stored",
+    )
+    calibration: CalibrationFacts | None = Field(
+        default=None, description="the text that scales of inputs were calibrated on, if there are any"
     )
 
 

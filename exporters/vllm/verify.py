@@ -21,6 +21,7 @@ from exporters.verify.common import (
     lint_findings,
 )
 from exporters.vllm.export import details_of, plan_export
+from exporters.vllm.inputs import input_findings, inputs_gate, with_inputs
 from exporters.vllm.kv_cache import is_kv_scale, scales_gate
 from exporters.vllm.lint import lint
 from exporters.vllm.nvfp4 import with_global_scales
@@ -33,7 +34,7 @@ from exporters.vllm.writer import CONFIG_NAME, export_config
 from fp8pipe.artifact import MANIFEST_NAME, Artifact
 from fp8pipe.artifact.finding import Check, Finding
 from fp8pipe.artifact.kinds import FALQON_KIND
-from fp8pipe.models.checkpoint.packed import join_packed
+from fp8pipe.models.checkpoint.packed import is_input_scale, join_packed
 from fp8pipe.models.checkpoint.sidecars import SERVED_FILES, sidecar_files
 from fp8pipe.models.checkpoint.stacks import split_stacks
 from fp8pipe.models.checkpoint.tensors import TensorEntry, weight_entries
@@ -47,8 +48,7 @@ def plan_itself(artifact: Artifact) -> ExportPlan:
     config = json.loads((artifact.root / CONFIG_NAME).read_text(encoding="utf-8"))
     config.pop("quantization_config", None)
     details = artifact.manifest.details_of(VllmDetails)
-    tensors = {name: entry for name, entry in weight_entries(artifact.root).items() if not is_kv_scale(name)}
-    tensors = join_packed(tensors)
+    tensors = join_packed({n: e for n, e in weight_entries(artifact.root).items() if not _is_added(n)})
     source = Source(
         root=artifact.root,
         kind=FALQON_KIND if options.format.quantized else HUGGING_FACE,
@@ -60,7 +60,12 @@ def plan_itself(artifact: Artifact) -> ExportPlan:
         parent=artifact.as_parent(),
     )
     plan = build_plan(source, read_structure(artifact.root), options)
-    return replace(plan, kv_cache=details.kv_cache or {})
+    return with_known_inputs(replace(plan, kv_cache=details.kv_cache or {}), details)
+
+
+def with_known_inputs(plan: ExportPlan, details: VllmDetails) -> ExportPlan:
+    """The plan with the scales of inputs that follow from the magnitudes in an export's manifest, if it has any."""
+    return plan if details.inputs is None else with_inputs(plan, details.inputs, details.calibration)
 
 
 def check_vllm(artifact: Artifact, parent: Path | None, notes: list[str]) -> Iterator[Finding]:
@@ -78,20 +83,27 @@ def check_vllm(artifact: Artifact, parent: Path | None, notes: list[str]) -> Ite
     yield from stray_weights(artifact.root, tensors)
     for unit in plan.dropped:
         yield Finding(Check.LINT, unit.entry.name, "a second copy of a tied tensor, which no export stores")
-    yield from _cache_scales(artifact, plan)
+    yield from _added_scales(artifact, plan)
     yield from _statements(artifact, plan)
     if parent is not None:
         yield from _against(artifact, plan, parent)
 
 
-def _cache_scales(artifact: Artifact, plan: ExportPlan) -> Iterator[Finding]:
-    """Compare the scales of the key/value cache in the files with the manifest's."""
-    written = {name: entry for name, entry in weight_entries(artifact.root).items() if is_kv_scale(name)}
-    for name in sorted(written.keys() - plan.kv_tensors.keys()):
-        yield Finding(Check.REOPEN, name, "a scale of the key/value cache that the manifest does not name")
-    gate = scales_gate(plan.kv_tensors, written)
-    if not gate.passed:
-        yield Finding(Check.REOPEN, gate.name, gate.detail)
+def _added_scales(artifact: Artifact, plan: ExportPlan) -> Iterator[Finding]:
+    """Check the scales of the key/value cache and of inputs in the files, and compare them with the manifest's."""
+    written = {name: entry for name, entry in weight_entries(artifact.root).items() if _is_added(name)}
+    for name in sorted(written.keys() - plan.kv_tensors.keys() - set(plan.input_names)):
+        what = "the key/value cache" if is_kv_scale(name) else "inputs"
+        yield Finding(Check.REOPEN, name, f"a scale of {what} that the manifest does not name")
+    yield from lint_findings(input_findings(plan, written))
+    gates = [scales_gate(plan.kv_tensors, written), *([inputs_gate(plan, written)] if plan.input_names else [])]
+    for gate in gates:
+        if not gate.passed:
+            yield Finding(Check.REOPEN, gate.name, gate.detail)
+
+
+def _is_added(name: str) -> bool:
+    return is_kv_scale(name) or is_input_scale(name)
 
 
 def _statements(artifact: Artifact, plan: ExportPlan) -> Iterator[Finding]:
@@ -122,7 +134,7 @@ def _against(artifact: Artifact, own: ExportPlan, parent: Path) -> Iterator[Find
     added = artifact.manifest.details_of(VllmDetails).stop_token_added
     # A plain model was already hashed when it was identified as the parent; an artifact was not.
     plan = plan_export(parent, own.options, verify=(parent / MANIFEST_NAME).is_file()).stopping_as(added)
-    plan = with_global_scales(plan)
+    plan = with_known_inputs(with_global_scales(plan), artifact.manifest.details_of(VllmDetails))
     yield from compare_layers(artifact.manifest, plan.layers)
     yield from compare_details(artifact, details_of(plan))
     gates = reopen(plan, artifact.root)

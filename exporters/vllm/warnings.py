@@ -27,13 +27,16 @@ def _of_weights(plan: ExportPlan) -> Iterator[str]:
     quantized = [unit for unit in plan.units if unit.action is Action.QUANTIZE]
     if quantized:
         form = plan.options.format
-        shared = "16 inputs" if form.packed else "block" if form.block is not None else "row"
+        shared = "block" if form.block is not None else "row"
+        how = (
+            "the best of five scales for each 16 inputs, by squared error" if form.packed else f"one scale per {shared}"
+        )
         trained = (
             "the trained FP8 codes were rounded again, so what is served is not what was trained"
             if plan.source.holds_codes else f"they were not trained in {'NVFP4' if form.packed else 'FP8'}"
         )  # fmt: skip
         yield (
-            f"{len(quantized)} weight(s) were quantized by this export (round to nearest, one scale per {shared}, from "
+            f"{len(quantized)} weight(s) were quantized by this export (round to nearest, {how}, from "
             f"{plan.source.kind}); {trained}"
         )
     if any(unit.quantized and unit.transposed for unit in plan.units):
@@ -55,6 +58,11 @@ def _of_kernels(plan: ExportPlan) -> Iterator[str]:
         yield (
             "vLLM's DeepGEMM kernels (Hopper and Blackwell GPUs) round weights with a scale per block again, to scales "
             "that are powers of two: serve with VLLM_USE_DEEP_GEMM=0, as fp8pipe does"
+        )
+    if plan.options.format.calibrated:
+        yield (
+            "vLLM rounds inputs to NVFP4 on GPUs of compute capability 10.0 or later only; on older ones it leaves "
+            "them as they are, and so does the plugin on CPUs unless FP8PIPE_VLLM_ACTIVATIONS=quant"
         )
     experts = [unit for unit in plan.units if unit.quantized and plan.structure.is_expert(unit.module)]
     if experts and plan.options.format is ExportFormat.W8A16:

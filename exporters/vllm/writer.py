@@ -63,7 +63,7 @@ def write_weights(
         OutOfMemoryError: the disk is too small or fills up (exit code 15).
     """
     names = shard_names(len(plan.shards))
-    scales = {names[-1]: plan.kv_tensors}
+    scales = {names[-1]: plan.added_tensors}
     kept = frozenset() if progress is None else progress.finished
     todo = [(name, units) for name, units in zip(names, plan.shards, strict=True) if name not in kept]
     findings: list[Finding] = []
@@ -83,7 +83,7 @@ def write_weights(
     if len(names) > 1:
         placed = [(name, unit) for name, units in zip(names, plan.shards, strict=True) for unit in units]
         weight_map = {output.name: name for name, unit in placed for output in unit.outputs}
-        write_index(root, weight_map | dict.fromkeys(plan.kv_tensors, names[-1]), plan.payload_bytes)
+        write_index(root, weight_map | dict.fromkeys(plan.added_tensors, names[-1]), plan.payload_bytes)
     return findings
 
 

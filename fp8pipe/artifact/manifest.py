@@ -53,7 +53,8 @@ class ScaleRule(StrEnum):
     PERCENTILE = "percentile"
     """The scale is a power of two with which a few of the calibration values are clipped."""
     MSE = "mse"
-    """The scale is the power of two with the smallest mean squared error over the calibration values."""
+    """The scale has the smallest mean squared error: over the calibration values, of powers of two; or for a weight in
+    NVFP4 over each block, of the E4M3 numbers near amax / 6."""
     CALIBRATED = "calibrated"
     """The scale has the smallest error on calibration images."""
     LEARNED = "learned"

@@ -14,10 +14,11 @@ Two restrictions make the product exact in every engine, whatever it multiplies 
   and replaces smaller scales by zero. The cost is negligible: such a block is below a seven-thousandth of the group's
   amax.
 
-The scale of a block is the E4M3 number nearest to amax / 6 (`NEAREST`), or, with `SEARCHED`, the best of it and some
-others: a block whose largest weight is mapped to 4 instead of 6 uses the part of the grid with the smaller steps. The
-squared error of a block is summed in a fixed order, so that every device and every implementation chooses the same
-scale. Exports round without the search so far; `docs/vllm.md` has the losses of both.
+The scale of a block is the best of five candidates (`SEARCHED`), by squared error: the E4M3 number nearest to amax / 6,
+and some others. A block whose largest weight is mapped to 4 instead of 6 uses the part of the grid with the smaller
+steps. The squared error of a block is summed in a fixed order, so that every device and every implementation chooses
+the same scale. The nearest number alone (`NEAREST`) is what others round with; a benchmark compares the two, and
+`docs/vllm.md` has the losses.
 """
 
 from __future__ import annotations
@@ -73,14 +74,14 @@ def global_scale(amax: float) -> float:
     return max(scale, SMALLEST_GLOBAL_SCALE) if amax else SMALLEST_GLOBAL_SCALE
 
 
-def quantize_packed(weight: Tensor, scale: float, offsets: Sequence[int] = NEAREST) -> tuple[Tensor, Tensor]:
+def quantize_packed(weight: Tensor, scale: float, offsets: Sequence[int] = SEARCHED) -> tuple[Tensor, Tensor]:
     """Round a weight to the nearest codes, ties to even.
 
     Args:
         weight: `(out, in)`, finite, any floating-point dtype; `in` is a multiple of 16. Rows are independent, so a
             weight may be taken apart between any two.
         scale: the global scale of its group, see `global_scale`.
-        offsets: candidates for block scales, `NEAREST` or `SEARCHED`; of several equally good ones, the first.
+        offsets: candidates for block scales, `SEARCHED` or `NEAREST`; of several equally good ones, the first.
 
     Returns:
         Codes, uint8 `(out, in / 2)`, and block scales, float8_e4m3fn `(out, in / 16)`, from 2^-6 to 448; those of

@@ -18,7 +18,10 @@ from torch import Tensor
 
 from fp8pipe.numerics.plain import decode_e4m3, grid_numbers
 
-__all__ = ["PlainNvfp4", "block_errors", "dequantize_nvfp4", "global_scale_plain", "nearest_e2m1", "quantize_nvfp4"]
+__all__ = [
+    "PlainNvfp4", "block_errors", "dequantize_nvfp4", "global_scale_plain", "nearest_e2m1", "quantize_nvfp4",
+    "round_nvfp4",
+]  # fmt: skip
 
 _BLOCK: Final = 16
 
@@ -94,6 +97,23 @@ def dequantize_nvfp4(packed: Tensor, block_scale: Tensor, divisor: float) -> Ten
 def nearest_e2m1(quotients: Tensor) -> Tensor:
     """Round each quotient to the nearest E2M1 number, saturating, ties to even; the result is an fp32 tensor."""
     return torch.from_numpy(_E2M1[_codes(quotients.float().contiguous().numpy(), np.float32(1.0))])
+
+
+def round_nvfp4(values: Tensor, divisor: float) -> Tensor:
+    """Round inputs to NVFP4 and back: each block to E2M1, with the E4M3 scale nearest to amax * divisor / 6.
+
+    Args:
+        values: `(..., features)`, any floating-point dtype; features are a multiple of 16.
+        divisor: the reciprocal of the global scale, a power of two.
+
+    Returns:
+        A tensor with the shape and dtype of `values`; `code * scale / divisor` is exact in bf16.
+    """
+    blocks: NDArray[np.float32] = values.detach().float().cpu().contiguous().numpy().reshape(-1, _BLOCK)
+    wanted = np.abs(blocks).max(axis=1, keepdims=True) * np.float32(divisor) / np.float32(6)
+    factor = grid_numbers(torch.from_numpy(wanted)).numpy() / np.float32(divisor)
+    found = _E2M1[_codes(blocks, factor)] * factor
+    return torch.from_numpy(found.reshape(values.shape)).to(values.dtype)
 
 
 def block_errors(values: Tensor, original: Tensor, scale: float) -> float:

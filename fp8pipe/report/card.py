@@ -148,8 +148,9 @@ class _Card:
         if vit is not None:
             rows.append(("calibration images", f"{vit.images}, {vit.image_method}"))
         if self.made is None:
-            shared = {"fp8-block": "block of 128 x 128", "nvfp4": "16 inputs of a row"}.get(self.format, "row")
-            rows.append(("method", f"rounded to nearest by the export, one scale per {shared}, without calibration"))
+            four = dict.fromkeys(("nvfp4", "nvfp4-w4a4"), "16 inputs of a row")
+            shared = {"fp8-block": "block of 128 x 128", **four}.get(self.format, "row")
+            rows.append(("method", f"weights rounded to nearest by the export, one scale per {shared}, uncalibrated"))
         seed = self.made.seed if self.made else None
         return rows + ([("seed", str(seed))] if seed is not None else []) + [("export format", self.format)]
 

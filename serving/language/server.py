@@ -25,7 +25,7 @@ from starlette.applications import Starlette
 from exporters.vllm.device import require_devices
 from exporters.vllm.environment import VllmEnvironment, find_vllm_python, inspect_environment, require_nvfp4
 from exporters.vllm.spread import require_fit
-from exporters.vllm.target import KIND
+from exporters.vllm.target import KIND, VllmDetails
 from fp8pipe.artifact import Artifact, open_artifact, staged
 from fp8pipe.core.errors import ConfigurationError, Fp8PipeError, MissingCapabilityError
 from serving.config import LanguageConfig, ServeConfig
@@ -74,7 +74,7 @@ def serve_language(export: Path, config: ServeConfig, language: LanguageConfig |
     require_fit(artifact.root, chosen)
     require_devices(environment, chosen.devices_here)
     chosen = chosen.with_defaults(artifact.root, on_cpu=environment.on_cpu)
-    proof = proof_of(artifact, config, environment.versions, chosen.in_words(environment))
+    proof = proof_of(artifact, config, environment.versions, chosen.in_words(environment, artifact.root))
     with tempfile.TemporaryDirectory(prefix="fp8pipe-serve-") as folder, staged(artifact) as model_dir:  # mode 0700
         socket, log = Path(folder) / "vllm.sock", Path(folder) / "vllm.log"
         command = _engine_command(environment, artifact, model_dir, chosen, socket)
@@ -95,7 +95,7 @@ def require_plugin(vllm: VllmEnvironment, artifact: Artifact) -> None:
     """
     stored = artifact.manifest.number_format
     if stored is not None and stored.name == "nvfp4":
-        require_nvfp4(vllm)
+        require_nvfp4(vllm, inputs=artifact.manifest.details_of(VllmDetails).inputs is not None)
     if stored is not None and vllm.on_cpu and vllm.plugin is None:
         raise MissingCapabilityError(
             f"{vllm.python} lacks the plugin that runs FP8 on CPUs", why="fp8pipe-vllm-cpu is not installed there",

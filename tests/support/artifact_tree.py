@@ -1,8 +1,8 @@
 """A run's directory with one artifact of every kind, of tiny models; and making hashes right again.
 
 Language: `model` (falqon) with its exports `vllm` (two shards), `modelopt` and `decoder`; `wide` (falqon) with its
-export `blocks`, in which blocks of a weight share a scale. Vision: `vit` with `onnx`,
-`trt` and its engine. Beside them a validation record and `run.json`.
+exports `blocks`, in which blocks of a weight share a scale, and `four-bits`, whose weights and inputs are in NVFP4.
+Vision: `vit` with `onnx`, `trt` and its engine. Beside them a validation record and `run.json`.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ STAGES = ("model", "vllm", "modelopt", "decoder", "vit", "onnx", "trt")
 
 
 def write_language(root: Path, model: Path, even_model: Path, text: Path) -> None:
-    """`model` and its exports, and `wide` with its export `blocks`, whose scales are per block.
+    """`model` and its exports, and `wide` with its exports `blocks`, whose scales are per block, and `four-bits`.
 
     Args:
         root: the run's directory.
@@ -65,6 +65,8 @@ def write_language(root: Path, model: Path, even_model: Path, text: Path) -> Non
     blocks = VllmExportOptions(format=ExportFormat.FP8_BLOCK)
     export_vllm(write_trained(root / "wide", plain), root / "blocks", blocks)
     shutil.rmtree(plain)
+    four = {"format": "nvfp4-w4a4", "calibration_data": str(text), "calibration_records": 2}
+    export_vllm(root / "wide", root / "four-bits", build_config(VllmExportOptions, four))
     options = {"calibration_data": str(text)}
     export_checkpoint(root / "even", root / "modelopt", build_config(ModeloptExportOptions, options))
     options |= {"compute_capabilities": ["8.9"], "sequence": [1, 8, 32], "builder": "none", "require": False}

@@ -11,13 +11,14 @@ if __name__ == "__main__":
 from fault_case import Fault
 from faults_blocks import BLOCK_FAULTS
 from faults_language import LANGUAGE_FAULTS
+from faults_nvfp4 import NVFP4_FAULTS
 from faults_vision import VISION_FAULTS
 
 from fp8pipe.artifact.finding import Check
 
 __all__ = ["FAULTS", "PAGE", "page"]
 
-FAULTS: tuple[Fault, ...] = (*LANGUAGE_FAULTS, *BLOCK_FAULTS, *VISION_FAULTS)
+FAULTS: tuple[Fault, ...] = (*LANGUAGE_FAULTS, *BLOCK_FAULTS, *NVFP4_FAULTS, *VISION_FAULTS)
 PAGE = Path(__file__).parents[2] / "docs" / "faults.md"
 CHECKS = {
     Check.CHECKSUM: "a record's bytes against its checksum",

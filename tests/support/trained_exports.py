@@ -21,7 +21,7 @@ from fp8pipe.artifact.record import ExportRejectedError, record_path
 from validation.vllm.record import ValidationRecord
 from validation.vllm.validate import validate_export
 
-__all__ = ["PROMPTS", "checked", "export_both", "scaled_inputs", "write_family", "write_trained"]
+__all__ = ["PROMPTS", "calibrated_options", "checked", "export_both", "scaled_inputs", "write_family", "write_trained"]
 
 PROMPTS = ("Hello",)
 
@@ -32,6 +32,15 @@ def export_both(root: Path, options: VllmExportOptions) -> Path:
     export_vllm(plain, root / "quantized", options)
     export_vllm(write_trained(root / "trained", plain), root / "again", options)
     return root
+
+
+def calibrated_options(root: Path) -> VllmExportOptions:
+    """Those of an export with inputs in NVFP4, calibrated on a text of three records that is written into `root`."""
+    text = root / "text.jsonl"
+    pairs = [("What is a scale?", "A factor of codes."), ("And a code?", "A number."), ("Why?", "It is short."),
+             ("Is this held out?", "Perhaps.")]  # fmt: skip
+    text.write_text("".join(json.dumps({"prompt": q, "completion": a}) + "\n" for q, a in pairs), encoding="utf-8")
+    return VllmExportOptions(format=ExportFormat.NVFP4_W4A4, calibration_data=str(text), calibration_records=3)
 
 
 def write_trained(folder: Path, plain: Path, **details: object) -> Path:

@@ -114,7 +114,7 @@ def _engine(
             require_plugin(environment, model.artifact)
     given = {name: getattr(config, name) for name in ServingForm.model_fields if name in config.model_fields_set}
     form = ServingForm(**given)
-    words = form.with_defaults(models[0].root, on_cpu=environment.on_cpu).in_words(environment)
+    words = form.with_defaults(models[0].root, on_cpu=environment.on_cpu).in_words(environment, models[0].root)
     return lambda model: VllmScorer(model.root, model.artifact, form, environment, config.timeout_s), f"vllm, {words}"
 
 

@@ -27,7 +27,7 @@ from validation.contents import contents_gate
 from validation.record import heading
 from validation.vllm.expected import ExpectedWeights, weight_report
 from validation.vllm.held import Holding
-from validation.vllm.kernel_report import KernelReport, kernel_report
+from validation.vllm.kernel_report import kernel_report
 from validation.vllm.kv_cache import cache_scales, scales_of, without_fp8_cache
 from validation.vllm.launcher import PARITY_ARGUMENTS, ProbeJob, in_process, run_probe
 from validation.vllm.picture import PictureQuestion, picture_question
@@ -273,15 +273,17 @@ def _against_torch(
     if exact is not None:
         logprobs = compare_logprobs(true, asked.sequences, exact.result["logprobs"], LOGPROB_THRESHOLD)
         first = _judged(asked, exact, behind[0], TIE_NATS)
-    kernels = _kernels(case, expected, served)
+    rounded = _rounded(case, expected)
+    kernels = kernel_report(served.result["layers"], expected.quantized, rounded, codes=case.holding.codes)
     wide = [expected.module(name) for name in expected.quantized if case.holding.codes and not kernels.packed]
-    reference.take_form(case.holding.dtype, map(expected.module, _rounded(case, expected)), wide, expected.group)
+    modules = map(expected.module, rounded)
+    reference.take_form(case.holding.dtype, modules, wide, expected.group, expected.input_divisors)
     if (scales := cache_scales(case.form, scales_of(case.artifact, case.plan))) is not None:
         reference.round_cache(scales, toward_zero=case.environment.on_cpu)
     form = reference.logprobs([Text.of(ids) for ids in asked.sequences])
     figures = served_figures(true, form, places) | losses(true, form, asked.sequences, places)
     report = ServedReport(
-        form=case.form.in_words(case.environment), arguments=list(served.job.arguments),
+        form=case.form.in_words(case.environment, case.artifact.root), arguments=list(served.job.arguments),
         variables={k: v for k, v in sorted(served.job.variables.items()) if k.startswith(_TOLD)},
         weights=served.weights, kernels=kernels if expected.quantized else None, **figures,
         max_abs_diff=compare_logprobs(true, asked.sequences, places, LOGPROB_THRESHOLD).max_abs_diff,
@@ -321,17 +323,12 @@ def _judged(asked: _Questions, run: _Run, behind: list[list[float]], tie: float)
 
 def _rounded(case: Case, expected: ExpectedWeights) -> list[str]:
     """Names of the weights in layers whose inputs are quantized with these serving options."""
-    if not case.form.rounds_activations(case.environment):
+    if not case.form.rounds_activations(case.environment, case.artifact.root):
         return []
     return [
         name for name in expected.quantized
         if {name.removesuffix(".weight"), expected.module(name)} & case.declared
     ]  # fmt: skip
-
-
-def _kernels(case: Case, expected: ExpectedWeights, served: _Run) -> KernelReport:
-    rounded, codes = _rounded(case, expected), case.holding.codes
-    return kernel_report(served.result["layers"], expected.quantized, rounded, codes=codes)
 
 
 def _concluded(case: Case, gates: list[Gate], **found: Any) -> ValidationRecord:

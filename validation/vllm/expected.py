@@ -27,10 +27,18 @@ from exporters.vllm.plan import Action, ExportPlan, Unit
 from exporters.vllm.reopen import BF16_ERROR_BOUND, E4M3_ERROR_BOUND, expected_blocks, source_values
 from exporters.vllm.reopen_nvfp4 import NVFP4_ERROR_BOUND, rounded
 from exporters.vllm.target import VllmDetails
+from exporters.vllm.verify import with_known_inputs
 from fp8pipe.artifact import Artifact
 from fp8pipe.core.errors import ConfigurationError
 from fp8pipe.models.checkpoint.names import ModelName
-from fp8pipe.models.checkpoint.packed import DIVISOR_SUFFIX, PackedEntry, join_packed
+from fp8pipe.models.checkpoint.packed import (
+    DIVISOR_SUFFIX,
+    INPUT_SUFFIX,
+    WEIGHT,
+    PackedEntry,
+    is_input_scale,
+    join_packed,
+)
 from fp8pipe.models.checkpoint.rows import read_rows
 from fp8pipe.models.checkpoint.stacks import ExpertEntry, split_stacks
 from fp8pipe.models.checkpoint.tensors import SCALE_SUFFIX, is_scale, read_tensor, weight_entries
@@ -61,7 +69,7 @@ class ExpectedWeights:
         details = export.manifest.details_of(VllmDetails)
         self.transposed, self.block = set(details.transposed), ExportFormat(details.format).block
         self.units: dict[str, Unit] = {} if plan is None else {unit.entry.name: unit for unit in plan.units}
-        self.names = [*self.units, *self.kv_scales] if plan is not None else [
+        self.names = [*self.units, *self.scales] if plan is not None else [
             name for name in self.entries if not is_scale(name, self.entries)
         ]  # fmt: skip
 
@@ -70,8 +78,8 @@ class ExpectedWeights:
 
     def read(self, name: str) -> Expected:
         """The expected tensor of this name."""
-        if name in self.kv_scales:
-            return Expected(name, self.kv_scales[name], None, False, wide=True)
+        if name in self.scales:
+            return Expected(name, self.scales[name], None, False, wide=True)
         unit = self._unit(name)
         value = StoredWeights({name: unit.entry}, lambda _: expected_blocks(unit)).read(name).float()
         stored = unit.outputs[1] if len(unit.outputs) > 1 else unit.scale
@@ -90,7 +98,7 @@ class ExpectedWeights:
     @cached_property
     def stored(self) -> StoredWeights:
         """The values of the weights alone, for a torch model; stacked experts one by one (`split_stacks`)."""
-        units = {name: self._unit(name) for name in self.names if name not in self.kv_scales}
+        units = {name: self._unit(name) for name in self.names if name not in self.scales}
         entries = split_stacks(self._structure.model_type, {name: unit.entry for name, unit in units.items()})
         units |= {
             name: replace(units[entry.stack.name], entry=entry)
@@ -99,11 +107,18 @@ class ExpectedWeights:
         return StoredWeights(entries, lambda name: expected_blocks(units[name]))
 
     @cached_property
-    def kv_scales(self) -> dict[str, Tensor]:
-        """The scales of the FP8 key/value cache by tensor name, fp32, shape `(1,)`."""
+    def scales(self) -> dict[str, Tensor]:
+        """The scales of the key/value cache and of inputs by tensor name, fp32, shape `(1,)`."""
         if self.plan is None:
-            return {name: read_tensor(entry).float() for name, entry in self.entries.items() if is_kv_scale(name)}
-        return {name: torch.tensor([scale], dtype=torch.float32) for name, scale in self.plan.kv_tensors.items()}
+            names = (name for name in self.entries if is_kv_scale(name) or is_input_scale(name))
+            return {name: read_tensor(self.entries[name]).float() for name in names}
+        return {name: torch.tensor([scale], dtype=torch.float32) for name, scale in self.plan.added_tensors.items()}
+
+    @property
+    def input_divisors(self) -> dict[str, float]:
+        """The reciprocals of the global scales of inputs in NVFP4, by the model's module; empty without any."""
+        named = {name: self.scales.get(name.removesuffix(WEIGHT) + INPUT_SUFFIX) for name in self.quantized}
+        return {self.module(name): float(scale) for name, scale in named.items() if scale is not None}
 
     @property
     def reference(self) -> Literal["source", "export"]:
@@ -267,7 +282,8 @@ def plan_of(export: Artifact, source: Path) -> ExportPlan:
         BadArtifactError: `source` is damaged.
     """
     plan = with_global_scales(plan_export(source, VllmExportOptions.model_validate(export.manifest.config)))
-    plan = plan.stopping_as(export.manifest.details_of(VllmDetails).stop_token_added)
+    details = export.manifest.details_of(VllmDetails)
+    plan = with_known_inputs(plan, details).stopping_as(details.stop_token_added)
     parents = {parent.digest: parent.outdated for parent in export.manifest.parents}
     if plan.source.parent.digest not in parents:
         named = [f"{digest}{outdated and f' ({outdated})'}" for digest, outdated in sorted(parents.items())]

@@ -29,7 +29,7 @@ class KernelReport(FrozenConfig):
         description="number of layers by what they store: FP8 codes, codes in the kernel's own order, or numbers"
     )
     rounding: int = Field(
-        ge=0, description="layers whose outputs are those of inputs rounded to E4M3, one scale per token"
+        ge=0, description="layers whose outputs are those of inputs rounded to E4M3, one scale per token, or to NVFP4"
     )
     codes: int = Field(ge=0, description="number of codes of inputs that could be read from kernels")
     codes_differing: int = Field(ge=0, description="number of those codes that differ from the expected ones")

@@ -18,7 +18,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-__all__ = ["Kernel", "find_kernel", "kernel_inputs", "through_gemm"]
+__all__ = ["Kernel", "find_kernel", "input_divisor", "kernel_inputs", "through_gemm"]
 
 _CHUNK = 256  # one-hot rows per GEMM call
 
@@ -35,6 +35,7 @@ class Kernel:
         scale: for `codes`, fp32 `(out, 1)`, or `(out, in)` if scales are per block; dequantized = code * scale.
         dtype: dtype of inputs and outputs.
         inner: the kernel object, if the layer has one.
+        divisor: for inputs in NVFP4, the reciprocal of their global scale; else None.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Kernel:
     scale: Tensor | None
     dtype: torch.dtype
     inner: Any
+    divisor: float | None = None
 
 
 def find_kernel(layer: Any, rows: int, columns: int) -> Kernel:
@@ -60,8 +62,14 @@ def find_kernel(layer: Any, rows: int, columns: int) -> Kernel:
     packed = inner is not None and (one_byte or not weight.numel())
     return Kernel(
         name, str(weight.device), "codes" if codes else "packed" if packed else "numbers", codes,
-        scale if codes else None, layer.params_dtype, inner,
+        scale if codes else None, layer.params_dtype, inner, input_divisor(layer),
     )  # fmt: skip
+
+
+def input_divisor(layer: Any) -> float | None:
+    """The reciprocal of the global scale of a layer's inputs in NVFP4, as its kernel uses it; None without one."""
+    held = getattr(layer, "input_global_scale_inv", None)
+    return float(held) if isinstance(held, Tensor) and held.numel() == 1 else None
 
 
 def _spread_scale(layer: Any, rows: int, columns: int) -> Tensor | None:
@@ -113,6 +121,9 @@ def kernel_inputs(kernel: Kernel) -> Iterator[list[tuple[Tensor, Tensor]]]:
 def through_gemm(layer: Any, asked: Tensor, rows: int, columns: int) -> Tensor:
     """Read columns of a layer's weight by running the layer on one-hot inputs.
 
+    The number in place of the one is one that a layer with inputs in NVFP4 does not round: the code 6, with the block
+    scale 1. Its products with weights in NVFP4 are exact in bf16.
+
     Args:
         layer: the vLLM layer.
         asked: int64, indices of the columns.
@@ -122,11 +133,13 @@ def through_gemm(layer: Any, asked: Tensor, rows: int, columns: int) -> Tensor:
     Returns:
         fp32 `(rows, len(asked))` on the CPU.
     """
+    divisor = input_divisor(layer)
+    hot = 1.0 if divisor is None else 6.0 / divisor
     out = torch.empty(rows, len(asked))
     for start in range(0, len(asked), _CHUNK):
         chosen = asked[start : start + _CHUNK]
         one_hot = torch.zeros(len(chosen), columns, dtype=layer.params_dtype)
-        one_hot[torch.arange(len(chosen)), chosen] = 1.0
+        one_hot[torch.arange(len(chosen)), chosen] = hot
         product = layer.quant_method.apply(layer, one_hot.to(layer.weight.device), None)
-        out[:, start : start + len(chosen)] = product.cpu().float().t()
+        out[:, start : start + len(chosen)] = product.cpu().float().t() / hot
     return out

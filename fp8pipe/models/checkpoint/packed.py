@@ -16,12 +16,16 @@ from fp8pipe.models.checkpoint.tensors import TensorEntry, TensorHeader
 from fp8pipe.numerics.nvfp4 import BLOCK
 from fp8pipe.numerics.nvfp4_weights import dequantize_packed
 
-__all__ = ["DIVISOR_SUFFIX", "PACKED_SUFFIX", "PackedEntry", "join_packed", "packed_headers"]
+__all__ = [
+    "DIVISOR_SUFFIX", "INPUT_SUFFIX", "PACKED_SUFFIX", "WEIGHT", "PackedEntry", "is_input_scale", "join_packed",
+    "packed_headers",
+]  # fmt: skip
 
 WEIGHT: Final = ".weight"
 PACKED_SUFFIX: Final = "_packed"  # after the name of the weight
 BLOCKS_SUFFIX: Final = "_scale"
 DIVISOR_SUFFIX: Final = "_global_scale"
+INPUT_SUFFIX: Final = ".input_global_scale"  # after the name of the layer: a divisor, too
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +65,11 @@ def packed_headers(name: str, shape: tuple[int, ...]) -> tuple[TensorHeader, Ten
         TensorHeader(name + BLOCKS_SUFFIX, "F8_E4M3", (rows, columns // BLOCK)),
         TensorHeader(name + DIVISOR_SUFFIX, "F32", (1,)),
     )
+
+
+def is_input_scale(name: str) -> bool:
+    """Whether a tensor is the divisor of a layer's inputs in NVFP4."""
+    return name.endswith(INPUT_SUFFIX)
 
 
 def join_packed(entries: Mapping[str, TensorEntry]) -> dict[str, TensorEntry]:

@@ -7,16 +7,16 @@ rounded once to the model's dtype; in fp32 the values are used as computed.
 
 vLLM calls `register` (entry point group `vllm.general_plugins`) in each of its processes before it reads a model's
 configuration. `register` replaces two entries in vLLM's table of quantization methods, "compressed-tensors" and "fp8",
-with subclasses that handle linear layers in FP8 and, weight-only, in NVFP4, and FP8 experts, and leave everything else
-to vLLM. It also replaces vLLM's rotary embedding kernel for CPUs, which gives wrong results for DeepSeek's attention in
-any format (`rotary`).
+with subclasses that handle linear layers in FP8 and NVFP4, and FP8 experts, and leave everything else to vLLM. It also
+replaces vLLM's rotary embedding kernel for CPUs, which gives wrong results for DeepSeek's attention in any format
+(`rotary`).
 
 This module holds the settings and the version check. `dequantize` has the arithmetic in plain torch and does not import
 vLLM; `methods`, `nvfp4` and `experts` contain the layer implementations.
 
 vLLM passes no arguments to plugins, so they are configured by environment variables (values, and the default in
 parentheses):
-    FP8PIPE_VLLM_ACTIVATIONS   none | quant (none): whether to quantize activations to FP8 as the checkpoint declares.
+    FP8PIPE_VLLM_ACTIVATIONS   none | quant (none): whether to quantize activations as the checkpoint declares.
     FP8PIPE_VLLM_KEEP_WEIGHTS  0 | 1 (0): keep `layer.weight` in addition to the GEMM's packed copy, for validation.
     FP8PIPE_VLLM_ANY_VERSION   0 | 1 (0): run with an untested vLLM version.
 
@@ -32,7 +32,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 __all__ = ["register"]
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 
 # A child of vLLM's logger, so that the lines appear in the server's log in its format.
 logger = logging.getLogger("vllm.fp8pipe_cpu")

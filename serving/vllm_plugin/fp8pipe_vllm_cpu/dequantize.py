@@ -1,4 +1,4 @@
-"""The plugin's arithmetic: exact dequantization of E4M3 and NVFP4 weights, and emulated FP8 quantization of inputs.
+"""The plugin's arithmetic: exact dequantization of E4M3 and NVFP4 weights, and emulated quantization of inputs.
 
 A weight is `code * scale` in fp32, rounded once to the model's dtype. A loaded layer may be fused from several
 checkpoint tensors (q/k/v, gate/up) stacked along the output axis; each row is multiplied by the scale of the tensor
@@ -8,7 +8,7 @@ this module never requantizes.
 With FP8PIPE_VLLM_ACTIVATIONS=quant, activations are quantized to E4M3 and dequantized, as a W8A8 engine does before its
 GEMM. A dynamic scale is `amax / 448`, but at least `1 / (448 * 512)`, the minimum in vLLM's own dynamic quantization
 kernels, which avoids division by zero for all-zero rows. Small rounding differences grow through a deep network, so
-outputs agree with another W8A8 engine statistically and not token by token.
+outputs agree with another W8A8 engine statistically and not token by token. Inputs in NVFP4 are emulated likewise.
 
 This module uses plain torch and does not import vLLM, so that its unit tests run anywhere.
 """
@@ -136,10 +136,7 @@ def dequantize_nvfp4(packed: Tensor, scale: Tensor, divisors: Tensor, dtype: tor
         raise ValueError(f"expected block scales {grid}, got {tuple(blocks.shape)}")
     if not bool((blocks > 0).all()):
         raise ValueError("a block scale is missing, zero, negative or NaN")
-    shards = resolve_shard_scales(divisors.detach().float().reshape(-1))
-    if not bool((torch.isfinite(shards) & (shards > 0)).all()):
-        raise ValueError("a divisor is missing, zero, negative or not finite")
-    divisor = shards.max()
+    divisor = largest_divisor(divisors)
     weight = torch.empty(rows, columns, dtype=dtype)
     step = max(1, _CHUNK_ELEMENTS // max(1, columns))
     for start in range(0, rows, step):
@@ -150,6 +147,48 @@ def dequantize_nvfp4(packed: Tensor, scale: Tensor, divisors: Tensor, dtype: tor
         values = torch.where(codes >= 8, -magnitude, magnitude) * blocks[part].unsqueeze(-1)
         weight[part] = (values.flatten(1) / divisor).to(dtype)
     return weight
+
+
+def largest_divisor(divisors: Tensor) -> Tensor:
+    """The largest of the divisors of a layer's shards, fp32 `()`; `divisors` is fp32 `(shards,)`.
+
+    Raises:
+        ValueError: one is unset, zero, negative or not finite.
+    """
+    shards = resolve_shard_scales(divisors.detach().float().reshape(-1))
+    if not bool((torch.isfinite(shards) & (shards > 0)).all()):
+        raise ValueError("a divisor is missing, zero, negative or not finite")
+    return shards.max()
+
+
+def round_trip_nvfp4(x: Tensor, divisor: Tensor) -> Tensor:
+    """Quantize `x` to NVFP4 and dequantize it: `code * scale / divisor`, with an E4M3 scale per block of 16 features.
+
+    The operations and their order are those of vLLM's own emulation and its GPU kernels, which multiply by reciprocals:
+    a scale is `divisor * (amax * (1 / 6))` rounded to E4M3, and codes are `x / (scale / divisor)` rounded to nearest,
+    ties to even. With a power of two as the divisor the result is exact in bf16.
+
+    Args:
+        x: any float dtype, `(..., features)`; not modified.
+        divisor: fp32 `()`, the reciprocal of the global scale.
+
+    Returns:
+        A tensor with the shape and dtype of `x`.
+
+    Raises:
+        ValueError: the number of features is no multiple of 16.
+    """
+    if x.shape[-1] % NVFP4_BLOCK:
+        raise ValueError(f"{x.shape[-1]} features cannot be split into blocks of {NVFP4_BLOCK}")
+    values = x.float().reshape(*x.shape[:-1], -1, NVFP4_BLOCK)
+    wanted = divisor * (values.abs().amax(dim=-1, keepdim=True) * (1.0 / 6.0))
+    scale = wanted.clamp(max=_E4M3_MAX).to(torch.float8_e4m3fn).float()
+    unit = scale * (1.0 / divisor)
+    # A scale of zero belongs to a block that is too small for any other: its codes are zero.
+    quotients = (values * torch.where(unit > 0, 1.0 / unit, 0.0)).clamp(-6.0, 6.0)
+    size = quotients.abs()
+    step = torch.where(size < 2.0, 0.5, torch.where(size < 4.0, 1.0, 2.0))
+    return (torch.round(quotients / step) * step * unit).reshape(x.shape).to(x.dtype)
 
 
 def _check(scale: Tensor, fits: bool, wanted: str) -> None:

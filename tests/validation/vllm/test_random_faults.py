@@ -125,7 +125,11 @@ def random_export(seed: int, root: Path) -> tuple[Path, Path]:
     if family != "GPT2" and chance.random() < 0.6:
         source = write_trained(root / "trained", source)
     # These sides are no whole blocks, and GPT-2's weights are stored (in, out).
-    forms = [form for form in ExportFormat if form.block is None and not (form.packed and family == "GPT2")]
+    forms = [
+        form
+        for form in ExportFormat
+        if form.block is None and not form.calibrated and not (form.packed and family == "GPT2")
+    ]
     options = VllmExportOptions(format=chance.choice(forms), max_shard_bytes=chance.choice((200_000, 10**9)))
     return export_vllm(source, root / "export", options).root, source
 

@@ -1,6 +1,6 @@
-"""Opens the checkpoint of a base model, in floating point, FP8 or MXFP4, as floating-point tensors.
+"""Opens the checkpoint of a base model, in floating point, FP8, NVFP4 or MXFP4, as floating-point tensors.
 
-A checkpoint without quantization is used unchanged. In an FP8 checkpoint, or gpt-oss in MXFP4, each weight is
+A checkpoint without quantization is used unchanged. In one in FP8 or NVFP4, or gpt-oss in MXFP4, each weight is
 dequantized only when it is read, so that no second copy of the model is kept in memory or on disk. The configuration is
 returned without its quantization block, and the original format of the weights is recorded for the manifest.
 """
@@ -17,8 +17,9 @@ from torch import Tensor
 
 from fp8pipe.artifact.stored_format import StoredFormat
 from fp8pipe.core.errors import ConfigurationError
-from fp8pipe.models.checkpoint.quantized.entries import dequantized, refuse_codes
+from fp8pipe.models.checkpoint.quantized.entries import Plain, dequantized, refuse_codes
 from fp8pipe.models.checkpoint.quantized.mxfp4 import dequantized_stacks
+from fp8pipe.models.checkpoint.quantized.nvfp4 import dequantized_nvfp4
 from fp8pipe.models.checkpoint.quantized.scheme import (
     QUANT_FILE,
     Scheme,
@@ -96,15 +97,21 @@ def read_base(root: Path) -> BaseCheckpoint:
         return BaseCheckpoint(config, split_stacks(config.get("model_type"), entries))
     _refuse_transposed(root, config, scheme)
     dtype = _dtype(config, entries)
-    mxfp4 = scheme.method == "mxfp4"
-    plain = dequantized_stacks(root, entries, dtype) if mxfp4 else dequantized(root, entries, scheme, dtype)
+    plain = _plain(root, entries, scheme, dtype)
     counts = Counter(plain.granularities.values())
     stored = StoredFormat(
         method=scheme.method, granularity=sorted(counts), block=scheme.block if counts["per-block"] else None,
-        codes="e2m1" if mxfp4 else "e4m3", weights=counts.total(), dtype=dtype,
+        codes=scheme.codes, weights=counts.total(), dtype=dtype,
     )  # fmt: skip
     single = split_stacks(config.get("model_type"), plain.entries)
     return BaseCheckpoint(without_quantization(config), single, stored, plain.runtime)
+
+
+def _plain(root: Path, entries: dict[str, TensorEntry], scheme: Scheme, dtype: str) -> Plain:
+    if scheme.method == "mxfp4":
+        return dequantized_stacks(root, entries, dtype)
+    read = dequantized_nvfp4 if scheme.codes == "e2m1" else dequantized
+    return read(root, entries, scheme, dtype)
 
 
 def base_entries(root: Path) -> dict[str, TensorEntry]:

@@ -20,12 +20,12 @@ from fp8pipe.models.checkpoint.quantized.values import dequantize_codes
 from fp8pipe.models.checkpoint.tensors import DTYPES, PLAIN_FLOATS, TensorEntry, read_tensor, stored_rows
 from fp8pipe.numerics.blocks import block_grid
 
-__all__ = ["DequantizedEntry", "Plain", "dequantized", "refuse_codes", "refuse_leftover_codes"]
+__all__ = ["RUNTIME", "DequantizedEntry", "Plain", "dequantized", "refuse_codes", "refuse_leftover_codes"]
 
 # Name suffixes of tensors that quantize activations and the key/value cache at run time.
-_RUNTIME: Final = (
+RUNTIME: Final = (
     ".input_scale", ".output_scale", ".activation_scale", ".k_scale", ".v_scale", ".q_scale", ".kv_scale",
-    ".prob_output_scale", ".input_zero_point", ".output_zero_point",
+    ".prob_output_scale", ".input_zero_point", ".output_zero_point", ".input_global_scale",
 )  # fmt: skip
 _ZERO_POINT: Final = ".weight_zero_point"
 _BUFFERS: Final = frozenset({"bias", "masked_bias", "position_ids", "token_type_ids", "mask"})
@@ -124,7 +124,7 @@ def dequantized(root: Path, entries: Mapping[str, TensorEntry], scheme: Scheme, 
         ends = " or ".join(name + suffix for name in missing[:1] for suffix in scheme.suffixes)
         raise refusal(root, f"{len(missing)} of {len(codes)} FP8 weights have no scale: {_some(missing)} (no {ends})")
     used = {scale.name for scale in scales.values() if scale is not None}
-    runtime = tuple(name for name in entries if name.endswith(_RUNTIME) and name not in used)
+    runtime = tuple(name for name in entries if name.endswith(RUNTIME) and name not in used)
     table: dict[str, TensorEntry] = {}
     granularities: dict[str, Granularity] = {}
     for name, entry in entries.items():

@@ -1,25 +1,28 @@
 """Reads the quantization format that a checkpoint declares in config.json or hf_quant_config.json.
 
 No weights are read. Formats that cannot be decoded exactly are rejected with an error that names them: number formats
-other than E4M3, weights that were rotated or pruned before quantization, and asymmetric quantization.
+other than E4M3, NVFP4 and gpt-oss's MXFP4, weights that were rotated or pruned before quantization, and asymmetric
+quantization.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal
 
 from fp8pipe.core.errors import ConfigurationError
 from fp8pipe.models.checkpoint.sidecars import read_config
+from fp8pipe.numerics.kinds import NVFP4_BLOCK
 
 __all__ = ["QUANT_FILE", "Scheme", "read_scheme", "refusal", "without_quantization"]
 
 QUANT_FILE: Final = "hf_quant_config.json"  # written by ModelOpt
 _KEYS: Final = ("quantization_config", "compression_config")  # the second is an early name used by compressed-tensors
 _READ: Final = (
-    "FP8 of compressed-tensors, fp8 (per tensor, or blocks with weight_scale_inv), FP8 of ModelOpt, and gpt-oss's mxfp4"
+    "FP8 and NVFP4 of compressed-tensors and ModelOpt, fp8 (per tensor, or blocks with weight_scale_inv), and "
+    "gpt-oss's mxfp4"
 )
 _BLOCK: Final = (128, 128)  # block size of ModelOpt's FP8_PB_WO, which its files do not state
 
@@ -28,8 +31,9 @@ _STRATEGIES: Final[Mapping[str, Granularity]] = {
     "tensor": "per-tensor", "channel": "per-channel", "block": "per-block"
 }  # fmt: skip
 _ALGORITHMS: Final[Mapping[str, Granularity]] = {
-    "FP8": "per-tensor", "FP8_PER_CHANNEL_PER_TOKEN": "per-channel", "FP8_PB_WO": "per-block",
+    "FP8": "per-tensor", "FP8_PER_CHANNEL_PER_TOKEN": "per-channel", "FP8_PB_WO": "per-block", "NVFP4": "per-block",
 }  # fmt: skip
+_NVFP4: Final = "nvfp4-pack-quantized"
 _DENSE: Final = (None, "", "dense")
 
 
@@ -41,11 +45,13 @@ class Scheme:
         method: value of `quant_method` in config.json.
         granularities: granularities of the scales that the checkpoint may contain.
         block: (rows, columns) of a block; None if no weight is quantized in blocks.
+        codes: the grid of the codes.
     """
 
     method: Literal["compressed-tensors", "fp8", "modelopt", "mxfp4"]
     granularities: frozenset[Granularity]
     block: tuple[int, int] | None = None
+    codes: Literal["e4m3", "e2m1"] = "e4m3"
 
     @property
     def suffixes(self) -> tuple[str, ...]:
@@ -88,7 +94,7 @@ def read_scheme(root: Path) -> Scheme | None:
     if method == "modelopt":
         return _modelopt(root, _algorithm(block) or algorithm or "none")
     if method == "mxfp4" and config.get("model_type") == "gpt_oss":
-        return Scheme("mxfp4", frozenset({"per-block"}), (1, 32))
+        return Scheme("mxfp4", frozenset({"per-block"}), (1, 32), "e2m1")
     raise refusal(root, f"config.json has a quantization_config (method {method or 'unknown'})")
 
 
@@ -114,6 +120,8 @@ def _modelopt(root: Path, algorithm: str) -> Scheme:
     if algorithm not in _ALGORITHMS:
         raise refusal(root, f"ModelOpt's quant_algo is {algorithm}; {', '.join(_ALGORITHMS)} can be read")
     granularity = _ALGORITHMS[algorithm]
+    if algorithm == "NVFP4":
+        return Scheme("modelopt", frozenset({granularity}), (1, NVFP4_BLOCK), "e2m1")
     return Scheme("modelopt", frozenset({granularity}), _BLOCK if granularity == "per-block" else None)
 
 
@@ -127,8 +135,9 @@ def _fp8(root: Path, block: Mapping[str, Any]) -> Scheme:
 
 
 def _compressed_tensors(root: Path, block: Mapping[str, Any]) -> Scheme:
-    if (form := block.get("format")) not in ("float-quantized", "naive-quantized"):
-        raise refusal(root, f"compressed-tensors in the format {form}; float-quantized and naive-quantized can be read")
+    if (form := block.get("format")) not in ("float-quantized", "naive-quantized", _NVFP4):
+        read = f"float-quantized, naive-quantized and {_NVFP4}"
+        raise refusal(root, f"compressed-tensors in the format {form}; {read} can be read")
     if (status := block.get("quantization_status", "compressed")) != "compressed":
         raise refusal(root, f"compressed-tensors whose quantization_status is {status}, not compressed")
     if block.get("transform_config"):
@@ -140,6 +149,8 @@ def _compressed_tensors(root: Path, block: Mapping[str, Any]) -> Scheme:
     if not isinstance(groups, dict) or not all(isinstance(group, dict) for group in groups.values()):
         raise refusal(root, "compressed-tensors whose config_groups are not spelt out")
     schemes = [(name, group["weights"]) for name, group in groups.items() if group.get("weights")]
+    if form == _NVFP4:
+        return _nvfp4(root, schemes)
     found: set[Granularity] = set()
     sizes: set[tuple[int, int]] = set()
     for name, weights in schemes:
@@ -156,6 +167,17 @@ def _compressed_tensors(root: Path, block: Mapping[str, Any]) -> Scheme:
     if not found or len(sizes) > 1:
         raise refusal(root, f"compressed-tensors with {len(found)} weight formats and {len(sizes)} block sizes")
     return Scheme("compressed-tensors", frozenset(found), next(iter(sizes), None))
+
+
+def _nvfp4(root: Path, schemes: Sequence[tuple[str, Mapping[str, Any]]]) -> Scheme:
+    """NVFP4 of compressed-tensors, given the names and weights of its groups."""
+    if not schemes:
+        raise refusal(root, f"compressed-tensors in the format {_NVFP4} with no weight format")
+    wanted = {"type": "float", "num_bits": 4, "strategy": "tensor_group", "group_size": NVFP4_BLOCK}
+    for name, weights in schemes:
+        if wrong := [f"{key} {weights.get(key)}" for key, value in wanted.items() if weights.get(key) != value]:
+            raise refusal(root, f"{name} of compressed-tensors in the format {_NVFP4} has {', '.join(wrong)}")
+    return Scheme("compressed-tensors", frozenset({"per-block"}), (1, NVFP4_BLOCK), "e2m1")
 
 
 def _sides(root: Path, size: Any, where: str) -> tuple[int, int]:

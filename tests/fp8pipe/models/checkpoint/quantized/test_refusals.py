@@ -70,7 +70,7 @@ CASES: dict[str, tuple[Any, dict[str, Tensor], str]] = {
     "no weights": (ct(config_groups={}), CHANNEL, "0 weight formats"),
     "zero points": (ct(), CHANNEL | {"a.weight_zero_point": torch.ones(256, 1)}, "a.weight_zero_point is not zero"),
     "rows": (ct(), held("_scale", 192, 1), r"\(192, 1\).*expected \(256, 1\) per row"),
-    "NVFP4 of ModelOpt": ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, held(), "quant_algo is NVFP4"),
+    "W4A8 of ModelOpt": ({"quant_method": "modelopt", "quant_algo": "W4A8_AWQ"}, held(), "quant_algo is W4A8_AWQ"),
     "nothing declared": (None, held(), "a.weight has dtype F8_E4M3, config.json declares no format"),
 }
 
