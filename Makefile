@@ -3,6 +3,7 @@
 # make check       before a commit: linters, types, import contracts and quick tests, in less than a minute
 # make test        both environments, then linters, types, import contracts and tests
 # make mutants     one small fault at a time in the code of the proof, which a test must notice (about an hour)
+# make docs        the documents as a site in build/site, strictly: every link and anchor leads somewhere
 # make demo        both environments, then the demonstration
 #
 # On a machine with an NVIDIA GPU, give the CUDA build of torch you want: make setup TORCH=torch==2.14.1
@@ -26,7 +27,7 @@ VLLM_STAMP := $(VLLM_VENV)/.setup-$(call key,scripts/setup_vllm.sh $(PLUGIN_FILE
 
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: setup setup-vllm lint check test mutants demo clean
+.PHONY: setup setup-vllm lint check test mutants docs demo clean
 
 setup: $(STAMP)
 
@@ -73,6 +74,10 @@ test: setup setup-vllm lint
 # Of what survives, docs/mutants.md tells the reasons. MUTANTS_ARGS="--modules artifact/gate --count 40" for more of one.
 mutants: setup
 	$(BIN)/python scripts/mutants.py $(MUTANTS_ARGS)
+
+# The variable hides a note on the successors of mkdocs.
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 demo: setup setup-vllm
 	bash scripts/demo.sh
