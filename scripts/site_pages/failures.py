@@ -65,7 +65,7 @@ def _raised() -> Iterator[tuple[str, tuple[str, str, str, str]]]:
             what = call.args[0] if call.args else given.get("what")
             if kind.endswith("Error") and what is not None:
                 parts = (sentence(part) for part in (what, given.get("why"), given.get("fix")))
-                yield kind, (*map(cell, parts), code(module.path))  # type: ignore[misc]
+                yield kind, (*map(cell, parts), code(module.path))
 
 
 def gates_page() -> str:
