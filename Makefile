@@ -4,6 +4,7 @@
 # make test        both environments, then linters, types, import contracts and tests
 # make mutants     one small fault at a time in the code of the proof, which a test must notice (about an hour)
 # make sbom        dist/: what .venv holds, as a CycloneDX document, and the licences
+# make docs        the documents as a site in build/site, strictly: every link and anchor leads somewhere
 # make demo        both environments, then the demonstration
 #
 # On a machine with an NVIDIA GPU, give the CUDA build of torch you want: make setup TORCH=torch==2.14.1
@@ -27,7 +28,7 @@ VLLM_STAMP := $(VLLM_VENV)/.setup-$(call key,scripts/setup_vllm.sh $(PLUGIN_FILE
 
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: setup setup-vllm lint check test mutants demo sbom clean
+.PHONY: setup setup-vllm lint check test mutants docs demo sbom clean
 
 setup: $(STAMP)
 
@@ -74,6 +75,10 @@ test: setup setup-vllm lint
 # Of what survives, docs/mutants.md tells the reasons. MUTANTS_ARGS="--modules artifact/gate --count 40" for more of one.
 mutants: setup
 	$(BIN)/python scripts/mutants.py $(MUTANTS_ARGS)
+
+# The variable hides a note on the successors of mkdocs.
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 demo: setup setup-vllm
 	bash scripts/demo.sh

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import ast
+import json
 import re
 import shlex
+import sys
 from functools import cache
 from pathlib import Path
 
 import click
 import pytest
-from doc_commands import shell_commands
+from breadth import only_long
+from doc_commands import run_command, shell_commands
 
 from fp8pipe.cli import main
+from fp8pipe.core import errors
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), ROOT / "serving/vllm_plugin/README.md"])
@@ -110,17 +114,72 @@ def _is_there(dotted: str) -> bool:
 
 
 @pytest.mark.parametrize("document", _ids(DOCUMENTS_OF_TODAY))
-def test_every_command_and_option_is_there(document: Path):
+def test_every_command_is_one_that_click_takes(document: Path):
+    """Commands, options, choices, types, and what is required; nothing is run."""
     wrong = []
-    for command in shell_commands(document, "fp8pipe"):
-        words = shlex.split(command.text.replace("\\\n", " "), comments=True)
-        found = main.get_command(click.Context(main), words[1])
-        options = {name for one in (main, found) if one for parameter in one.params for name in parameter.opts}
-        options |= {"--help", "--version"}
-        given = {word.partition("=")[0] for word in words if word.startswith("--") and len(word) > 2}
-        if found is None or given - options:
-            wrong.append(f"line {command.line}: {command.text}")
+    for line in shell_commands(document):
+        words = _words(line.text)
+        if "fp8pipe" not in words:
+            continue
+        name, *rest = words[words.index("fp8pipe") + 1 :]  # after `torchrun -m`, too
+        found = main.get_command(click.Context(main), name)
+        try:
+            if found is None:
+                raise click.UsageError(f"no command {name}")
+            found.make_context(name, rest, parent=click.Context(main))
+        except click.UsageError as error:
+            # Words that stand for others: `finetune ... --report-to wandb`, `--update-rule NAME`.
+            if not re.search(r"\(\.\.\.\)|'NAME'", error.format_message()):
+                wrong.append(f"line {line.line}: {line.text}: {error.format_message()}")
     assert wrong == []
+
+
+@pytest.mark.parametrize("document", _ids(DOCUMENTS_OF_TODAY))
+def test_every_script_and_target_of_make_is_there(document: Path):
+    """`python FILE --option` and `make TARGET VARIABLE=value`: what is named stands in the file or in the Makefile."""
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    wrong = []
+    for line in shell_commands(document):
+        words = [word for word in _words(line.text) if word != "-P"]
+        if words[:1] == ["python"] and words[1].endswith(".py"):
+            source = (ROOT / words[1]).read_text(encoding="utf-8")
+            wrong += [f"line {line.line}: {word}" for word in words[2:]
+                      if re.match("--[a-z]", word) and f'"{word.partition("=")[0]}"' not in source]  # fmt: skip
+        elif words[:1] == ["make"]:
+            known = [rf"^{word.partition('=')[0]} \?=" if "=" in word else rf"^{word}:" for word in words[1:]]
+            wrong += [f"line {line.line}: {line.text}" for one in known if not re.search(one, makefile, re.M)]
+    assert wrong == []
+
+
+@only_long
+def test_the_first_run_works_as_it_stands(tmp_path):
+    """The commands of docs/start.md up to the service, one after the other, in a folder of their own."""
+    (tmp_path / "scripts").symlink_to(ROOT / "scripts")
+    lines = [line for line in shell_commands(ROOT / "docs/start.md") if line.text.split()[0] in ("fp8pipe", "python")]
+    until = next(index for index, line in enumerate(lines) if line.text.startswith("fp8pipe serve"))
+    assert until >= 6
+    for line in lines[:until]:
+        program = {"fp8pipe ": f"{sys.executable} -P -m fp8pipe "} if line.text.startswith("fp8pipe") else {}
+        python = {"python ": f"{sys.executable} "} if line.text.startswith("python") else {}
+        done = run_command(line, tmp_path, program | python, PYTHONPATH=str(ROOT))
+        assert done.returncode == 0, f"{line.text}\n{done.stdout}{done.stderr}"
+    verdict = json.loads((tmp_path / "out/digits-onnx.validation.json").read_text(encoding="utf-8"))["verdict"]
+    assert verdict == "ACCEPT"
+
+
+def _words(command: str) -> list[str]:
+    """The words of a command; none of a line whose last string goes on in the next line."""
+    try:
+        return shlex.split(command.replace("\\\n", " "), comments=True)
+    except ValueError:
+        return []
+
+
+def test_the_table_of_exit_codes_is_that_of_the_errors():
+    table = (ROOT / "docs/command-line.md").read_text(encoding="utf-8")
+    listed = set(map(int, re.findall(r"^\| (\d+) \|", table, re.M)))
+    classes = [errors.Fp8PipeError, *errors.Fp8PipeError.__subclasses__(), click.UsageError]
+    assert listed == {0, *(one.exit_code for one in classes)}
 
 
 @pytest.mark.parametrize("document", _ids(DOCUMENTS_OF_TODAY))

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from doc_commands import run_command, shell_commands
 from prometheus_client.parser import text_string_to_metric_families
-from services import Running, alive, ready, running, wait_until
+from services import ROOT, Running, alive, ready, running, wait_until
 
 from fp8pipe.artifact import open_artifact
 from serving.http.admission import hash_key, new_key
@@ -176,7 +178,17 @@ def test_keys(export: Path, tmp_path: Path) -> None:
                 assert client.get(path, headers={"Authorization": "Bearer wrong"}).status_code == 401
                 assert client.get(path, headers={"Authorization": f"Bearer {key}"}).status_code == 200
             assert client.get("/healthz").status_code == 200
+        _documented_lines_work(service.url, key, tmp_path)
     assert key not in "".join(service.lines)
+
+
+def _documented_lines_work(url: str, key: str, folder: Path) -> None:
+    """The lines with curl in docs/serving-language.md, as they stand there."""
+    lines = [line for line in shell_commands(ROOT / "docs/serving-language.md") if line.text.startswith("curl ")]
+    assert len(lines) >= 3
+    for line in lines if shutil.which("curl") else ():
+        done = run_command(line, folder, {"http://127.0.0.1:8000": url, "curl ": "curl -sS --fail-with-body "}, KEY=key)
+        assert done.returncode == 0, f"{line.text}: {done.stdout}{done.stderr}"
 
 
 def test_a_body_over_the_limit_is_refused(service: Running) -> None:

@@ -1,4 +1,4 @@
-"""The shell lines with curl in README.md and docs/serving.md, as they stand there, against a live server."""
+"""The shell lines with curl in README.md and in docs/, as they stand there, against a live server."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ from serving.http.admission import hash_key, new_key
 
 _ROOT = Path(__file__).resolve().parents[3]
 _ADDRESS = "http://localhost:8000"
+_DOCUMENTS = ("README.md", "docs/start.md", "docs/serving.md")
 _LINES = [
     pytest.param(command, id=f"{name}:{command.line}")
-    for name in ("README.md", "docs/serving.md")
+    for name in _DOCUMENTS
     for command in shell_commands(_ROOT / name)
     if "curl " in command.text
 ]
@@ -45,9 +46,10 @@ def pictures(tmp_path_factory):
 
 def test_the_documents_show_what_is_tested():
     assert sum("README" in param.id for param in _LINES) >= 1
+    assert sum("start" in param.id for param in _LINES) >= 1
     assert sum("serving" in param.id for param in _LINES) >= 9
     # Lines outside fences would not be found.
-    for name in ("README.md", "docs/serving.md"):
+    for name in _DOCUMENTS:
         shown = sum(line.lstrip(" $").startswith("curl ") for line in (_ROOT / name).read_text().splitlines())
         assert shown == sum(c.text.startswith("curl ") for c in shell_commands(_ROOT / name)), name
 
