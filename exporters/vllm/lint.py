@@ -19,6 +19,7 @@ from fp8pipe.artifact.finding import Finding
 from fp8pipe.models.checkpoint.rows import read_rows, same_values
 from fp8pipe.models.checkpoint.stacks import stack_name
 from fp8pipe.models.checkpoint.tensors import header_entries, read_tensor
+from fp8pipe.models.language.experts import EXPERTS_PER_TOKEN
 from fp8pipe.models.language.structure import Role
 from fp8pipe.numerics.blocks import block_grid
 
@@ -48,6 +49,7 @@ _FIXES: Final = {
     "scale-shape": _WRITE_AGAIN,
     "missing-weight": "complete the checkpoint, or correct tie_word_embeddings in config.json",
     "engine-leaves-unquantized": "do not quantize this layer, or " + _USE_BF16,
+    "experts-per-token": "use a model with num_experts_per_tok = 1, as all published ones are",
     "ignore-wrong": "remove it from the ignore list",
     "tied-differs": "set tie_word_embeddings to false in config.json, or remove the wrong copy",
 }
@@ -74,7 +76,7 @@ def lint_others(plan: ExportPlan) -> list[Finding]:
 
 def lint_structure(plan: ExportPlan) -> list[Finding]:
     """Findings about names, shapes and the model's structure; reads no tensor."""
-    rules = [_scales, _adapter_state, _shapes, _tied_is_stored]
+    rules = [_scales, _adapter_state, _shapes, _tied_is_stored, _routing]
     if plan.options.format.quantized:
         rules += [_something_quantized, _known_names, _placement, _dimensions, _blocks, _fused, _ignore, _transposed]
     return [finding for rule in rules for finding in rule(plan)]
@@ -157,6 +159,16 @@ def _tied_is_stored(plan: ExportPlan) -> Iterator[Finding]:
     for name, original in plan.structure.tied.items():
         if original not in stored and name not in stored:
             yield _found("tied-missing", original, f"{name} is tied to it, and neither is stored")
+
+
+def _routing(plan: ExportPlan) -> Iterator[Finding]:
+    # Where inputs of experts are weighed, the engine starts, and fails with the first request that it computes.
+    config, structure = plan.source.config, plan.structure
+    text = config.get("text_config", config)
+    chosen = text.get(EXPERTS_PER_TOKEN)
+    if structure.model_type in plan.schema.single_expert_model_types and isinstance(chosen, int) and chosen > 1:
+        why = f"is {chosen}: vLLM {plan.schema.vllm_version} computes a {structure.architecture} with one only"
+        yield _found("experts-per-token", EXPERTS_PER_TOKEN, why)
 
 
 def _something_quantized(plan: ExportPlan) -> Iterator[Finding]:

@@ -22,15 +22,15 @@ from torch import Tensor, nn
 from fp8pipe.core.errors import ConfigurationError
 
 __all__ = [
-    "PROJECTIONS", "Expert", "StackedExpert", "UnstackedExperts", "call_every_expert", "check_expert_counts",
-    "expert_of", "find_routers", "in_experts", "joins_experts", "wrong_expert_settings",
+    "EXPERTS_PER_TOKEN", "PROJECTIONS", "Expert", "StackedExpert", "UnstackedExperts", "call_every_expert",
+    "check_expert_counts", "expert_of", "find_routers", "in_experts", "joins_experts", "wrong_expert_settings",
 ]  # fmt: skip
 
 # The stacks of transformers' modules, and the layers of an expert that each holds.
 PROJECTIONS: Final = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
 # Settings of config.json: the number of experts of a layer, and how many of them a token goes to.
 _COUNTS: Final = ("num_local_experts", "num_experts", "n_routed_experts")
-_CHOSEN: Final = "num_experts_per_tok"
+EXPERTS_PER_TOKEN: Final = "num_experts_per_tok"
 _MERGE: Final = "MergeModulelist"  # transformers' operation that stacks separately stored tensors
 _CONCATENATE: Final = "Concatenate"
 
@@ -215,9 +215,9 @@ def wrong_expert_settings(config: Any, place: str = "") -> Iterator[str]:
     counts = {name: config[name] for name in _COUNTS if isinstance(config.get(name), int)}
     if len(set(counts.values())) > 1:
         yield " and ".join(f"{place}{name} is {count}" for name, count in counts.items())
-    chosen, count = config.get(_CHOSEN), min(counts.values(), default=0)
+    chosen, count = config.get(EXPERTS_PER_TOKEN), min(counts.values(), default=0)
     if isinstance(chosen, int) and count and not 1 <= chosen <= count:  # without experts it has no meaning
-        yield f"{place}{_CHOSEN} is {chosen}, of {count} experts"
+        yield f"{place}{EXPERTS_PER_TOKEN} is {chosen}, of {count} experts"
     for key, value in config.items():
         yield from wrong_expert_settings(value, f"{place}{key}.")
 
