@@ -10,7 +10,7 @@ from exporters.vllm.source import HUGGING_FACE
 from exporters.vllm.writer import auxiliary_warnings
 from fp8pipe.core.errors import ConfigurationError
 from fp8pipe.models.checkpoint.stacks import stack_name
-from fp8pipe.models.language.base import check_tokens, load_tokenizer
+from fp8pipe.models.language.base import check_tokens, load_tokenizer, unknown_tensors
 
 __all__ = ["plan_warnings"]
 
@@ -18,6 +18,8 @@ __all__ = ["plan_warnings"]
 def plan_warnings(plan: ExportPlan) -> list[str]:
     """The warnings about an export that are recorded in its manifest."""
     warnings = [*auxiliary_warnings(plan.source.root), *_token_warnings(plan), *plan.ending.warnings()]
+    if plan.source.kind == HUGGING_FACE:  # of trained models, `finetune` has warned
+        warnings += unknown_tensors(plan.source.root, plan.structure)
     warnings += [] if plan.source.base is None else plan.source.base.warnings()
     return [*warnings, *_of_weights(plan), *_of_kernels(plan), *_of_what_is_left(plan)]
 
