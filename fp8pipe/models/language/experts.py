@@ -5,8 +5,8 @@ expert separately, and engines read them that way. Once unstacked (`unstacking`)
 ordinary linear layer with its own scale and adapter, which the same code trains, quantizes and exports as any other. An
 expert that receives no tokens has no gradient and stays unchanged.
 
-Routers are recognized by their structure rather than by name: a router is a sibling of the experts module, and its
-weight has one row per expert.
+Routers are recognized by their structure rather than by name: a router is a sibling of the experts module, or the only
+linear layer of one, and its weight has one row per expert.
 """
 
 from __future__ import annotations
@@ -146,7 +146,10 @@ def expert_of(rule: Any, stored: str, pattern: str, joined: str) -> str | None:
 
 
 def find_routers(model: nn.Module) -> frozenset[str]:
-    """Names of the routers: siblings of an experts module that have a 2-D weight with one row per expert."""
+    """Names of the routers: those whose 2-D weight has one row per expert, among the siblings of an experts module.
+
+    A router is such a sibling itself, or the one linear layer that the sibling holds.
+    """
     routers = set()
     for name, module in model.named_modules():
         count = _expert_count(module)
@@ -154,10 +157,17 @@ def find_routers(model: nn.Module) -> frozenset[str]:
             continue
         parent = name.rpartition(".")[0]
         for child, sibling in model.get_submodule(parent).named_children():
-            weight = dict(sibling.named_parameters(recurse=False)).get("weight")
-            if sibling is not module and weight is not None and weight.dim() == 2 and weight.shape[0] == count:
-                routers.add(f"{parent}.{child}")
+            inside = [] if sibling is module else _only_weight(sibling)
+            routers.update(f"{parent}.{child}{leaf}" for leaf, weight in inside if weight.shape[0] == count)
     return frozenset(routers)
+
+
+def _only_weight(module: nn.Module) -> list[tuple[str, Tensor]]:
+    """A module's own 2-D weight or the only one in it, after the name of its owner in `module`: "" or ".gate"."""
+    found = [(name, parameter) for name, parameter in module.named_parameters() if parameter.dim() >= 2]
+    own = [(name, parameter) for name, parameter in found if name == "weight"]
+    chosen = own or (found if len(found) == 1 and found[0][0].endswith(".weight") else [])
+    return [(f".{name}".removesuffix(".weight"), parameter) for name, parameter in chosen if parameter.dim() == 2]
 
 
 def _expert_count(module: nn.Module) -> int | None:
