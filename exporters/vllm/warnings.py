@@ -75,6 +75,11 @@ def _of_what_is_left(plan: ExportPlan) -> Iterator[str]:
     """Warnings about tensors that are left out or unquantized, and about a version that was not tested."""
     for unit in plan.dropped:
         yield f"{unit.entry.name} was left out: config.json ties it to a stored tensor"
+    if (kind := plan.structure.architecture) in plan.schema.dropped_models:
+        yield (
+            f"vLLM {plan.schema.vllm_version} implements {kind} no longer: it refuses the model, or runs transformers' "
+            "code, which was not tested; fp8pipe validate shows which"
+        )
     if not plan.schema.tested:
         yield f"checkpoints of this schema have not been tested in vLLM {plan.schema.vllm_version} yet"
     skipped = [layer for layer in plan.layers if not layer.converted and layer.name != plan.structure.output_head]
