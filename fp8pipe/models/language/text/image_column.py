@@ -57,7 +57,7 @@ def with_images(messages: Sequence[Message], row: Mapping[str, Any]) -> tuple[li
     if taken != len(images):
         raise ValueError(
             f"{field!r} holds {len(images)} image(s), and its messages have {taken} place(s) for them: give each image "
-            f'a part {{"type": "image"}}, or {_MARK} in the text'
+            f'a part {{"type": "image"}} or {_MARK} in the text, or leave the field out'
         )
     return found, field
 
