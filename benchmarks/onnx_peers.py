@@ -45,7 +45,7 @@ from exporters.tensorrt.export import export_tensorrt
 from exporters.tensorrt.listing import read_precision
 from exporters.tensorrt.target import TrtExportOptions
 from fp8pipe.core.config import build_config
-from fp8pipe.core.errors import Fp8PipeError
+from fp8pipe.core.errors import Fp8PipeError, one_line
 from fp8pipe.models.vision.sources import load_vision_model
 from fp8pipe.models.vision.structure import read_structure
 from fp8pipe.numerics.bf16 import widen_bf16_products
@@ -135,7 +135,7 @@ def engine(path, work, size):
     try:
         built = build_rtx(path, target, [CAPABILITY], {"pixels": shapes})
     except Fp8PipeError as error:
-        return {"refused": " ".join(str(error).split())[:200]}
+        return {"refused": one_line(error, 200)}
     report = read_precision(nodes, built.layers)
     fused = sum(product.fused_attention for product in report.products) // 2
     return {"products": report.counts(), "fused_attentions": fused, "engine_mb": target.stat().st_size / 1e6}
@@ -207,7 +207,7 @@ def write_files(options, vision):
             make(path)
             files[name] = (path, False)
         except Exception as error:  # the failure of another quantizer is a result, too
-            failed[name] = " ".join(str(error).split())[:300]
+            failed[name] = one_line(error)
 
     qdq = export_onnx(options.int8, work / "ours-int8-onnx", build_config(OnnxExportOptions, {"force": True}))
     files["ours int8, onnx"] = (qdq.root / "model.onnx", True)

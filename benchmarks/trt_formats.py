@@ -17,7 +17,7 @@ from pathlib import Path
 from exporters.tensorrt.export import export_tensorrt
 from exporters.tensorrt.target import TrtDetails, TrtExportOptions
 from fp8pipe.core.config import build_config
-from fp8pipe.core.errors import Fp8PipeError
+from fp8pipe.core.errors import Fp8PipeError, one_line
 from fp8pipe.numerics.bf16 import widen_bf16_products
 from pipeline.vit.config import QuantizeVitConfig
 from pipeline.vit.stage import quantize_vit
@@ -53,7 +53,7 @@ def rows_of(model, options):
             target = options.work / f"{artifact.name}-{format or 'own'}"
             export = export_tensorrt(artifact, target, build_config(TrtExportOptions, settings))
         except Fp8PipeError as error:
-            yield {"model": model, "format": name, "failed": " ".join(str(error).split())[:300]}
+            yield {"model": model, "format": name, "failed": one_line(error)}
             continue
         for capability, entry in export.manifest.details_of(TrtDetails).engines.items():
             size = entry.size

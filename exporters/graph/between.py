@@ -33,7 +33,7 @@ from exporters.graph.parity import (
 from exporters.graph.runtime import open_session, run
 from exporters.graph.trace import INPUT_NAME, ProductKind
 from fp8pipe.artifact import Comparison, Gate, none_of
-from fp8pipe.core.errors import BadArtifactError
+from fp8pipe.core.errors import BadArtifactError, one_line
 from fp8pipe.models.vision.attention import intercept_attention
 from fp8pipe.models.vision.exact import as_fp32, double_model
 from fp8pipe.models.vision.prepare import vision_outputs
@@ -275,7 +275,7 @@ def evaluate(proto: Any, feeds: Mapping[str, Any], operators: Sequence[Any] = ()
         return dict(zip(evaluator.output_names, evaluator.run(None, dict(feeds)), strict=True))
     except Exception as error:  # the implementation of an operator may raise anything
         raise BadArtifactError(
-            "ONNX's reference evaluator cannot run the graph", why=" ".join(str(error).split())[:600],
+            "ONNX's reference evaluator cannot run the graph", why=one_line(error, 600),
             fix="export it again",
         ) from error  # fmt: skip
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Final
 
-from fp8pipe.core.errors import BadArtifactError, MissingCapabilityError
+from fp8pipe.core.errors import BadArtifactError, MissingCapabilityError, one_line
 from fp8pipe.core.machine import cpu_features
 
 DISABLED_OPTIMIZERS: Final = ("QDQPropagationTransformer", "MatMulAddFusion")
@@ -83,7 +83,7 @@ def open_session(
     except Exception as error:  # its exceptions share no public base class
         raise BadArtifactError(
             "ONNX Runtime refuses the graph",
-            why=" ".join(str(error).split())[:600],
+            why=one_line(error, 600),
             fix="export it again, with a version of onnxruntime that this project was tested with",
         ) from error
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from exporters.graph.runtime import import_onnx_package
-from fp8pipe.core.errors import ConfigurationError
+from fp8pipe.core.errors import ConfigurationError, one_line
 from fp8pipe.models.vision.attention import explicit_attention, intercept_attention
 from fp8pipe.models.vision.prepare import vision_outputs
 from fp8pipe.models.vision.structure import VitStructure
@@ -166,7 +166,7 @@ def export_program(
     except torch.onnx.OnnxExporterError as error:
         raise ConfigurationError(
             f"{name} cannot be traced into an ONNX graph",
-            why=" ".join(str(error.__cause__ or error).split())[:600],
+            why=one_line(error.__cause__ or error, 600),
             fix=fix,
         ) from error
     graph: ir.Model = program.model

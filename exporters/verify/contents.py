@@ -21,7 +21,7 @@ from fp8pipe.artifact import Artifact, Encoding
 from fp8pipe.artifact.finding import Check, Finding, LintFindingsError
 from fp8pipe.artifact.kinds import TUNED_KINDS, VIT_KIND, TunedDetails
 from fp8pipe.artifact.manifest import Granularity
-from fp8pipe.core.errors import BadArtifactError, ConfigurationError, MissingCapabilityError
+from fp8pipe.core.errors import BadArtifactError, ConfigurationError, MissingCapabilityError, class_and_one_line
 from fp8pipe.models.vision.preprocessing import PREPROCESSING_FILE
 from fp8pipe.models.vision.quantized import layer_records, load_quantized
 from fp8pipe.numerics.kinds import Kind, granularity
@@ -56,7 +56,7 @@ def check_contents(artifact: Artifact, parent: Path | None) -> tuple[list[Findin
         notes.append(f"contents not checked: {error.what} ({error.fix})")
     except (ValueError, KeyError, TypeError, OSError, RuntimeError, SafetensorError) as error:
         # The files have the recorded hashes but cannot be read, so they were already wrong when they were hashed.
-        why = " ".join(f"{type(error).__name__}: {error}".split())[:400]
+        why = class_and_one_line(error, 400)
         named = _no_json(artifact) or [(artifact.kind, f"its files are inconsistent with each other: {why}")]
         findings += [Finding(Check.REOPEN, where, said) for where, said in named]
     return findings, notes

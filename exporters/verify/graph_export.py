@@ -24,7 +24,7 @@ from exporters.verify.common import compare_details, compare_encodings, compare_
 from fp8pipe.artifact import MANIFEST_NAME, Artifact, LayerRecord, Manifest, installed_versions, read_manifest
 from fp8pipe.artifact.finding import Check, Finding
 from fp8pipe.artifact.kinds import Details
-from fp8pipe.core.errors import BadArtifactError
+from fp8pipe.core.errors import BadArtifactError, one_line
 from fp8pipe.models.vision.preprocessing import PREPROCESSING_FILE, Preprocessing, read_model_file
 from fp8pipe.models.vision.quantized import QuantizedVit, activation_encoding, load_quantized
 from fp8pipe.numerics.kinds import Kind
@@ -179,7 +179,7 @@ def _runs(artifact: Artifact, path: Path, onnx_ir: Any) -> Iterator[Finding]:
     try:
         onnx.checker.check_model(str(path))
     except Exception as error:  # its exceptions share no public base class
-        yield Finding(Check.REOPEN, MODEL_FILE, f"ONNX's checker: {' '.join(str(error).split())[:300]}")
+        yield Finding(Check.REOPEN, MODEL_FILE, f"ONNX's checker: {one_line(error)}")
     stated = artifact.manifest.number_format
     if stated is not None and stated.name == Kind.NVFP4:
         return

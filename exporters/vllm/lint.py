@@ -19,6 +19,7 @@ from fp8pipe.artifact.finding import Finding
 from fp8pipe.models.checkpoint.rows import read_rows, same_values
 from fp8pipe.models.checkpoint.stacks import stack_name
 from fp8pipe.models.checkpoint.tensors import header_entries, read_tensor
+from fp8pipe.models.language.experts import EXPERTS_PER_TOKEN
 from fp8pipe.models.language.structure import Role
 from fp8pipe.numerics.blocks import block_grid
 
@@ -48,6 +49,8 @@ _FIXES: Final = {
     "scale-shape": _WRITE_AGAIN,
     "missing-weight": "complete the checkpoint, or correct tie_word_embeddings in config.json",
     "engine-leaves-unquantized": "do not quantize this layer, or " + _USE_BF16,
+    "engine-lacks-model": "use a model that vLLM implements",
+    "experts-per-token": "use a model with num_experts_per_tok = 1, as all published ones are",
     "ignore-wrong": "remove it from the ignore list",
     "tied-differs": "set tie_word_embeddings to false in config.json, or remove the wrong copy",
 }
@@ -74,7 +77,7 @@ def lint_others(plan: ExportPlan) -> list[Finding]:
 
 def lint_structure(plan: ExportPlan) -> list[Finding]:
     """Findings about names, shapes and the model's structure; reads no tensor."""
-    rules = [_scales, _adapter_state, _shapes, _tied_is_stored]
+    rules = [_scales, _adapter_state, _shapes, _tied_is_stored, _implemented, _routing]
     if plan.options.format.quantized:
         rules += [_something_quantized, _known_names, _placement, _dimensions, _blocks, _fused, _ignore, _transposed]
     return [finding for rule in rules for finding in rule(plan)]
@@ -159,6 +162,23 @@ def _tied_is_stored(plan: ExportPlan) -> Iterator[Finding]:
             yield _found("tied-missing", original, f"{name} is tied to it, and neither is stored")
 
 
+def _implemented(plan: ExportPlan) -> Iterator[Finding]:
+    if (kind := plan.structure.architecture) in plan.schema.refused_models:
+        yield _found(
+            "engine-lacks-model", "config.json", f"vLLM {plan.schema.vllm_version} does not implement a {kind}"
+        )
+
+
+def _routing(plan: ExportPlan) -> Iterator[Finding]:
+    # Where inputs of experts are weighed, the engine starts, and fails with the first request that it computes.
+    config, structure = plan.source.config, plan.structure
+    text = config.get("text_config", config)
+    chosen = text.get(EXPERTS_PER_TOKEN)
+    if structure.model_type in plan.schema.single_expert_model_types and isinstance(chosen, int) and chosen > 1:
+        why = f"is {chosen}: vLLM {plan.schema.vllm_version} computes a {structure.architecture} with one only"
+        yield _found("experts-per-token", EXPERTS_PER_TOKEN, why)
+
+
 def _something_quantized(plan: ExportPlan) -> Iterator[Finding]:
     if not any(unit.quantized for unit in plan.units):
         yield _found("nothing-quantized", str(plan.source.root), "no layer would be quantized")
@@ -174,10 +194,12 @@ def _known_names(plan: ExportPlan) -> Iterator[Finding]:
     for unit in plan.units:
         known = unit.module in structure.roles or structure.is_discarded(unit.entry.name)
         elsewhere = unit.name in structure.tensors and not structure.in_decoder(unit.name)
-        if len(unit.entry.shape) < 2 or known or elsewhere:
+        shape = unit.entry.shape
+        vector = len(shape) < 2 or (len(shape) == 2 and min(shape) == 1)  # such as a router's biases, (1, experts)
+        if vector or known or elsewhere:
             continue
         why = (
-            f"shape {unit.entry.shape} belongs to no linear layer or embedding of "
+            f"shape {shape} belongs to no linear layer or embedding of "
             f"{plan.structure.architecture}, so it is unknown how the engine treats it in an FP8 checkpoint"
         )
         yield _found("unknown-matrix", unit.entry.name, why)

@@ -140,6 +140,10 @@ class CheckpointSchema:
             is, so that FP8 codes stored as `(in, out)` with scales `(out, 1)` load correctly.
         stacked_model_types: model types whose loader takes experts one by one with their weights stored as `(in, out)`,
             and transposes weights and scales alike, so that scales are stored as `(1, out)`.
+        single_expert_model_types: model types whose router weighs the inputs of experts, which the engine computes for
+            one expert per token only.
+        refused_models: classes that the engine does not run: Mllama, whose layers attend to images from within.
+        dropped_models: classes that the engine once implemented; it may run transformers' code in their place.
         fused_groups: names of sibling modules that the engine concatenates into one layer, so that all of them must be
             quantized in the same way.
     """
@@ -149,6 +153,13 @@ class CheckpointSchema:
     tested: bool
     conv1d_model_types: frozenset[str] = frozenset({"gpt2"})
     stacked_model_types: frozenset[str] = frozenset({"gpt_oss"})
+    single_expert_model_types: frozenset[str] = frozenset({"llama4", "llama4_text"})
+    refused_models: frozenset[str] = frozenset({"MllamaForConditionalGeneration", "MllamaForCausalLM"})
+    dropped_models: frozenset[str] = frozenset({
+        "AyaVisionForConditionalGeneration", "BambaForCausalLM", "ChameleonForConditionalGeneration",
+        "Dots1ForCausalLM", "FuyuForCausalLM", "MiniMaxForCausalLM", "MptForCausalLM", "PersimmonForCausalLM",
+        "Phi4MultimodalForCausalLM",
+    })  # fmt: skip
     fused_groups: tuple[frozenset[str], ...] = (
         frozenset({"q_proj", "k_proj", "v_proj"}),
         frozenset({"gate_proj", "up_proj"}),

@@ -10,7 +10,7 @@ from exporters.vllm.source import HUGGING_FACE
 from exporters.vllm.writer import auxiliary_warnings
 from fp8pipe.core.errors import ConfigurationError
 from fp8pipe.models.checkpoint.stacks import stack_name
-from fp8pipe.models.language.base import check_tokens, load_tokenizer
+from fp8pipe.models.language.base import check_tokens, load_tokenizer, unknown_tensors
 
 __all__ = ["plan_warnings"]
 
@@ -18,6 +18,8 @@ __all__ = ["plan_warnings"]
 def plan_warnings(plan: ExportPlan) -> list[str]:
     """The warnings about an export that are recorded in its manifest."""
     warnings = [*auxiliary_warnings(plan.source.root), *_token_warnings(plan), *plan.ending.warnings()]
+    if plan.source.kind == HUGGING_FACE:  # of trained models, `finetune` has warned
+        warnings += unknown_tensors(plan.source.root, plan.structure)
     warnings += [] if plan.source.base is None else plan.source.base.warnings()
     return [*warnings, *_of_weights(plan), *_of_kernels(plan), *_of_what_is_left(plan)]
 
@@ -81,6 +83,11 @@ def _of_what_is_left(plan: ExportPlan) -> Iterator[str]:
     """Warnings about tensors that are left out or unquantized, and about a version that was not tested."""
     for unit in plan.dropped:
         yield f"{unit.entry.name} was left out: config.json ties it to a stored tensor"
+    if (kind := plan.structure.architecture) in plan.schema.dropped_models:
+        yield (
+            f"vLLM {plan.schema.vllm_version} implements {kind} no longer: it refuses the model, or runs transformers' "
+            "code, which was not tested; fp8pipe validate shows which"
+        )
     if not plan.schema.tested:
         yield f"checkpoints of this schema have not been tested in vLLM {plan.schema.vllm_version} yet"
     skipped = [layer for layer in plan.layers if not layer.converted and layer.name != plan.structure.output_head]

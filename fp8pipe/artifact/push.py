@@ -19,7 +19,7 @@ from fp8pipe.artifact.kinds import kind_named
 from fp8pipe.artifact.record import record_path
 from fp8pipe.artifact.signature import Trust
 from fp8pipe.artifact.verdict import REJECT, read_verdict, require_accept
-from fp8pipe.core.errors import BadArtifactError, ConfigurationError, GateFailedError, MissingCapabilityError
+from fp8pipe.core.errors import BadArtifactError, ConfigurationError, GateFailedError, MissingCapabilityError, one_line
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -157,7 +157,7 @@ def _translated(target: Target, endpoint: str) -> Iterator[None]:
         yield
     except errors.HFValidationError as error:
         raise ConfigurationError(
-            f"{target.repo_id!r} is not a repository name", why=" ".join(str(error).split())[:300],
+            f"{target.repo_id!r} is not a repository name", why=one_line(error),
             fix="give organisation/name",
         ) from error  # fmt: skip
     except errors.OfflineModeIsEnabled as error:
@@ -173,7 +173,7 @@ def _translated(target: Target, endpoint: str) -> Iterator[None]:
         if not (_of_network(error) or _of_network(cause)):
             raise
         raise MissingCapabilityError(
-            f"the hub at {endpoint} cannot be reached", why=" ".join(str(error).split())[:300],
+            f"the hub at {endpoint} cannot be reached", why=one_line(error),
             fix="check the network (HF_ENDPOINT, proxies) and push again; files already uploaded are not sent again",
         ) from error  # fmt: skip
 

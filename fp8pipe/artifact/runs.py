@@ -16,7 +16,7 @@ from pydantic import Field, ValidationError
 from fp8pipe.artifact.gate import Comparison, Gate, Verdict, worst
 from fp8pipe.artifact.record import read_checked, write_checked
 from fp8pipe.core.config import FrozenConfig
-from fp8pipe.core.errors import BadArtifactError
+from fp8pipe.core.errors import BadArtifactError, one_line
 
 __all__ = ["RUN_NAME", "RunRecord", "StageRecord", "read_run", "write_run"]
 
@@ -88,7 +88,7 @@ def read_run(directory: Path) -> RunRecord:
         ) from error
     except (ValueError, KeyError, TypeError, AttributeError, ValidationError) as error:
         raise BadArtifactError(
-            f"{path} is not a record of a run", why=" ".join(str(error).split())[:300], fix="run the recipe again"
+            f"{path} is not a record of a run", why=one_line(error), fix="run the recipe again"
         ) from error
 
 

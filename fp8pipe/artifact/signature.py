@@ -18,7 +18,7 @@ from pydantic import Field, model_validator
 
 from fp8pipe.artifact.finding import Check, Finding
 from fp8pipe.core.config import Flag, FrozenConfig
-from fp8pipe.core.errors import BadArtifactError, ConfigurationError, MissingCapabilityError
+from fp8pipe.core.errors import BadArtifactError, ConfigurationError, MissingCapabilityError, one_line
 
 __all__ = ["Trust", "check_signature", "sign", "signature_path"]
 
@@ -124,7 +124,7 @@ def sign(
         config.sign(path, output)
     except (ValueError, TypeError, OSError) as error:
         raise ConfigurationError(
-            f"{path} cannot be signed", why=" ".join(str(error).split())[:300] or type(error).__name__,
+            f"{path} cannot be signed", why=one_line(error),
             fix="give a private key of an elliptic curve in PEM form, and its password if it has one",
         ) from error  # fmt: skip
     return output
@@ -159,7 +159,7 @@ def check_signature(
             config.use_certificate_verifier(certificate_chain=certificates)
     except (ValueError, TypeError, OSError) as error:
         raise ConfigurationError(
-            "the key or certificate cannot be used", why=" ".join(str(error).split())[:300], fix="give it in PEM form"
+            "the key or certificate cannot be used", why=one_line(error), fix="give it in PEM form"
         ) from error
     try:
         config.verify(path, signature)

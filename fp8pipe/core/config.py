@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Final, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 
-from fp8pipe.core.errors import ConfigurationError
+from fp8pipe.core.errors import ConfigurationError, one_line
 
 if TYPE_CHECKING:
     import yaml
@@ -140,7 +140,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         ) from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigurationError(
-            f"{path} is not valid YAML", why=" ".join(str(error).split()), fix="correct the line named above"
+            f"{path} is not valid YAML", why=one_line(error, None), fix="correct the line named above"
         ) from error
     if loaded is None:
         return {}

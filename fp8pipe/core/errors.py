@@ -86,5 +86,27 @@ def word(path: Path | str) -> str:
 
 def class_and_first_line(error: BaseException) -> str:
     """The name of an error's class, and the first line of its message if it has one."""
-    kind, line = type(error).__name__, first_line(error)
+    return _with_class(error, first_line(error))
+
+
+def one_line(error: BaseException, most: int | None = 300) -> str:
+    """An error's whole message on one line, for libraries whose first line says little.
+
+    Args:
+        error: the error.
+        most: characters that are kept; None keeps all.
+
+    Returns:
+        The message with single spaces in place of all white space; the name of the error's class if it has none.
+    """
+    return " ".join(str(error).split())[:most] or type(error).__name__
+
+
+def class_and_one_line(error: BaseException, most: int | None = 300) -> str:
+    """The name of an error's class, and its message as `one_line` gives it if it has one."""
+    return _with_class(error, one_line(error, most))
+
+
+def _with_class(error: BaseException, line: str) -> str:
+    kind = type(error).__name__
     return kind if line == kind else f"{kind}: {line}"

@@ -9,7 +9,7 @@ import socket
 import traceback
 from typing import Any, Final
 
-from fp8pipe.core.errors import ConfigurationError, Fp8PipeError, MissingCapabilityError
+from fp8pipe.core.errors import ConfigurationError, Fp8PipeError, MissingCapabilityError, one_line
 
 __all__ = ["connect", "describe", "described_error"]
 
@@ -80,6 +80,6 @@ def _require_reachable(address: str) -> None:
 def _unreachable(address: str, error: Exception) -> MissingCapabilityError:
     return MissingCapabilityError(
         f"the Ray cluster at {address!r} cannot be reached",
-        why=" ".join(str(error).split())[:300],
+        why=one_line(error),
         fix="start one with `ray start --head`, or use --ray local; if it has tokens, set RAY_AUTH_MODE=token",
     )

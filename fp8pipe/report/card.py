@@ -18,7 +18,7 @@ from fp8pipe.artifact import MANIFEST_NAME, Artifact, ArtifactWriter, Gate, Laye
 from fp8pipe.artifact.gate import failures
 from fp8pipe.artifact.kinds import Details, TunedDetails, VitDetails
 from fp8pipe.core.config import FrozenConfig
-from fp8pipe.core.errors import ConfigurationError
+from fp8pipe.core.errors import ConfigurationError, one_line
 
 __all__ = ["CARD_FILE", "CardFacts", "write_card"]
 
@@ -237,7 +237,7 @@ def _front(card: Path) -> dict[str, Any]:
         loaded = yaml.safe_load(found[1]) if found else None
     except yaml.YAMLError as error:
         raise ConfigurationError(
-            f"{card} has no valid front matter", why=" ".join(str(error).split())[:300], fix="correct it, or remove it"
+            f"{card} has no valid front matter", why=one_line(error), fix="correct it, or remove it"
         ) from error
     return loaded if isinstance(loaded, dict) else {}
 

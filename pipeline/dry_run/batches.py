@@ -11,7 +11,7 @@ from fp8pipe.artifact.kinds import PackingFacts
 from fp8pipe.models.language.structure import model_class
 from fp8pipe.models.language.unstacking import unstack_experts
 from pipeline.dry_run.activations import layer_count, with_layers
-from pipeline.finetune.batches import Batches
+from pipeline.finetune.batches import Batch, Batches
 from pipeline.finetune.packing import find_packing
 
 _LOOKED_AT: Final = 512  # maximum number of batches searched for the largest
@@ -44,6 +44,13 @@ def batch_sizes(batches: Batches, used: int) -> BatchSizes:
     largest = seen[sizes.index(max(sizes))]
     rows, length = largest.input_ids.shape
     return BatchSizes(len(batches), rows, length, largest.answer_tokens, sum(sizes) / len(sizes) / max(sizes))
+
+
+def largest_with_images(batches: Batches, used: int) -> Batch | None:
+    """The longest of the first `used` batches that have images; of a long run only some hundreds are read."""
+    seen = (batches.at(index) for index in range(min(used, _LOOKED_AT)))
+    pictured = (batch for batch in seen if batch.image_inputs is not None)
+    return max(pictured, key=lambda batch: batch.input_ids.numel(), default=None)
 
 
 def probe_packing(settings: Any, dtype: torch.dtype, weights: int, batches: Batches) -> PackingFacts | None:

@@ -45,8 +45,8 @@ def phase_bytes(work: Workload) -> Mapping[str, int]:
     moments = held_moments([group.width for group in work.groups]) if work.compensated else 0
     return {
         "prepare": _prepare(work, largest, head),
-        "step": base + _STATES * work.trained + activation_bytes(work) + max(head, _layer(work)),
-        "final merge": optimizer + moments + _merge(work, merged),
+        "step": base + _STATES * work.trained + _pass(work, head),
+        "final merge": optimizer + moments + max(_merge(work, merged), merged + work.tower),
         "write": optimizer + (merged if work.method == "falqon" else work.itemsize * work.weights) + work.shard,
     }
 
@@ -73,8 +73,8 @@ def _shared_phases(work: Workload, largest: Group) -> Mapping[str, int]:
     spilled = min(SHARD_BYTES, work.codes) + 2 * _codes_and_b(work, largest)
     return {
         "prepare": _prepare(replace(work, filed=True), largest, head),
-        "step": static + held["sharded_adapter_bytes"] + gathered + activation_bytes(work) + max(head, _layer(work)),
-        "final merge": static + optimizer + moments + max(collected, rounded),
+        "step": static + held["sharded_adapter_bytes"] + gathered + _pass(work, head),
+        "final merge": static + optimizer + moments + max(collected, rounded, work.tower),
         "write": static + optimizer + adapter + max(spilled, work.shard),
     }
 
@@ -95,7 +95,7 @@ def _shared_baseline(work: Workload, head: int) -> Mapping[str, int]:
     spilled = min(_SPILLED, _BF16 * work.weights) + gathered // work.layers + merged
     return {
         "prepare": _loaded(work) + packed + scales + _FP32 * work.trained,
-        "step": static + held["sharded_adapter_bytes"] + gathered + activation_bytes(work) + max(head, _layer(work)),
+        "step": static + held["sharded_adapter_bytes"] + gathered + _pass(work, head),
         "final merge": static + optimizer + gathered + merged,
         "write": static + optimizer + max(spilled, work.shard),
     }
@@ -167,6 +167,11 @@ def activation_bytes(work: Workload) -> int:
     return work.layers * work.tokens * work.hidden * work.itemsize + whole // work.layers
 
 
+def _pass(work: Workload, head: int) -> int:
+    """Forward and backward pass of the decoder, or before it the vision tower, which keeps nothing but its features."""
+    return max(activation_bytes(work) + max(head, _layer(work)), work.tower)
+
+
 def _head(work: Workload) -> int:
     """Logits and their gradient, and the fp32 chunks of the loss."""
     logits = work.answers * work.vocabulary
@@ -208,7 +213,8 @@ def _prepare(work: Workload, largest: Group, head: int) -> int:
     converted = result + work.directions + per_weight * largest.weights
     converted += min(SHARD_BYTES, work.codes) if work.filed else 0
     converted = converted if elsewhere else loaded + converted // 2
-    return max(loaded + observed + work.directions, converted, result + _stack(work))
+    seen = max(observed, work.tower if work.gradients else 0)
+    return max(loaded + seen + work.directions, converted, result + _stack(work))
 
 
 def _merge(work: Workload, base: int) -> int:

@@ -63,6 +63,7 @@ class Workload:
         processes: number of processes that train the model together.
         shards: number of processes among which each copy of the parameters is divided.
         moments: bytes of the optimizer's two moments per trained value; counted in several processes only.
+        tower: bytes that the images of a micro-batch take while a frozen vision tower computes their features.
         packed_on_host: QLoRA's weights are on the host from their quantization until they are sharded.
     """
 
@@ -91,6 +92,7 @@ class Workload:
     shards: int = 1
     moments: int = 8
     packed_on_host: bool = False
+    tower: int = 0
 
     @property
     def weights(self) -> int:

@@ -19,15 +19,17 @@ from fp8pipe.models.language.sources import ModelSource
 from fp8pipe.models.language.structure import ModelStructure
 from fp8pipe.numerics.bf16 import widen_bf16_products
 from pipeline.dry_run.activations import layer_count, saved_bytes
-from pipeline.dry_run.batches import BatchSizes, batch_sizes, probe_packing
+from pipeline.dry_run.batches import BatchSizes, batch_sizes, largest_with_images, probe_packing
 from pipeline.dry_run.costs import CONTEXT_BYTES
 from pipeline.dry_run.disk import DiskNeed, disk_need
 from pipeline.dry_run.memory import mapped_bytes, phase_bytes, shares, static_bytes, sums_bytes
 from pipeline.dry_run.rates import measure_rates
 from pipeline.dry_run.times import Schedule, phase_seconds
+from pipeline.dry_run.towers import tower_bytes
 from pipeline.dry_run.workload import Group, Workload
 from pipeline.falqon.grouped import fits, has_kernel
 from pipeline.falqon.rules import FinalMerge, Initialisation
+from pipeline.finetune.batches import Batch
 from pipeline.finetune.config import FinetuneConfig
 from pipeline.finetune.kv_cache import CALIBRATION_RECORDS, HELDOUT_RECORDS
 from pipeline.finetune.loading import waits_on_host
@@ -44,8 +46,12 @@ _PACKING: Final = {
 }
 _MAPPED: Final = "mapped: weights in memory that the system drops and reads again from their files when it is short"
 _TOWER: Final = (
-    "the tokens of images are counted; not counted are memory and time of the vision tower, which is not trained, and "
-    "the reading of image files"
+    "the tokens of images and the memory of the vision tower are counted; not counted are its time and the reading of "
+    "image files"
+)
+_UNKNOWN_TOWER: Final = (
+    "the tokens of images are counted; the memory of this model's vision tower could not be, since its code depends on "
+    "values; nor are its time and the reading of image files"
 )
 _EACH: Final = (
     "memory is that of each process, the most of any; time is not estimated, as it depends on the links between them"
@@ -100,6 +106,7 @@ def estimate_needs(
     dtype, on_cpu = getattr(torch, config.dtype), config.device == "cpu"
     text, packing, warning = _packed(config, settings, structure, text)
     train = batch_sizes(text.train, config.steps * config.gradient_accumulation)
+    tower = _tower(settings, dtype, largest_with_images(text.train, config.steps * config.gradient_accumulation))
     base = read_base(source.path)
     trained = {f"{name}.weight" for name in names.values()}
     shards = output_sizes(config, base.entries, trained)
@@ -108,7 +115,7 @@ def estimate_needs(
     work = _workload(config, settings, structure, train, saved, shards)
     others = sum(entry.size_bytes for name, entry in base.entries.items() if name not in trained)
     mapped = plain and on_cpu and all(DTYPES[entry.dtype] == dtype for entry in base.entries.values())
-    work = replace(work, stored=(work.weights * dtype.itemsize, others), mapped=mapped)
+    work = replace(work, stored=(work.weights * dtype.itemsize, others), mapped=mapped, tower=tower or 0)
     work = work if processes == 1 else _shared(work, processes, config)
     disk = disk_need(
         work, shards=shards, tensors=len(base.entries), sidecars=sidecar_bytes(source.path, BASE_MODEL_FILES),
@@ -122,7 +129,7 @@ def estimate_needs(
     uncounted = "" if saved is not None else "; the activations of this architecture could not be counted"
     notes = (
         *((warning,) if warning else ()),
-        *((_TOWER,) if text.train.has_images else ()),
+        *((_UNKNOWN_TOWER if tower is None else _TOWER,) if text.train.has_images else ()),
         f"memory{'' if on_cpu else ' (of the GPU)'} and disk are estimated from shapes, within about 20 %; memory is "
         f"largest in the phase {largest!r}{uncounted}",
         *((_MAPPED,) if work.mapped else ()),
@@ -132,6 +139,12 @@ def estimate_needs(
     return Needs(
         peak, mapped_bytes(work), disk, sums_bytes(work), seconds, packing, shares(work) if processes > 1 else {}, notes
     )
+
+
+def _tower(settings: Any, dtype: torch.dtype, batch: Batch | None) -> int | None:
+    """Bytes that the vision tower takes for a batch; None if they cannot be counted."""
+    read = None if batch is None else batch.image_inputs
+    return 0 if read is None else tower_bytes(settings, dtype, read())
 
 
 def _shared(work: Workload, processes: int, config: FinetuneConfig) -> Workload:
@@ -201,10 +214,15 @@ def _workload(
 
 
 def _expert_share(text: Any) -> float:
-    """The fraction of tokens that an expert receives on average."""
-    numbers = (getattr(text, name, None) for name in ("num_local_experts", "num_experts", "n_routed_experts"))
-    count = next((number for number in numbers if number), 1)
-    return min(1.0, int(getattr(text, "num_experts_per_tok", count)) / int(count))
+    """The fraction of tokens that an expert receives on average; the most of any layer."""
+    count = _number(text, "num_local_experts", "num_experts", "n_routed_experts") or 1
+    return min(1.0, (_number(text, "num_experts_per_tok", "top_k_experts") or count) / count)
+
+
+def _number(text: Any, *names: str) -> int:
+    """The first of these settings that is given, or its largest value if layers have their own (Hunyuan); else 0."""
+    given = next((value for name in names if (value := getattr(text, name, None))), 0)
+    return max(given) if isinstance(given, list | tuple) else int(given)
 
 
 def _together(

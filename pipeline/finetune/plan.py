@@ -13,7 +13,7 @@ from fp8pipe.core.devices import resolve_device
 from fp8pipe.core.machine import format_bytes
 from fp8pipe.core.plan import Missing, Plan, missing_disk, missing_memory, missing_packages
 from fp8pipe.models.checkpoint.names import checkpoint_names
-from fp8pipe.models.language.base import check_base
+from fp8pipe.models.language.base import check_base, unknown_tensors
 from fp8pipe.models.language.ending import read_ending
 from fp8pipe.models.language.sources import resolve_model
 from fp8pipe.models.language.structure import load_config, model_class
@@ -65,7 +65,9 @@ def plan_finetune(config: FinetuneConfig, output: Path | None = None) -> Plan:
     unstack_experts(model)
     structure = read_convertible(model, config.rank)
     names = checkpoint_names(source.path, structure.naming, structure.trainable)
-    warnings = export_warnings(source.path, config.method, names.values())
+    warnings = [
+        *unknown_tensors(source.path, structure), *export_warnings(source.path, config.method, names.values())
+    ]  # fmt: skip
     shapes = [structure.shape(name) for name in structure.trainable]
     missing = (*missing_packages(_packages(config)), *missing_trackers(config.report_to))
     base = 0 if config.method != "falqon" else base_bytes(

@@ -28,7 +28,7 @@ from fp8pipe.core.plan import by_reason, enter_phase, refuse_impossible
 from fp8pipe.core.progress import track
 from fp8pipe.models.checkpoint.names import checkpoint_names
 from fp8pipe.models.checkpoint.quantized.base import read_base
-from fp8pipe.models.language.base import check_base, check_values
+from fp8pipe.models.language.base import check_base, check_values, unknown_tensors
 from fp8pipe.models.language.sources import ModelSource, resolve_model
 from fp8pipe.numerics.bf16 import widen_bf16_products
 from pipeline.falqon.base_files import BaseFiles
@@ -122,7 +122,9 @@ def tune(
         model = load_model(config, source, shared=processes.size > 1)
         structure = read_convertible(model, config.rank)
         names = checkpoint_names(source.path, structure.naming, structure.trainable)
-        for warning in export_warnings(source.path, config.method, names.values()):
+        for warning in [
+            *unknown_tensors(source.path, structure), *export_warnings(source.path, config.method, names.values())
+        ]:  # fmt: skip
             writer.warn(warning)
         text = _keep_apart(config, model, text)
         if warning := packing_warning(text.packing):

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from fp8pipe.artifact import Artifact
-from fp8pipe.core.errors import Fp8PipeError, InterruptedRunError, MissingCapabilityError
+from fp8pipe.core.errors import Fp8PipeError, InterruptedRunError, MissingCapabilityError, class_and_one_line
 from pipeline.tracking.tracker import Ending, Figures, Subject, Tracker
 
 TRACKERS_FILE: Final = "trackers.json"  # in the unfinished directory; no part of the artifact
@@ -185,4 +185,4 @@ def _read(file: Path) -> dict[str, Any]:
 
 
 def _brief(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    return class_and_one_line(error)

@@ -24,6 +24,7 @@ from fp8pipe.core.errors import (
     MissingCapabilityError,
     OutOfMemoryError,
     first_line,
+    one_line,
 )  # fmt: skip
 from fp8pipe.core.ray_cluster import connect, described_error
 from fp8pipe.core.version import __version__
@@ -247,7 +248,7 @@ def _in_words(needs: Mapping[str, float]) -> str:
 
 def _shown(error: Exception) -> str:
     """The message of an error of Ray, on one line: its first one alone says little."""
-    return " ".join(str(error).split())[:300] or first_line(error)
+    return one_line(error)
 
 
 def _last_line(error: Exception) -> str:

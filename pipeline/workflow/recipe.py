@@ -33,7 +33,7 @@ import yaml
 from pydantic import Field, field_validator, model_validator
 
 from fp8pipe.core.config import FrozenConfig, assign, build_config, read_yaml
-from fp8pipe.core.errors import ConfigurationError
+from fp8pipe.core.errors import ConfigurationError, one_line
 from pipeline.workflow.resources import Resources
 
 __all__ = [
@@ -253,7 +253,7 @@ def _parse_override(text: str) -> tuple[str, Any]:
         return dotted.strip(), yaml.safe_load(value)
     except yaml.YAMLError as error:
         raise ConfigurationError(
-            f"--set {text} cannot be read", why=" ".join(str(error).split()), fix="quote the value"
+            f"--set {text} cannot be read", why=one_line(error, None), fix="quote the value"
         ) from error
 
 

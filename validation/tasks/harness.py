@@ -17,7 +17,7 @@ from typing import Any, Final
 
 from lm_eval.api.model import TemplateLM
 
-from fp8pipe.core.errors import BadArtifactError, ConfigurationError
+from fp8pipe.core.errors import BadArtifactError, ConfigurationError, class_and_one_line
 from validation.tasks.record import EvaluateConfig, TaskScore
 from validation.tasks.scoring import Continuation, Scorer
 
@@ -172,7 +172,7 @@ def _load(config: EvaluateConfig) -> Any:
     except Exception as error:
         raise ConfigurationError(
             f"the tasks {', '.join(config.tasks)} cannot be loaded",
-            why=f"{type(error).__name__}: {' '.join(str(error).split())[:500]}",
+            why=class_and_one_line(error, 500),
             fix="check the task's file and its data; the harness's own data sets come from the hub",
         ) from error
 

@@ -31,7 +31,7 @@ from exporters.tensorrt.language.target import WHOLE_BYTES
 from exporters.tensorrt.parity import typed_gates
 from exporters.tensorrt.target import Base
 from fp8pipe.artifact import Gate, at_most
-from fp8pipe.core.errors import BadArtifactError
+from fp8pipe.core.errors import BadArtifactError, one_line
 from fp8pipe.models.language.text import Encoded
 
 # Largest error of a decoder layer relative to its largest output. Sums in float32 differ by some 1e-6. Constants of the
@@ -124,7 +124,7 @@ def check_structure(path: Path) -> None:
         onnx.checker.check_model(str(path), full_check=True)
     except Exception as error:  # the checker and the inference raise errors of no common type
         raise BadArtifactError(
-            "ONNX's checker refuses the written graph", why=" ".join(str(error).split())[:600],
+            "ONNX's checker refuses the written graph", why=one_line(error, 600),
             fix="use versions of torch, onnxscript and transformers that this project was tested with",
         ) from error  # fmt: skip
 

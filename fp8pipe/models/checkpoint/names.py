@@ -111,6 +111,14 @@ def naming_of(model: nn.Module, tensors: Iterable[str]) -> Naming:
     return Naming(prefix, frozenset(tensors), modules, experts, tuple(rules))
 
 
+def discarded_patterns(model: nn.Module) -> tuple[str, ...]:
+    """Regular expressions for tensors of old checkpoints that transformers ignores, because the model computes them."""
+    buffers = [name for name, _ in model.named_buffers()]
+    computed = {"rotary_emb.inv_freq": r"rotary_emb\.inv_freq$", "position_ids": r"(^|\.)position_ids$"}
+    named = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
+    return (*named, *(rule for end, rule in computed.items() if any(name.endswith(end) for name in buffers)))
+
+
 def checkpoint_names(root: Path, naming: Naming, modules: Iterable[str]) -> dict[str, str]:
     """Map the names of modules in the model to their names in the checkpoint.
 

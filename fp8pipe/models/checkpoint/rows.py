@@ -17,7 +17,7 @@ from typing import Final, TypeVar
 import torch
 from torch import Tensor
 
-from fp8pipe.models.checkpoint.tensors import TensorEntry
+from fp8pipe.models.checkpoint.tensors import DTYPES, PLAIN_FLOATS, TensorEntry
 from fp8pipe.numerics.grids import same_bits
 
 __all__ = ["each", "read_rows", "row_blocks", "same_values"]
@@ -47,10 +47,15 @@ def read_rows(entry: TensorEntry, rows: range) -> Tensor:
 
 
 def same_values(a: TensorEntry, b: TensorEntry) -> bool:
-    """Whether two tensors have the same dtype, shape and bits; only a few blocks of each are in memory at a time."""
-    if (a.dtype, a.shape) != (b.dtype, b.shape):
+    """Whether two tensors have the same shape and values; only a few blocks of each are in memory at a time.
+
+    Two dtypes of unquantized floats are compared in one that holds both exactly; other dtypes must be equal. -0 differs
+    from 0, and a NaN equals the same NaN.
+    """
+    if a.shape != b.shape or (a.dtype != b.dtype and not {a.dtype, b.dtype} <= PLAIN_FLOATS):
         return False
-    return all(each(lambda rows: same_bits(read_rows(a, rows), read_rows(b, rows)), row_blocks(a)))
+    wider = torch.promote_types(DTYPES[a.dtype], DTYPES[b.dtype])
+    return all(each(lambda rows: same_bits(read_rows(a, rows).to(wider), read_rows(b, rows).to(wider)), row_blocks(a)))
 
 
 def each(work: Callable[[T], R], items: Iterable[T]) -> Generator[R, None, None]:

@@ -13,13 +13,13 @@ from typing import Any, Final
 
 from fp8pipe.core.errors import ConfigurationError, class_and_first_line
 from fp8pipe.models.checkpoint.quantized.base import base_entries
+from fp8pipe.models.checkpoint.rows import same_values
 from fp8pipe.models.checkpoint.sidecars import read_config
 from fp8pipe.models.checkpoint.tensors import TensorEntry, read_tensor
 from fp8pipe.models.checkpoint.values import refuse_not_finite
 from fp8pipe.models.compat import import_transformers
 from fp8pipe.models.language.experts import check_expert_counts
 from fp8pipe.models.language.structure import ModelStructure, Role, load_config, read_structure
-from fp8pipe.numerics.grids import same_bits
 
 _VOCABULARIES: Final = ("tokenizer.json", "*.model", "vocab.*", "*.tiktoken", "tekken.json")
 _SHOWN: Final = 3
@@ -74,6 +74,29 @@ def _is_missing(name: str, structure: ModelStructure, stored: dict[str, TensorEn
     return needed and name not in structure.buffers | joined and not same & stored.keys()
 
 
+def unknown_tensors(directory: Path, structure: ModelStructure) -> list[str]:
+    """Warn of tensors in a checkpoint that the model does not have; reads only headers.
+
+    Not meant are those of old checkpoints that transformers knows, and layers that predict further tokens.
+
+    Args:
+        directory: the model's directory.
+        structure: the model's structure.
+
+    Returns:
+        One warning, or none.
+    """
+    table = structure.naming.table(base_entries(directory))
+    unknown = [name for name, known in table.items() if known.name not in structure.tensors
+               and not structure.is_discarded(known.name) and not _is_beyond(known.name, structure)]  # fmt: skip
+    if not unknown:
+        return []
+    return [
+        f"{len(unknown)} tensor(s) of the checkpoint belong to no part of a {structure.architecture}, the first: "
+        f"{unknown[0]}; transformers ignores them, exports hold them unchanged, and vLLM may refuse to load them"
+    ]
+
+
 def check_values(directory: Path, origin: str, structure: ModelStructure) -> None:
     """Reject non-finite weights, and tied weights that are stored twice with different values; reads every tensor.
 
@@ -91,7 +114,7 @@ def check_values(directory: Path, origin: str, structure: ModelStructure) -> Non
     stored = {known.name: entries[name] for name, known in table.items() if known.whole}
     for tied, original in structure.tied.items():
         copies = [stored[name] for name in (tied, original) if name in stored]
-        if len(copies) > 1 and not same_bits(*map(read_tensor, copies)):
+        if len(copies) > 1 and not same_values(*copies):
             raise ConfigurationError(
                 f"{origin} contains two different copies of a tied weight",
                 why=f"config.json ties {copies[0].name} and {copies[1].name}, whose values in the checkpoint differ",

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from fp8pipe.core.errors import class_and_one_line
 from fp8pipe.models.checkpoint.sidecars import read_config
 from fp8pipe.models.compat import import_transformers
 from fp8pipe.models.language.text import TemplateInfo, template_info
@@ -178,5 +179,5 @@ def _endless(mark: str) -> str:
 
 
 def _unknown(error: Exception) -> str:
-    why = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+    why = class_and_one_line(error, 200)
     return f"cannot determine whether engines stop at the end of an answer: {why}"

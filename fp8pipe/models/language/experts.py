@@ -5,8 +5,8 @@ expert separately, and engines read them that way. Once unstacked (`unstacking`)
 ordinary linear layer with its own scale and adapter, which the same code trains, quantizes and exports as any other. An
 expert that receives no tokens has no gradient and stays unchanged.
 
-Routers are recognized by their structure rather than by name: a router is a sibling of the experts module, and its
-weight has one row per expert.
+Routers are recognized by their structure rather than by name: a router is a sibling of the experts module, or the only
+linear layer of one, and its weight has one row per expert.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from torch import Tensor, nn
 from fp8pipe.core.errors import ConfigurationError
 
 __all__ = [
-    "PROJECTIONS", "Expert", "StackedExpert", "UnstackedExperts", "call_every_expert", "check_expert_counts",
-    "expert_of", "find_routers", "in_experts", "joins_experts", "wrong_expert_settings",
+    "EXPERTS_PER_TOKEN", "PROJECTIONS", "Expert", "StackedExpert", "UnstackedExperts", "call_every_expert",
+    "check_expert_counts", "expert_of", "find_routers", "in_experts", "joins_experts", "wrong_expert_settings",
 ]  # fmt: skip
 
 # The stacks of transformers' modules, and the layers of an expert that each holds.
 PROJECTIONS: Final = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
 # Settings of config.json: the number of experts of a layer, and how many of them a token goes to.
 _COUNTS: Final = ("num_local_experts", "num_experts", "n_routed_experts")
-_CHOSEN: Final = "num_experts_per_tok"
+EXPERTS_PER_TOKEN: Final = "num_experts_per_tok"
 _MERGE: Final = "MergeModulelist"  # transformers' operation that stacks separately stored tensors
 _CONCATENATE: Final = "Concatenate"
 
@@ -146,7 +146,10 @@ def expert_of(rule: Any, stored: str, pattern: str, joined: str) -> str | None:
 
 
 def find_routers(model: nn.Module) -> frozenset[str]:
-    """Names of the routers: siblings of an experts module that have a 2-D weight with one row per expert."""
+    """Names of the routers: those whose 2-D weight has one row per expert, among the siblings of an experts module.
+
+    A router is such a sibling itself, or the one linear layer that the sibling holds.
+    """
     routers = set()
     for name, module in model.named_modules():
         count = _expert_count(module)
@@ -154,10 +157,17 @@ def find_routers(model: nn.Module) -> frozenset[str]:
             continue
         parent = name.rpartition(".")[0]
         for child, sibling in model.get_submodule(parent).named_children():
-            weight = dict(sibling.named_parameters(recurse=False)).get("weight")
-            if sibling is not module and weight is not None and weight.dim() == 2 and weight.shape[0] == count:
-                routers.add(f"{parent}.{child}")
+            inside = [] if sibling is module else _only_weight(sibling)
+            routers.update(f"{parent}.{child}{leaf}" for leaf, weight in inside if weight.shape[0] == count)
     return frozenset(routers)
+
+
+def _only_weight(module: nn.Module) -> list[tuple[str, Tensor]]:
+    """A module's own 2-D weight or the only one in it, after the name of its owner in `module`: "" or ".gate"."""
+    found = [(name, parameter) for name, parameter in module.named_parameters() if parameter.dim() >= 2]
+    own = [(name, parameter) for name, parameter in found if name == "weight"]
+    chosen = own or (found if len(found) == 1 and found[0][0].endswith(".weight") else [])
+    return [(f".{name}".removesuffix(".weight"), parameter) for name, parameter in chosen if parameter.dim() == 2]
 
 
 def _expert_count(module: nn.Module) -> int | None:
@@ -215,9 +225,9 @@ def wrong_expert_settings(config: Any, place: str = "") -> Iterator[str]:
     counts = {name: config[name] for name in _COUNTS if isinstance(config.get(name), int)}
     if len(set(counts.values())) > 1:
         yield " and ".join(f"{place}{name} is {count}" for name, count in counts.items())
-    chosen, count = config.get(_CHOSEN), min(counts.values(), default=0)
+    chosen, count = config.get(EXPERTS_PER_TOKEN), min(counts.values(), default=0)
     if isinstance(chosen, int) and count and not 1 <= chosen <= count:  # without experts it has no meaning
-        yield f"{place}{_CHOSEN} is {chosen}, of {count} experts"
+        yield f"{place}{EXPERTS_PER_TOKEN} is {chosen}, of {count} experts"
     for key, value in config.items():
         yield from wrong_expert_settings(value, f"{place}{key}.")
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from fp8pipe.core.errors import ConfigurationError
 from fp8pipe.models.checkpoint.blame import unusable
-from fp8pipe.models.checkpoint.names import Naming, naming_of
+from fp8pipe.models.checkpoint.names import Naming, discarded_patterns, naming_of
 from fp8pipe.models.checkpoint.sidecars import read_config
 from fp8pipe.models.checkpoint.stacks import join_stacks
 from fp8pipe.models.compat import import_transformers
@@ -218,7 +218,7 @@ def structure_of(model: nn.Module) -> ModelStructure:
         loose=tuple(loose),
         embedding=names.get(id(embedding)) if embedding is not None else None,
         buffers=frozenset(tensors.keys() - parameters.keys()),
-        discarded=tuple(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()),
+        discarded=discarded_patterns(model),
         naming=naming_of(model, tensors),
     )
 

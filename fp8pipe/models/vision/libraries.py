@@ -20,6 +20,7 @@ from fp8pipe.core.errors import (
     ConfigurationError,
     MissingCapabilityError,
     class_and_first_line,
+    class_and_one_line,
     first_line,
 )
 from fp8pipe.models.checkpoint.sidecars import read_config
@@ -300,7 +301,7 @@ def _load(folder: Path, name: str, config: Mapping[str, Any]) -> Any:
 def _why_not(error: Exception) -> str:
     if "ignore_mismatched_sizes" in str(error):
         return "weights have other shapes than config.json says; are there as many names in id2label as outputs?"
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    return class_and_one_line(error, 200)
 
 
 def _class_name(config: Mapping[str, Any], folder: Path) -> str:

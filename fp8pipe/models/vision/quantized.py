@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from fp8pipe.artifact.manifest import Encoding, LayerRecord, ScaleRule
 from fp8pipe.core.config import FrozenConfig
-from fp8pipe.core.errors import BadArtifactError
+from fp8pipe.core.errors import BadArtifactError, class_and_one_line
 from fp8pipe.models.vision.architecture import ARCHITECTURE_FILE, Architecture, build
 from fp8pipe.models.vision.attention import explicit_attention, intercept_attention
 from fp8pipe.models.vision.prepare import vision_outputs
@@ -233,7 +233,7 @@ def load_quantized(folder: Path) -> QuantizedVit:
     except (OSError, SafetensorError, KeyError, ValueError, RuntimeError, json.JSONDecodeError) as error:
         raise BadArtifactError(
             f"{folder} does not hold a quantized vision model",
-            why=" ".join(f"{type(error).__name__}: {error}".split())[:600],
+            why=class_and_one_line(error, 600),
             fix="write the artifact again",
         ) from error
 

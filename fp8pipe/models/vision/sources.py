@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from fp8pipe.core.errors import BadArtifactError, ConfigurationError
+from fp8pipe.core.errors import BadArtifactError, ConfigurationError, one_line
 from fp8pipe.models.samples import focus_onnx, sample_name
 from fp8pipe.models.vision.architecture import ARCHITECTURE_FILE, Architecture, build, usual_activation
 from fp8pipe.models.vision.preprocessing import PREPROCESSING_FILE, Preprocessing, read_model_file, write_model_file
@@ -81,7 +81,7 @@ class VisionModel:
         except RuntimeError as error:
             raise BadArtifactError(
                 f"the weights of {origin} do not fit {architecture.name}",
-                why=" ".join(str(error).split())[:600],
+                why=one_line(error, 600),
                 fix="take weights and architecture from one place",
             ) from error
         return cls(model, architecture, preprocessing, origin, _digest(model, architecture, preprocessing), notes)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.quantization import QuantizationConfig
+from export_contents import raw
 from language_models import ARCHITECTURES
 from language_models import write as write_architecture
 from safetensors.torch import load_file, save_file
@@ -30,11 +31,6 @@ FAMILIES = ["llama", "qwen2"]
 
 def options(export_format: str, **changes: object) -> VllmExportOptions:
     return VllmExportOptions(format=export_format, **changes)  # type: ignore[arg-type]
-
-
-def raw(directory: Path) -> dict[str, Tensor]:
-    """All tensors as stored, by the safetensors library."""
-    return {k: v for file in sorted(directory.glob("model*.safetensors")) for k, v in load_file(file).items()}
 
 
 def dequantized(directory: Path) -> dict[str, Tensor]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,9 +12,10 @@ import torch
 from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig
 from compressed_tensors.quantization.quant_scheme import FP8_BLOCK
+from export_contents import config_of, raw
 from language_models import ARCHITECTURES
 from language_models import write as write_architecture
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from small_artifacts import details_of
 from tiny_checkpoints import quantize
 from torch import Tensor
@@ -41,15 +41,6 @@ LAYER = "model.layers.1.mlp.down_proj.weight"
 def family(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`plain` and `trained` (one scale a tensor), and the exports of both, `quantized` and `again`."""
     return export_both(tmp_path_factory.mktemp("blocks"), OPTIONS)
-
-
-def raw(root: Path) -> dict[str, Tensor]:
-    return load_file(root / "model.safetensors")
-
-
-def config_of(root: Path) -> dict[str, object]:
-    found: dict[str, object] = json.loads((root / "config.json").read_text())["quantization_config"]
-    return found
 
 
 def test_the_layout_is_that_of_the_preset(family: Path) -> None:

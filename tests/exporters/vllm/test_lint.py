@@ -15,6 +15,8 @@ from torch import Tensor
 from exporters.vllm.export import export_vllm, plan_export
 from exporters.vllm.lint import lint
 from exporters.vllm.options import ExportFormat, VllmExportOptions
+from exporters.vllm.plan import ExportPlan
+from exporters.vllm.warnings import plan_warnings
 from fp8pipe.artifact import write_checked
 from fp8pipe.artifact.finding import LintFindingsError
 from fp8pipe.core.errors import LintRefusedError
@@ -177,6 +179,21 @@ def test_orientation_that_contradicts_the_model(gpt2: Path, falqon: Callable[...
     with pytest.raises(LintFindingsError) as caught:
         export_vllm(source, tmp_path / "export", FP8)
     assert rules(caught) == {"orientation"}
+
+
+def test_one_row_of_values_is_a_vector(llama: Path, falqon: Callable[..., Path]) -> None:
+    biases = setting("model.layers.0.router.biases", torch.ones(1, 16))  # as Ernie 4.5 has them
+    assert lint(plan_export(falqon(llama, edit=biases), FP8)) == []
+
+
+def test_models_that_vllm_gave_up_are_refused_or_told(llama: Path, falqon: Callable[..., Path]) -> None:
+    def plan_of(kind: str) -> ExportPlan:
+        plan = plan_export(falqon(llama), BF16)
+        return replace(plan, structure=replace(plan.structure, architecture=kind))
+
+    assert [finding.rule for finding in lint(plan_of("MllamaForConditionalGeneration"))] == ["engine-lacks-model"]
+    assert lint(plan_of("MptForCausalLM")) == []
+    assert any("implements MptForCausalLM no longer" in said for said in plan_warnings(plan_of("MptForCausalLM")))
 
 
 def test_conv1d_that_no_loader_transposes(gpt2: Path, falqon: Callable[..., Path]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -15,9 +14,10 @@ from artifact_tree import rehash, without_parents
 from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.quantization import QuantizationConfig
 from compressed_tensors.quantization.quant_scheme import NVFP4A16
+from export_contents import config_of, raw
 from language_models import ARCHITECTURES
 from language_models import write as write_architecture
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 from trained_exports import export_both
 
@@ -47,15 +47,6 @@ FUSED = (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("mlp.gat
 def family(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`plain` and `trained` (FP8, one scale a tensor), and the exports of both, `quantized` and `again`."""
     return export_both(tmp_path_factory.mktemp("nvfp4"), OPTIONS)
-
-
-def raw(root: Path) -> dict[str, Tensor]:
-    return load_file(root / "model.safetensors")
-
-
-def config_of(root: Path) -> dict[str, object]:
-    found: dict[str, object] = json.loads((root / "config.json").read_text())["quantization_config"]
-    return found
 
 
 def verified(export: Path, *parents: Path) -> list[Finding]:

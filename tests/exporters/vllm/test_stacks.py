@@ -7,12 +7,14 @@ from pathlib import Path
 import pytest
 from language_models import ARCHITECTURES, write
 
-from exporters.vllm.foresee import plan_ahead
+from exporters.vllm.foresee import foresee, plan_ahead
 from exporters.vllm.lint import lint_structure
 from exporters.vllm.options import ExportFormat
 from exporters.vllm.warnings import plan_warnings
 from fp8pipe.artifact.kinds import FALQON_KIND, LORA_KIND
+from fp8pipe.core.errors import ConfigurationError
 from fp8pipe.models.language.base import check_base
+from pipeline.finetune.method import export_warnings
 
 # Families -> name of a stack, of the same weights of one expert, and the shape of their scales: vLLM transposes those
 # of gpt-oss together with the weights.
@@ -25,6 +27,19 @@ FAMILIES = {
 }  # fmt: skip
 RANDOM = "transformers would replace them by random ones"
 BIASES = "does not load FP8 experts with biases on GPUs"
+
+
+def test_no_format_holds_a_llama_4_of_two_experts_per_token(tmp_path: Path) -> None:
+    base = write(ARCHITECTURES["llama4"], tmp_path)
+    written = (base / "config.json").read_text(encoding="utf-8")
+    assert '"num_experts_per_tok": 1' in written
+    (base / "config.json").write_text(written.replace('per_tok": 1', 'per_tok": 2'), encoding="utf-8")
+    trained = check_base(base, "mine").trainable
+    found = foresee(base, FALQON_KIND, trained)
+    assert [finding.rule for finding in found["--target vllm"]] == ["experts-per-token"]
+    assert all("experts-per-token" in {finding.rule for finding in findings} for findings in found.values())
+    with pytest.raises(ConfigurationError, match="no export of the tuned model would be possible"):
+        export_warnings(base, "falqon", trained)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

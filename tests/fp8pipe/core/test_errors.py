@@ -47,3 +47,16 @@ def test_text_holds_the_parts_that_were_given(why, fix, lines):
 )
 def test_the_first_line_of_an_error_is_never_empty(error, line, with_class):
     assert (errors.first_line(error), errors.class_and_first_line(error)) == (line, with_class)
+
+
+@pytest.mark.parametrize(
+    ("error", "most", "line", "with_class"),
+    [
+        (ValueError(" one\n\ttwo  three\n"), 300, "one two three", "ValueError: one two three"),
+        (ValueError("one\ntwo"), 5, "one t", "ValueError: one t"),
+        (ValueError("x" * 400), None, "x" * 400, f"ValueError: {'x' * 400}"),
+        (ValueError(" \n"), 300, "ValueError", "ValueError"),
+    ],
+)
+def test_an_error_on_one_line_is_whole_up_to_a_limit_and_never_empty(error, most, line, with_class):
+    assert (errors.one_line(error, most), errors.class_and_one_line(error, most)) == (line, with_class)

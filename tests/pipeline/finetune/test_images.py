@@ -27,7 +27,7 @@ from fp8pipe.models.compat import import_transformers
 from fp8pipe.models.language.base import load_tokenizer
 from fp8pipe.models.language.sources import resolve_model
 from fp8pipe.models.language.text import ImagePrompts, encode, load_image_prompts, load_records
-from pipeline.finetune import stage
+from pipeline.finetune import needs, stage
 from pipeline.finetune.batches import Batches
 from pipeline.finetune.compiled import decoder_layers
 from pipeline.finetune.image_check import check_images
@@ -206,12 +206,17 @@ def test_a_run_is_not_resumed_with_a_changed_image(
     assert finetune(how, output, resume=True).manifest.details_of(TunedDetails).kv_cache is not None
 
 
-def test_a_plan_counts_the_tokens_of_images(bases: dict[str, Path], tmp_path: Path) -> None:
+def test_a_plan_counts_images_and_the_tower(
+    bases: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     data = write_colours(tmp_path, 12)
     how = config(bases["qwen25vl"], data, sequence_length=96, device="cpu")
     plan = plan_finetune(how, tmp_path / "tuned")
     assert "off: the data has images" in str(plan.facts["packing"])
-    assert any("the tokens of images are counted; not counted are memory and time" in note for note in plan.notes)
+    assert any("the tokens of images and the memory of the vision tower are counted" in note for note in plan.notes)
+    with monkeypatch.context() as patch:  # a tower that takes more than all else
+        patch.setattr(needs, "tower_bytes", lambda *_: 1 << 40)
+        assert plan_finetune(how, tmp_path / "tuned").peak_memory_bytes > max(1 << 40, plan.peak_memory_bytes)
     (tmp_path / "3.png").write_bytes(b"")
     with pytest.raises(ConfigurationError, match=r"the image of line 4, messages\[0\], part 1 cannot be used"):
         plan_finetune(how, tmp_path / "tuned")

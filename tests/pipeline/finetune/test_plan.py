@@ -59,6 +59,18 @@ def test_experts_are_planned_trained_and_exported_one_by_one(mixture, pairs, tmp
         open_language(artifact.root)
 
 
+def test_layers_may_choose_different_numbers_of_experts(make_base, pairs):
+    """As Hunyuan-A13B's config.json says it: one number for each layer."""
+    path = make_base()
+    transformers = import_transformers()
+    settings = transformers.HunYuanMoEV1Config(
+        vocab_size=272, hidden_size=64, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4, head_dim=16,
+        num_key_value_heads=2, num_experts=4, moe_topk=[1, 2], max_position_embeddings=512,
+    )  # fmt: skip
+    transformers.AutoModelForCausalLM.from_config(settings).to(torch.bfloat16).save_pretrained(path)
+    assert plan_finetune(config(path, pairs)).facts["layers"] == 2 * (4 + 3 + 4 * 3)  # attention, shared, experts
+
+
 def test_sides_that_no_fp8_kernel_takes_are_told_before_the_first_step(make_base, pairs, tmp_path, gpu_here):
     base = make_base(intermediate_size=88)
     (told,) = [note for note in plan_finetune(config(base, pairs)).notes if "dimension-multiple" in note]

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fp8pipe.artifact.stored_format import StoredFormat
 from fp8pipe.core.errors import ConfigurationError
+from fp8pipe.models.checkpoint.blame import unusable
 from fp8pipe.models.checkpoint.quantized.entries import Plain, dequantized, refuse_codes
 from fp8pipe.models.checkpoint.quantized.mxfp4 import dequantized_stacks
 from fp8pipe.models.checkpoint.quantized.nvfp4 import dequantized_nvfp4
@@ -90,6 +91,9 @@ def read_base(root: Path) -> BaseCheckpoint:
         BadArtifactError, ConfigurationError: a file is missing or damaged; see `unusable`.
     """
     config = read_config(root / "config.json")
+    if not isinstance(config.get("model_type", ""), str):
+        why = f"model_type is {config['model_type']!r}, not text"
+        raise unusable(root, f"{root / 'config.json'} names no architecture", why=why, fix="fetch the model again")
     scheme, entries = read_scheme(root), weight_entries(root)
     _refuse_single_experts(root, config, entries)
     if scheme is None:

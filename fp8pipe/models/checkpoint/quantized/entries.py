@@ -29,6 +29,7 @@ RUNTIME: Final = (
 )  # fmt: skip
 _ZERO_POINT: Final = ".weight_zero_point"
 _BUFFERS: Final = frozenset({"bias", "masked_bias", "position_ids", "token_type_ids", "mask"})
+_PARAMETERS: Final = frozenset({"weight", "bias"})
 _INTEGERS: Final = frozenset({"I8", "U8", "I16", "U16", "I32", "U32"})
 _SCALES: Final = PLAIN_FLOATS | {"F8_E8M0"}  # E8M0 scales are powers of two
 _SHOWN: Final = 3
@@ -116,7 +117,8 @@ def dequantized(root: Path, entries: Mapping[str, TensorEntry], scheme: Scheme, 
         ConfigurationError: a weight has codes that are not E4M3, no scale, a scale of the wrong shape, or a zero point
             other than 0; a scale belongs to no FP8 weight; or the checkpoint has no FP8 tensor at all.
     """
-    codes = {name: entry for name, entry in entries.items() if entry.dtype == "F8_E4M3"}
+    offsets = {name for name in entries if name.endswith(_ZERO_POINT)}  # early checkpoints hold them in FP8, too
+    codes = {name: entry for name, entry in entries.items() if entry.dtype == "F8_E4M3" and name not in offsets}
     if not codes:
         raise refusal(root, f"config.json declares {scheme.method}, but no tensor is in FP8")
     scales = {name: _scale(name, entries, scheme) for name in codes}
@@ -132,7 +134,7 @@ def dequantized(root: Path, entries: Mapping[str, TensorEntry], scheme: Scheme, 
         if scale is not None:
             granularities[name], block = _layout(root, entry, scale, scheme)
             table[name] = DequantizedEntry(name, dtype, entry.shape, entry.file, entry.start, scale, block)
-        elif name.endswith(_ZERO_POINT):
+        elif name in offsets:
             _refuse_offset(root, entry)
         elif name not in used and name not in runtime:
             table[name] = entry
@@ -195,10 +197,17 @@ def refuse_leftover_codes(root: Path, entries: Iterable[TensorEntry], method: st
 
 
 def _is_quantized(entry: TensorEntry) -> bool:
-    """Whether a tensor holds codes: every FP8, FP6 or FP4 tensor, and integer matrices not named like buffers."""
+    """Whether a tensor holds codes: every FP8, FP6 or FP4 tensor, and integers in place of weights, biases and norms.
+
+    Integer matrices are not codes if they are named like buffers, such as the causal mask in old GPT-2s.
+    """
+    if entry.dtype in PLAIN_FLOATS:
+        return False  # F64 begins like FP6
     if entry.dtype.startswith(("F8", "F4", "F6")):
         return True
-    return entry.dtype in _INTEGERS and len(entry.shape) >= 2 and entry.name.rpartition(".")[2] not in _BUFFERS
+    leaf = entry.name.rpartition(".")[2]
+    named = leaf not in _BUFFERS if len(entry.shape) >= 2 else leaf in _PARAMETERS and len(entry.shape) == 1
+    return entry.dtype in _INTEGERS and named
 
 
 def _some(names: list[str]) -> str:

@@ -83,8 +83,10 @@ def read_scheme(root: Path) -> Scheme | None:
     if not blocks:
         return None if algorithm is None else _modelopt(root, algorithm)
     block = blocks[0]
-    early = "quant_method" not in block and "config_groups" in block if isinstance(block, dict) else False
-    method = "compressed-tensors" if early else block.get("quant_method", "") if isinstance(block, dict) else block
+    if not isinstance(block, dict):
+        raise refusal(root, f"the quantization_config in config.json is {block!r}, not an object")
+    early = "quant_method" not in block and "config_groups" in block
+    method = "compressed-tensors" if early else block.get("quant_method", "")
     if algorithm is not None and not (str(method) == "modelopt" and _algorithm(block) in (None, algorithm)):
         raise refusal(root, f"{QUANT_FILE} says ModelOpt's {algorithm}, and config.json {method} {_algorithm(block)}")
     if method == "compressed-tensors":
@@ -149,6 +151,8 @@ def _compressed_tensors(root: Path, block: Mapping[str, Any]) -> Scheme:
     if not isinstance(groups, dict) or not all(isinstance(group, dict) for group in groups.values()):
         raise refusal(root, "compressed-tensors whose config_groups are not spelt out")
     schemes = [(name, group["weights"]) for name, group in groups.items() if group.get("weights")]
+    if odd := [f"weights of {name} are {weights!r}" for name, weights in schemes if not isinstance(weights, dict)]:
+        raise refusal(root, f"compressed-tensors whose {odd[0]}, not an object")
     if form == _NVFP4:
         return _nvfp4(root, schemes)
     found: set[Granularity] = set()

@@ -16,10 +16,12 @@ class ImagePart:
     Attributes:
         source: the path of its file, or a ``data:`` URI; see `images.image_source`.
         place: position in the data ("line 3, messages[0], part 2"), for error messages; ignored when compared.
+        unread: keys of the part in the data that nothing reads; ignored when compared.
     """
 
     source: str
     place: str = field(default="", compare=False)
+    unread: tuple[str, ...] = field(default=(), compare=False)
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 IMAGE_PLACEHOLDER: Final = "\ufffc"
 IMAGE_TYPES: Final = ("image", "image_url")
 _KEYS: Final = ("image", "url", "path", "image_url")
+NO_SOURCE: Final = f"an image part must name one file, as text, in {', '.join(map(repr, _KEYS))}"
 _INLINE: Final = "data:"
 _SHOWN: Final = 60  # characters of a source in messages: data URIs are long
 
@@ -31,19 +32,31 @@ _SHOWN: Final = 60  # characters of a source in messages: data URIs are long
 def image_source(part: Mapping[str, Any]) -> str:
     """The source of a part of type `image` or `image_url`: a path as given, or a `data:` URI.
 
+    It is empty if the part only marks the place of an image (`image_column`).
+
     Raises:
-        ValueError: the part names no image, or one on a server; the message says what to do.
+        ValueError: the part names several images, not as text, or one on a server; the message says what to do.
     """
     given = [part[key] for key in _KEYS if part.get(key) is not None]
     value = given[0].get("url") if len(given) == 1 and isinstance(given[0], Mapping) else given[0] if given else None
+    if not given:
+        return ""
     if len(given) != 1 or not isinstance(value, str) or not value.strip():
-        raise ValueError(f"an image part must name one file, as text, in {', '.join(map(repr, _KEYS))}")
+        raise ValueError(NO_SOURCE)
     scheme = value.partition(":")[0].lower() if "://" in value[:16] else ""
     if scheme == "file":
         return unquote(urlsplit(value).path)
     if scheme:
         raise ValueError(f"the image {value[:_SHOWN]!r} is on a server; download it and give the path of the file")
     return value
+
+
+def unread_keys(part: Mapping[str, Any]) -> tuple[str, ...]:
+    """Keys of a part of type `image` or `image_url` that nothing reads, such as OpenAI's `detail`."""
+    inside = [value for key in _KEYS if isinstance(value := part.get(key), Mapping)]
+    keys = [key for key, value in part.items() if value is not None and key not in ("type", *_KEYS)]
+    keys += [key for each in inside for key, value in each.items() if value is not None and key != "url"]
+    return tuple(map(str, keys))
 
 
 def located(source: str, folder: Path) -> str:

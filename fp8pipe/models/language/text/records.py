@@ -24,6 +24,7 @@ log = logging.getLogger(__name__)
 
 DATA_SAMPLES: Final = ("chatterbot",)
 _SHOWN_ERRORS: Final = 10
+_BATCH: Final = 64  # rows of a dataset that are read at once
 
 
 def load_records(src: str, warn: Callable[[str], None] = log.warning) -> list[Record]:
@@ -115,7 +116,7 @@ def _located(record: Record, folder: Path) -> Record:
 
     def absolute(part: ImagePart) -> ImagePart:
         try:
-            return ImagePart(located(part.source, folder), f"{record.place}, {part.place}")
+            return replace(part, source=located(part.source, folder), place=f"{record.place}, {part.place}")
         except ValueError as error:
             raise BadRow(f"{part.place}: {error}") from error
 
@@ -137,6 +138,8 @@ def _dataset_rows(src: str, path: Path | None) -> Iterator[tuple[str, Any]]:
         data = datasets.load_from_disk(str(path)) if path else datasets.load_dataset(src, split="train")
         if isinstance(data, Mapping):
             data = data["train"]
+        # As stored: the package would decode images, and their bytes are what is wanted.
+        batches = data.with_format("arrow").iter(_BATCH)
     except ConnectionError as error:
         raise MissingCapabilityError(
             f"the dataset {src} could not be downloaded",
@@ -149,4 +152,5 @@ def _dataset_rows(src: str, path: Path | None) -> Iterator[tuple[str, Any]]:
             why=f"{type(error).__name__}: {error}",
             fix="check the name and that it has a train part, or give a .jsonl file",
         ) from error
-    return ((f"row {index}", without_nested_nulls(row)) for index, row in enumerate(data))
+    rows = (row for batch in batches for row in batch.to_pylist())
+    return ((f"row {index}", without_nested_nulls(row)) for index, row in enumerate(rows))

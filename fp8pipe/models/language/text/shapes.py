@@ -1,8 +1,8 @@
 """Converts one row of the user's data to a conversation, or rejects it with the reason.
 
 Supported formats are conversations of OpenAI and ShareGPT, prompt and completion (as text or as lists of messages), and
-Alpaca's instruction, input and output. Each row may also have ``tools``, ``system`` and ``history``. Lists and objects
-may be given as JSON text, as in tables without nested columns.
+Alpaca's instruction, input and output. Each row may also have ``tools``, ``system``, ``history`` and ``images``. Lists
+and objects may be given as JSON text, as in tables without nested columns.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from dataclasses import replace
 from typing import Any, Final
 
 from fp8pipe.models.language.text.conversation import ROLES, ImagePart, Message, Record
-from fp8pipe.models.language.text.images import IMAGE_PLACEHOLDER, IMAGE_TYPES, image_source
+from fp8pipe.models.language.text.image_column import with_images
+from fp8pipe.models.language.text.images import IMAGE_PLACEHOLDER, IMAGE_TYPES, image_source, unread_keys
 
 SHAPES: Final = "messages, conversations, prompt + completion, or instruction (+ input) + output"
 # Other role names in use: ShareGPT's, OpenAI's older and newer ones, and Llama's for the result of a tool.
@@ -62,16 +63,20 @@ def parse_row(row: Any, place: str, unused: Counter[str]) -> Record:
     else:
         found = ", ".join(map(repr, sorted(map(str, row))[:8])) or "none"
         raise BadRow(f"keys not understood ({found}); expected {SHAPES}")
-    messages = _before(row) + messages
+    try:
+        messages, pictured = with_images(_before(row) + messages, row)
+    except ValueError as error:
+        raise BadRow(str(error)) from error
     if not any(m.role == "assistant" for m in messages):
         raise BadRow("no assistant message, so there is nothing to learn")
-    unused.update(str(k) for k in keys - {*used, *_BESIDE} if row[k] not in ("", [], {}))
+    unused.update(str(k) for k in keys - {*used, *_BESIDE, pictured} if row[k] not in ("", [], {}))
     tools = _tools(row)
     if not tools and "tools" in messages[0].fields:  # tools given in the conversation's first message
         opening = messages[0]
         tools = _tools(opening.fields)
         messages[0] = replace(opening, fields={k: v for k, v in opening.fields.items() if k != "tools"})
     record = Record(tuple(messages), tools, place)
+    unused.update({key for part in record.images for key in part.unread})
     if record.images and sum(message.content.count(IMAGE_PLACEHOLDER) for message in messages) > len(record.images):
         raise BadRow("its text holds the character U+FFFC, which stands for images in a record that has some")
     _check_encodable(record)
@@ -172,7 +177,7 @@ def _content(item: dict[str, Any], key: str, place: str, *, needed: bool) -> tup
         part = {"text": part} if isinstance(part, str) else part
         if isinstance(part, dict) and part.get("type") in IMAGE_TYPES:
             try:
-                images.append(ImagePart(image_source(part), f"{place}, part {index + 1}"))
+                images.append(ImagePart(image_source(part), f"{place}, part {index + 1}", unread_keys(part)))
             except ValueError as error:
                 raise BadRow(f"part {index + 1}: {error}") from error
             texts.append(IMAGE_PLACEHOLDER)

@@ -14,8 +14,16 @@ from safetensors.torch import load_file, save_file
 from exporters.vllm.export import plan_export
 from exporters.vllm.options import ExportFormat, VllmExportOptions
 from exporters.vllm.source import open_source
+from exporters.vllm.warnings import plan_warnings
 from fp8pipe.core.errors import ConfigurationError
-from fp8pipe.models.language.base import check_base, check_tokens, check_values, embedding_rows, load_tokenizer
+from fp8pipe.models.language.base import (
+    check_base,
+    check_tokens,
+    check_values,
+    embedding_rows,
+    load_tokenizer,
+    unknown_tensors,
+)
 from fp8pipe.models.language.sources import resolve_model
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
@@ -54,8 +62,22 @@ def test_a_tie_of_two_different_tensors_is_named(make_base) -> None:
     assert HEAD in (found := refusal(base))
     assert EMBEDDING in found
     assert "set tie_word_embeddings to false" in found
-    edit_weights(base, lambda tensors: tensors[HEAD].copy_(tensors[EMBEDDING]))
-    check_values(base, "my model", check_base(base, "my model"))
+    for change in (torch.clone, torch.Tensor.double):  # the same values, in one dtype or two
+        edit_weights(base, lambda tensors, change=change: tensors.update({HEAD: change(tensors[EMBEDDING])}))
+        check_values(base, "my model", check_base(base, "my model"))
+
+
+def test_tensors_that_the_model_does_not_have_are_told(make_base) -> None:
+    base = make_base()
+    edit_weights(base, lambda tensors: tensors.update({"model.layers.1.self_attn.rotary_emb.inv_freq": torch.ones(8)}))
+    assert unknown_tensors(base, check_base(base, "my model")) == []  # as in checkpoints of old versions
+    edit_weights(base, lambda tensors: tensors.update({"model.added.weight_g_idx": torch.ones(8)}))
+    (told,) = unknown_tensors(base, check_base(base, "my model"))
+    assert told.startswith(
+        "1 tensor(s) of the checkpoint belong to no part of a LlamaForCausalLM, the first: model.add"
+    )
+    plan = plan_export(base, VllmExportOptions(format=ExportFormat.BF16))
+    assert told in plan_warnings(plan)
 
 
 @pytest.mark.parametrize("count", [0, 1, -1])

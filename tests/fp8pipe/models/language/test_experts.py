@@ -149,6 +149,24 @@ def test_routers_are_found_by_their_place_and_never_trained(name: str, routers: 
     assert {module for module, why in structure.left_out.items() if why.startswith("router")} == routers
 
 
+@pytest.mark.parametrize(
+    ("kind", "settings", "routers"),
+    [
+        ("HunYuanMoEV1", {"num_experts": 32, "moe_topk": 2, "head_dim": 16},
+         {"model.layers.0.mlp.gate.wg", "model.layers.1.mlp.gate.wg"}),
+        ("Afmoe", {"num_experts": 32, "num_experts_per_tok": 2, "num_dense_layers": 1, "moe_intermediate_size": 32,
+                   "head_dim": 16, "num_shared_experts": 1}, {"model.layers.1.mlp.router.gate"}),
+    ],
+)  # fmt: skip
+def test_a_router_inside_a_module_of_its_own_is_never_trained(kind: str, settings: dict, routers: set[str]) -> None:
+    """With as many experts as an FP8 kernel needs rows, its size does not tell it from other layers."""
+    model = build(llama_like(kind, **settings))
+    unstack_experts(model)
+    structure = structure_of(model)
+    assert {module for module, why in structure.left_out.items() if why.startswith("router")} == routers
+    assert all(len(structure.trainable) > len(routers) and router not in structure.trainable for router in routers)
+
+
 def test_stacks_of_other_families_stay_stacked() -> None:
     aria = {"moe_num_experts": 4, "moe_topk": 2, "moe_num_shared_experts": 1}
     assert unstack_experts(build(llama_like("AriaText", **aria))) == ()

@@ -67,11 +67,14 @@ CASES: dict[str, tuple[Any, dict[str, Tensor], str]] = {
     "asymmetric": (ct({"symmetric": False}), CHANNEL, "not symmetric"),
     "groups": (ct({"strategy": "group", "group_size": 32}), CHANNEL, "symmetric, group"),
     "a preset": (ct(config_groups={"FP8": ["Linear"]}), CHANNEL, "not spelt out"),
+    "a preset of a group": (ct(config_groups={"g": {"weights": "fp8"}}), CHANNEL, "weights of g are 'fp8', not an obj"),
+    "a known name alone": ("fp8", held(), "quantization_config in config.json is 'fp8', not an object"),
     "no weights": (ct(config_groups={}), CHANNEL, "0 weight formats"),
     "zero points": (ct(), CHANNEL | {"a.weight_zero_point": torch.ones(256, 1)}, "a.weight_zero_point is not zero"),
     "rows": (ct(), held("_scale", 192, 1), r"\(192, 1\).*expected \(256, 1\) per row"),
     "W4A8 of ModelOpt": ({"quant_method": "modelopt", "quant_algo": "W4A8_AWQ"}, held(), "quant_algo is W4A8_AWQ"),
     "nothing declared": (None, held(), "a.weight has dtype F8_E4M3, config.json declares no format"),
+    "an integer norm": (None, {"n.weight": torch.ones(8).char()}, "n.weight has dtype I8, config.json declares no"),
 }
 
 
@@ -94,8 +97,11 @@ def test_a_format_that_cannot_be_read_is_refused(tmp_path: Path, name: str) -> N
 
 def test_the_cases_differ_from_what_is_read_in_one_thing(tmp_path: Path) -> None:
     assert read_base(write(tmp_path, FP8, held())).stored is not None
-    zero = {"a.weight_zero_point": torch.zeros(256, 1)}
-    assert read_base(write(tmp_path, ct(), CHANNEL | zero)).entries.keys() == {"a.weight", "n.weight"}
+    for wide in (torch.float64, torch.float32):
+        assert read_base(write(tmp_path, None, {"n.weight": torch.ones(8, dtype=wide)})).stored is None
+    for dtype in (torch.float32, torch.int8, torch.float8_e4m3fn):
+        zero = {"a.weight_zero_point": torch.zeros(256, 1).to(dtype)}
+        assert read_base(write(tmp_path, ct(), CHANNEL | zero)).entries.keys() == {"a.weight", "n.weight"}
     early = {key: value for key, value in ct().items() if key != "quant_method"}
     assert read_base(write(tmp_path, None, CHANNEL, compression_config=early)).stored is not None
 

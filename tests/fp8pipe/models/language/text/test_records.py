@@ -70,7 +70,7 @@ def test_text_is_kept_exactly(tmp_path: Path) -> None:
         ('{"messages": [{"role": "bot", "content": "q"}]}', "role 'bot' is not one of"),
         (
             '{"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}',
-            "messages[0]: part 1: an image part must name one file",
+            "messages[0], part 1: an image part must name one file, as text, in 'image', 'url', 'path', 'image_url'",
         ),
         (
             '{"messages": [{"role": "user", "content": ["a", {"type": "image", "image": "https://x.org/a.png"}]}]}',
