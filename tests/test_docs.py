@@ -28,7 +28,7 @@ DOCUMENTS_OF_TODAY = [document for document in DOCUMENTS if document.name != "CH
 _FENCE = re.compile(r"^ *```(\w*)[^\n]*\n(.*?)^ *```\s*$", re.M | re.S)
 _SPAN = re.compile(r"`([^`\n]+)`")
 _LINK = re.compile(r"\]\(([^)\s]+)\)")
-_FILE = re.compile(rf"(?<![\w/.$-])(?:{'|'.join(FOLDERS)})/[\w./*-]*")
+_FILE = re.compile(rf"(?<![\w/.$-])(?:{'|'.join(FOLDERS)})/[\w./*-]*(?![\w=])")  # labels of Kubernetes have a value
 _MODULE = re.compile(rf"(?<![\w/.-])(?:{'|'.join(PACKAGES)})(?:\.\w+)+")
 # No word of these: fp8pipe says what the field says. Quoted words of the changelog's table are the exception.
 _OLD_WORDS = re.compile(

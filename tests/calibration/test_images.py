@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from forked import forked
 from PIL import Image
 from vit_families import family, vision_family
 
@@ -150,8 +151,6 @@ _KILLED = """
 import sys
 sys.path.insert(0, sys.argv[1])
 from pathlib import Path
-import torch
-torch.set_num_threads(1)
 from test_images import make_images, request, tiny
 vision, structure = tiny()
 make_images(request(count=24, steps=12), vision, structure, checkpoints=Path(sys.argv[2]))
@@ -161,21 +160,15 @@ make_images(request(count=24, steps=12), vision, structure, checkpoints=Path(sys
 def test_a_killed_run_ends_with_the_same_images(tmp_path):
     vision, structure = tiny()
     whole = make_images(request(count=24, steps=12), vision, structure)
-    here = Path(__file__).resolve()
-    paths = [str(here.parents[2]), str(here.parents[1] / "support")]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
-    command = [sys.executable, "-c", _KILLED, str(here.parent), str(tmp_path)]
     kills = 0
     for wanted in (1, 3, 5):
-        process = subprocess.Popen(command, env=environment)
+        process = forked("-c", _KILLED, str(Path(__file__).resolve().parent), str(tmp_path))
         deadline = time.monotonic() + 120
-        while process.poll() is None and time.monotonic() < deadline:
-            if len(list(tmp_path.glob("batch-*"))) >= wanted:
-                process.send_signal(signal.SIGKILL)
-                kills += process.wait() == -signal.SIGKILL
+        while process.is_alive() and len(list(tmp_path.glob("batch-*"))) < wanted and time.monotonic() < deadline:
             time.sleep(0.01)
-        process.kill()  # a run that outlasted the deadline must not go on beside the next one
-        process.wait()
+        process.kill()  # a run that outlasted the deadline must not go on beside the next one, either
+        process.join()
+        kills += process.exitcode == -signal.SIGKILL
     assert kills
     resumed = make_images(request(count=24, steps=12), vision, structure, checkpoints=tmp_path)
     assert torch.equal(resumed.images, whole.images)

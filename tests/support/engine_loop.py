@@ -1,82 +1,98 @@
-"""Probes in one vLLM process, one after the other, as they are asked for: importing vLLM is most of a tiny engine.
+"""A Python that has imported vLLM, which is most of a tiny engine, and runs what it is asked to in forks of itself.
 
-Started with vLLM's Python, and the environment of its engines: `engine_loop.py PROBE.py`. Each line of standard input
-is `JOB.json<TAB>LOG`; the answer is the exit status that the probe would have had. Engines run in a fork of the process
-that has imported vLLM. After a failure it is forked anew, so that what one leaves behind is never taken for a finding
-of the next engine.
+Started with vLLM's Python: `engine_loop.py SOCKET`. Each connection to the socket asks for one run, with a line of
+JSON: `command` (a path or `-c CODE`, and arguments), `environment`, and the files `out` and `err`. The answers are two
+lines: the process id, and the exit status. What a fork leaves behind, none of the next can see. The process ends when
+its standard input does.
 """
 
 from __future__ import annotations
 
 import gc
-import importlib.util
+import json
 import os
+import runpy
+import select
+import signal
+import socket
 import sys
 import traceback
-from types import ModuleType
+from typing import Any
 
 
-def loaded(path: str) -> ModuleType:
-    """The probe as a module, with vLLM in memory."""
-    spec = importlib.util.spec_from_file_location("probe", path)
-    assert spec is not None
-    assert spec.loader is not None
-    probe = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(probe)
+def load() -> None:
+    """Import what an engine imports before it loads plugins."""
+    gc.disable()
     import vllm.engine.arg_utils
     import vllm.entrypoints.llm  # noqa: F401
 
-    return probe
+    # An engine collects garbage nine times, at half a second each with vLLM's objects among what is looked at.
+    gc.collect()
+    gc.freeze()
+    gc.enable()
 
 
-# An engine collects garbage nine times, at half a second each with vLLM's objects in memory; once is enough.
-_collect = gc.collect
-gc.collect = lambda generation=2: 0
+def become(job: dict[str, Any]) -> None:
+    """Take a job's output files, environment and number of threads, as a new process would."""
+    import torch
+
+    os.setsid()
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    for number, name in ((1, "out"), (2, "err")):
+        file = os.open(job[name], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(file, number)
+        os.close(file)
+    os.environ.clear()
+    os.environ.update(job["environment"])
+    sys.path[:0] = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0))))
 
 
-def done(probe: ModuleType, job: str, log: str) -> int:
-    """Do one job, whose output goes to `log`."""
-    out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(out, 1)
-    os.dup2(out, 2)
-    os.close(out)
+def run(command: list[str]) -> int:
+    """Run a script, or code after `-c`, as the main program; its exit status."""
     try:
-        probe.main(job)
-        from vllm.distributed import cleanup_dist_env_and_memory
-
-        cleanup_dist_env_and_memory()
-        _collect()
+        if command[0] == "-c":
+            sys.argv = ["-c", *command[2:]]
+            exec(compile(command[1], "<string>", "exec"), {"__name__": "__main__"})
+        else:
+            sys.argv = command
+            runpy.run_path(command[0], run_name="__main__")
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else int(end.code is not None)
     except BaseException:
         traceback.print_exc()
         return 1
-    finally:
+    return 0
+
+
+def answer(connection: socket.socket) -> None:
+    """Do what one connection asks for, in a process of its own."""
+    with connection.makefile("rw") as talk:
+        job = json.loads(talk.readline())
+        talk.write(f"{os.getpid()}\n")
+        talk.flush()
+        become(job)
+        code = run(job["command"])
         sys.stdout.flush()
         sys.stderr.flush()
-    return 0
-
-
-def work(probe: ModuleType) -> int:
-    """Do jobs until one fails: 1; or until there are no more: 0."""
-    answers = os.fdopen(os.dup(1), "w")
-    while line := sys.stdin.readline():
-        code = done(probe, *line.rstrip("\n").split("\t"))
-        print(code, file=answers, flush=True)
-        if code:
-            return code
-    return 0
+        talk.write(f"{code}\n")
 
 
 def main() -> None:
-    answers = os.dup(1)
-    os.dup2(2, 1)  # what imports print is no answer
-    probe = loaded(sys.argv[1])
-    os.dup2(answers, 1)
-    failed = True
-    while failed:
-        pid = os.fork()
-        if pid == 0:
-            os._exit(work(probe))
-        failed = os.waitpid(pid, 0)[1] != 0
+    load()
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(sys.argv[1])
+        listener.listen()
+        while sys.stdin not in select.select([listener, sys.stdin], [], [])[0]:
+            connection, _ = listener.accept()
+            if os.fork() == 0:
+                listener.close()
+                try:
+                    answer(connection)
+                finally:
+                    os._exit(0)
+            connection.close()
 
 
 if __name__ == "__main__":

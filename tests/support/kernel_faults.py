@@ -1,21 +1,20 @@
-"""Runs probe jobs one after another in one vLLM process, each with a fault in its kernels: starting vLLM is most of the
-time of a tiny engine. Started with vLLM's Python: `kernel_faults.py PROBE.py`, a line `JOB.json FAULT` for each job.
+"""The probe of a validation, whose engine has the fault in its kernels that the variable KERNEL_FAULT names.
 
-Faults are put into the loaded model before it is looked into, and no other process knows of them.
+Takes the place of `probe.py`. Faults are put into the loaded model before it is looked into, and no other process knows
+of them.
 """
 
 from __future__ import annotations
 
-import gc
 import importlib.util
-import json
+import os
 import sys
-import traceback
 from pathlib import Path
 from typing import Any
 
 import torch
 
+PROBE = Path(__file__).resolve().parents[2] / "validation" / "vllm" / "probe.py"
 DOUBLED, UNROUNDED = "model.layers.1.mlp.down_proj", "model.layers.0.mlp.down_proj"
 DEQUANTIZED = "model.layers.0.self_attn.o_proj"
 
@@ -51,39 +50,29 @@ def _weight(layer: Any) -> torch.Tensor:
     return weight
 
 
-FAULTS = {fault.__name__: fault for fault in (three_layers, bf16_engine)}
+def none(model: Any) -> None:
+    """A right engine."""
+
+
+FAULTS = {fault.__name__: fault for fault in (none, three_layers, bf16_engine)}
 
 
 def main() -> None:
-    spec = importlib.util.spec_from_file_location("probe", sys.argv[1])
+    spec = importlib.util.spec_from_file_location("probe", PROBE)
     assert spec is not None
     assert spec.loader is not None
     probe = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(probe)
     from validation.vllm.readback import Reading
 
-    true_read = Reading.read
-    for line in sys.stdin:
-        path, name = line.split()
-        job = json.loads(Path(path).read_text(encoding="utf-8"))
-        fault = FAULTS.get(name, lambda model: None)
+    true_read, fault = Reading.read, FAULTS[os.environ["KERNEL_FAULT"]]
 
-        def read(reading: Any, model: Any, fault: Any = fault) -> None:
-            fault(model)
-            true_read(reading, model)
+    def read(reading: Any, model: Any) -> None:
+        fault(model)
+        true_read(reading, model)
 
-        Reading.read = read
-        try:
-            result = probe.plain(probe.run(job))
-        except Exception:
-            result = {"error": traceback.format_exc()}
-        gc.collect()
-        from vllm.distributed import cleanup_dist_env_and_memory
-
-        cleanup_dist_env_and_memory()
-        partial = Path(job["result"] + ".partial")
-        partial.write_text(json.dumps(result), encoding="utf-8")
-        partial.rename(job["result"])
+    Reading.read = read
+    probe.main(sys.argv[1])
 
 
 if __name__ == "__main__":

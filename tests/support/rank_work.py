@@ -10,7 +10,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import replace
 from importlib import import_module
 from importlib.util import find_spec
@@ -97,6 +97,16 @@ def command_line(words: list[str], log: str) -> None:
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(int(end.code))
+
+
+def commanded(arguments: list[str], folder: str) -> int:
+    """Run the command line; its standard output goes to a file of this rank in `folder`. Returns the exit code."""
+    with (Path(folder) / os.environ["RANK"]).open("w") as out, redirect_stdout(out):
+        try:
+            main(arguments)
+        except SystemExit as end:
+            return int(end.code or 0)
+    return 0
 
 
 def _interrupt() -> None:

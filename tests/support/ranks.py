@@ -19,7 +19,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 MEASURED = {"tokens_per_second", "flush_share"}
 _HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
-_PRELOADED = ["pipeline.finetune.stage", "pipeline.finetune.distributed.processes", "rank_work"]
+_PRELOADED = ["pipeline.finetune.stage", "pipeline.finetune.distributed.processes", "rank_work", "preloaded", "forked"]
 
 
 def run_ranks(size: int, function: Callable[..., Any], *arguments: Any) -> dict[int, Any]:

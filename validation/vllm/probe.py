@@ -11,6 +11,7 @@ hardly any disk space.
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import resource
@@ -61,6 +62,7 @@ def load(job: dict[str, Any]) -> Any:
     from vllm.usage.usage_lib import UsageContext
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
+    gc.freeze()  # vLLM collects garbage nine times while it starts, half a second each if it looks at all its modules
     parser = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser())
     arguments = parser.parse_args(["--model", job["model"], *job["arguments"]])
     # The default batch sizes depend on the usage context, so the context of the server is set.

@@ -6,15 +6,13 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
 from breadth import only_long, usual
 from click.testing import CliRunner
+from forked import forked
 from safetensors.torch import load_file
 from tuning_config import config
 
@@ -24,8 +22,6 @@ from fp8pipe.cli import main
 from fp8pipe.core.errors import ConfigurationError
 from pipeline.finetune.loop import Trainer
 from pipeline.finetune.stage import finetune
-
-ROOT = Path(__file__).resolve().parents[3]
 
 
 def deployed(root):
@@ -230,11 +226,7 @@ def test_what_travels_with_a_model_travels_into_its_artifact(make_base, pairs, t
 
 
 def _start(arguments):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [sys.executable, "-m", "fp8pipe", "finetune", *arguments], cwd=ROOT, env=environment,
-        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-    )  # fmt: skip
+    return forked("-c", "from fp8pipe.cli import main; main()", "finetune", *arguments)
 
 
 def _run(arguments):
@@ -265,13 +257,12 @@ def test_a_run_killed_at_random_moments_ends_with_the_bits_of_one_left_alone(mak
         before = _modified(partial / "metrics.jsonl")
         process = _start([*common, "--output", str(output), "--resume"])
         # A run that goes on rewrites its metrics first: from there on it trains, saves, or merges.
-        while _modified(partial / "metrics.jsonl") == before and process.poll() is None:
+        while _modified(partial / "metrics.jsonl") == before and process.is_alive():
             time.sleep(0.01)
         time.sleep(draw.uniform(0.0, 0.8))
-        if process.poll() is None:
-            process.send_signal(signal.SIGKILL)
-            kills += 1
-        process.wait()
+        process.kill()
+        process.join()
+        kills += process.exitcode == -signal.SIGKILL
     assert kills >= 3
     if not output.exists():
         _run([*common, "--output", str(output), "--resume"])

@@ -13,8 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 from breadth import only_long
+from forked import forked
 from machines import cut_quantize_command, network, run_on
 from PIL import Image
+from rank_work import commanded
+from ranks import run_ranks
 from vit_families import family, vision_family
 
 from calibration.config import SynthesisConfig
@@ -55,13 +58,14 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+def arguments(place: Path, output: str) -> list[str]:
+    return ["quantize-vit", "--config", str(place / "config.yaml"), "--output", str(place / output)]
+
+
 def run(place: Path, output: str, *launcher: str, extra: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, *launcher, "-m", "fp8pipe", "quantize-vit", "--config", str(place / "config.yaml")]
+    command = [sys.executable, *launcher, "-m", "fp8pipe", *arguments(place, output), *extra]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.run(
-        [*command, "--output", str(place / output), *extra], cwd=ROOT, env=environment, capture_output=True, text=True,
-        timeout=400,
-    )  # fmt: skip
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400)
 
 
 def files(root: Path) -> dict[str, str]:
@@ -76,8 +80,9 @@ def files(root: Path) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def alone(place: Path) -> dict[str, str]:
-    done = run(place, "alone")
-    assert done.returncode == 0, done.stderr
+    done = forked("-c", "from fp8pipe.cli import main; main()", *arguments(place, "alone"))
+    done.join()
+    assert done.exitcode == 0
     return files(place / "alone")
 
 
@@ -85,12 +90,22 @@ def torchrun(count: int) -> tuple[str, ...]:
     return ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count))
 
 
-@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=only_long)])
-def test_torchrun_writes_the_artifact_of_one_process(ranks: int, place: Path, alone: dict[str, str]) -> None:
-    done = run(place, f"ranks-{ranks}", *torchrun(ranks), extra=("--json",))
-    assert done.returncode == 0, done.stderr
-    assert files(place / f"ranks-{ranks}") == alone
+def test_processes_of_torchs_launcher_write_the_artifact_of_one(
+    place: Path, alone: dict[str, str], tmp_path: Path
+) -> None:
+    assert run_ranks(2, commanded, [*arguments(place, "ranks-2"), "--json"], str(tmp_path)) == {0: 0, 1: 0}
+    assert files(place / "ranks-2") == alone
     assert "calibration/images.safetensors" in alone
+    printed = [(tmp_path / rank).read_text().count('"kind": "vit"') for rank in ("0", "1")]
+    assert printed == [1, 0]
+
+
+@only_long
+def test_torchrun_writes_the_artifact_of_one_process(place: Path, alone: dict[str, str]) -> None:
+    """As users start it: what is more than above is the start and the end of five interpreters."""
+    done = run(place, "ranks-4", *torchrun(4), extra=("--json",))
+    assert done.returncode == 0, done.stderr
+    assert files(place / "ranks-4") == alone
     assert done.stdout.count('"kind": "vit"') == 1  # rank 0 alone prints
 
 

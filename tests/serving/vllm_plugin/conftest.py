@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import pytest
+from lasting_engines import vllm_fork
 
 from exporters.vllm.environment import find_vllm_python
 from fp8pipe.core.errors import MissingCapabilityError
@@ -21,7 +22,7 @@ if _FOLDER not in sys.path:
 
 
 @pytest.fixture
-def in_vllm() -> Callable[..., Any]:
+def in_vllm(tmp_path: Path) -> Callable[..., Any]:
     """`in_vllm(script, **environment)` runs a script with vLLM's Python and this plugin; returns the JSON it prints."""
     try:
         python = find_vllm_python()
@@ -30,9 +31,9 @@ def in_vllm() -> Callable[..., Any]:
 
     def run(script: str, **environment: str) -> Any:
         variables = {**in_process(), "PYTHONPATH": _FOLDER, **environment}
-        command = [str(python), "-c", script]
-        done = subprocess.run(command, capture_output=True, text=True, env=variables, check=False, timeout=300)
-        assert done.returncode == 0, done.stderr[-2000:]
-        return json.loads(done.stdout.splitlines()[-1])
+        out, err = tmp_path / "out", tmp_path / "err"
+        code = vllm_fork(str(python)).run(["-c", script], variables, out, err, 300, Event())
+        assert code == 0, err.read_text(encoding="utf-8")[-2000:]
+        return json.loads(out.read_text(encoding="utf-8").splitlines()[-1])
 
     return run

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from artifact_tree import rehash
+from lasting_engines import lasting_engines
 from torch_engine import ENVIRONMENT, TorchEngine
 from trained_exports import write_family
 
@@ -24,6 +25,13 @@ def python() -> Path:
         return find_vllm_python()
     except MissingCapabilityError as error:
         pytest.skip(str(error))
+
+
+@pytest.fixture
+def forked_engines(python: Path) -> Iterator[None]:
+    """Real engines, without their start: `fp8pipe run` and `test_validate` start whole processes."""
+    with lasting_engines():
+        yield
 
 
 @pytest.fixture(scope="session")

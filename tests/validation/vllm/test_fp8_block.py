@@ -38,7 +38,7 @@ def exports(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.vllm
 @pytest.mark.slow
-@pytest.mark.usefixtures("python")
+@pytest.mark.usefixtures("forked_engines")
 def test_vllm_accepts_it_and_rejects_one_doubled_scale_by_name(exports: Path) -> None:
     record = checked(exports / "quantized", against=exports / "plain")
     assert (record.verdict, record.reference, record.reasons) == ("ACCEPT", "source", [])

@@ -1,15 +1,11 @@
 """Validation where kernels multiply FP8 codes: vLLM's own ones for CPUs, which hold codes as those of a GPU do.
 
-The same code judges a GPU: it goes by what lies in each layer. All engines run in one process.
+The same code judges a GPU: it goes by what lies in each layer.
 """
 
 from __future__ import annotations
 
-import json
-import subprocess
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +15,11 @@ import torch
 from breadth import only_long
 from tiny_checkpoints import make_model, write_plain
 
-from exporters.vllm.environment import end_group, find_vllm_python, last_lines, subprocess_environment
 from exporters.vllm.export import export_vllm
 from exporters.vllm.options import VllmExportOptions
 from fp8pipe.artifact.record import ExportRejectedError
-from fp8pipe.core.errors import MissingCapabilityError
 from fp8pipe.models.compat import import_transformers
-from validation.vllm import comparison
-from validation.vllm.launcher import PROBE, ProbeJob
+from validation.vllm import launcher
 from validation.vllm.record import ValidationRecord
 from validation.vllm.validate import describe, validate_export
 
@@ -51,51 +44,17 @@ def exports(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-class Worker:
-    """Takes the place of `run_probe`: a vLLM that stays, and has the fault of that name."""
-
-    def __init__(self, root: Path, python: Path) -> None:
-        self.root, self.fault, self.log = root, "none", root / "log"
-        command = [str(python), "-P", kernel_faults.__file__, str(PROBE)]
-        env = subprocess_environment(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_PLUGINS="", OMP_NUM_THREADS="1")
-        with self.log.open("wb") as log:
-            self.process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=log, stderr=log, env=env, start_new_session=True
-            )
-
-    def __call__(self, job: ProbeJob, environment: Any, dump: Path, **limits: Any) -> dict[str, Any]:
-        result, place = dump / "result.json", dump / "job.json"
-        place.write_text(json.dumps({**asdict(job), "variables": None, "dump": str(dump), "result": str(result)}))
-        assert self.process.stdin is not None
-        self.process.stdin.write(f"{place} {self.fault}\n".encode())
-        self.process.stdin.flush()
-        while not result.exists():
-            assert self.process.poll() is None, last_lines(self.log, 60)
-            time.sleep(0.05)
-        found: dict[str, Any] = json.loads(result.read_text(encoding="utf-8"))
-        assert "error" not in found, found["error"]
-        return found
-
-
-@pytest.fixture(scope="module")
-def worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Worker]:
-    try:
-        python = find_vllm_python()
-    except MissingCapabilityError as error:
-        pytest.skip(str(error))
-    made = Worker(tmp_path_factory.mktemp("worker"), python)
-    yield made
-    end_group(made.process)
-
-
 @pytest.fixture
-def validated(exports: Path, worker: Worker, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], ValidationRecord]:
+def validated(
+    exports: Path, forked_engines: None, monkeypatch: pytest.MonkeyPatch
+) -> Callable[[str, str], ValidationRecord]:
     """`validated(name, fault)` is the record, of whatever verdict."""
     monkeypatch.setenv("VLLM_PLUGINS", "")  # the plugin would dequantize
-    monkeypatch.setattr(comparison, "run_probe", worker)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setattr(launcher, "PROBE", Path(kernel_faults.__file__))
 
     def run(name: str, fault: str) -> ValidationRecord:
-        worker.fault = fault
+        monkeypatch.setenv("KERNEL_FAULT", fault)
         try:
             return validate_export(exports / name, against=exports / f"{name}-plain", prompts=["Hello"], max_tokens=2)
         except ExportRejectedError as error:
