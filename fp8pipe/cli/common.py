@@ -133,6 +133,9 @@ def failure_of(error: BaseException) -> Failure:
     return dataclasses.replace(failure, text=trace + failure.text)
 
 
+_SHARED = {"finetune", "quantize-vit"}  # commands that several processes of torchrun run together
+
+
 def common_options(*, dry_run: bool = False) -> Decorator:
     """Decorator: adds --json, --quiet and --verbose, and --dry-run if `dry_run` is set; configures logging.
 
@@ -149,6 +152,11 @@ def common_options(*, dry_run: bool = False) -> Decorator:
             console = group_console or Console()
             console.json, console.quiet, console.verbose = json, quiet, verbose
             setup_logging(json=json, quiet=quiet, verbose=verbose)
+            command = click.get_current_context().info_name or ""
+            if dry_run and command not in _SHARED:
+                from fp8pipe.cli.ranks import require_one_process
+
+                require_one_process(command)
             result = function(*args, console=console, **values)
             if group_console is None:
                 console.finish()

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import click
 
 from fp8pipe.cli.common import Console, failure_of
+from fp8pipe.core.errors import ConfigurationError
 
-__all__ = ["one_report"]
+__all__ = ["one_report", "require_one_process"]
 
 
 @contextmanager
@@ -36,3 +38,19 @@ def one_report() -> Iterator[bool]:
         if printed is error:
             raise
         raise printed from error
+
+
+def require_one_process(command: str) -> None:
+    """Refuse a command that would do the same work in each process of torchrun, and write the same files.
+
+    Raises:
+        ConfigurationError: torchrun has started several; raised in one of them.
+    """
+    # Not WORLD_SIZE alone: clusters set it for whatever runs in a job.
+    if "TORCHELASTIC_RUN_ID" in os.environ and (size := os.environ.get("WORLD_SIZE", "1")) != "1":
+        with one_report():
+            raise ConfigurationError(
+                f"{command} runs in one process only",
+                why=f"torchrun has started {size}; only finetune and quantize-vit share their work",
+                fix=f"start it without torchrun: fp8pipe {command} ...",
+            )
