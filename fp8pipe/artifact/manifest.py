@@ -55,7 +55,7 @@ class ScaleRule(StrEnum):
     MSE = "mse"
     """The scale is the power of two with the smallest mean squared error over the calibration values."""
     CALIBRATED = "calibrated"
-    """The scale has the smallest error on calibration images."""
+    """The scale has the smallest error on calibration data."""
     LEARNED = "learned"
     """The scale is first calibrated, and then trained together with the weights."""
 

@@ -64,6 +64,7 @@ class Workload:
         shards: number of processes among which each copy of the parameters is divided.
         moments: bytes of the optimizer's two moments per trained value; counted in several processes only.
         packed_on_host: QLoRA's weights are on the host from their quantization until they are sharded.
+        packed: FALQON's weights are in NVFP4.
     """
 
     method: Literal["falqon", "lora", "qlora"]
@@ -91,6 +92,7 @@ class Workload:
     shards: int = 1
     moments: int = 8
     packed_on_host: bool = False
+    packed: bool = False
 
     @property
     def weights(self) -> int:
@@ -99,8 +101,9 @@ class Workload:
 
     @property
     def codes(self) -> int:
-        """Number of FALQON codes: those of the weights and of A."""
-        return self.weights + self.rank * sum(group.width for group in self.groups)
+        """Bytes of FALQON's codes, with their block scales, and of A, which is not quantized beside NVFP4 weights."""
+        a = self.rank * sum(group.width for group in self.groups)
+        return self.weights * 9 // 16 + self.itemsize * a if self.packed else self.weights + a
 
     @property
     def directions(self) -> int:
