@@ -22,6 +22,8 @@ from fp8pipe.artifact.finding import Check, Finding, LintFindingsError
 from fp8pipe.artifact.kinds import TUNED_KINDS, VIT_KIND, TunedDetails
 from fp8pipe.artifact.manifest import Granularity
 from fp8pipe.core.errors import BadArtifactError, ConfigurationError, MissingCapabilityError, class_and_one_line
+from fp8pipe.models.checkpoint.packed import PackedEntry
+from fp8pipe.models.checkpoint.tensors import TensorEntry
 from fp8pipe.models.vision.preprocessing import PREPROCESSING_FILE
 from fp8pipe.models.vision.quantized import layer_records, load_quantized
 from fp8pipe.numerics.kinds import Kind, granularity
@@ -94,17 +96,21 @@ def _check_vit(artifact: Artifact, parent: Path | None, notes: list[str]) -> Ite
 
 def _check_tuned(artifact: Artifact, parent: Path | None, notes: list[str]) -> Iterator[Finding]:
     """Check an artifact of `finetune`: values, shapes, adapter, and the manifest's layer records."""
-    # With format bf16 the linter applies only the rules that hold for every format. The files were already hashed.
-    plan = plan_export(artifact.root, VllmExportOptions(format=ExportFormat.BF16), verify=False)
+    # With format bf16 the linter applies only the rules that hold for every format; it does not take NVFP4. The files
+    # were already hashed.
+    number = artifact.manifest.number_format
+    form = ExportFormat.NVFP4 if number is not None and number.name == "nvfp4" else ExportFormat.BF16
+    plan = plan_export(artifact.root, VllmExportOptions(format=form), verify=False)
     yield from lint_findings(lint(plan))
     yield from unexpected_tensors(plan.source.tensors, plan.structure)
     yield from stray_weights(artifact.root, plan.source.tensors, ("adapter.safetensors",))
     # Compare the manifest's statements on layers, orientation, shapes and number format with the files.
     manifest, tensors = artifact.manifest, plan.source.tensors
-    coded = {name.removesuffix(".weight") for name, entry in tensors.items() if entry.dtype == "F8_E4M3"}
+    packed = {name.removesuffix(".weight") for name, entry in tensors.items() if isinstance(entry, PackedEntry)}
+    coded = packed | {name.removesuffix(".weight") for name, entry in tensors.items() if entry.dtype == "F8_E4M3"}
     stated = {layer.name for layer in manifest.layers if layer.converted}
     for name in sorted(coded ^ stated):
-        why = "holds FP8 codes, and the manifest does not say so" if name in coded else "holds no FP8 codes"
+        why = "holds codes, and the manifest does not say so" if name in coded else "holds no codes"
         yield Finding(Check.MANIFEST, name, why)
     transposed = {name.removesuffix(".weight") for name in manifest.details_of(TunedDetails).transposed}
     for unit in plan.units:
@@ -117,13 +123,20 @@ def _check_tuned(artifact: Artifact, parent: Path | None, notes: list[str]) -> I
         if shape is not None and layer.shape not in (None, shape, shape[::-1]):
             yield Finding(Check.MANIFEST, name, f"the manifest says shape {layer.shape}; in the files it is {shape}")
         scale = tensors.get(f"{name}.weight_scale")
-        if shape is not None and scale is not None and layer.weight is not None:
-            per: Granularity = "per-tensor" if math.prod(scale.shape) == 1 else "per-channel"
-            stored = Encoding(format="e4m3", bits=8, granularity=per, scale_rule=layer.weight.scale_rule)
+        if layer.weight is not None and (name in packed or (shape is not None and scale is not None)):
+            stored = _encoding(scale).model_copy(update={"scale_rule": layer.weight.scale_rule})
             yield from compare_encodings(manifest, name, "weight", layer.weight, stored)
     if (manifest.number_format is None) != (not coded):
         stated_format = manifest.number_format.name if manifest.number_format else "no number format"
-        why = f"the manifest says {stated_format}; {len(coded)} layers hold FP8 codes"
+        why = f"the manifest says {stated_format}; {len(coded)} layers hold codes"
         yield Finding(Check.MANIFEST, "number_format", why)
-    elif manifest.number_format is not None and manifest.number_format.name != "e4m3":
-        yield Finding(Check.MANIFEST, "number_format", f"{manifest.number_format.name}; the files hold e4m3")
+    elif number is not None and number.name != (held := "nvfp4" if packed else "e4m3"):
+        yield Finding(Check.MANIFEST, "number_format", f"{number.name}; the files hold {held}")
+
+
+def _encoding(scale: TensorEntry | None) -> Encoding:
+    """How a tuned weight is stored: in FP8 with this scale; without one, in NVFP4."""
+    if scale is None:
+        return Encoding(format="nvfp4", bits=4, granularity="per-block")
+    per: Granularity = "per-tensor" if math.prod(scale.shape) == 1 else "per-channel"
+    return Encoding(format="e4m3", bits=8, granularity=per)

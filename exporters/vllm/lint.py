@@ -16,6 +16,7 @@ from exporters.vllm.nvfp4 import packed_findings
 from exporters.vllm.plan import DIMENSION_MULTIPLE, ExportPlan, Unit, fused_siblings
 from exporters.vllm.values import count_bad, value_findings
 from fp8pipe.artifact.finding import Finding
+from fp8pipe.models.checkpoint.packed import PackedEntry
 from fp8pipe.models.checkpoint.rows import read_rows, same_values
 from fp8pipe.models.checkpoint.stacks import stack_name
 from fp8pipe.models.checkpoint.tensors import header_entries, read_tensor
@@ -35,6 +36,7 @@ _FIXES: Final = {
     "unknown-matrix": _USE_BF16,
     "weight-format": _WRITE_AGAIN,
     "missing-scale": _WRITE_AGAIN,
+    "trained-in-nvfp4": "export with --target vllm --format nvfp4, which writes these codes",
     "weight-shape": _OTHER_CONFIG,
     "tied-missing": "complete the checkpoint",
     "not-linear": _USE_BF16,
@@ -111,6 +113,9 @@ def _scales(plan: ExportPlan) -> Iterator[Finding]:
         yield _found("orphan-scale", entry.name, "a scale without its weight")
     for unit in plan.units:
         entry, scale = unit.entry, unit.scale
+        if isinstance(entry, PackedEntry) and not plan.options.format.packed:
+            why = f"its weight is in NVFP4, which the format {plan.options.format} does not hold"
+            yield _found("trained-in-nvfp4", entry.name, why)
         if entry.dtype == "F8_E5M2":
             yield _found("weight-format", entry.name, "weights are E4M3, not E5M2")
         if entry.dtype != "F8_E4M3":

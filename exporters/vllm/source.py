@@ -13,6 +13,7 @@ from typing import Any, Final
 from fp8pipe.artifact import MANIFEST_NAME, Encoding, LayerRecord, Parent, open_artifact
 from fp8pipe.artifact.kinds import FALQON_KIND, TUNED_KINDS, KvCacheFacts, TunedDetails
 from fp8pipe.core.errors import ConfigurationError
+from fp8pipe.models.checkpoint.packed import join_packed
 from fp8pipe.models.checkpoint.quantized.base import BaseCheckpoint, read_base
 from fp8pipe.models.checkpoint.sidecars import read_config
 from fp8pipe.models.checkpoint.stacks import split_stacks
@@ -52,7 +53,7 @@ class Source:
 
     @property
     def holds_codes(self) -> bool:
-        """Whether linear weights are already FP8 codes."""
+        """Whether linear weights are already codes, of FP8 or NVFP4."""
         return self.kind == FALQON_KIND
 
     def encoding_of(self, module: str) -> Encoding | None:
@@ -96,7 +97,7 @@ def open_source(source: Path | str, *, verify: bool = True) -> Source:
         root=root,
         kind=manifest.kind,
         config=config,
-        tensors=split_stacks(config.get("model_type"), weight_entries(root)),
+        tensors=split_stacks(config.get("model_type"), join_packed(weight_entries(root))),
         transposed=frozenset(name.removesuffix(".weight") for name in details.transposed),
         layers={layer.name: layer for layer in manifest.layers},
         adapter=details.adapter,

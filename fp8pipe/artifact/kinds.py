@@ -114,10 +114,10 @@ class HeldoutLoss(FrozenConfig):
 
 
 class MergeHealth(FrozenConfig):
-    """How closely the change of the FP8 codes by the final merge matches the intended update of the weights."""
+    """How closely the change of the weights by the final merge matches the intended update of the weights."""
 
     changed: float = Field(description="share of codes that changed")
-    saturated: float = Field(description="share of target values beyond the largest value of the FP8 grid")
+    saturated: float = Field(description="share of target values beyond the largest value of the grid")
     norm_ratio: float = Field(description="norm of the applied change divided by the norm of the intended change")
     cosine: float = Field(description="cosine similarity of the applied and the intended change")
 

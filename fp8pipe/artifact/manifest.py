@@ -56,7 +56,7 @@ class ScaleRule(StrEnum):
     """The scale has the smallest mean squared error: over the calibration values, of powers of two; or for a weight in
     NVFP4 over each block, of the E4M3 numbers near amax / 6."""
     CALIBRATED = "calibrated"
-    """The scale has the smallest error on calibration images."""
+    """The scale has the smallest error on calibration data."""
     LEARNED = "learned"
     """The scale is first calibrated, and then trained together with the weights."""
 

@@ -54,7 +54,7 @@ LARGEST_GLOBAL_SCALE: Final = 2.0**8
 NEAREST: Final = (0,)
 SEARCHED: Final = (0, -1, 1, 4, 5)
 _HEADROOM: Final = 2.0  # the largest candidate is less than twice the nearest one
-_CODES: Final = (0x08, 0x7E)  # of the smallest and the largest block scale, 2^-6 and 448
+BLOCK_SCALE_CODES: Final = (0x08, 0x7E)  # of the smallest and the largest block scale, 2^-6 and 448
 
 
 def global_scale(amax: float) -> float:
@@ -121,7 +121,7 @@ def _best(blocks: Tensor, nearest: Tensor, scale: float, offsets: Sequence[int])
     """The codes of the best block scales, uint8 `(out, blocks)`, and E2M1 values for them, `(out, blocks, 16)`."""
     least: Tensor | None = None
     for offset in offsets:
-        code = (nearest + offset).clamp(*_CODES).to(torch.uint8)
+        code = (nearest + offset).clamp(*BLOCK_SCALE_CODES).to(torch.uint8)
         factor = (code.view(torch.float8_e4m3fn).float() * scale).unsqueeze(-1)
         values = e2m1_round(blocks / factor)
         if len(offsets) == 1:

@@ -178,7 +178,7 @@ def compensated_round(
         fused: multiply and subtract in one operation; if False, the product is rounded before it is subtracted.
     """
     order = torch.argsort(moments.diagonal(), descending=True, stable=True)
-    factor = _inverse_factor(moments[order][:, order], damping, damping_floor)
+    factor = inverse_factor(moments[order][:, order], damping, damping_floor)
     work = weight.detach().float().t()[order].contiguous()  # (in, out), so that the weights of an input are contiguous
     rounded = torch.empty_like(work)
     for start in range(0, work.shape[0], block):
@@ -200,7 +200,7 @@ def compensated_round(
     return Compensated(work[back].t().contiguous(), rounded[back].t().contiguous())
 
 
-def _inverse_factor(moments: Tensor, damping: float, floor: float) -> Tensor:
+def inverse_factor(moments: Tensor, damping: float, floor: float) -> Tensor:
     """Upper Cholesky factor of the inverse of the damped moments, `(in, in)` fp32 (computed in fp64)."""
     work = moments.double()
     mean = work.diagonal().mean().clamp(min=torch.finfo(torch.float32).tiny)

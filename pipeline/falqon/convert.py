@@ -9,22 +9,23 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 from functools import partial
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from fp8pipe.artifact import Encoding, LayerRecord
-from fp8pipe.artifact import ScaleRule as Rule
+from fp8pipe.artifact import LayerRecord
 from fp8pipe.core.errors import ConfigurationError
 from fp8pipe.models.language.structure import ModelStructure, structure_of
-from fp8pipe.numerics.grids import E4M3, Scale, quantize_stacked
-from fp8pipe.numerics.kinds import ScaleRule
 from pipeline.falqon.base_files import BaseFiles
+from pipeline.falqon.forms import Form, Fp8Form
 from pipeline.falqon.initialise import adapter_directions, gradient_sketches
-from pipeline.falqon.layer import FalqonLinear, FalqonPart, StackedOutput
+from pipeline.falqon.layer import FalqonLinear
 from pipeline.falqon.observed import Losses
 from pipeline.falqon.rules import Initialisation, UpdateRule
+from pipeline.falqon.stacked import FalqonPart, StackedLinear, StackedOutput
 
+L = TypeVar("L", bound=StackedLinear)
 _LOG = logging.getLogger(__name__)
 _SHOWN = 3  # maximum number of layers that an error message lists
 
@@ -79,10 +80,27 @@ def convert_model(
     base: BaseFiles | None = None,
     losses: Losses | None = None,
     place: torch.device | None = None,
-) -> tuple[list[FalqonGroup], list[LayerRecord]]:
+) -> tuple[list[FalqonGroup[FalqonLinear]], list[LayerRecord]]:
+    """Replace every eligible linear layer with a FALQON layer on FP8 codes; see `convert_to`."""
+    return convert_to(Fp8Form(rule), model, rule, rank, initialisation, seed, base=base, losses=losses, place=place)
+
+
+def convert_to(
+    form: Form[L],
+    model: nn.Module,
+    rule: UpdateRule,
+    rank: int,
+    initialisation: Initialisation,
+    seed: int,
+    *,
+    base: BaseFiles | None = None,
+    losses: Losses | None = None,
+    place: torch.device | None = None,
+) -> tuple[list[FalqonGroup[L]], list[LayerRecord]]:
     """Replace every eligible linear layer with a FALQON layer, in place, and freeze everything but B.
 
     Args:
+        form: the number format of the weights.
         model: a causal LM in its training dtype. Weights to convert may be on another device than the rest
             (`pipeline.finetune.streaming`).
         rule: determines the scale rule, whether B takes part in the forward pass, and whether layers that share an
@@ -100,17 +118,19 @@ def convert_model(
         model, whether converted or not.
 
     Raises:
-        ConfigurationError: nothing to convert, an already quantized model, or a rank that is too large.
+        ConfigurationError: nothing to convert, an already quantized model, a rank that is too large, or layers that
+            the number format cannot store.
         BadArtifactError: a file of `base` is damaged.
         OutOfMemoryError: the disk is too full for the files of `base`.
     """
     structure = read_convertible(model, rank)
+    form.check(structure)
     records = left_out_records(structure)
     model.requires_grad_(False)
     device = next(model.parameters()).device
     names = {members[0]: members for members in groups_of(structure, rule)}
     indices = {first: index for index, first in enumerate(names)}
-    sizes = base_sizes(structure, rule, rank, initialisation)
+    sizes = base_sizes(form, structure, rule, rank, initialisation)
     rows: dict[str, Tensor] = {}
     finished = base is not None and base.begin(*sizes)
     if initialisation is Initialisation.GRADIENT and not finished:
@@ -126,23 +146,17 @@ def convert_model(
         generator = torch.Generator().manual_seed(seed + indices[first])
         how = initialisation if first in rows or not rows else Initialisation.RANDOMIZED_SVD
         a = adapter_directions(weight, rank, how, rule.scale, generator, rows.get(first))
-        # W and A share one scale. A's values are far smaller, so W gets the same codes as if it were quantized alone.
-        codes, scale = quantize_stacked([weight, a], E4M3, rule.scale)
-        inverse = {} if scale.inverse_scale is None else {"inverse_scale": scale.inverse_scale}
-        return {"codes": codes, "scale": scale.value, **inverse}
+        return form.quantize(weight, a)
 
     groups = []
     for first, made in base.codes(quantized) if base is not None else ((name, quantized(name)) for name in names):
         members, found = names[first], {key: tensor.to(place or device) for key, tensor in made.items()}
         widths = [structure.shape(name)[0] for name in members]
         biases = [getattr(model.get_submodule(name), "bias", None) for name in members]
-        layer = FalqonLinear(
-            found["codes"], Scale(found["scale"], found.get("inverse_scale")), rank=rank, parts=tuple(widths),
-            bias=_stacked_bias(biases, widths), live=rule.live,
-        )  # fmt: skip
+        layer = form.layer(found, rank, tuple(widths), _stacked_bias(biases, widths))
         _install(model, members, layer)
         groups.append(FalqonGroup(members, tuple(map(structure.transposed, members)), layer))
-        records.extend(_record(name, rows, layer) for name, rows in zip(members, layer.parts, strict=True))
+        records.extend(_record(name, rows, layer, form) for name, rows in zip(members, layer.parts, strict=True))
     return groups, records
 
 
@@ -151,31 +165,34 @@ def groups_of(structure: ModelStructure, rule: UpdateRule) -> tuple[tuple[str, .
     return structure.input_groups if rule.stacked else tuple((name,) for name in structure.trainable)
 
 
-def base_bytes(structure: ModelStructure, rule: UpdateRule, rank: int, initialisation: Initialisation) -> int:
+def base_bytes(
+    form: Form[StackedLinear], structure: ModelStructure, rule: UpdateRule, rank: int, initialisation: Initialisation
+) -> int:
     """Bytes that `BaseFiles` takes of the disk, without headers; see `base_sizes`."""
-    codes, directions = base_sizes(structure, rule, rank, initialisation)
+    codes, directions = base_sizes(form, structure, rule, rank, initialisation)
     return sum(codes.values()) + directions
 
 
 def base_sizes(
-    structure: ModelStructure, rule: UpdateRule, rank: int, initialisation: Initialisation
+    form: Form[StackedLinear], structure: ModelStructure, rule: UpdateRule, rank: int, initialisation: Initialisation
 ) -> tuple[dict[str, int], int]:
     """What `BaseFiles` will take of the disk: bytes of each layer's codes, and of the gradient's directions.
 
     Args:
+        form: the number format.
         structure: after a probe pass, which may have been on the meta device.
         rule: as in `convert_model`.
         rank: as in `convert_model`.
         initialisation: as in `convert_model`.
     """
     shapes = {members[0]: [structure.shape(name) for name in members] for members in groups_of(structure, rule)}
-    codes = {first: (sum(out for out, _ in each) + rank) * each[0][1] for first, each in shapes.items()}
+    codes = {first: form.code_bytes(sum(out for out, _ in each), each[0][1], rank) for first, each in shapes.items()}
     directions = sum(4 * rank * each[0][1] for each in shapes.values())
     return codes, directions if initialisation is Initialisation.GRADIENT else 0
 
 
 @dataclass(frozen=True, slots=True)
-class FalqonGroup:
+class FalqonGroup(Generic[L]):
     """A FALQON layer and the linear layers whose weights are stacked in it.
 
     Attributes:
@@ -186,7 +203,7 @@ class FalqonGroup:
 
     members: tuple[str, ...]
     transposed: tuple[bool, ...]
-    layer: FalqonLinear
+    layer: L
 
     @property
     def name(self) -> str:
@@ -204,12 +221,9 @@ def _tell_unreached(names: list[str]) -> None:
         )
 
 
-def _record(name: str, rows: int, layer: FalqonLinear) -> LayerRecord:
+def _record(name: str, rows: int, layer: L, form: Form[L]) -> LayerRecord:
     reason = "linear" if len(layer.parts) == 1 else f"linear, stacked with {len(layer.parts) - 1} of the same input"
-    tensorwise = layer.code_scale.rule is ScaleRule.EXACT
-    rule = Rule.AMAX if tensorwise else Rule.POWER_OF_TWO
-    weight = Encoding(format="e4m3", bits=8, granularity="per-tensor", scale_rule=rule)
-    inputs = weight.model_copy(update={"dynamic": True, "granularity": "per-tensor" if tensorwise else "per-token"})
+    weight, inputs = form.encodings()
     return LayerRecord(name=name, shape=(rows, layer.in_features), weight=weight, activation=inputs, reason=reason)
 
 
@@ -220,7 +234,7 @@ def _stacked_bias(biases: list[Tensor | None], widths: list[int]) -> Tensor | No
     return torch.cat([given[0].new_zeros(n) if b is None else b for b, n in zip(biases, widths, strict=True)])
 
 
-def _install(model: nn.Module, members: tuple[str, ...], layer: FalqonLinear) -> None:
+def _install(model: nn.Module, members: tuple[str, ...], layer: StackedLinear) -> None:
     output = StackedOutput(layer)
     for index, name in enumerate(members):
         parent, _, child = name.rpartition(".")

@@ -27,7 +27,8 @@ from fp8pipe.models.language.experts import UnstackedExperts
 from fp8pipe.numerics import cuda
 from fp8pipe.numerics.grids import E4M3, E5M2
 from fp8pipe.numerics.kinds import ScaleRule
-from pipeline.falqon.layer import FalqonLinear, FalqonPart
+from pipeline.falqon.layer import FalqonLinear
+from pipeline.falqon.stacked import FalqonPart
 
 _ALIGN = 8  # rows of bf16 operands begin at multiples of 16 bytes
 _GENERATIONS = (9, 10)  # compute capabilities for which torch has a kernel; elsewhere it loops and waits itself

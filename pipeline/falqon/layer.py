@@ -15,17 +15,10 @@ takes part in the forward pass until it is merged:
 
 The two extra products, O_A B^T and G B, have a dimension of only r, and dX is still one GEMM. This is LoRA with a
 frozen A; the update accumulates in B until it is large enough to survive rounding. X is not saved in this case either.
-
-One layer can replace several linear layers with the same input (q/k/v, gate/up): their weights are stacked in W, and
-they share the input's cast, the scale, A, O_A and every GEMM. Because of the shared scale, engines that fuse such
-layers can use the codes unchanged. Which layers share an input is observed in a forward pass rather than derived from
-their names, so this works for any architecture. If the layers ever get different inputs, each of them runs the stacked
-layer by itself, and the results are still correct.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -35,9 +28,10 @@ from torch.autograd.function import once_differentiable
 from fp8pipe.numerics.backends import backend
 from fp8pipe.numerics.grids import E4M3, Scale
 from fp8pipe.numerics.kinds import ScaleRule
+from pipeline.falqon.stacked import StackedLinear
 
 
-class FalqonLinear(nn.Module):
+class FalqonLinear(StackedLinear):
     """A linear layer `y = x W^T (+ x A^T B^T) + bias` on FP8 codes, trainable through B alone.
 
     Args:
@@ -57,7 +51,6 @@ class FalqonLinear(nn.Module):
     inverse_scale: Tensor | None
     columns: Tensor | None
     one: Tensor | None
-    bias: Tensor | None
 
     def __init__(
         self,
@@ -69,15 +62,8 @@ class FalqonLinear(nn.Module):
         bias: Tensor | None = None,
         live: bool = True,
     ) -> None:
-        super().__init__()
-        self.rank = rank
-        self.out_features = codes.shape[0] - rank
-        self.in_features = codes.shape[1]
-        self.parts = parts or (self.out_features,)
+        super().__init__((codes.shape[0] - rank, codes.shape[1]), rank, parts, bias, codes.device)
         self.live = live
-        self.observer: Callable[[Tensor], None] | None = None  # called with every input, `(tokens, in)`
-        if sum(self.parts) != self.out_features:
-            raise ValueError(f"parts {self.parts} do not add up to {self.out_features} rows")
         if live and scale.rule is ScaleRule.EXACT:
             raise ValueError("a live layer needs power-of-two scales: B's products share a buffer with FP8 values")
         # A parameter, as FSDP shards no buffers; of bytes, as DTensor cannot gather float8.
@@ -88,8 +74,6 @@ class FalqonLinear(nn.Module):
         columns = None if scale.inverse_scale is not None else scale.value.expand(max(codes.shape) + 15).contiguous()
         self.register_buffer("columns", columns, persistent=False)
         self.register_buffer("one", None if columns is None else torch.ones_like(scale.value), persistent=False)
-        self.register_buffer("bias", None if bias is None else bias.detach())
-        self.lora_B = nn.Parameter(torch.zeros(self.out_features, rank, device=codes.device))
 
     @property
     def codes(self) -> Tensor:
@@ -111,23 +95,10 @@ class FalqonLinear(nn.Module):
         """A's codes, `(rank, in)` float8_e4m3fn, a view; they have the same scale as W's."""
         return self.codes[self.out_features :]
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Apply the layer to `(..., in)` in bf16 or fp32; returns `(..., out)` in the same dtype."""
-        (y,) = self.forward_parts(x, (self.out_features,))
-        return y
-
-    def forward_parts(self, x: Tensor, parts: tuple[int, ...]) -> tuple[Tensor, ...]:
-        """Like `forward`, but with the output split along its last dimension into the widths `parts`.
-
-        Without a bias, the returned tensors share one buffer.
-        """
-        flat = x.reshape(-1, self.in_features)
-        if self.observer is not None:
-            self.observer(flat)
-        outputs = _FalqonProduct.apply(flat, self.lora_B, self, parts)  # type: ignore[no-untyped-call]
-        if self.bias is not None:
-            outputs = [y + b for y, b in zip(outputs, self.bias.split(parts), strict=True)]
-        return tuple(y.view(*x.shape[:-1], width) for y, width in zip(outputs, parts, strict=True))
+    def product(self, x: Tensor, parts: tuple[int, ...]) -> tuple[Tensor, ...]:
+        """See `StackedLinear.product`."""
+        outputs: tuple[Tensor, ...] = _FalqonProduct.apply(x, self.lora_B, self, parts)  # type: ignore[no-untyped-call]
+        return outputs
 
     def extra_repr(self) -> str:
         """Shape, rank, format and mode of the layer, shown when the model is printed."""
@@ -157,57 +128,3 @@ class _FalqonProduct(torch.autograd.Function):
             grad, o, layer.codes, layer.code_scale, b if layer.live else None, wants_input=ctx.needs_input_grad[0]
         )
         return dx, db, None, None
-
-
-class StackedOutput:
-    """Runs a stacked layer once for all its parts, and returns to each part its own columns of the output."""
-
-    def __init__(self, layer: FalqonLinear) -> None:
-        self.layer = layer
-        self._source: Tensor | None = None  # the input that gave `_outputs`; None once all outputs are returned
-        self._version = -1
-        self._grad_mode = False
-        self._outputs: dict[int, Tensor] = {}
-
-    def part(self, x: Tensor, index: int) -> Tensor:
-        """The output of part `index` for `x`; the first part to be called computes it for all parts."""
-        same = self._source is x and self._version == _version(x) and self._grad_mode == torch.is_grad_enabled()
-        if not same or index not in self._outputs:
-            self._outputs = dict(enumerate(self.layer.forward_parts(x, self.layer.parts)))
-            self._source, self._version, self._grad_mode = x, _version(x), torch.is_grad_enabled()
-        # Returned only once: keeping a reference to it, or to x, would keep activations alive after the step.
-        output = self._outputs.pop(index)
-        if not self._outputs:
-            self._source = None
-        return output
-
-
-def _version(x: Tensor) -> int:
-    """Autograd's counter of in-place modifications of `x`, or -1 under torch.compile, which cannot trace it.
-
-    The constant is safe: layers are grouped only if, in the probe pass, their shared input was not modified between
-    them.
-    """
-    return -1 if torch.compiler.is_compiling() else x._version
-
-
-class FalqonPart(nn.Module):
-    """Replaces one of the linear layers whose weights are stacked in a `FalqonLinear`.
-
-    Only the first part registers the stacked layer (as submodule `stacked`), so that its parameters appear once.
-
-    Args:
-        output: shared by all parts of the stacked layer.
-        index: the index of this part.
-    """
-
-    def __init__(self, output: StackedOutput, index: int) -> None:
-        super().__init__()
-        self.output = output
-        self.index = index
-        if index == 0:
-            self.stacked = output.layer
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Apply this part to `(..., in)`; returns `(..., rows of this part)`."""
-        return self.output.part(x, self.index)

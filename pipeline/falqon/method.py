@@ -12,7 +12,7 @@ from fp8pipe.artifact import LayerRecord
 from fp8pipe.numerics.kinds import ScaleRule
 from pipeline.falqon.base_files import BaseFiles
 from pipeline.falqon.convert import FalqonGroup, convert_model
-from pipeline.falqon.final_merge import Inputs, merge_all
+from pipeline.falqon.final_merge import Inputs, merge_all, merge_group
 from pipeline.falqon.flush import FlushReport, flush_rows, preview, select_rows
 from pipeline.falqon.grouped import group_experts
 from pipeline.falqon.layer import FalqonLinear
@@ -44,7 +44,7 @@ class FalqonMethod(Method):
         self.rule, self.rank, self.initialisation, self.seed = rule, rank, initialisation, seed
         self.exact_casts = rule.scale is ScaleRule.POWER_OF_TWO
         self.rows = rank if rows is None or rule.rank_rows else rows
-        self.groups: list[FalqonGroup] = []
+        self.groups: list[FalqonGroup[FalqonLinear]] = []
         self.layers: dict[str, FalqonLinear] = {}
 
     def prepare(
@@ -125,14 +125,14 @@ class FalqonMethod(Method):
 
     def finish(self, model: nn.Module, inputs: Inputs) -> dict[str, FlushReport]:
         """Merge B into the codes with the rule's final merge; returns a report for each FALQON layer."""
-        return merge_all(model, self.layers, self.rule.final, inputs)
+        return merge_all(model, self.layers, self.rule.final, inputs, merge_group)
 
     def whole(self, name: str, layer: FalqonLinear) -> AbstractContextManager[Any]:
         """A context in which `layer`, called `name`, has all of its tensors, which may be changed in place."""
         return nullcontext()
 
 
-def deployed_of(group: FalqonGroup) -> Weights:
+def deployed_of(group: FalqonGroup[FalqonLinear]) -> Weights:
     """The deployed weights of one layer; see `FalqonMethod.deployed_weights`."""
     weights: Weights = {}
     parts = group.layer.weight_codes.view(torch.uint8).split(group.layer.parts)

@@ -21,7 +21,7 @@ from pipeline.tracking.config import ReportTo
 # Only FALQON uses FP8 tensor cores; the baselines LoRA and QLoRA compute in bf16.
 FALQON_NEED: Final = GpuNeed("falqon", (8, 0), "bf16; FP8 products from 8.9 on")
 LORA_NEED: Final = GpuNeed("lora and qlora", (8, 0), "bf16")
-_FALQON_ONLY = ("update_rule", "rows", "initialisation")
+_FALQON_ONLY = ("precision", "update_rule", "rows", "initialisation")
 
 
 class Schedule(StrEnum):
@@ -65,6 +65,9 @@ class FinetuneConfig(FrozenConfig):
     data: str = Field(description="Training text: file, folder, glob, hub id or sample:NAME.")
     answers: Literal["all", "last"] = Field("all", description="Answers of each conversation that are trained on.")
     method: Literal["falqon", "lora", "qlora"] = Field("falqon", description="How to tune; lora and qlora: baselines.")
+    precision: Annotated[Literal["fp8", "nvfp4"] | None, Flag(default="fp8")] = Field(
+        None, description="FALQON: number format of the weights that are trained and exported."
+    )
     rank: int = Field(64, ge=1, description="Rank of the adapter.")
     update_rule: Annotated[str | None, Flag(default=DEFAULT_RULE)] = Field(
         None, description="FALQON: how updates enter the FP8 codes.", json_schema_extra={"enum": [*RULES]}
@@ -129,7 +132,7 @@ class FinetuneConfig(FrozenConfig):
         usable = isinstance(rank, int) and rank >= 1  # otherwise its own validation reports it
         defaults: dict[str, Any] = {}
         if method == "falqon":
-            defaults["update_rule"] = DEFAULT_RULE
+            defaults |= {"precision": "fp8", "update_rule": DEFAULT_RULE}
             rule = RULES.get(str(given.get("update_rule", DEFAULT_RULE)))
             if rule is not None:
                 defaults["initialisation"] = rule.initialisation
@@ -149,6 +152,9 @@ class FinetuneConfig(FrozenConfig):
             if self.rows is not None and not _takes_rows(self.rule):
                 why = "always flushes the rank's number of rows" if self.rule.rank_rows else "flushes once, at the end"
                 found.append(f"rows does not apply to the update rule {self.update_rule}, which {why}")
+            if self.precision == "nvfp4" and not (self.rule.live and not self.rule.flush_every_step):
+                usable = ", ".join(name for name, rule in RULES.items() if rule.live and not rule.flush_every_step)
+                found.append(f"the update rule {self.update_rule} changes FP8 codes; in NVFP4 there are {usable}")
         else:
             given = [name for name in _FALQON_ONLY if getattr(self, name) is not None]
             found += [f"{name} does not apply to {self.method}, only to falqon" for name in given]
@@ -160,6 +166,11 @@ class FinetuneConfig(FrozenConfig):
     def rule(self) -> UpdateRule:
         """The update rule of FALQON; the default rule for other methods, which do not use it."""
         return update_rule(self.update_rule or DEFAULT_RULE)
+
+    @property
+    def bytes_per_weight(self) -> float:
+        """Bytes of a trained weight in the output: codes, for NVFP4 with their block scales, or bf16."""
+        return 2 if self.method != "falqon" else 9 / 16 if self.precision == "nvfp4" else 1
 
     @property
     def saves(self) -> int:
@@ -179,6 +190,11 @@ def check_processes(config: FinetuneConfig, size: int) -> None:
         ConfigurationError: it is refused.
     """
     count = config.gradient_accumulation
+    if size > 1 and config.precision == "nvfp4":
+        raise ConfigurationError(
+            f"{size} processes cannot share a run in NVFP4", why="packed codes and their block scales are not sharded",
+            fix="start one process, or use --precision fp8",
+        )  # fmt: skip
     if count < size:
         raise ConfigurationError(
             f"{size} processes have {count} micro-batch(es) per step to share",

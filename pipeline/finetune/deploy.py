@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import torch
 from torch import Tensor
@@ -26,6 +26,12 @@ from pipeline.finetune.weights import Weights, merge_facts, renamed, write_deplo
 
 if TYPE_CHECKING:
     from pipeline.finetune.text import TrainingText
+
+
+_FORMATS: Final = {
+    "fp8": NumberFormat(name="e4m3", granularity="per-tensor"),
+    "nvfp4": NumberFormat(name="nvfp4", granularity="per-block"),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +126,7 @@ def _write(
         config=config.model_dump(mode="json"),
         seed=config.seed,
         parents=[model_parent(source.path, source.origin, read_base(source.path).stored)],
-        number_format=NumberFormat(name="e4m3", granularity="per-tensor") if falqon else None,
+        number_format=_FORMATS[config.precision] if config.precision is not None else None,
         runtime={
             "device": config.device, "threads": torch.get_num_threads(), "native": library() is not None,
             "attention": getattr(trainer.model.config, "_attn_implementation", None), "compiled": trainer.compiled,

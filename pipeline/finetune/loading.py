@@ -119,7 +119,7 @@ def least_memory(config: FinetuneConfig, source: ModelSource, structure: ModelSt
     alone = base.stored is None and not structure.naming.experts
     sizes = (math.prod(e.shape) for e in base.entries.values() if not (alone and DTYPES[e.dtype] == dtype))
     merged = sum(math.prod(structure.shape(name)) for name in structure.trainable)
-    return max(sum(sizes) * dtype.itemsize, merged * (1 if config.method == "falqon" else 2))
+    return max(sum(sizes) * dtype.itemsize, int(merged * config.bytes_per_weight))
 
 
 def weights_digest(root: Path) -> str:

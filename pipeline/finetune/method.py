@@ -34,12 +34,13 @@ _INSTALL = "pip install 'fp8pipe[train]'"
 _SHOWN = 3  # maximum number of kinds of findings that a warning lists
 
 
-def export_warnings(base: Path, method: str, trained: Collection[str]) -> list[str]:
+def export_warnings(base: Path, method: str, precision: str | None, trained: Collection[str]) -> list[str]:
     """Warn before training starts if the default export of the tuned model would fail.
 
     Args:
         base: the model's directory; only file headers are read.
         method: the training method: `falqon`, `lora` or `qlora`.
+        precision: FALQON's, `fp8` or `nvfp4`; None for other methods.
         trained: names in the checkpoint of the linear layers that will be trained.
 
     Returns:
@@ -48,7 +49,9 @@ def export_warnings(base: Path, method: str, trained: Collection[str]) -> list[s
     Raises:
         ConfigurationError: no export of the tuned model would be possible.
     """
-    forms = foresee(base, FALQON_KIND if method == "falqon" else LORA_KIND, trained)
+    packed = precision == "nvfp4"  # in which only one export writes the weights, and takes the layers it would round
+    forms = foresee(base, FALQON_KIND if method == "falqon" and not packed else LORA_KIND, trained)
+    forms = {words: found for words, found in forms.items() if words.endswith("--format nvfp4") or not packed}
     usual = next(iter(forms))
     if not forms[usual]:
         return []
@@ -59,7 +62,9 @@ def export_warnings(base: Path, method: str, trained: Collection[str]) -> list[s
     remaining = [form for form, findings in forms.items() if not findings]
     if not remaining:
         raise ConfigurationError(
-            f"no export of the tuned model would be possible: {base}", why=why, fix=firsts[0].fix or "use another model"
+            f"no export of the tuned model would be possible: {base}",
+            why=why,
+            fix="use --precision fp8" if packed else firsts[0].fix or "use another model",
         )
     works = " or ".join(f"fp8pipe export {form}" for form in remaining)
     return [f"fp8pipe export {usual} will refuse the tuned model: {why}. What will work: {works}"]

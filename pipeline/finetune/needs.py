@@ -186,7 +186,8 @@ def _workload(
     falqon, text = config.method == "falqon", settings.get_text_config(decoder=True)
     stacked = not falqon or config.rule.stacked
     members = structure.input_groups if stacked else tuple((name,) for name in structure.trainable)
-    together = _together(config, structure, members) if falqon and config.device != "cpu" else {}
+    grouped = config.precision == "fp8" and config.device != "cpu"
+    together = _together(config, structure, members) if grouped else {}
     groups = tuple(
         Group(
             tuple(structure.shape(name)[0] for name in each), structure.shape(each[0])[1],
@@ -209,7 +210,7 @@ def _workload(
         streamed=waits_on_host(config, itemsize * _weights(structure)), filed=falqon and config.device == "cpu",
         shard=max(shards.values()),
         tokens=tokens, length=train.length, answers=train.answers, saved=saved,
-        checkpointing=config.gradient_checkpointing,
+        checkpointing=config.gradient_checkpointing, packed=config.precision == "nvfp4",
     )  # fmt: skip
 
 

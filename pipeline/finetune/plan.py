@@ -32,6 +32,7 @@ from pipeline.dry_run.costs import (
 )
 from pipeline.dry_run.devices import DEVICES, Device, device_reported
 from pipeline.falqon.convert import base_bytes, read_convertible
+from pipeline.falqon.forms import form_of
 from pipeline.finetune.config import FinetuneConfig, check_processes
 from pipeline.finetune.method import export_warnings
 from pipeline.finetune.needs import estimate_needs
@@ -64,14 +65,17 @@ def plan_finetune(config: FinetuneConfig, output: Path | None = None) -> Plan:
     model.tie_weights()
     unstack_experts(model)
     structure = read_convertible(model, config.rank)
+    form = form_of(config.precision, config.rule, getattr(torch, config.dtype))
+    form.check(structure)
     names = checkpoint_names(source.path, structure.naming, structure.trainable)
     warnings = [
-        *unknown_tensors(source.path, structure), *export_warnings(source.path, config.method, names.values())
-    ]  # fmt: skip
+        *unknown_tensors(source.path, structure),
+        *export_warnings(source.path, config.method, config.precision, names.values()),
+    ]
     shapes = [structure.shape(name) for name in structure.trainable]
     missing = (*missing_packages(_packages(config)), *missing_trackers(config.report_to))
     base = 0 if config.method != "falqon" else base_bytes(
-        structure, config.rule, config.rank, config.initialisation or config.rule.initialisation
+        form, structure, config.rule, config.rank, config.initialisation or config.rule.initialisation
     )  # fmt: skip
     needs = estimate_needs(config, source, settings, structure, names, processes)
     on_gpus, told = _on_gpus(config, settings, shapes) if processes == 1 else ({}, _ONE_GPU)
@@ -155,6 +159,8 @@ def _on_gpus(
         return {}, ("no GPU estimate: the layers are not those of a plain decoder (attention and one MLP, all alike)",)
     if config.dtype != "bfloat16" or (config.method == "falqon" and not config.rule.stacked):
         return {}, ("no GPU estimate: kernels were counted in bfloat16 only, and not for the update rule 'released'",)
+    if config.precision == "nvfp4":
+        return {}, ("no GPU estimate: the cost model does not know weights in NVFP4",)
     way, compiled = _ways(config)
     step = Step(
         config.batch_size, config.sequence_length, config.rank, config.gradient_checkpointing,

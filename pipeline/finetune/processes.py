@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from fp8pipe.artifact import Artifact, ArtifactWriter
 from pipeline.falqon.method import FalqonMethod
+from pipeline.falqon.nvfp4_method import Nvfp4Method
 from pipeline.finetune.batches import Batches
 from pipeline.finetune.checkpoint import CheckpointStore
 from pipeline.finetune.config import FinetuneConfig
@@ -34,6 +35,8 @@ def build_method(
     """Create the configured training method, by calling `falqon` or `lora` with the arguments of their defaults."""
     if config.method == "falqon":
         how = config.initialisation or config.rule.initialisation
+        if config.precision == "nvfp4":
+            return Nvfp4Method(config.rule, rank=config.rank, initialisation=how, seed=config.seed)
         return falqon(config.rule, rank=config.rank, rows=config.rows, initialisation=how, seed=config.seed)
     alpha = config.rank if config.lora_alpha is None else config.lora_alpha
     return lora(rank=config.rank, alpha=alpha, seed=config.seed, quantized=config.method == "qlora")

@@ -27,7 +27,7 @@ def output_sizes(
     """
     sizes: dict[str, int] = {}
     for name, entry in entries.items():
-        new = prod(entry.shape) * (1 if config.method == "falqon" else 2)
+        new = int(prod(entry.shape) * config.bytes_per_weight)
         sizes[entry.file.name] = sizes.get(entry.file.name, 0) + (new if name in trained else entry.size_bytes)
     return sizes
 

@@ -33,6 +33,7 @@ from fp8pipe.models.language.sources import ModelSource, resolve_model
 from fp8pipe.numerics.bf16 import widen_bf16_products
 from pipeline.falqon.base_files import BaseFiles
 from pipeline.falqon.convert import read_convertible
+from pipeline.falqon.forms import form_of
 from pipeline.finetune.checkpoint import CheckpointStore
 from pipeline.finetune.config import FinetuneConfig
 from pipeline.finetune.deploy import Run, deploy
@@ -121,10 +122,12 @@ def tune(
         enter_phase("load")
         model = load_model(config, source, shared=processes.size > 1)
         structure = read_convertible(model, config.rank)
+        form_of(config.precision, config.rule, getattr(torch, config.dtype)).check(structure)
         names = checkpoint_names(source.path, structure.naming, structure.trainable)
         for warning in [
-            *unknown_tensors(source.path, structure), *export_warnings(source.path, config.method, names.values())
-        ]:  # fmt: skip
+            *unknown_tensors(source.path, structure),
+            *export_warnings(source.path, config.method, config.precision, names.values()),
+        ]:
             writer.warn(warning)
         text = _keep_apart(config, model, text)
         if warning := packing_warning(text.packing):

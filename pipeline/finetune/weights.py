@@ -17,6 +17,7 @@ from torch import Tensor
 from fp8pipe.artifact import ArtifactWriter, LayerRecord, disk_guard, none_of
 from fp8pipe.artifact.kinds import MergeHealth
 from fp8pipe.core.errors import BadArtifactError
+from fp8pipe.models.checkpoint.packed import DIVISOR_SUFFIX, PACKED_SUFFIX
 from fp8pipe.models.checkpoint.quantized.base import base_entries, copy_base_files
 from fp8pipe.models.checkpoint.sidecars import read_config
 from fp8pipe.models.checkpoint.stacks import join_stacks, split_stacks
@@ -35,14 +36,24 @@ class Deployed(NamedTuple):
     """A weight of the final model, in the checkpoint's orientation.
 
     Attributes:
-        values: FP8 codes, or a float weight.
-        scale: fp32 scalar; the weight is `codes * scale`. None for a float weight.
+        values: FP8 codes, packed NVFP4 codes, or a float weight.
+        scale: fp32 scalar; the weight is `codes * scale`. For NVFP4 the block scales; None for a float weight.
         transposed: whether the checkpoint stores the weight as (in, out).
+        divisor: the reciprocal of the global scale, fp32 `(1,)`; for NVFP4 only.
     """
 
     values: Tensor
     scale: Tensor | None
     transposed: bool
+    divisor: Tensor | None = None
+
+    def tensors(self, name: str) -> dict[str, Tensor]:
+        """The stored tensors by their names in the checkpoint, where the weight is called `name`."""
+        if self.scale is None:
+            return {name: self.values}
+        if self.divisor is None:
+            return {name: self.values, name + SCALE_SUFFIX: self.scale.float()}
+        return {name + PACKED_SUFFIX: self.values, name + SCALE_SUFFIX: self.scale, name + DIVISOR_SUFFIX: self.divisor}
 
 
 Weights = dict[str, Deployed]  # by module path, or by checkpoint name without `.weight`
@@ -66,7 +77,7 @@ def write_checkpoint(base: Path, root: Path, weights: Weights) -> None:
     files = weight_files(base)
     entries = base_entries(base)
     model_type = read_config(base / "config.json").get("model_type")
-    trained = _tensors(weights)
+    trained = {f"{name}.weight": weight.tensors(f"{name}.weight") for name, weight in weights.items()}
     weight_map: dict[str, str] = {}
     total = 0
     for file in files:
@@ -74,9 +85,8 @@ def write_checkpoint(base: Path, root: Path, weights: Weights) -> None:
         for name, entry in entries.items():
             if entry.file != file:
                 continue
-            own = (name, name + SCALE_SUFFIX)
             if name in trained:
-                tensors |= {n: trained[n].cpu().contiguous() for n in own if n in trained}
+                tensors |= {own: tensor.cpu().contiguous() for own, tensor in trained[name].items()}
             else:
                 tensors[name] = read_tensor(entry)
         if not tensors:  # the base's file holds only scales
@@ -110,13 +120,9 @@ def count_differing(root: Path, weights: Weights) -> int:
 
 
 def _tensors(weights: Weights) -> dict[str, Tensor]:
-    """All tensors of `weights` by their names in the checkpoint: each weight, and its scale (fp32) if it has one."""
-    tensors: dict[str, Tensor] = {}
-    for name, (values, scale, _) in weights.items():
-        tensors[f"{name}.weight"] = values
-        if scale is not None:
-            tensors[f"{name}.weight{SCALE_SUFFIX}"] = scale.float()
-    return tensors
+    """All tensors of `weights` by their names in the checkpoint."""
+    named = (weight.tensors(f"{name}.weight") for name, weight in weights.items())
+    return {name: tensor for tensors in named for name, tensor in tensors.items()}
 
 
 def _raw(tensor: Tensor) -> Tensor:

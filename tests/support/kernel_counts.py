@@ -23,7 +23,8 @@ from fp8pipe.models.compat import import_transformers
 from fp8pipe.numerics import backends, cuda, fused
 from fp8pipe.numerics.grids import E4M3, E5M2, FloatGrid, Scale
 from pipeline.falqon import layer as falqon_layer
-from pipeline.falqon.layer import FalqonLinear, FalqonPart, StackedOutput
+from pipeline.falqon.layer import FalqonLinear
+from pipeline.falqon.stacked import FalqonPart, StackedOutput
 
 PRODUCTS = {"mm", "addmm", "addmm_", "bmm", "_scaled_mm"}
 ALLOCATIONS = {"empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided"}

@@ -10,7 +10,7 @@ from mixtures import method_of, mixture, never_to
 from rank_work import joined_group
 
 from pipeline.falqon import final_merge
-from pipeline.falqon.final_merge import merge_all, second_moments
+from pipeline.falqon.final_merge import merge_all, merge_group, second_moments
 from pipeline.falqon.rules import FinalMerge
 from pipeline.finetune.distributed.merge import shared_merge
 from pipeline.finetune.distributed.moments import shared_moments
@@ -63,7 +63,7 @@ def merged(family: str, how: str, budget: int) -> dict[str, Any]:
     alone = deepcopy(model)
     layers = {name: alone.get_submodule(path) for name, path in _paths(model, method.layers).items()}
     final_merge._warn_unseen = unseen[0].extend
-    reports = merge_all(alone, layers, FinalMerge(how), lambda: batches)
+    reports = merge_all(alone, layers, FinalMerge(how), lambda: batches, merge_group)
     rounded: list[str] = []
     final_merge._warn_unseen = unseen[1].extend
     with joined_group() as group:

@@ -11,9 +11,10 @@ from fp8pipe.core import machine
 from fp8pipe.core.errors import BadArtifactError, OutOfMemoryError
 from fp8pipe.models.compat import import_transformers
 from fp8pipe.numerics.grids import same_bits
-from pipeline.falqon import base_files, convert
+from pipeline.falqon import base_files, convert, forms
 from pipeline.falqon.base_files import BaseFiles
 from pipeline.falqon.convert import base_sizes, convert_model, read_convertible
+from pipeline.falqon.forms import Fp8Form
 from pipeline.falqon.rules import Initialisation, update_rule
 from pipeline.finetune.loss import answer_loss
 
@@ -28,7 +29,7 @@ class CutError(Exception):
 def run(make_base, monkeypatch):
     """Convert a model from its checkpoint; returns the codes and scales, and what was computed for them."""
     monkeypatch.setattr(base_files, "SHARD_BYTES", 1)
-    quantize, sketch = convert.quantize_stacked, convert.gradient_sketches
+    quantize, sketch = forms.quantize_stacked, convert.gradient_sketches
     path = make_base("llama")
 
     def run(base=None, rule="live", cut_after=LAYERS):
@@ -44,7 +45,7 @@ def run(make_base, monkeypatch):
             computed.append("gradients")
             return sketch(*arguments)
 
-        monkeypatch.setattr(convert, "quantize_stacked", counted)
+        monkeypatch.setattr(forms, "quantize_stacked", counted)
         monkeypatch.setattr(convert, "gradient_sketches", sketched)
         model = import_transformers().AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16)
 
@@ -122,7 +123,8 @@ def test_what_training_changes_does_not_reach_the_files(run, tmp_path):
 
 def test_a_disk_too_small_for_the_files_is_refused_before_anything_is_computed(run, make_base, tmp_path, monkeypatch):
     model = import_transformers().AutoModelForCausalLM.from_pretrained(make_base("llama"), dtype=torch.bfloat16)
-    sizes, directions = base_sizes(read_convertible(model, 8), update_rule("live"), 8, Initialisation.GRADIENT)
+    rule = update_rule("live")
+    sizes, directions = base_sizes(Fp8Form(rule), read_convertible(model, 8), rule, 8, Initialisation.GRADIENT)
     need = sum(sizes.values()) + directions
     monkeypatch.setattr(machine, "free_bytes", lambda path: need - 1)
     with pytest.raises(OutOfMemoryError) as error:

@@ -8,7 +8,7 @@ import torch
 from fp8pipe.models.compat import import_transformers
 from pipeline.falqon import final_merge
 from pipeline.falqon.convert import convert_model
-from pipeline.falqon.final_merge import merge_all
+from pipeline.falqon.final_merge import merge_all, merge_group
 from pipeline.falqon.rules import FinalMerge, Initialisation, update_rule
 
 
@@ -35,7 +35,7 @@ def test_merging_leaves_the_function_nearly_alone_and_clears_b(tuned):
         for name, layer in layers.items():
             layer.codes.copy_(state[name][0])
             layer.lora_B.data.copy_(state[name][1])
-        reports = merge_all(model, layers, how, lambda: batches)
+        reports = merge_all(model, layers, how, lambda: batches, merge_group)
         assert not any(layer.lora_B.any() for layer in layers.values())
         assert {name: report.codes for name, report in reports.items()} == {
             name: layer.weight_codes.numel() for name, layer in layers.items()
@@ -54,6 +54,6 @@ def test_a_small_memory_budget_gives_the_same_codes_up_to_the_order_of_merging(t
     model, layers, batches = tuned
     monkeypatch.setattr(final_merge, "_MOMENT_BYTES", 1)  # one layer at a time
     passes = []
-    reports = merge_all(model, layers, FinalMerge.COMPENSATED, lambda: passes.append(1) or batches)
+    reports = merge_all(model, layers, FinalMerge.COMPENSATED, lambda: passes.append(1) or batches, merge_group)
     assert len(passes) == len(layers)
     assert [report.rows for report in reports.values()] == [layer.out_features for layer in layers.values()]

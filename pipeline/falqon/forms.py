@@ -1,0 +1,141 @@
+"""What a trained layer stores of its base weight, by number format: codes, their size, and the manifest's record."""
+
+from __future__ import annotations
+
+from typing import Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from fp8pipe.artifact import Encoding
+from fp8pipe.artifact import ScaleRule as Rule
+from fp8pipe.core.errors import ConfigurationError
+from fp8pipe.models.language.structure import ModelStructure
+from fp8pipe.numerics.grids import E4M3, Scale, quantize_stacked
+from fp8pipe.numerics.kinds import ScaleRule
+from fp8pipe.numerics.nvfp4 import BLOCK
+from fp8pipe.numerics.nvfp4_weights import global_scale, quantize_packed
+from pipeline.falqon.layer import FalqonLinear
+from pipeline.falqon.nvfp4_layer import Nvfp4Linear
+from pipeline.falqon.rules import FinalMerge, UpdateRule
+from pipeline.falqon.stacked import StackedLinear
+
+L_co = TypeVar("L_co", bound=StackedLinear, covariant=True)
+
+
+class Form(Protocol[L_co]):
+    """A number format in which the base weights of a model are trained."""
+
+    def check(self, structure: ModelStructure) -> None:
+        """Refuse a model whose trained layers the format cannot store.
+
+        Raises:
+            ConfigurationError: it is refused.
+        """
+
+    def code_bytes(self, rows: int, width: int, rank: int) -> int:
+        """Bytes that `quantize` returns for a weight `(rows, width)` and an A of that rank."""
+
+    def quantize(self, weight: Tensor, a: Tensor) -> dict[str, Tensor]:
+        """The stored tensors of a weight, `(rows, width)`, and of its A, `(rank, width)` fp32."""
+
+    def layer(self, found: dict[str, Tensor], rank: int, parts: tuple[int, ...], bias: Tensor | None) -> L_co:
+        """The layer on the tensors that `quantize` returned."""
+
+    def encodings(self) -> tuple[Encoding, Encoding | None]:
+        """How weights and inputs are quantized."""
+
+
+def form_of(precision: str | None, rule: UpdateRule, dtype: torch.dtype) -> Form[StackedLinear]:
+    """The form of the precision `fp8` or `nvfp4`; for the arguments see the forms."""
+    return Nvfp4Form(rule, dtype) if precision == "nvfp4" else Fp8Form(rule)
+
+
+class Fp8Form(Form[FalqonLinear]):
+    """E4M3 codes of W and A with one scale.
+
+    Args:
+        rule: the update rule.
+    """
+
+    def __init__(self, rule: UpdateRule) -> None:
+        self._rule = rule
+
+    def check(self, structure: ModelStructure) -> None:
+        """Every linear layer can be stored."""
+
+    def code_bytes(self, rows: int, width: int, rank: int) -> int:
+        """See `Form.code_bytes`."""
+        return (rows + rank) * width
+
+    def quantize(self, weight: Tensor, a: Tensor) -> dict[str, Tensor]:
+        """W and A share one scale; A's values are far smaller, so W gets the same codes as if quantized alone."""
+        codes, scale = quantize_stacked([weight, a], E4M3, self._rule.scale)
+        inverse = {} if scale.inverse_scale is None else {"inverse_scale": scale.inverse_scale}
+        return {"codes": codes, "scale": scale.value, **inverse}
+
+    def layer(self, found: dict[str, Tensor], rank: int, parts: tuple[int, ...], bias: Tensor | None) -> FalqonLinear:
+        """See `Form.layer`."""
+        scale = Scale(found["scale"], found.get("inverse_scale"))
+        return FalqonLinear(found["codes"], scale, rank=rank, parts=parts, bias=bias, live=self._rule.live)
+
+    def encodings(self) -> tuple[Encoding, Encoding | None]:
+        """One scale per tensor; inputs are quantized dynamically."""
+        tensorwise = self._rule.scale is ScaleRule.EXACT
+        rule = Rule.AMAX if tensorwise else Rule.POWER_OF_TWO
+        weight = Encoding(format="e4m3", bits=8, granularity="per-tensor", scale_rule=rule)
+        given = {"dynamic": True, "granularity": "per-tensor" if tensorwise else "per-token"}
+        return weight, weight.model_copy(update=given)
+
+
+class Nvfp4Form(Form[Nvfp4Linear]):
+    """NVFP4 codes of W with block scales and one global scale; A in the dtype of the model.
+
+    Args:
+        rule: the update rule.
+        dtype: the dtype in which the model computes.
+    """
+
+    def __init__(self, rule: UpdateRule, dtype: torch.dtype) -> None:
+        self._rule, self._dtype = rule, dtype
+
+    def check(self, structure: ModelStructure) -> None:
+        """Refuse layers that no export in NVFP4 could write.
+
+        Raises:
+            ConfigurationError: an expert, a weight stored as (in, out), or a side that is no multiple of 16.
+        """
+        for name in structure.trainable:
+            shape = structure.shape(name)
+            why = (
+                "it is an expert, and experts are not exported in NVFP4" if structure.is_expert(name)
+                else "its weight is stored as (in, out), for which engines have no block scales"
+                if structure.transposed(name)
+                else f"its weight is {shape}, and kernels need multiples of {BLOCK}" if any(n % BLOCK for n in shape)
+                else None
+            )  # fmt: skip
+            if why is not None:
+                raise ConfigurationError(
+                    f"{structure.architecture} cannot be trained in NVFP4", why=f"{name}: {why}",
+                    fix="use --precision fp8",
+                )  # fmt: skip
+
+    def code_bytes(self, rows: int, width: int, rank: int) -> int:
+        """See `Form.code_bytes`."""
+        return rows * (width // 2 + width // BLOCK) + rank * width * self._dtype.itemsize
+
+    def quantize(self, weight: Tensor, a: Tensor) -> dict[str, Tensor]:
+        """Rounded to nearest, as an export of the untuned model does, with one global scale for all stacked layers."""
+        scale = global_scale(float(weight.abs().max()))
+        packed, blocks = quantize_packed(weight, scale)
+        return {"packed": packed, "blocks": blocks, "scale": torch.tensor(scale), "a": a.to(self._dtype)}
+
+    def layer(self, found: dict[str, Tensor], rank: int, parts: tuple[int, ...], bias: Tensor | None) -> Nvfp4Linear:
+        """See `Form.layer`."""
+        scale = float(found["scale"])
+        return Nvfp4Linear(found["packed"], found["blocks"], scale, found["a"], parts=parts, bias=bias)
+
+    def encodings(self) -> tuple[Encoding, Encoding | None]:
+        """Blocks of 16, whose scales the final merge chooses by the error of the output; inputs stay as they are."""
+        rule = Rule.CALIBRATED if self._rule.final is FinalMerge.COMPENSATED else Rule.AMAX
+        return Encoding(format="nvfp4", bits=4, granularity="per-block", scale_rule=rule), None
