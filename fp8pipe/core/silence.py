@@ -43,7 +43,7 @@ _FIX: Final = (
 
 
 class SilenceWatch:
-    """A context in which this process ends if it, or another one, is cut off.
+    """A context in which this process ends if it, or another one, is cut off; it may be entered again.
 
     Args:
         place: the place of this process.
@@ -58,10 +58,10 @@ class SilenceWatch:
         self.hosts: Sequence[str] = ()
         self._place = replace(place, store=place.store.clone())  # the main thread may be waiting in the other one
         self._heartbeats, self._needed = heartbeats, tuple(needed)
-        self._over = threading.Event()
-        self._thread = threading.Thread(target=self._run, daemon=True)
 
     def __enter__(self) -> Self:
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
         return self
 

@@ -77,6 +77,7 @@ class StorePool:
     def __init__(self, place: RankContext) -> None:
         self._place, self._store = place, with_prefix(_PREFIX, place.store)
         self._heartbeats = Heartbeats(self._store, 0, range(place.size))
+        self._watch = SilenceWatch(place, self._heartbeats, [0])
         self._jobs, self._waits_since = 0, 0.0
 
     def __enter__(self) -> Self:
@@ -102,7 +103,7 @@ class StorePool:
 
     def results(self, job: Job, item: Item) -> Iterator[tuple[int, bytes]]:
         """Number and result of each item, in the order in which they are finished; see `WorkPool`."""
-        with SilenceWatch(self._place, self._heartbeats, [0]):  # the rest of the run does not need the store
+        with self._watch:  # the rest of the run does not need the store
             yield from self._results(job, item)
 
     def _results(self, job: Job, item: Item) -> Iterator[tuple[int, bytes]]:

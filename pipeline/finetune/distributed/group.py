@@ -140,7 +140,7 @@ def joined(place: RankContext, device: str) -> Iterator[SeveralProcesses]:
         earlier = dist.is_initialized()
         what = "an earlier run of this process failed" if earlier else f"rank {failed[0]} has failed"
         raise _given_up(what, failed[0])
-    store: Any = PrefixStore(f"fp8pipe/run/{next(_runs)}", place.store)
+    store: Any = PrefixStore(f"fp8pipe/run/{next(_runs)}", place.store)  # its annotations are incomplete
     try:
         needed = range(place.size) if place.rank == 0 else (0, place.rank)
         with (

@@ -162,9 +162,14 @@ def test_a_rank_that_computes_ends_when_rank_0_sends_no_heartbeat(
     assert caplog.text.count("rank 0 of this run: no heartbeat for 1 s") == 1
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize(("rank", "jobs"), [(0, 1), (0, 2), (1, 0)])
 def test_a_process_that_is_cut_off_from_the_store_ends_with_an_error(
-    rank: int, store: TCPStore, threads: ThreadPoolExecutor, ended: list[int], caplog: pytest.LogCaptureFixture
+    rank: int,
+    jobs: int,
+    store: TCPStore,
+    threads: ThreadPoolExecutor,
+    ended: list[int],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     relay = Relay(store.port)
     place = RankContext(rank, 2, 0, TCPStore("127.0.0.1", relay.port, wait_for_workers=False))
@@ -172,6 +177,9 @@ def test_a_process_that_is_cut_off_from_the_store_ends_with_an_error(
 
     def computed() -> None:
         with StorePool(place) as pool:
+            for _ in range(jobs - 1):
+                list(pool.results(job, squares(job)))
+                relay.cut()  # while it needs the store for nothing
             list(pool.results(job, lambda number: relay.cut() or b""))
 
     def assisted() -> None:
