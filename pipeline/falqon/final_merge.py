@@ -17,6 +17,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from fp8pipe.core.machine import return_freed_memory
 from fp8pipe.numerics.grids import E4M3
 from fp8pipe.numerics.quantizers import compensated_round
 from pipeline.falqon.flush import FlushReport, flush_report, rounded_rows, target_rows
@@ -84,6 +85,7 @@ def merge_group(model: nn.Module, layers: dict[str, FalqonLinear], how: FinalMer
         been reached by any token, so that they are rounded to nearest.
     """
     moments = second_moments(model, layers, inputs) if how is FinalMerge.COMPENSATED else {}
+    return_freed_memory()  # the activations: the solver needs blocks of other sizes
     unseen = [name for name, layer in layers.items() if is_unseen(layer, how, moments.get(name))]
     return {name: merge_layer(layer, moments.get(name)) for name, layer in layers.items()}, unseen
 
