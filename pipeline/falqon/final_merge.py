@@ -85,7 +85,6 @@ def merge_group(model: nn.Module, layers: dict[str, FalqonLinear], how: FinalMer
         been reached by any token, so that they are rounded to nearest.
     """
     moments = second_moments(model, layers, inputs) if how is FinalMerge.COMPENSATED else {}
-    return_freed_memory()  # the activations: the solver needs blocks of other sizes
     unseen = [name for name, layer in layers.items() if is_unseen(layer, how, moments.get(name))]
     return {name: merge_layer(layer, moments.get(name)) for name, layer in layers.items()}, unseen
 
@@ -140,6 +139,8 @@ def merge_layer(layer: FalqonLinear, moments: Tensor | None) -> FlushReport:
         moments: `(in, in)` fp32, proportional to X^T X: rounding minimizes the error of `X target^T` for inputs X with
             these second moments. None rounds to the nearest code.
     """
+    if moments is not None:
+        return_freed_memory()  # the solver needs blocks of other sizes than those of activations, or of another layer
     codes, report = _all_rows(layer, moments)
     layer.weight_codes.view(torch.uint8).copy_(codes.view(torch.uint8))
     layer.lora_B.data.zero_()

@@ -15,7 +15,6 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from fp8pipe.core.machine import return_freed_memory
 from pipeline.falqon.final_merge import Inputs, Merged, is_unseen, merge_layer
 from pipeline.falqon.flush import FlushReport
 from pipeline.falqon.layer import FalqonLinear
@@ -32,7 +31,6 @@ def shared_merge(
     owners = deal({name: layer_cost(layer, how) for name, layer in layers.items()}, group.size)
     moments = shared_moments(model, layers, inputs, group, owners) if how is FinalMerge.COMPENSATED else {}
     reshard(model)  # a forward pass without a backward pass leaves the root's own parameters whole
-    return_freed_memory()  # the inputs and the activations: the solver needs blocks of other sizes
     unseen: list[str] = []
     reports: dict[str, FlushReport] = {}
     with owned_layers(layers, owners, group) as mine:
