@@ -79,6 +79,12 @@ def resident_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+def current_bytes() -> int:
+    """Resident memory of this process now, in bytes; 0 if the system does not report it."""
+    found = _proc_field(Path("/proc/self/status"), "VmRSS")
+    return int(found.split()[0]) * 1024 if found else 0
+
+
 def return_freed_memory() -> None:
     """Give memory that is free within the C library's heap back to the system, where that library can (glibc)."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None

@@ -18,6 +18,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from fp8pipe.core.machine import return_freed_memory
 from fp8pipe.numerics.grids import E4M3
 from fp8pipe.numerics.quantizers import compensated_round
 from pipeline.falqon.flush import FlushReport, flush_report, rounded_rows, target_rows
@@ -140,6 +141,8 @@ def merge_layer(layer: FalqonLinear, moments: Tensor | None) -> FlushReport:
         moments: `(in, in)` fp32, proportional to X^T X: rounding minimizes the error of `X target^T` for inputs X with
             these second moments. None rounds to the nearest code.
     """
+    if moments is not None:
+        return_freed_memory()  # the solver needs blocks of other sizes than those of activations, or of another layer
     codes, report = _all_rows(layer, moments)
     layer.weight_codes.view(torch.uint8).copy_(codes.view(torch.uint8))
     layer.lora_B.data.zero_()

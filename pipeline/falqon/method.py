@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fp8pipe.artifact import LayerRecord
+from fp8pipe.core.machine import return_freed_memory
 from fp8pipe.numerics.kinds import ScaleRule
 from pipeline.falqon.base_files import BaseFiles
 from pipeline.falqon.convert import FalqonGroup, convert_model
@@ -90,6 +91,7 @@ class FalqonMethod(Method):
     def health(self, step: int) -> FlushReport:
         """Report what flushing B with rounding to nearest would do now, for a few layers that change with `step`."""
         total = FlushReport()
+        return_freed_memory()  # of the step, in blocks of other sizes
         for name in self.sample(step):
             with self.whole(name, self.layers[name]):
                 total += preview(self.layers[name])

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fp8pipe.artifact import Artifact, ArtifactWriter, Comparison, Gate, LayerRecord, NumberFormat, Verdict
 from fp8pipe.artifact.kinds import HeldoutLoss, KvCacheFacts, TunedDetails
+from fp8pipe.core.machine import return_freed_memory
 from fp8pipe.core.plan import enter_phase
 from fp8pipe.models.checkpoint.quantized.base import read_base
 from fp8pipe.models.checkpoint.tensors import model_parent
@@ -86,12 +87,14 @@ def deploy(
         plot_run(trainer.history, writer.root / plot, f"{run.config.method} on {run.source.origin}")
         return _write(run, trainer, writer, outcome, exclude, [*volatile, plot])
 
+    return_freed_memory()
     enter_phase("write")
     return run.processes.finished(write, writer.output)
 
 
 def _finish(run: Run, trainer: Trainer, writer: RunWriter) -> _Outcome:
     model, method, text, device = trainer.model, trainer.method, run.text, run.config.device
+    return_freed_memory()  # what the steps have freed is in blocks of other sizes than the merge needs
     enter_phase("final merge")
     merged = method.finish(model, trainer.calibration_inputs)
     enter_phase("evaluate")

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from importlib import import_module
 from typing import Any, Final
 
 import torch
 
 from fp8pipe.core import machine
-from fp8pipe.core.machine import format_bytes, resident_bytes
+from fp8pipe.core.machine import current_bytes, format_bytes, resident_bytes, return_freed_memory
 from fp8pipe.models.checkpoint.quantized.base import read_base
 from fp8pipe.models.checkpoint.sidecars import BASE_MODEL_FILES, sidecar_bytes
 from fp8pipe.models.checkpoint.tensors import DTYPES
@@ -39,6 +41,7 @@ from pipeline.finetune.text import TrainingText, load_text
 
 # Allocated memory that the allocator holds beyond what is in use: 20 % in the runs that docs/planning.md compares.
 _ALLOCATOR: Final = 1.2
+_PACKAGES: Final = {"falqon": (), "lora": ("peft",), "qlora": ("peft", "bitsandbytes")}
 _PACKING: Final = {
     "positions": "several examples a row, kept apart by restarting positions",
     "mask": "several examples a row, kept apart by a mask per example",
@@ -102,9 +105,11 @@ def estimate_needs(
         ConfigurationError: the run itself would reject the text.
     """
     text = load_text(config, source)
-    resident = resident_bytes()  # before anything is loaded that only a plan needs
+    resident = _resident(config)  # before anything is loaded that only a plan needs
     dtype, on_cpu = getattr(torch, config.dtype), config.device == "cpu"
     text, packing, warning = _packed(config, settings, structure, text)
+    return_freed_memory()
+    resident = max(resident, current_bytes())  # with what torch compiles for products: about 1 MB for each shape
     train = batch_sizes(text.train, config.steps * config.gradient_accumulation)
     tower = _tower(settings, dtype, largest_with_images(text.train, config.steps * config.gradient_accumulation))
     base = read_base(source.path)
@@ -145,6 +150,20 @@ def _tower(settings: Any, dtype: torch.dtype, batch: Batch | None) -> int | None
     """Bytes that the vision tower takes for a batch; None if they cannot be counted."""
     read = None if batch is None else batch.image_inputs
     return 0 if read is None else tower_bytes(settings, dtype, read())
+
+
+def required_packages(config: FinetuneConfig) -> tuple[str, ...]:
+    """The distributions beyond fp8pipe's own that a run imports, each a module of that name."""
+    eight_bits = ("bitsandbytes",) if config.optimizer == "adamw-8bit" else ()
+    return tuple(dict.fromkeys((*_PACKAGES[config.method], *eight_bits)))
+
+
+def _resident(config: FinetuneConfig) -> int:
+    """Peak memory of this process, which then has imported what the run on a CPU imports."""
+    for name in required_packages(config) if config.device == "cpu" else ():
+        with contextlib.suppress(ImportError):  # of a package that is missing, the plan tells elsewhere
+            import_module(name)
+    return resident_bytes()
 
 
 def _shared(work: Workload, processes: int, config: FinetuneConfig) -> Workload:

@@ -35,10 +35,9 @@ from pipeline.falqon.convert import base_bytes, read_convertible
 from pipeline.falqon.forms import form_of
 from pipeline.finetune.config import FinetuneConfig, check_processes
 from pipeline.finetune.method import export_warnings
-from pipeline.finetune.needs import estimate_needs
+from pipeline.finetune.needs import estimate_needs, required_packages
 from pipeline.tracking.config import missing_trackers
 
-_PACKAGES: Final = {"falqon": (), "lora": ("peft",), "qlora": ("peft", "bitsandbytes")}
 _ONE_GPU: Final = ("no GPU estimate of step time: the cost model is that of one GPU (docs/cost-model.md)",)
 _SMALLER: Final = "a smaller --batch-size or --sequence-length, --gradient-checkpointing, or a smaller model"
 
@@ -73,7 +72,7 @@ def plan_finetune(config: FinetuneConfig, output: Path | None = None) -> Plan:
         *export_warnings(source.path, config.method, config.precision, names.values()),
     ]
     shapes = [structure.shape(name) for name in structure.trainable]
-    missing = (*missing_packages(_packages(config)), *missing_trackers(config.report_to))
+    missing = (*missing_packages(required_packages(config)), *missing_trackers(config.report_to))
     base = 0 if config.method != "falqon" else base_bytes(
         form, structure, config.rule, config.rank, config.initialisation or config.rule.initialisation
     )  # fmt: skip
@@ -88,7 +87,7 @@ def plan_finetune(config: FinetuneConfig, output: Path | None = None) -> Plan:
         output_bytes=needs.disk.output,
         seconds=needs.seconds,
         hardware="a CPU" if config.device == "cpu" else str(config.gpu_need),
-        packages=_packages(config),
+        packages=required_packages(config),
         missing=(
             *missing,
             *_missing_memory(config, needs.peak, here),
@@ -140,11 +139,6 @@ def _missing_memory(config: FinetuneConfig, peak: int, here: int) -> tuple[Missi
         Missing(f"GPU memory: {format_bytes(peak)} at the peak, {found.name} has {format_bytes(found.memory_bytes)}",
                 _SMALLER),
     )  # fmt: skip
-
-
-def _packages(config: FinetuneConfig) -> tuple[str, ...]:
-    eight_bits = ("bitsandbytes",) if config.optimizer == "adamw-8bit" else ()
-    return tuple(dict.fromkeys((*_PACKAGES[config.method], *eight_bits)))
 
 
 def _on_gpus(

@@ -24,6 +24,7 @@ from fp8pipe.artifact import (
 )
 from fp8pipe.artifact.kinds import FALQON_KIND, LORA_KIND, PackingFacts
 from fp8pipe.core.devices import on_device
+from fp8pipe.core.machine import return_freed_memory
 from fp8pipe.core.plan import by_reason, enter_phase, refuse_impossible
 from fp8pipe.core.progress import track
 from fp8pipe.models.checkpoint.names import checkpoint_names
@@ -138,6 +139,7 @@ def tune(
         key = _run_key(config, source, text)
         processes.same(key, "the configuration or an input")
         records = processes.in_turn(lambda: _prepare(config, model, method, store, text, key))
+        return_freed_memory()  # its blocks have other sizes than those of a step, which would be added to them
         trainer = processes.trainer(config, model, method, text.train, text.heldout, store, writer.root / _METRICS)
         if processes.main:
             check_room(config, source.path, trainer, writer.root, names.values(), processes.spill_bytes(method))

@@ -126,6 +126,7 @@ def test_other_recipes_and_other_runs_have_other_jobs():
     several = [names("a-b", "c", "runs/1"), names("a", "b-c", "runs/1"), names("a-b", "c", "runs/2")]
     assert len(set.union(*several)) == 6
     assert names("a-b", "c", "runs/1") == several[0]
+    assert names("a", "a-a", "a-a").isdisjoint(names("a-a", "a", "a-a"))  # which joined by hyphens are all a-a-a-a-a
 
 
 KUBECTL = """#!/bin/sh

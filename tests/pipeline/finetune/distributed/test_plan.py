@@ -13,6 +13,7 @@ from fp8pipe.core import launch
 from fp8pipe.core import plan as core_plan
 from fp8pipe.core.errors import ConfigurationError
 from fp8pipe.core.machine import format_bytes
+from pipeline.finetune import needs
 from pipeline.finetune.plan import plan_finetune
 
 RANK, ROWS = 8, {"qkv": 64 + 2 * 32, "o": 64, "up": 2 * 96, "down": 64}
@@ -53,7 +54,12 @@ QLORA = {"method": "qlora", "optimizer": "adamw-8bit"}
 )
 def test_it_counts_what_each_process_holds_of_the_baselines(settings, changes, frozen, scales, moments, monkeypatch):
     monkeypatch.setattr(launch, "launched", lambda: launch.RankContext(0, 2, 0, None))
+    imported: list[str] = []
+    monkeypatch.setattr(needs, "import_module", imported.append)
+    monkeypatch.setattr(needs, "resident_bytes", lambda: 10**12 * len(imported))
     plan = plan_finetune(config(**settings, gradient_accumulation=2, **changes))
+    assert imported == ["peft", *(["bitsandbytes"] if scales else [])]
+    assert plan.peak_memory_bytes > 10**12 * len(imported)  # measured once they are there
     weights = LAYERS * sum(ROWS[name] * WIDTHS[name] for name in ROWS)
     columns = LAYERS * (3 * 64 + 64 + 2 * 64 + 96)  # each layer has an A of its own
     trained = RANK * (columns + LAYERS * sum(ROWS.values()))
