@@ -7,7 +7,7 @@ files needs enough address space. A layout is recognized by the names and dtypes
 |---|---|---|
 | compressed-tensors, ModelOpt, fp8pipe | `weight` | `weight_scale` (and `weight_scale_2`, `input_scale`) |
 | DeepSeek's FP8 blocks | `weight` | `weight_scale_inv`; despite its name, codes are multiplied by it |
-| compressed-tensors, packed | `weight_packed` | `weight_scale`, `weight_global_scale` |
+| compressed-tensors, packed | `weight_packed` | `weight_scale`, `weight_global_scale`, `input_global_scale` |
 | GPTQ, AWQ | `qweight` | `scales`, with `qzeros` |
 """
 
@@ -38,7 +38,10 @@ _CODES: Final = {"F8_E4M3": "fp8-e4m3", "F8_E5M2": "fp8-e5m2", "I8": "int8", "U8
 # contains the scales.
 _LAYOUTS: Final = (
     (".weight", (".weight_scale", ".weight_scale_inv", ".weight_scale_2", ".weight_tensor_scale", ".input_scale")),
-    (".weight_packed", (".weight_scale", ".weight_global_scale", ".weight_shape", ".weight_zero_point")),
+    (
+        ".weight_packed",
+        (".weight_scale", ".weight_global_scale", ".weight_shape", ".weight_zero_point", ".input_global_scale"),
+    ),
     (".qweight", (".scales", ".qzeros", ".g_idx")),
 )
 

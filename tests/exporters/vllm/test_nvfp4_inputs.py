@@ -174,6 +174,17 @@ def test_a_range_in_the_manifest_that_does_not_belong_to_its_scale_is_found(fami
     assert any(DOWN + SCALE in f"{found.where} {found.why}" for found in checked.findings)
 
 
+def test_a_tuned_artifact_is_calibrated_on_the_records_that_it_was_trained_on(family: Path, tmp_path: Path) -> None:
+    """Not on those that were held out then: of four records with a half held out, two remain."""
+    trained = Path(shutil.copytree(family / "trained", tmp_path / "trained"))
+    text = str(family / "text.jsonl")
+    rehash(trained, lambda data: data["config"].update(data=text, heldout_fraction=0.5, sequence_length=24))
+    options = VllmExportOptions(format=ExportFormat.NVFP4_W4A4)
+    facts, sequences = read_calibration(plan_export(trained, options, verify=False))
+    assert (facts.data, facts.records) == (text, 2)
+    assert [len(ids) for ids in sequences] == [24, 24]
+
+
 @pytest.mark.parametrize("plan", [False, True])
 def test_without_a_text_it_is_refused_before_anything_is_read(family: Path, tmp_path: Path, plan: bool) -> None:
     run: Any = plan_vllm if plan else export_vllm

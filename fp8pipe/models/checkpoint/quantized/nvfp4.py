@@ -67,8 +67,8 @@ class Nvfp4Entry(TensorEntry):
             raise refusal(self.file.parent, f"{self.file.name}: {wrong}: scales are positive")
         factor = scales / whole if self.divides else scales * whole
         values = e2m1_values(unpack_nibbles(self.codes.read_rows(rows))).unflatten(-1, (-1, NVFP4_BLOCK))
-        weight: Tensor = (values * factor.unsqueeze(-1)).flatten(-2)
-        return weight.to(DTYPES[self.dtype])
+        weight: Tensor = (values * factor.unsqueeze(-1)).flatten(-2).to(DTYPES[self.dtype])
+        return weight
 
 
 def dequantized_nvfp4(root: Path, entries: Mapping[str, TensorEntry], scheme: Scheme, dtype: str) -> Plain:
