@@ -11,6 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -128,8 +129,8 @@ def _report(exported: Artifact, target: ExportTarget, source: Path, console: Con
     lines += [table([gate.row for gate in manifest.gates])] if manifest.gates else []
     lines += call(target.after, exported) if target.after is not None else []
     if target.engines:
-        against = f" --against {source}" if "against" in target.engines[0].takes else ""
-        lines += next_step(exported, f"fp8pipe validate {exported.root}{against}")
+        against = f" --against {quote(str(source))}" if "against" in target.engines[0].takes else ""
+        lines += next_step(exported, f"fp8pipe validate {quote(str(exported.root))}{against}")
     console.emit(document, "\n".join(lines), quiet_text=str(exported.root))
     require_gates(exported, "do not deploy it; make its source again, or report it")
 

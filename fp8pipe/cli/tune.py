@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
@@ -107,7 +108,7 @@ def next_export(artifact: Artifact) -> str:
     forms = foresee(artifact.root, artifact.kind)
     form = next((words for words, findings in forms.items() if not findings), next(iter(forms)))
     _, target, *_ = form.split()
-    return f"fp8pipe export {artifact.root} {form} --output {artifact.root}-{target}"
+    return f"fp8pipe export {quote(str(artifact.root))} {form} --output {quote(f'{artifact.root}-{target}')}"
 
 
 def _losses(artifact: Artifact) -> HeldoutLoss:
@@ -166,7 +167,7 @@ def _show_quantized(console: Console, artifact: Artifact) -> None:
     target = "trt" if details.precision == "wnvfp4anvfp4" else "onnx"  # no other engine supports NVFP4
     show_artifact(
         console, artifact, _quantized_lines(artifact, details),
-        f"fp8pipe export {artifact.root} --target {target} --output {artifact.root}-{target}",
+        f"fp8pipe export {quote(str(artifact.root))} --target {target} --output {quote(f'{artifact.root}-{target}')}",
         remedy="use more bits, more --distill-steps or pictures (--calibration images:DIR); "
         "the artifact is kept for inspection",
         **facts,

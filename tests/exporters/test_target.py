@@ -43,11 +43,11 @@ def source(tmp_path):
 
 @pytest.fixture
 def export(toy, source, tmp_path):
-    ended = invoke("export", source.root, "--target", "toy", "--refrain", 2, "--output", tmp_path / "out")
+    ended = invoke("export", source.root, "--target", "toy", "--refrain", 2, "--output", tmp_path / "out put")
     assert ended.exit_code == 0, ended.output
     assert "sing it" in ended.output
-    assert f"next: fp8pipe validate {tmp_path / 'out'}" in ended.output
-    return tmp_path / "out"
+    assert f"next: fp8pipe validate '{tmp_path / 'out put'}'" in ended.output  # can be pasted
+    return tmp_path / "out put"
 
 
 def test_help_and_schema_know_it_while_it_is_registered(toy):
@@ -86,7 +86,7 @@ def test_a_dry_run_writes_nothing(toy, source, tmp_path):
 def test_verify_runs_its_check_and_finds_a_fault(export, source):
     whole = json.loads(invoke("verify", export, "--parents", source.root, "--json").stdout)
     assert whole["verified"]
-    assert whole["compared"] == [{"artifact": "out", "parent": str(source.root)}]
+    assert whole["compared"] == [{"artifact": "out put", "parent": str(source.root)}]
     text = (export / LINES).read_text()
     (export / LINES).write_text(text.replace("a", "b"))
     rehash(export)
@@ -118,7 +118,7 @@ def test_validate_runs_its_engine(export):
     ended = invoke("validate", export, "--engine", "toy-engine")
     assert ended.exit_code == 0, ended.output
     assert "ACCEPT by toy-engine" in ended.output
-    assert (export.parent / "out.validation.json").is_file()
+    assert (export.parent / "out put.validation.json").is_file()
     assert invoke("verify", export).exit_code == 0
     assert invoke("validate", export, "--engine", "onnxruntime").exit_code == 10
     (export / LINES).write_text("no-digest\nnone-here\n")
