@@ -27,7 +27,7 @@ class _Alive(TorchDispatchMode):
     """While active, counts the bytes of meta tensors that operations create, at most alive at once: `peak`."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.now = self.peak = 0
         self._counted: set[int] = set()
 

@@ -150,7 +150,7 @@ def find_routers(model: nn.Module) -> frozenset[str]:
 
     A router is such a sibling itself, or the one linear layer that the sibling holds.
     """
-    routers = set()
+    routers: set[str] = set()
     for name, module in model.named_modules():
         count = _expert_count(module)
         if count is None or not name:
