@@ -20,7 +20,7 @@ import click
 
 from fp8pipe.core.devices import DEVICE_HELP, DEVICES
 from fp8pipe.core.errors import ConfigurationError, Fp8PipeError, GateFailedError, OutOfMemoryError, first_line
-from fp8pipe.core.machine import format_bytes
+from fp8pipe.core.machine import format_bytes, is_disk_full
 from fp8pipe.core.progress import table
 
 if TYPE_CHECKING:
@@ -261,10 +261,10 @@ def _failure(
 
 def _as_out_of_memory(error: BaseException) -> OutOfMemoryError | None:
     """The out-of-memory or disk-full error that caused `error`, if any; imports nothing heavy."""
-    if isinstance(error, OSError):
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            return None
+    if is_disk_full(error):
         return OutOfMemoryError("the disk is full", why=str(error), fix="free space, or use another disk")
+    if isinstance(error, OSError):
+        return None
     torch = sys.modules.get("torch")
     on_device = torch is not None and isinstance(error, torch.OutOfMemoryError)
     # torch's CPU allocator raises a plain RuntimeError.

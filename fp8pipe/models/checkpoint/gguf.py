@@ -35,6 +35,7 @@ from fp8pipe.core.errors import (
     MissingCapabilityError,
     OutOfMemoryError,
 )
+from fp8pipe.core.machine import is_disk_full
 
 log = logging.getLogger(__name__)
 
@@ -253,14 +254,14 @@ def _fix_pre_tokenizer(tokenizer: Any, gguf: Path) -> None:
 def _translated_errors(cache: Path) -> Iterator[None]:
     try:
         yield
-    except OSError as error:
-        if error.errno == errno.ENOSPC:
+    except Exception as error:
+        if is_disk_full(error):
             raise OutOfMemoryError(
                 f"the disk of {cache} is full",
                 why=str(error),
                 fix="free space, or set FP8PIPE_CACHE to a directory on another disk",
             ) from error
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
+        if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
             raise ConfigurationError(
                 f"the cache {cache} cannot be written", why=str(error), fix="set FP8PIPE_CACHE to a writable directory"
             ) from error

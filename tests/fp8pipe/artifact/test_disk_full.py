@@ -1,13 +1,13 @@
 """Artifacts on disks that are full or become so: refused with both numbers, or ended without loss."""
 
 import errno
-import subprocess
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
 from small_artifacts import write
+from tiny_disk import tiny_disk_at
 
 from fp8pipe.artifact import (
     ArtifactWriter,
@@ -45,16 +45,8 @@ def test_other_errors_pass_untranslated(tmp_path):
 
 @pytest.fixture
 def tiny_disk(tmp_path):
-    """A real file system of 256 kB; needs the right to mount."""
-    mount = tmp_path / "disk"
-    mount.mkdir()
-    made = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(mount)], capture_output=True, check=False
-    )
-    if made.returncode != 0:
-        pytest.skip("this user may not mount a file system")
-    yield mount
-    subprocess.run(["umount", str(mount)], check=True)
+    with tiny_disk_at(tmp_path / "disk", "256k") as mount:
+        yield mount
 
 
 def test_a_full_disk_while_writing_leaves_the_old_artifact(tiny_disk):

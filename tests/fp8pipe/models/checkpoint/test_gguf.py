@@ -13,8 +13,9 @@ import pytest
 import torch
 from gguf_packages import needs_gguf
 from safetensors.torch import load_file
+from tiny_disk import tiny_disk_at
 
-from fp8pipe.core.errors import BadArtifactError, ConfigurationError, MissingCapabilityError
+from fp8pipe.core.errors import BadArtifactError, ConfigurationError, MissingCapabilityError, OutOfMemoryError
 from fp8pipe.models.checkpoint.gguf import cache_root, convert_gguf
 from fp8pipe.models.checkpoint.quantized.base import read_base
 from fp8pipe.models.compat import import_transformers
@@ -213,6 +214,18 @@ def test_a_missing_reader_names_the_command(tmp_path: Path, cache: Path, monkeyp
     with pytest.raises(MissingCapabilityError) as caught:
         resolve_model(str(tmp_path / "m.gguf"))
     assert caught.value.fix == "pip install gguf accelerate"
+
+
+@needs_gguf
+def test_a_cache_whose_disk_is_full_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The weights are written by safetensors, which has its own exception for that."""
+    write_gguf(tmp_path / "m.gguf", tied=True)
+    with tiny_disk_at(tmp_path / "disk", "32k") as mount:
+        monkeypatch.setenv("FP8PIPE_CACHE", str(mount))
+        with pytest.raises(OutOfMemoryError, match="is full") as caught:
+            convert_gguf(tmp_path / "m.gguf")
+        assert not [path for path in cache_root().iterdir() if path.is_dir()]
+    assert "set FP8PIPE_CACHE" in caught.value.fix
 
 
 @needs_gguf
