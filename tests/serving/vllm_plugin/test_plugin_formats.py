@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from breadth import LONG
+from lasting_engines import probed
 from tiny_checkpoints import FORMATS, INPUT_SCALE, Format, make_model, write_fp8, write_plain
 from torch import Tensor
 
-from exporters.vllm.environment import find_vllm_python, inspect_environment, last_lines
+from exporters.vllm.environment import find_vllm_python, inspect_environment
 from exporters.vllm.export import export_vllm
 from exporters.vllm.options import ExportFormat, VllmExportOptions
 from exporters.vllm.reopen import iter_weights
 from fp8pipe.core.errors import MissingCapabilityError
 from validation.vllm.held import Expected
 from validation.vllm.kernel_report import kernel_report
-from validation.vllm.launcher import PARITY_ARGUMENTS, PROBE, ProbeJob, in_process
+from validation.vllm.launcher import PARITY_ARGUMENTS, ProbeJob, in_process
 
-HOST = Path(__file__).with_name("engine_host.py")
 SEQUENCES = [[int(t) for t in torch.randint(0, 256, (40,), generator=torch.Generator().manual_seed(i))] for i in (1, 2)]
 # Where activations stay, weights are handled as where they are quantized: one such form is enough in usual runs.
 USUAL = [form for form in FORMATS if LONG or form.name not in {"ct-tensor-w8a16", "ct-block-w8a16"}]
@@ -35,7 +32,7 @@ pytestmark = pytest.mark.vllm
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """All engines in one process: by name, the exact weights and the probe's result."""
+    """By name, the exact weights and the probe's result."""
     try:
         python = find_vllm_python()
     except MissingCapabilityError as error:
@@ -52,28 +49,20 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     jobs = [_job(root, name, values) for name, values in exact.items()]
     for name in EMULATED:
         exact[f"{name}+quant"] = exact[name]
-        jobs.append({**_job(root, name, exact[name]), "environment": {"FP8PIPE_VLLM_ACTIVATIONS": "quant"}})
-    (root / "jobs.json").write_text(json.dumps(jobs), encoding="utf-8")
-    with (root / "log").open("wb") as log:
-        command = [str(python), "-P", str(HOST), str(PROBE), str(root / "jobs.json")]
-        subprocess.run(command, stdout=log, stderr=log, env=in_process(), check=False, timeout=900)
-    assert (root / "result.json").is_file(), last_lines(root / "log", 60)
-    results = json.loads((root / "result.json").read_text(encoding="utf-8"))
-    return {
-        name: {"exact": exact[name], "result": result, "log": root / "log"}
-        for name, result in zip(exact, results, strict=True)
-    }
+        jobs.append(_job(root, name, exact[name], FP8PIPE_VLLM_ACTIVATIONS="quant"))
+    results = probed(python, jobs, root)
+    return {name: {"exact": exact[name], "result": result} for name, result in zip(exact, results, strict=True)}
 
 
-def _job(root: Path, name: str, exact: dict[str, Tensor]) -> dict[str, Any]:
+def _job(root: Path, name: str, exact: dict[str, Tensor], **environment: str) -> ProbeJob:
     tensors = {key: Expected(key, value, None, False).digests() for key, value in exact.items()}
     for key, told in tensors.items():
         told["quantized"] = key.endswith("_proj.weight") and name != "bf16"
     arguments = [*PARITY_ARGUMENTS, "--max-model-len", "128"]
-    job = ProbeJob(
-        str(root / name), arguments, tensors, sequences=SEQUENCES, prompts=["Hello"], max_tokens=4, products=True
-    )
-    return {**asdict(job), "dump": str(root), "result": str(root / "result.json")}
+    return ProbeJob(
+        str(root / name), arguments, tensors, sequences=SEQUENCES, prompts=["Hello"], max_tokens=4, products=True,
+        variables=in_process() | environment,
+    )  # fmt: skip
 
 
 def _reference(exact: dict[str, Tensor], form: Format | None = None) -> list[Tensor]:
@@ -116,7 +105,6 @@ def _run_of(runs: dict[str, Any], name: str) -> dict[str, Any]:
 @pytest.mark.parametrize("name", NAMES)
 def test_the_engine_holds_exactly_code_times_scale(runs: dict[str, Any], name: str) -> None:
     run = _run_of(runs, name)
-    assert "error" not in run["result"], run["result"]["error"] + last_lines(run["log"], 60)
     weights = run["result"]["weights"]
     assert {key: entry["status"] for key, entry in weights.items()} == dict.fromkeys(run["exact"], "match")
     # `stored` means the plugin ran: vLLM's own methods leave codes, or give the weight away.

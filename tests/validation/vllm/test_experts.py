@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import shutil
-import subprocess
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from artifact_tree import rehash
 from breadth import only_long
+from lasting_engines import probed
 from safetensors.torch import load_file, save_file
 from tiny_checkpoints import write_plain
 
-from exporters.vllm.environment import last_lines
 from exporters.vllm.export import export_vllm
 from exporters.vllm.options import VllmExportOptions
 from fp8pipe.artifact import open_artifact
@@ -24,10 +20,9 @@ from fp8pipe.artifact.record import ExportRejectedError
 from fp8pipe.models.compat import import_transformers
 from validation.vllm.expected import ExpectedWeights, plan_of, weight_report
 from validation.vllm.held import Holding
-from validation.vllm.launcher import PARITY_ARGUMENTS, PROBE, ProbeJob, in_process
+from validation.vllm.launcher import PARITY_ARGUMENTS, ProbeJob, in_process
 from validation.vllm.validate import validate_export
 
-HOST = Path(__file__).parents[2] / "serving" / "vllm_plugin" / "engine_host.py"
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
 _SHAPE = {
@@ -123,27 +118,6 @@ def exports(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def probe(python: Path, folder: Path, jobs: list[tuple[Path, dict[str, Any], str]]) -> list[dict[str, Any]]:
-    """What engines tell of exports, given their digests and what to do with activations: all in one process, as each
-    start costs seconds."""
-    given = []
-    for number, (place, digests, activations) in enumerate(jobs):
-        dump = folder / f"differs-{number}"
-        dump.mkdir()
-        job = ProbeJob(str(place), [*PARITY_ARGUMENTS, "--max-model-len", "64"], digests, [[3, 4, 5]], products=True)
-        environment = {"FP8PIPE_VLLM_ACTIVATIONS": activations}
-        told = {"dump": str(dump), "result": str(folder / "result.json"), "environment": environment}
-        given.append({**asdict(job), **told})
-    (folder / "jobs.json").write_text(json.dumps(given), encoding="utf-8")
-    with (folder / "log").open("wb") as log:
-        command = [str(python), "-P", str(HOST), str(PROBE), str(folder / "jobs.json")]
-        subprocess.run(command, stdout=log, stderr=log, env=in_process(), check=False, timeout=1800)
-    assert (folder / "result.json").is_file(), last_lines(folder / "log", 60)
-    results: list[dict[str, Any]] = json.loads((folder / "result.json").read_text(encoding="utf-8"))
-    assert not any("error" in result for result in results), last_lines(folder / "log", 80)
-    return results
-
-
 def test_every_expert_is_read_back_and_a_wrong_one_is_named(exports: Path, python: Path, tmp_path: Path) -> None:
     cases = []
     for name in READ_BACK:
@@ -154,7 +128,15 @@ def test_every_expert_is_read_back_and_a_wrong_one_is_named(exports: Path, pytho
         shutil.copytree(export, wrong)
         names = sorted([*swapped(name, wrong), *scaled(name, wrong)])
         cases += [(name, expected, digests, wrong, "none", names), (name, expected, digests, export, "quant", [])]
-    results = probe(python, tmp_path, [(place, digests, way) for _, _, digests, place, way, _ in cases])
+    arguments = [*PARITY_ARGUMENTS, "--max-model-len", "64"]
+    jobs = [
+        ProbeJob(
+            str(place), arguments, digests, [[3, 4, 5]], products=True,
+            variables=in_process() | {"FP8PIPE_VLLM_ACTIVATIONS": way},
+        )
+        for _, _, digests, place, way, _ in cases
+    ]  # fmt: skip
+    results = probed(python, jobs, tmp_path)
     for (name, expected, digests, place, way, wrong), result in zip(cases, results, strict=True):
         case = f"{name} {place.name} {way}"
         report = weight_report(expected, digests, Holding(torch.float32), result)

@@ -75,6 +75,7 @@ def test_a_wrong_scale_is_rejected_by_name_and_no_engine_starts(
 
 
 @pytest.mark.vllm
+@pytest.mark.usefixtures("forked_engines")
 def test_the_engine_rounds_keys_and_values_by_the_scales_that_are_read_back_from_it(
     trained: Path, python: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

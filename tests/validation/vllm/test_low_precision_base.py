@@ -14,22 +14,12 @@ from tiny_checkpoints import make_model, write_tokenizer
 from trained_exports import checked
 from tuning_config import config
 
-from exporters.vllm.environment import find_vllm_python
 from exporters.vllm.export import export_vllm
 from exporters.vllm.options import VllmExportOptions
-from fp8pipe.core.errors import MissingCapabilityError
 from pipeline.finetune.stage import finetune
 
 LAYER = "model.layers.1.mlp.down_proj.weight"
-pytestmark = [pytest.mark.vllm, pytest.mark.slow]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _engine() -> None:
-    try:
-        find_vllm_python()
-    except MissingCapabilityError as error:
-        pytest.skip(str(error))
+pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.usefixtures("forked_engines")]
 
 
 def test_a_model_tuned_from_blocks_is_accepted(tmp_path: Path, pairs: Path) -> None:

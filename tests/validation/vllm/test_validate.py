@@ -19,14 +19,14 @@ from tiny_checkpoints import make_model, quantize, write_plain
 from torch import Tensor
 
 import fp8pipe
-from exporters.vllm.environment import VllmEnvironment, find_vllm_python
+from exporters.vllm.environment import VllmEnvironment
 from exporters.vllm.export import export_vllm
 from exporters.vllm.options import ExportFormat, VllmExportOptions
 from fp8pipe.artifact import ArtifactWriter, Gate, LayerRecord, NumberFormat, open_artifact
 from fp8pipe.artifact.manifest import Encoding
 from fp8pipe.artifact.record import ExportRejectedError, record_path
 from fp8pipe.cli import main
-from fp8pipe.core.errors import BadArtifactError, ConfigurationError, GateFailedError, MissingCapabilityError
+from fp8pipe.core.errors import BadArtifactError, ConfigurationError, GateFailedError
 from validation.vllm import validate
 from validation.vllm.ask import ask
 from validation.vllm.expected import ExpectedWeights, count_differences, plan_of
@@ -102,16 +102,8 @@ def tampered(export: Path, tmp_path: Path) -> Callable[[Callable[[dict[str, Tens
     return build
 
 
-@pytest.fixture(scope="module")
-def engine() -> None:
-    try:
-        find_vllm_python()
-    except MissingCapabilityError as error:
-        pytest.skip(str(error))
-
-
 @pytest.mark.vllm
-@pytest.mark.usefixtures("engine")
+@pytest.mark.usefixtures("forked_engines")
 def test_a_good_export_is_accepted(export: Path, source: Path) -> None:
     record = validate_export(export, against=source, prompts=PROMPTS)
     assert record.weights is not None
@@ -146,7 +138,7 @@ def _one_code_and_another_layers_scale(tensors: dict[str, Tensor]) -> None:
 
 
 @pytest.mark.vllm
-@pytest.mark.usefixtures("engine")
+@pytest.mark.usefixtures("forked_engines")
 def test_a_tampered_export_is_rejected(tampered: Any, source: Path) -> None:
     export = tampered(_one_code_and_another_layers_scale)
     with pytest.raises(GateFailedError, match="weights differing, in fp32") as caught:
@@ -161,7 +153,7 @@ def test_a_tampered_export_is_rejected(tampered: Any, source: Path) -> None:
 
 
 @pytest.mark.vllm
-@pytest.mark.usefixtures("engine")
+@pytest.mark.usefixtures("python")
 def test_an_export_that_the_engine_cannot_load_is_rejected_by_name_and_its_words_are_told(
     tampered: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -175,7 +167,7 @@ def test_an_export_that_the_engine_cannot_load_is_rejected_by_name_and_its_words
 
 
 @pytest.mark.vllm
-@pytest.mark.usefixtures("engine")
+@pytest.mark.usefixtures("python")
 def test_the_server_answers_and_leaves_nothing_behind(export: Path) -> None:
     from fp8pipe.core.errors import Fp8PipeError
 
