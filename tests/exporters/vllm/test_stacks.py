@@ -39,7 +39,7 @@ def test_no_format_holds_a_llama_4_of_two_experts_per_token(tmp_path: Path) -> N
     assert [finding.rule for finding in found["--target vllm"]] == ["experts-per-token"]
     assert all("experts-per-token" in {finding.rule for finding in findings} for findings in found.values())
     with pytest.raises(ConfigurationError, match="no export of the tuned model would be possible"):
-        export_warnings(base, "falqon", trained)
+        export_warnings(base, "falqon", "fp8", trained)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

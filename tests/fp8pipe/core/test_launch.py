@@ -96,7 +96,8 @@ def test_no_process_exits_before_the_error_is_printed(monkeypatch):
     other.join(0.5)
     assert left == []
     printer.start()
-    other.join(5)
+    for thread in (printer, other):
+        thread.join(5)
     assert sorted(left) == [("other", 15), ("printer", 15)]
 
 

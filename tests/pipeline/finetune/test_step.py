@@ -117,7 +117,7 @@ def test_what_was_written_is_read_back_and_counted(make_base, tmp_path, monkeypa
     weights = {name: Deployed(codes, torch.tensor(0.5), False)}
 
     def wrong(base, root, given):
-        values, scale, transposed = given[name]
+        values, scale, transposed, _ = given[name]
         other = values.clone()
         other.view(torch.uint8)[3, 5] ^= 1
         write_checkpoint(base, root, {name: Deployed(other, scale * 2, transposed)})
