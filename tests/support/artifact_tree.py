@@ -9,11 +9,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 
+from export_contents import raw
 from quantized_families import quantized_family, storable, write_vit_artifact
+from safetensors.torch import save_file
+from torch import Tensor
 
 from exporters.modelopt.checkpoint import export_checkpoint
 from exporters.modelopt.target import ModeloptExportOptions
@@ -141,3 +145,12 @@ def without_parents(root: Path) -> Path:
         parent["path"] = "/nowhere/gone"
     write_checked(root / MANIFEST_NAME, json.dumps(data, indent=2) + "\n")
     return root
+
+
+def edited_copy(export: Path, root: Path, edit: Callable[[dict[str, Tensor]], None]) -> Path:
+    """A copy in `root` of an export of one weight file, with edited tensors and right hashes."""
+    shutil.copytree(export, root)
+    tensors = raw(root)
+    edit(tensors)
+    save_file(tensors, root / "model.safetensors", metadata={"format": "pt"})
+    return rehash(root)

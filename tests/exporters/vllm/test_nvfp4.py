@@ -10,7 +10,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
-from artifact_tree import rehash, without_parents
+from artifact_tree import edited_copy, rehash, without_parents
 from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.quantization import QuantizationConfig
 from compressed_tensors.quantization.quant_scheme import NVFP4A16
@@ -216,11 +216,7 @@ def test_each_difference_is_found_by_name(
     edit: Callable[[dict[str, Tensor]], None], family: Path, tmp_path: Path
 ) -> None:
     """By the comparison with the source; where it is wrong in itself, also without the source."""
-    root = Path(shutil.copytree(family / "quantized", tmp_path / "x"))
-    tensors = raw(root)
-    edit(tensors)
-    save_file(tensors, root / "model.safetensors", metadata={"format": "pt"})
-    rehash(root)
+    root = edited_copy(family / "quantized", tmp_path / "x", edit)
     gate, where, rule = EDITS[edit]
     plan = with_global_scales(plan_export(family / "plain", OPTIONS))
     failed = {found.name: found.detail for found in reopen(plan, root) if not found.passed}

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 import torch
-from artifact_tree import rehash, without_parents
+from artifact_tree import edited_copy, rehash, without_parents
 from compressed_tensors.quantization import QuantizationConfig
 from compressed_tensors.quantization.quant_scheme import NVFP4
-from safetensors.torch import load_file, save_file
+from export_contents import raw
 from tiny_checkpoints import make_model
 from torch import Tensor
 from trained_exports import calibrated_options, export_both
@@ -44,10 +44,6 @@ def family(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def options_of(root: Path) -> VllmExportOptions:
     return VllmExportOptions.model_validate(open_artifact(root / "quantized").manifest.config)
-
-
-def raw(root: Path) -> dict[str, Tensor]:
-    return load_file(root / "model.safetensors")
 
 
 def test_the_layout_is_that_of_the_preset(family: Path) -> None:
@@ -150,11 +146,7 @@ EDITS = {
 def test_each_wrong_scale_is_found_by_name_without_the_source(
     edit: Callable[[dict[str, Tensor]], None], family: Path, tmp_path: Path
 ) -> None:
-    root = Path(shutil.copytree(family / "quantized", tmp_path / "x"))
-    tensors = raw(root)
-    edit(tensors)
-    save_file(tensors, root / "model.safetensors", metadata={"format": "pt"})
-    rehash(root)
+    root = edited_copy(family / "quantized", tmp_path / "x", edit)
     checked, _ = verify_tree(find_tree(without_parents(root)), (), strict=True)
     found = [f"{finding.where} {finding.why}" for finding in checked.findings]
     name, said = EDITS[edit]
