@@ -1,16 +1,19 @@
-"""What becomes of fine-tuning in four bits: held-out losses of NVFP4 weights by how they were trained and rounded.
+"""What becomes of fine-tuning in four bits: losses of NVFP4 weights by how they were trained and rounded.
 
     python benchmarks/nvfp4_training.py --runs lora:2e-3 live:1e-3 straight-through:2e-3 --seeds 0 1 2
 
-`lora` trains bf16 adapters, the upper bound, and rounds the merged weights in two ways: to nearest, as an export does,
-and with the rounding of the final merge, which compensates errors by the inputs of the training text. An update rule of
+`lora` trains bf16 adapters, the upper bound, and rounds the merged weights in three ways: to nearest, as an export of
+merged weights does; `compensated` by the second moments of the inputs (GPTQ's solver, scales by output error); and
+`guided`, as `finetune --method lora --precision nvfp4` does, with tokens weighted by gradients. An update rule of
 FALQON trains with `--precision nvfp4`, and its export is evaluated. `straight-through` trains A and B of LoRA through
 the quantizer: in each forward pass W + B A is rounded to nearest, with block scales of its own and the global scales of
 the base, so that what it ends with is in NVFP4; gradients pass the rounding unchanged.
 
-Losses are means over answer tokens of held-out records, nats; all weights are evaluated in bf16, unquantized inputs.
-`share` is the drop of the loss from the untuned bf16 model, relative to that of the best `lora` as trained. The output
-has one line of JSON per result; runs that it contains already are not repeated. The summary table is printed last.
+Losses are means over answer tokens of held-out records, and over the tokens of texts that have nothing to do with the
+training (`unrelated_text.py`), nats. Weights are evaluated in bf16 with unquantized inputs; for `W4A4`, inputs are
+rounded to NVFP4 as well, with a tensor scale for each layer from the calibration batches. `share` is the drop of the
+held-out loss from the untuned bf16 model, relative to that of the best `lora` as trained. The output has one line of
+JSON per result; runs that it contains already are not repeated. The summary table is printed last.
 """
 
 from __future__ import annotations
@@ -22,6 +25,8 @@ import platform
 import tempfile
 import time
 from collections import defaultdict
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -30,23 +35,28 @@ os.environ.setdefault("GOMP_SPINCOUNT", "5000")  # the same setting as in fp8pip
 import torch
 from torch import nn
 from torch.nn import functional
+from unrelated_text import texts, unrelated_losses
 
 from exporters.vllm.export import export_vllm
 from exporters.vllm.options import ExportFormat, VllmExportOptions
 from exporters.vllm.reopen import load_torch_model
 from fp8pipe.core.config import build_config
 from fp8pipe.core.devices import on_device
+from fp8pipe.models.language.base import load_tokenizer
 from fp8pipe.models.language.sources import resolve_model
 from fp8pipe.models.language.structure import structure_of
 from fp8pipe.numerics.bf16 import widen_bf16_products
+from fp8pipe.numerics.nvfp4 import BlockQuantizer, tensor_scale
 from fp8pipe.numerics.nvfp4_merge import merge_packed
 from fp8pipe.numerics.nvfp4_weights import dequantize_packed, global_scale, quantize_packed
+from pipeline.falqon.four_bits import merge_into_nvfp4
 from pipeline.falqon.rules import RULES
 from pipeline.finetune.checkpoint import CheckpointStore
 from pipeline.finetune.config import FinetuneConfig
 from pipeline.finetune.loading import load_model
 from pipeline.finetune.loop import Trainer
-from pipeline.finetune.loss import heldout_loss
+from pipeline.finetune.lora_nvfp4 import trained_layers
+from pipeline.finetune.loss import heldout_loss, model_inputs
 from pipeline.finetune.method import LoraMethod, Method, replace_layer
 from pipeline.finetune.stage import finetune
 from pipeline.finetune.text import load_text
@@ -106,10 +116,10 @@ def scales_of(model):
 
 
 @torch.no_grad()
-def rounded(model, scales, inputs):
-    """Round all weights in place: to nearest, or compensated by the second moments of each layer on `inputs`."""
+def moments_of(model, names, inputs):
+    """The second moments of each layer's inputs, all tokens alike."""
     moments, hooks = {}, []
-    for name in scales if inputs else ():
+    for name in names:
 
         def observe(_, args, name=name):
             x = args[0].flatten(0, -2).float()
@@ -120,11 +130,42 @@ def rounded(model, scales, inputs):
         model(**batch, use_cache=False)
     for hook in hooks:
         hook.remove()
+    return moments
+
+
+@torch.no_grad()
+def rounded(model, scales, moments):
+    """Round all weights in place: to nearest, or compensated by second moments."""
     for name, scale in scales.items():
         weight = model.get_submodule(name).weight
         values = weight.float()
-        codes = merge_packed(values, scale, moments[name]) if inputs else quantize_packed(values, scale)
+        codes = merge_packed(values, scale, moments[name]) if moments else quantize_packed(values, scale)
         weight.copy_(dequantize_packed(*codes, scale))
+
+
+@contextmanager
+def rounded_inputs(model, names, inputs):
+    """A context in which the inputs of these layers are rounded to NVFP4."""
+    amax, handles = dict.fromkeys(names, 0.0), []
+
+    def see(name, module, args):
+        amax[name] = max(amax[name], float(args[0].abs().max()))
+
+    def cast(quantizer, module, args):
+        return (quantizer.fake(args[0]).to(args[0].dtype),)
+
+    for name in names:
+        handles.append(model.get_submodule(name).register_forward_pre_hook(partial(see, name)))
+    with torch.no_grad():
+        for batch in inputs:
+            model(**batch, use_cache=False)
+    for handle in handles:
+        handle.remove()
+    quantizers = {name: BlockQuantizer(tensor_scale(amax[name])) for name in names}
+    handles = [model.get_submodule(n).register_forward_pre_hook(partial(cast, quantizers[n])) for n in names]
+    yield
+    for handle in handles:
+        handle.remove()
 
 
 def configure(method, rate, seed, options):
@@ -135,7 +176,8 @@ def configure(method, rate, seed, options):
         "evaluate_every": 0, "save_every": 0, "heldout_limit": options.heldout, "device": "cpu",
     }  # fmt: skip
     falqon = {"method": "falqon", "precision": "nvfp4", "update_rule": method}
-    return on_device(build_config(FinetuneConfig, settings | (falqon if method in RULES else {"method": "lora"})))
+    lora = {"method": "lora", "final_merge_batches": 256}  # the default of what is merged into NVFP4
+    return on_device(build_config(FinetuneConfig, settings | (falqon if method in RULES else lora)))
 
 
 def trained(config, method, scratch):
@@ -152,36 +194,67 @@ def trained(config, method, scratch):
 def run(name, rate, seed, options, scratch):
     """Results of one run, by name of what is evaluated: dicts of losses."""
     config = configure(name, rate, seed, options)
+    source = resolve_model(config.model)
+    text = load_text(config, source)
+    judge = Judge(text, load_tokenizer(source.path))
     if name in RULES:
         artifact = finetune(config, scratch / "artifact")
         history = [json.loads(line) for line in (artifact.root / "metrics.jsonl").read_text().splitlines()]
         export = export_vllm(artifact.root, scratch / "export", VllmExportOptions(format=ExportFormat.NVFP4))
-        text = load_text(config, resolve_model(config.model))
-        batches = [text.heldout.at(i) for i in range(len(text.heldout))]
-        deployed = heldout_loss(load_torch_model(export.root, torch.bfloat16), batches, "cpu")
-        return losses_of(name, history, deployed)
+        names = [layer.name for layer in artifact.manifest.layers if layer.converted]
+        return {name: losses_of(history) | judge(load_torch_model(export.root, torch.bfloat16), names)}
     if name == STRAIGHT_THROUGH:
-        trainer = trained(config, StraightThrough(config.rank, seed), scratch)
-        return losses_of(name, trainer.history, trainer.heldout_loss())
+        method = StraightThrough(config.rank, seed)
+        trainer = trained(config, method, scratch)
+        return {name: losses_of(trainer.history) | judge(trainer.model, method.layers)}
     trainer = trained(config, LoraMethod(rank=config.rank, alpha=config.rank, seed=seed, quantized=False), scratch)
-    inputs = list(trainer.calibration_inputs())
-    trainer.method.finish(trainer.model, lambda: inputs)
+    trainer.method.finish(trainer.model, list)
     model = trainer.method._peft.base_model.model
-    batches = [trainer.heldout_batches.at(i) for i in range(len(trainer.heldout_batches))]
+    model.eval()
     merged = {key: model.get_submodule(key).weight.clone() for key in trainer.method.names}
-    results, scales = losses_of(name, trainer.history, heldout_loss(model, batches, "cpu")), scales_of(model)
-    for how, calibration in (("nearest", ()), ("compensated", inputs)):
+    history, scales = losses_of(trainer.history), scales_of(model)
+    results = {name: history | judge(model, ())}
+    for how in ("nearest", "compensated"):
         for key, weight in merged.items():
             model.get_submodule(key).weight.data.copy_(weight)
-        rounded(model, scales, calibration)
-        results |= losses_of(f"{name}, {how}", trainer.history, heldout_loss(model, batches, "cpu"))
+        inputs = list(trainer.calibration_inputs()) if how == "compensated" else ()
+        rounded(model, scales, moments_of(model, scales, inputs) if inputs else {})
+        results[f"{name}, {how}"] = history | judge(model, scales)
+    for key, weight in merged.items():
+        model.get_submodule(key).weight.data.copy_(weight)
+    groups = structure_of(model).probed(model).input_groups
+    trainer.model = model  # without peft around it
+    merge_into_nvfp4(
+        model,
+        [trained_layers(model, names) for names in groups],
+        trainer.calibration_inputs,
+        trainer.calibration_losses,
+    )
+    results[f"{name}, guided"] = history | judge(model, scales)
     return results
 
 
-def losses_of(name, history, deployed):
-    """One result: losses before training, as trained, and of the weights that result."""
+class Judge:
+    """Evaluates a model on held-out records and unrelated text, with inputs as they are and rounded to NVFP4."""
+
+    def __init__(self, text, tokenizer):
+        self.tokenizer = tokenizer
+        self.heldout = [text.heldout.at(i) for i in range(len(text.heldout))]
+        self.inputs = [model_inputs(text.train.at(i), "cpu") for i in range(4)]
+
+    def __call__(self, model, quantized):
+        """All losses by name; `quantized` has the paths of the layers whose inputs are rounded for W4A4, if any."""
+        found = {"deployed": heldout_loss(model, self.heldout, "cpu"), **unrelated_losses(model, self.tokenizer)}
+        if quantized:
+            with rounded_inputs(model, list(quantized), self.inputs):
+                found["w4a4"] = heldout_loss(model, self.heldout, "cpu")
+        return found
+
+
+def losses_of(history):
+    """Held-out losses before training, and as trained."""
     found = [line["heldout_loss"] for line in history if "heldout_loss" in line]
-    return {name: {"untuned": found[0], "trained": found[-1], "deployed": deployed}}
+    return {"untuned": found[0], "trained": found[-1]}
 
 
 def summarise(rows):
@@ -191,15 +264,22 @@ def summarise(rows):
         groups[row["result"], row["rate"]].append(row)
     bounds = [group for (name, _), group in groups.items() if name == "lora"]
     best = min(bounds, key=lambda group: mean(row["trained"] for row in group)) if bounds else None
-    print(f"{'result':28}{'rate':>8}{'seeds':>6}{'untuned':>9}{'trained':>9}{'deployed':>10}{'+-':>8}{'share':>8}")
+    columns = ("untuned", "trained", "deployed", "w4a4", *texts())
+    print(
+        f"{'result':28}{'rate':>8}{'seeds':>6}"
+        + "".join(f"{key:>10}" for key in columns)
+        + f"{'+-':>8}{'share':>8}{'s':>7}"
+    )
     for (name, rate), group in sorted(groups.items()):
-        untuned, tuned, deployed = (mean(row[key] for row in group) for key in ("untuned", "trained", "deployed"))
+        means = {key: mean(row[key] for row in group) if key in group[0] else None for key in columns}
         spread = stdev(row["deployed"] for row in group) if len(group) > 1 else 0.0
         share = ""
         if best is not None:
             start, end = (mean(row[key] for row in best) for key in ("untuned", "trained"))
-            share = f"{(start - deployed) / (start - end):8.3f}"
-        print(f"{name:28}{rate:8.0e}{len(group):6}{untuned:9.4f}{tuned:9.4f}{deployed:10.4f}{spread:8.4f}{share}")
+            share = f"{(start - means['deployed']) / (start - end):8.3f}"
+        cells = "".join(" " * 10 if value is None else f"{value:10.4f}" for value in means.values())
+        seconds = mean(row["seconds"] for row in group)
+        print(f"{name:28}{rate:8.0e}{len(group):6}{cells}{spread:8.4f}{share}{seconds:7.0f}")
 
 
 def main():

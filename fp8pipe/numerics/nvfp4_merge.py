@@ -30,8 +30,7 @@ from fp8pipe.numerics.quantizers import inverse_factor
 
 __all__ = ["Packed", "merge_packed", "output_errors"]
 
-# Of the mean of H's diagonal; GPTQ's usual 0.01 is too much where a few inputs dominate that mean (`final_merge`).
-DAMPING: Final = 0.001
+DAMPING: Final = 0.01  # of the mean of H's diagonal, as usual in GPTQ
 
 
 class Packed(NamedTuple):

@@ -37,7 +37,7 @@ def disk_need(
     """
     falqon = work.method == "falqon"
     layers = sum(len(group.outs) for group in work.groups)
-    a = work.rank * sum(group.width for group in work.groups) * (work.itemsize if work.packed else 1)
+    a = work.rank * sum(group.width for group in work.groups)
     adapter = a + 4 * work.trained if falqon else 0
     records = _HEADER * (tensors + 2 * layers) + _RECORD * layers + _PLOT
     output = sum(shards.values()) + adapter + sidecars + records

@@ -22,6 +22,7 @@ _STATES: Final = 4 * _FP32  # per trained value: itself, its gradient, AdamW's t
 _NF4: Final = 4.127 / 8  # bytes per weight, with double quantization (arXiv 2305.14314)
 _PACKED: Final = 0.5  # without the scales
 _BF16: Final = 2
+_NVFP4: Final = 9 / 16  # bytes per weight, with block scales
 _SPILLED: Final = 1 << 28  # merged weights of LoRA in memory until they are written
 _LOSS_CHUNKS: Final = 3 * (1 << 25)  # copies of a chunk of fp32 logits in the loss
 _SKETCH: Final = 3  # columns of the gradient's sketch, in units of the rank
@@ -40,7 +41,9 @@ def phase_bytes(work: Workload) -> Mapping[str, int]:
     largest = max(work.groups, key=lambda group: group.weights)
     if work.processes > 1:
         return _shared_phases(work, largest) if work.method == "falqon" else _shared_baseline(work, head=_head(work))
-    base, merged, head = _base(work, work.flushes), _base(work, True), _head(work)
+    base, head = _base(work, work.flushes), _head(work)
+    # The codes change, or the layers in NVFP4 are beside them.
+    merged = base + int(_NVFP4 * work.weights) if work.packed else _base(work, True)
     optimizer = (_STATES - _FP32) * work.trained  # without gradients
     moments = held_moments([group.width for group in work.groups]) if work.compensated else 0
     return {
@@ -220,7 +223,9 @@ def _prepare(work: Workload, largest: Group, head: int) -> int:
 def _merge(work: Workload, base: int) -> int:
     if work.method != "falqon":
         largest = max(max(group.outs) * group.width for group in work.groups)
-        return base + work.itemsize * work.weights + _MERGE * largest
+        base += work.itemsize * work.weights
+        if not work.packed:
+            return base + _MERGE * largest
     if not work.compensated:
         return base + _ROUNDED * max(group.weights for group in work.groups)
     solver = max(max(_SOLVER * g.width**2, 8 * g.width**2 + _ROUNDED * g.weights) for g in work.groups)

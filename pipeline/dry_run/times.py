@@ -24,6 +24,7 @@ _DECODED: Final = 5  # bytes per weight: a code is read, a bf16 value written an
 _OPTIMIZER: Final = 40  # bytes per trained value and step
 _CONVERTED: Final = 60  # bytes per weight: error, scale, codes
 _ROUNDED: Final = 300  # bytes per weight: the update, its target and the cast in fp32, several times
+_CANDIDATES: Final = 3000  # bytes per weight: NVFP4 rounds a block with six scales, in a dozen operators each
 _COLUMN: Final = 150e-6  # seconds: a dozen operators on a column
 _FP64: Final = 4  # times slower than bf16 products, at least
 _START: Final = 8.0  # seconds: imports, loading, manifest
@@ -116,6 +117,9 @@ def _final_merge(work: Workload, often: Schedule, rates: Rates) -> float:
         return _ROUNDED * work.weights / rates.memory
     tokens = often.merge_batches * work.tokens * often.train_share
     found = often.merge_batches * often.train_share * _forward(work, rates, work.rank)
+    if work.packed:  # first the gradients; and each block is rounded with several scales
+        found += often.merge_batches * often.train_share * _micro_batch(work, rates)
+        found += _CANDIDATES * work.weights / rates.memory
     for group in work.groups:
         moments = 2 * tokens * group.share * group.width**2
         solver = 2 * group.width**3  # a factor, its inverse, and the factor of that

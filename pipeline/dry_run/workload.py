@@ -65,7 +65,7 @@ class Workload:
         moments: bytes of the optimizer's two moments per trained value; counted in several processes only.
         tower: bytes that the images of a micro-batch take while a frozen vision tower computes their features.
         packed_on_host: QLoRA's weights are on the host from their quantization until they are sharded.
-        packed: FALQON's weights are in NVFP4.
+        packed: the final merge writes NVFP4.
     """
 
     method: Literal["falqon", "lora", "qlora"]
@@ -103,9 +103,8 @@ class Workload:
 
     @property
     def codes(self) -> int:
-        """Bytes of FALQON's codes, with their block scales, and of A, which is not quantized beside NVFP4 weights."""
-        a = self.rank * sum(group.width for group in self.groups)
-        return self.weights * 9 // 16 + self.itemsize * a if self.packed else self.weights + a
+        """Bytes of FALQON's codes, with those of A."""
+        return self.weights + self.rank * sum(group.width for group in self.groups)
 
     @property
     def directions(self) -> int:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 from functools import partial
-from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,14 +17,13 @@ from fp8pipe.artifact import LayerRecord
 from fp8pipe.core.errors import ConfigurationError
 from fp8pipe.models.language.structure import ModelStructure, structure_of
 from pipeline.falqon.base_files import BaseFiles
-from pipeline.falqon.forms import Form, Fp8Form
+from pipeline.falqon.forms import Fp8Form
 from pipeline.falqon.initialise import adapter_directions, gradient_sketches
 from pipeline.falqon.layer import FalqonLinear
 from pipeline.falqon.observed import Losses
 from pipeline.falqon.rules import Initialisation, UpdateRule
-from pipeline.falqon.stacked import FalqonPart, StackedLinear, StackedOutput
+from pipeline.falqon.stacked import FalqonPart, StackedOutput
 
-L = TypeVar("L", bound=StackedLinear)
 _LOG = logging.getLogger(__name__)
 _SHOWN = 3  # maximum number of layers that an error message lists
 
@@ -80,13 +78,13 @@ def convert_model(
     base: BaseFiles | None = None,
     losses: Losses | None = None,
     place: torch.device | None = None,
-) -> tuple[list[FalqonGroup[FalqonLinear]], list[LayerRecord]]:
+) -> tuple[list[FalqonGroup], list[LayerRecord]]:
     """Replace every eligible linear layer with a FALQON layer on FP8 codes; see `convert_to`."""
     return convert_to(Fp8Form(rule), model, rule, rank, initialisation, seed, base=base, losses=losses, place=place)
 
 
 def convert_to(
-    form: Form[L],
+    form: Fp8Form,
     model: nn.Module,
     rule: UpdateRule,
     rank: int,
@@ -96,7 +94,7 @@ def convert_to(
     base: BaseFiles | None = None,
     losses: Losses | None = None,
     place: torch.device | None = None,
-) -> tuple[list[FalqonGroup[L]], list[LayerRecord]]:
+) -> tuple[list[FalqonGroup], list[LayerRecord]]:
     """Replace every eligible linear layer with a FALQON layer, in place, and freeze everything but B.
 
     Args:
@@ -166,7 +164,7 @@ def groups_of(structure: ModelStructure, rule: UpdateRule) -> tuple[tuple[str, .
 
 
 def base_bytes(
-    form: Form[StackedLinear], structure: ModelStructure, rule: UpdateRule, rank: int, initialisation: Initialisation
+    form: Fp8Form, structure: ModelStructure, rule: UpdateRule, rank: int, initialisation: Initialisation
 ) -> int:
     """Bytes that `BaseFiles` takes of the disk, without headers; see `base_sizes`."""
     codes, directions = base_sizes(form, structure, rule, rank, initialisation)
@@ -174,7 +172,7 @@ def base_bytes(
 
 
 def base_sizes(
-    form: Form[StackedLinear], structure: ModelStructure, rule: UpdateRule, rank: int, initialisation: Initialisation
+    form: Fp8Form, structure: ModelStructure, rule: UpdateRule, rank: int, initialisation: Initialisation
 ) -> tuple[dict[str, int], int]:
     """What `BaseFiles` will take of the disk: bytes of each layer's codes, and of the gradient's directions.
 
@@ -192,7 +190,7 @@ def base_sizes(
 
 
 @dataclass(frozen=True, slots=True)
-class FalqonGroup(Generic[L]):
+class FalqonGroup:
     """A FALQON layer and the linear layers whose weights are stacked in it.
 
     Attributes:
@@ -203,7 +201,7 @@ class FalqonGroup(Generic[L]):
 
     members: tuple[str, ...]
     transposed: tuple[bool, ...]
-    layer: L
+    layer: FalqonLinear
 
     @property
     def name(self) -> str:
@@ -221,7 +219,7 @@ def _tell_unreached(names: list[str]) -> None:
         )
 
 
-def _record(name: str, rows: int, layer: L, form: Form[L]) -> LayerRecord:
+def _record(name: str, rows: int, layer: FalqonLinear, form: Fp8Form) -> LayerRecord:
     reason = "linear" if len(layer.parts) == 1 else f"linear, stacked with {len(layer.parts) - 1} of the same input"
     weight, inputs = form.encodings()
     return LayerRecord(name=name, shape=(rows, layer.in_features), weight=weight, activation=inputs, reason=reason)
@@ -234,7 +232,7 @@ def _stacked_bias(biases: list[Tensor | None], widths: list[int]) -> Tensor | No
     return torch.cat([given[0].new_zeros(n) if b is None else b for b, n in zip(biases, widths, strict=True)])
 
 
-def _install(model: nn.Module, members: tuple[str, ...], layer: StackedLinear) -> None:
+def _install(model: nn.Module, members: tuple[str, ...], layer: FalqonLinear) -> None:
     output = StackedOutput(layer)
     for index, name in enumerate(members):
         parent, _, child = name.rpartition(".")

@@ -1,10 +1,7 @@
-"""What a trained layer stores of its base weight, by number format: codes, their size, and the manifest's record."""
+"""What a trained layer stores of its base weight, and what the manifest says of what is deployed, by precision."""
 
 from __future__ import annotations
 
-from typing import Protocol, TypeVar
-
-import torch
 from torch import Tensor
 
 from fp8pipe.artifact import Encoding
@@ -14,44 +11,16 @@ from fp8pipe.models.language.structure import ModelStructure
 from fp8pipe.numerics.grids import E4M3, Scale, quantize_stacked
 from fp8pipe.numerics.kinds import ScaleRule
 from fp8pipe.numerics.nvfp4 import BLOCK
-from fp8pipe.numerics.nvfp4_weights import global_scale, quantize_packed
 from pipeline.falqon.layer import FalqonLinear
-from pipeline.falqon.nvfp4_layer import Nvfp4Linear
 from pipeline.falqon.rules import FinalMerge, UpdateRule
-from pipeline.falqon.stacked import StackedLinear
-
-L_co = TypeVar("L_co", bound=StackedLinear, covariant=True)
 
 
-class Form(Protocol[L_co]):
-    """A number format in which the base weights of a model are trained."""
-
-    def check(self, structure: ModelStructure) -> None:
-        """Refuse a model whose trained layers the format cannot store.
-
-        Raises:
-            ConfigurationError: it is refused.
-        """
-
-    def code_bytes(self, rows: int, width: int, rank: int) -> int:
-        """Bytes that `quantize` returns for a weight `(rows, width)` and an A of that rank."""
-
-    def quantize(self, weight: Tensor, a: Tensor) -> dict[str, Tensor]:
-        """The stored tensors of a weight, `(rows, width)`, and of its A, `(rank, width)` fp32."""
-
-    def layer(self, found: dict[str, Tensor], rank: int, parts: tuple[int, ...], bias: Tensor | None) -> L_co:
-        """The layer on the tensors that `quantize` returned."""
-
-    def encodings(self) -> tuple[Encoding, Encoding | None]:
-        """How weights and inputs are quantized."""
+def form_of(precision: str | None, rule: UpdateRule) -> Fp8Form:
+    """The form of the precision `fp8` or `nvfp4`, for an update rule."""
+    return Nvfp4Form(rule) if precision == "nvfp4" else Fp8Form(rule)
 
 
-def form_of(precision: str | None, rule: UpdateRule, dtype: torch.dtype) -> Form[StackedLinear]:
-    """The form of the precision `fp8` or `nvfp4`; for the arguments see the forms."""
-    return Nvfp4Form(rule, dtype) if precision == "nvfp4" else Fp8Form(rule)
-
-
-class Fp8Form(Form[FalqonLinear]):
+class Fp8Form:
     """E4M3 codes of W and A with one scale.
 
     Args:
@@ -62,25 +31,32 @@ class Fp8Form(Form[FalqonLinear]):
         self._rule = rule
 
     def check(self, structure: ModelStructure) -> None:
-        """Every linear layer can be stored."""
+        """Refuse a model whose trained layers cannot be stored in the format; every one can in FP8.
+
+        Raises:
+            ConfigurationError: it is refused.
+        """
 
     def code_bytes(self, rows: int, width: int, rank: int) -> int:
-        """See `Form.code_bytes`."""
+        """Bytes that `quantize` returns for a weight `(rows, width)` and an A of that rank."""
         return (rows + rank) * width
 
     def quantize(self, weight: Tensor, a: Tensor) -> dict[str, Tensor]:
-        """W and A share one scale; A's values are far smaller, so W gets the same codes as if quantized alone."""
+        """The stored tensors of a weight, `(rows, width)`, and of its A, `(rank, width)` fp32.
+
+        W and A share one scale; A's values are far smaller, so W gets the same codes as if quantized alone.
+        """
         codes, scale = quantize_stacked([weight, a], E4M3, self._rule.scale)
         inverse = {} if scale.inverse_scale is None else {"inverse_scale": scale.inverse_scale}
         return {"codes": codes, "scale": scale.value, **inverse}
 
     def layer(self, found: dict[str, Tensor], rank: int, parts: tuple[int, ...], bias: Tensor | None) -> FalqonLinear:
-        """See `Form.layer`."""
+        """The layer on the tensors that `quantize` returned."""
         scale = Scale(found["scale"], found.get("inverse_scale"))
         return FalqonLinear(found["codes"], scale, rank=rank, parts=parts, bias=bias, live=self._rule.live)
 
     def encodings(self) -> tuple[Encoding, Encoding | None]:
-        """One scale per tensor; inputs are quantized dynamically."""
+        """How deployed weights and their inputs are quantized: with one scale; inputs dynamically."""
         tensorwise = self._rule.scale is ScaleRule.EXACT
         rule = Rule.AMAX if tensorwise else Rule.POWER_OF_TWO
         weight = Encoding(format="e4m3", bits=8, granularity="per-tensor", scale_rule=rule)
@@ -88,16 +64,12 @@ class Fp8Form(Form[FalqonLinear]):
         return weight, weight.model_copy(update=given)
 
 
-class Nvfp4Form(Form[Nvfp4Linear]):
-    """NVFP4 codes of W with block scales and one global scale; A in the dtype of the model.
+class Nvfp4Form(Fp8Form):
+    """E4M3 codes while B is trained, as in `Fp8Form`; the final merge writes NVFP4.
 
     Args:
         rule: the update rule.
-        dtype: the dtype in which the model computes.
     """
-
-    def __init__(self, rule: UpdateRule, dtype: torch.dtype) -> None:
-        self._rule, self._dtype = rule, dtype
 
     def check(self, structure: ModelStructure) -> None:
         """Refuse layers that no export in NVFP4 could write.
@@ -120,22 +92,7 @@ class Nvfp4Form(Form[Nvfp4Linear]):
                     fix="use --precision fp8",
                 )  # fmt: skip
 
-    def code_bytes(self, rows: int, width: int, rank: int) -> int:
-        """See `Form.code_bytes`."""
-        return rows * (width // 2 + width // BLOCK) + rank * width * self._dtype.itemsize
-
-    def quantize(self, weight: Tensor, a: Tensor) -> dict[str, Tensor]:
-        """Rounded to nearest, as an export of the untuned model does, with one global scale for all stacked layers."""
-        scale = global_scale(float(weight.abs().max()))
-        packed, blocks = quantize_packed(weight, scale)
-        return {"packed": packed, "blocks": blocks, "scale": torch.tensor(scale), "a": a.to(self._dtype)}
-
-    def layer(self, found: dict[str, Tensor], rank: int, parts: tuple[int, ...], bias: Tensor | None) -> Nvfp4Linear:
-        """See `Form.layer`."""
-        scale = float(found["scale"])
-        return Nvfp4Linear(found["packed"], found["blocks"], scale, found["a"], parts=parts, bias=bias)
-
     def encodings(self) -> tuple[Encoding, Encoding | None]:
-        """Blocks of 16, whose scales the final merge chooses by the error of the output; inputs stay as they are."""
+        """Blocks of 16, with scales that the merge chooses by the error of outputs; inputs stay as they are."""
         rule = Rule.CALIBRATED if self._rule.final is FinalMerge.COMPENSATED else Rule.AMAX
         return Encoding(format="nvfp4", bits=4, granularity="per-block", scale_rule=rule), None

@@ -12,9 +12,10 @@ from fp8pipe.artifact import LayerRecord
 from fp8pipe.core.machine import return_freed_memory
 from fp8pipe.numerics.kinds import ScaleRule
 from pipeline.falqon.base_files import BaseFiles
-from pipeline.falqon.convert import FalqonGroup, convert_model
+from pipeline.falqon.convert import FalqonGroup, convert_to
 from pipeline.falqon.final_merge import Inputs, merge_all, merge_group
 from pipeline.falqon.flush import FlushReport, flush_rows, preview, select_rows
+from pipeline.falqon.forms import Fp8Form
 from pipeline.falqon.grouped import group_experts
 from pipeline.falqon.layer import FalqonLinear
 from pipeline.falqon.observed import Losses
@@ -45,7 +46,7 @@ class FalqonMethod(Method):
         self.rule, self.rank, self.initialisation, self.seed = rule, rank, initialisation, seed
         self.exact_casts = rule.scale is ScaleRule.POWER_OF_TWO
         self.rows = rank if rows is None or rule.rank_rows else rows
-        self.groups: list[FalqonGroup[FalqonLinear]] = []
+        self.groups: list[FalqonGroup] = []
         self.layers: dict[str, FalqonLinear] = {}
 
     def prepare(
@@ -57,16 +58,20 @@ class FalqonMethod(Method):
             One record per linear layer, converted or not.
 
         Raises:
-            ConfigurationError: the model cannot be converted (see `convert_model`).
+            ConfigurationError: the model cannot be converted (see `convert_to`).
         """
         settings = self.rule, self.rank, self.initialisation, self.seed
-        self.groups, records = convert_model(model, *settings, base=base, losses=losses, place=self.place)
+        self.groups, records = convert_to(self.form(), model, *settings, base=base, losses=losses, place=self.place)
         self.layers = {group.name: group.layer for group in self.groups}
         # Elsewhere experts run one by one, and nothing need be copied.
         if self.place is None and next(model.parameters()).is_cuda:
             group_experts(model)
         self.names = tuple(name for group in self.groups for name in group.members)
         return records
+
+    def form(self) -> Fp8Form:
+        """What the layers store of their weights, and what the manifest says about them."""
+        return Fp8Form(self.rule)
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """B of every layer, the only trained tensors."""
@@ -88,7 +93,7 @@ class FalqonMethod(Method):
                 total += flush_rows(layer, select_rows(layer, self.rows), self.rule, generator, measure=measure)
         return total
 
-    def health(self, step: int) -> FlushReport:
+    def health(self, step: int) -> FlushReport | None:
         """Report what flushing B with rounding to nearest would do now, for a few layers that change with `step`."""
         total = FlushReport()
         return_freed_memory()  # of the step, in blocks of other sizes
@@ -125,7 +130,7 @@ class FalqonMethod(Method):
         """The codes and scale of A, and B, for each FALQON layer, as `NAME.lora_A`, `.lora_A_scale` and `.lora_B`."""
         return {key: tensor for name, layer in self.layers.items() for key, tensor in adapter_of(name, layer).items()}
 
-    def finish(self, model: nn.Module, inputs: Inputs) -> dict[str, FlushReport]:
+    def finish(self, model: nn.Module, inputs: Inputs, losses: Losses | None = None) -> dict[str, FlushReport]:
         """Merge B into the codes with the rule's final merge; returns a report for each FALQON layer."""
         return merge_all(model, self.layers, self.rule.final, inputs, merge_group)
 
@@ -134,7 +139,7 @@ class FalqonMethod(Method):
         return nullcontext()
 
 
-def deployed_of(group: FalqonGroup[FalqonLinear]) -> Weights:
+def deployed_of(group: FalqonGroup) -> Weights:
     """The deployed weights of one layer; see `FalqonMethod.deployed_weights`."""
     weights: Weights = {}
     parts = group.layer.weight_codes.view(torch.uint8).split(group.layer.parts)

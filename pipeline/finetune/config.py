@@ -21,7 +21,7 @@ from pipeline.tracking.config import ReportTo
 # Only FALQON uses FP8 tensor cores; the baselines LoRA and QLoRA compute in bf16.
 FALQON_NEED: Final = GpuNeed("falqon", (8, 0), "bf16; FP8 products from 8.9 on")
 LORA_NEED: Final = GpuNeed("lora and qlora", (8, 0), "bf16")
-_FALQON_ONLY = ("precision", "update_rule", "rows", "initialisation")
+_FALQON_ONLY = ("update_rule", "rows", "initialisation")
 
 
 class Schedule(StrEnum):
@@ -66,7 +66,7 @@ class FinetuneConfig(FrozenConfig):
     answers: Literal["all", "last"] = Field("all", description="Answers of each conversation that are trained on.")
     method: Literal["falqon", "lora", "qlora"] = Field("falqon", description="How to tune; lora and qlora: baselines.")
     precision: Annotated[Literal["fp8", "nvfp4"] | None, Flag(default="fp8")] = Field(
-        None, description="FALQON: number format of the weights that are trained and exported."
+        None, description="Number format of the weights after training; lora, qlora: bf16 by default, or nvfp4."
     )
     rank: int = Field(64, ge=1, description="Rank of the adapter.")
     update_rule: Annotated[str | None, Flag(default=DEFAULT_RULE)] = Field(
@@ -103,8 +103,8 @@ class FinetuneConfig(FrozenConfig):
     gradient_batches: Annotated[int, CONFIG_ONLY] = Field(
         2, ge=1, description="FALQON: micro-batches used by the gradient initialisation."
     )
-    final_merge_batches: Annotated[int, CONFIG_ONLY] = Field(
-        32, ge=1, description="FALQON: training sequences used by the final merge."
+    final_merge_batches: Annotated[int | None, CONFIG_ONLY] = Field(
+        None, ge=1, description="FALQON, NVFP4: training sequences used by the final merge; default 32, for NVFP4 256."
     )
     seed: int = Field(0, ge=0, description="Seed of data order, initialisation and all other random draws.")
     device: DeviceName = Field("auto", description=DEVICE_HELP)
@@ -132,7 +132,7 @@ class FinetuneConfig(FrozenConfig):
         usable = isinstance(rank, int) and rank >= 1  # otherwise its own validation reports it
         defaults: dict[str, Any] = {}
         if method == "falqon":
-            defaults |= {"precision": "fp8", "update_rule": DEFAULT_RULE}
+            defaults |= {"precision": "fp8", "update_rule": DEFAULT_RULE, "final_merge_batches": 32}
             rule = RULES.get(str(given.get("update_rule", DEFAULT_RULE)))
             if rule is not None:
                 defaults["initialisation"] = rule.initialisation
@@ -140,6 +140,8 @@ class FinetuneConfig(FrozenConfig):
                 defaults["rows"] = rank
         elif usable:
             defaults["lora_alpha"] = rank
+        if given.get("precision") == "nvfp4":
+            defaults["final_merge_batches"] = 256
         return defaults | given
 
     @model_validator(mode="after")
@@ -157,6 +159,8 @@ class FinetuneConfig(FrozenConfig):
                 found.append(f"the update rule {self.update_rule} changes FP8 codes; in NVFP4 there are {usable}")
         else:
             given = [name for name in _FALQON_ONLY if getattr(self, name) is not None]
+            if self.precision == "fp8":
+                found.append(f"{self.method} trains no FP8 weights; of the precisions, only nvfp4 applies to it")
             found += [f"{name} does not apply to {self.method}, only to falqon" for name in given]
         if found:
             raise ValueError("; ".join(found))
@@ -168,9 +172,14 @@ class FinetuneConfig(FrozenConfig):
         return update_rule(self.update_rule or DEFAULT_RULE)
 
     @property
+    def merge_batches(self) -> int:
+        """Number of micro-batches that the final merge runs; 0 for methods that do not calibrate it."""
+        return math.ceil((self.final_merge_batches or 0) / self.batch_size)
+
+    @property
     def bytes_per_weight(self) -> float:
         """Bytes of a trained weight in the output: codes, for NVFP4 with their block scales, or bf16."""
-        return 2 if self.method != "falqon" else 9 / 16 if self.precision == "nvfp4" else 1
+        return 9 / 16 if self.precision == "nvfp4" else 1 if self.method == "falqon" else 2
 
     @property
     def saves(self) -> int:

@@ -96,7 +96,7 @@ def _finish(run: Run, trainer: Trainer, writer: RunWriter) -> _Outcome:
     model, method, text, device = trainer.model, trainer.method, run.text, run.config.device
     return_freed_memory()  # what the steps have freed is in blocks of other sizes than the merge needs
     enter_phase("final merge")
-    merged = method.finish(model, trainer.calibration_inputs)
+    merged = method.finish(model, trainer.calibration_inputs, trainer.calibration_losses)
     enter_phase("evaluate")
     deployed = run.processes.heldout_loss(model, text.heldout, device)
     untuned = next(line["heldout_loss"] for line in trainer.history if "heldout_loss" in line)
@@ -124,7 +124,8 @@ def _write(
     if text.ending.settings is not None:  # engines must stop at the token that ends the trained answers
         (writer.root / GENERATION_FILE).write_text(text.ending.text, encoding="utf-8")
     _learned(losses, writer)
-    falqon = config.method == "falqon"
+    adapter = "merged" if config.precision is None else "flushed"
+    rule = config.update_rule if config.method == "falqon" else None
     return writer.commit(
         config=config.model_dump(mode="json"),
         seed=config.seed,
@@ -137,7 +138,7 @@ def _write(
         },
         layers=renamed(run.records, run.names),
         details=TunedDetails(
-            adapter="flushed" if falqon else "merged", rule=config.update_rule if falqon else None, rank=config.rank,
+            adapter=adapter, rule=rule, rank=config.rank,
             base_dtype=config.dtype, transposed=transposed, data=text.facts, packing=text.packing,
             stop_token_added=text.ending.added,
             **merge_facts(outcome.merged, run.names),

@@ -245,9 +245,18 @@ class Trainer:
 
         They are made one batch at a time, as the pixel values of all would take much memory.
         """
-        count = math.ceil(self.config.final_merge_batches / self.config.batch_size)
-        for index in range(count):
-            yield model_inputs(self.train_batches.at(index), self.config.device)
+        for batch in self._calibration_batches():
+            yield model_inputs(batch, self.config.device)
+
+    def calibration_losses(self) -> Iterator[Tensor]:
+        """The loss of each batch of `calibration_inputs`, per answer token, with its autograd graph."""
+        for batch in self._calibration_batches():
+            inputs, answers = model_inputs(batch, self.config.device), max(1.0, answer_count(batch.labels))
+            with self.method.forward_context():
+                yield answer_loss(self.model, inputs, batch.labels, answers)
+
+    def _calibration_batches(self) -> Iterator[Batch]:
+        return (self.train_batches.at(index) for index in range(self.config.merge_batches))
 
 
 def build_optimizer(config: FinetuneConfig, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:

@@ -40,7 +40,7 @@ def export_warnings(base: Path, method: str, precision: str | None, trained: Col
     Args:
         base: the model's directory; only file headers are read.
         method: the training method: `falqon`, `lora` or `qlora`.
-        precision: FALQON's, `fp8` or `nvfp4`; None for other methods.
+        precision: `fp8` or `nvfp4`; None if weights are in bf16 after training.
         trained: names in the checkpoint of the linear layers that will be trained.
 
     Returns:
@@ -128,12 +128,14 @@ class Method(Protocol):
     def load_step_state(self, state: dict[str, Tensor]) -> None:
         """Restore `step_state` in place."""
 
-    def finish(self, model: nn.Module, inputs: Inputs) -> dict[str, FlushReport]:
+    def finish(self, model: nn.Module, inputs: Inputs, losses: Losses | None = None) -> dict[str, FlushReport]:
         """Merge the adapter into the weights at the end of training.
 
         Args:
             model: the trained model, changed in place.
             inputs: returns an iterable over keyword arguments of the model, for methods that calibrate the merge.
+            losses: runs the same batches and yields the loss of each, with its autograd graph, for methods that
+                calibrate it by gradients.
 
         Returns:
             A report of the final merge for each layer; empty if the method does not report it.
@@ -194,8 +196,9 @@ class LoraMethod(Method):
         return {name: p for name, p in self._peft.named_parameters() if p.requires_grad}
 
     def forward_context(self) -> AbstractContextManager[Any]:
-        """bf16 autocast, in which GEMMs run in bf16 although adapter weights are stored in fp32."""
-        return torch.autocast(next(iter(self.parameters().values())).device.type, dtype=torch.bfloat16)
+        """bf16 autocast, in which GEMMs run in bf16 although adapter weights are stored in fp32; none without them."""
+        adapters = [*self.parameters().values()]
+        return torch.autocast(adapters[0].device.type, dtype=torch.bfloat16) if adapters else nullcontext()
 
     def step_state(self) -> dict[str, Tensor]:
         """A and B of every layer."""
@@ -206,7 +209,7 @@ class LoraMethod(Method):
         for name, parameter in self.parameters().items():
             parameter.data.copy_(state[name])
 
-    def finish(self, model: nn.Module, inputs: Inputs) -> dict[str, FlushReport]:
+    def finish(self, model: nn.Module, inputs: Inputs, losses: Losses | None = None) -> dict[str, FlushReport]:
         """Merge the adapters into bf16 weights; NF4 weights are dequantized first, as in the forward pass.
 
         Until they are written, their values are kept in the dtype of the run, with which the model computes.

@@ -222,7 +222,7 @@ def _workload(
     return Workload(
         method=config.method, groups=groups, rank=config.rank,
         gradients=falqon and config.initialisation is Initialisation.GRADIENT,
-        compensated=falqon and config.rule.final is FinalMerge.COMPENSATED,
+        compensated=config.precision is not None and config.rule.final is FinalMerge.COMPENSATED,
         flushes=falqon and config.rule.flush_every_step,
         layers=layers, hidden=hidden, query=heads * int(getattr(text, "head_dim", None) or hidden // heads),
         vocabulary=int(text.vocab_size), itemsize=itemsize, stored=(0, 0), mapped=False,
@@ -278,7 +278,7 @@ def _seconds(
         calibration_batches=min(train.count, math.ceil(CALIBRATION_RECORDS / train.rows)),
         cache_batches=min(heldout.count, math.ceil(HELDOUT_RECORDS / heldout.rows)),
         saves=saves, gradient_batches=config.gradient_batches,
-        merge_batches=math.ceil(config.final_merge_batches / config.batch_size), train_share=train.share,
+        merge_batches=config.merge_batches, train_share=train.share,
         heldout_share=heldout.share * heldout.rows * heldout.length / work.tokens,
     )  # fmt: skip
     told = (

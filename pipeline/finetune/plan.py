@@ -64,7 +64,7 @@ def plan_finetune(config: FinetuneConfig, output: Path | None = None) -> Plan:
     model.tie_weights()
     unstack_experts(model)
     structure = read_convertible(model, config.rank)
-    form = form_of(config.precision, config.rule, getattr(torch, config.dtype))
+    form = form_of(config.precision, config.rule)
     form.check(structure)
     names = checkpoint_names(source.path, structure.naming, structure.trainable)
     warnings = [

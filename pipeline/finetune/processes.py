@@ -20,6 +20,7 @@ from pipeline.finetune.batches import Batches
 from pipeline.finetune.checkpoint import CheckpointStore
 from pipeline.finetune.config import FinetuneConfig
 from pipeline.finetune.loop import Trainer
+from pipeline.finetune.lora_nvfp4 import Nvfp4LoraMethod
 from pipeline.finetune.loss import heldout_loss
 from pipeline.finetune.method import LoraMethod, Method
 from pipeline.finetune.weights import Weights
@@ -35,11 +36,11 @@ def build_method(
     """Create the configured training method, by calling `falqon` or `lora` with the arguments of their defaults."""
     if config.method == "falqon":
         how = config.initialisation or config.rule.initialisation
-        if config.precision == "nvfp4":
-            return Nvfp4Method(config.rule, rank=config.rank, initialisation=how, seed=config.seed)
-        return falqon(config.rule, rank=config.rank, rows=config.rows, initialisation=how, seed=config.seed)
+        of_falqon = Nvfp4Method if config.precision == "nvfp4" else falqon
+        return of_falqon(config.rule, rank=config.rank, rows=config.rows, initialisation=how, seed=config.seed)
     alpha = config.rank if config.lora_alpha is None else config.lora_alpha
-    return lora(rank=config.rank, alpha=alpha, seed=config.seed, quantized=config.method == "qlora")
+    of_lora = Nvfp4LoraMethod if config.precision == "nvfp4" else lora
+    return of_lora(rank=config.rank, alpha=alpha, seed=config.seed, quantized=config.method == "qlora")
 
 
 class RunWriter(Protocol):

@@ -109,7 +109,7 @@ def tune(
 
     It calls `enter_phase` at the beginning of each phase, by which dry runs measure memory and time.
     """
-    kind = FALQON_KIND if config.method == "falqon" else LORA_KIND
+    kind = LORA_KIND if config.precision is None else FALQON_KIND
     processes = processes or Processes()
     trackers = config.report_to if processes.main else ()
     with (
@@ -123,7 +123,7 @@ def tune(
         enter_phase("load")
         model = load_model(config, source, shared=processes.size > 1)
         structure = read_convertible(model, config.rank)
-        form_of(config.precision, config.rule, getattr(torch, config.dtype)).check(structure)
+        form_of(config.precision, config.rule).check(structure)
         names = checkpoint_names(source.path, structure.naming, structure.trainable)
         for warning in [
             *unknown_tensors(source.path, structure),

@@ -101,7 +101,7 @@ class ShardedLora(LoraMethod, ShardedMethod):
         for name, parameter in self.parameters().items():
             assign(parameter.detach(), state[name])
 
-    def finish(self, model: nn.Module, inputs: Inputs) -> dict[str, FlushReport]:
+    def finish(self, model: nn.Module, inputs: Inputs, losses: Losses | None = None) -> dict[str, FlushReport]:
         """From now on the model computes with merged weights, as in one process."""
         for name, layer in self.layers.items():
             replace_layer(model, name, _Merged(layer))

@@ -84,7 +84,7 @@ class ShardedFalqon(FalqonMethod, ShardedMethod):
         self._compared = frozenset(self.sample(step) if measure else ())
         return super().after_step(step, measure)
 
-    def finish(self, model: nn.Module, inputs: Inputs) -> dict[str, FlushReport]:
+    def finish(self, model: nn.Module, inputs: Inputs, losses: Losses | None = None) -> dict[str, FlushReport]:
         """As in one process; each layer is merged by one of the processes. Replicas are compared before."""
         self._compared = frozenset(self.layers)
         for name, layer in self.layers.items() if self.replicas > 1 else ():
@@ -92,7 +92,7 @@ class ShardedFalqon(FalqonMethod, ShardedMethod):
                 pass
         return merge_all(model, self.layers, self.rule.final, inputs, partial(shared_merge, group=self.group))
 
-    def health(self, step: int) -> FlushReport:
+    def health(self, step: int) -> FlushReport | None:
         """As in one process."""
         self._compared = frozenset()
         return super().health(step)

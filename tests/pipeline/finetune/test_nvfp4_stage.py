@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from breadth import only_long
 from click.testing import CliRunner
 from safetensors.torch import load_file
 from tuning_config import config
@@ -35,8 +36,9 @@ def raw(root):
     }
 
 
-def test_what_was_trained_is_what_is_exported(make_base, pairs, tmp_path):
-    settings = config(make_base(), pairs, precision="nvfp4", steps=20, learning_rate=1e-2)
+@pytest.mark.parametrize("method", ["falqon", "lora", pytest.param("qlora", marks=only_long)])
+def test_what_was_trained_is_what_is_exported(method, make_base, pairs, tmp_path):
+    settings = config(make_base(), pairs, method=method, precision="nvfp4", steps=20, learning_rate=1e-2)
     plan = plan_finetune(settings, tmp_path / "tuned")
     tuned = finetune(settings, tmp_path / "tuned")
     manifest = open_artifact(tuned.root, kind="falqon").manifest
@@ -97,14 +99,14 @@ def test_models_that_it_cannot_hold_are_refused_before_they_are_loaded(make_base
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        ({"method": "lora"}, ["precision", "lora"]),
+        ({"method": "lora", "precision": "fp8"}, ["lora", "only nvfp4"]),
         ({"update_rule": "released"}, ["released", "NVFP4"]),
         ({"update_rule": "live-flush"}, ["live-flush", "NVFP4"]),
     ],
 )
 def test_options_that_do_not_go_with_it_are_refused(given, words):
     with pytest.raises(ConfigurationError) as refusal:
-        config("m", "d", precision="nvfp4", **given)
+        config("m", "d", **{"precision": "nvfp4", **given})
     assert all(word in str(refusal.value) for word in words)
 
 

@@ -11,9 +11,11 @@ import torch
 
 import pipeline.finetune.loop as loop
 from fp8pipe.artifact import ArtifactWriter
+from fp8pipe.core.config import build_config
 from fp8pipe.core.errors import BadArtifactError
 from fp8pipe.models.language.text import IGNORED
 from pipeline.finetune.batches import Batch
+from pipeline.finetune.config import FinetuneConfig
 from pipeline.finetune.loop import Trainer
 
 
@@ -68,8 +70,13 @@ def test_a_step_takes_its_own_batches_and_no_others(monkeypatch, step, accumulat
 def test_calibration_takes_the_first_batches_until_there_are_enough():
     for wanted, rows, asked in ((4, 2, [0, 1]), (5, 2, [0, 1, 2]), (1, 8, [0])):
         data = Data(1)
-        config = SimpleNamespace(final_merge_batches=wanted, batch_size=rows, device="cpu")
-        found = Trainer.calibration_inputs(SimpleNamespace(config=config, train_batches=data))
+        config = build_config(
+            FinetuneConfig,
+            {"model": "m", "data": "d", "final_merge_batches": wanted, "batch_size": rows, "device": "cpu"},
+        )
+        trainer = SimpleNamespace(config=config, train_batches=data)
+        own_methods(trainer, "_calibration_batches")
+        found = Trainer.calibration_inputs(trainer)
         assert data.asked == []  # one at a time, when it is needed
         assert [int(inputs["input_ids"][0, 0]) for inputs in found] == data.asked == asked
 
