@@ -26,8 +26,9 @@ from torch import Tensor
 
 from exporters.modelopt.target import KIND, ModeloptDetails, ModeloptExportOptions
 from exporters.tensorrt.language.calibrate import count_inputs, scales_by_layer
-from exporters.tensorrt.language.source import LanguageModel, language_records, open_language, read_text
+from exporters.tensorrt.language.source import LanguageModel, language_records, open_language
 from exporters.tensorrt.language.target import InputScale
+from exporters.text import read_text
 from exporters.vllm.kv_cache import cost_gate, is_kv_scale, kv_scales
 from exporters.vllm.plan import fused_siblings
 from exporters.vllm.target import KvScale
@@ -74,7 +75,9 @@ def export_checkpoint(source: Path, output: Path, options: ModeloptExportOptions
     with track(2, "export") as progress:
         text, scales = None, None
         if algorithm == _PER_TENSOR:
-            text = read_text(model, options.calibration_data, options.calibration_records)
+            text = read_text(
+                model.root, model.artifact, options.calibration_data, options.calibration_records, heldout=False
+            )
             counts = count_inputs(model.torch_model(torch.float32), list(model.weights), text.calibration)
             scales = scales_by_layer(counts, options.calibration)
         progress.advance(1)

@@ -15,34 +15,28 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any, Final
 
 import torch
 from torch import Tensor
 
+from exporters.text import read_text
 from exporters.vllm.blocks import blocks_of
 from exporters.vllm.nvfp4 import fused_units, value_rows
 from exporters.vllm.plan import ExportPlan, Unit
 from exporters.vllm.reopen_files import none_differing
 from exporters.vllm.target import CalibrationFacts
-from fp8pipe.artifact import MANIFEST_NAME, Gate, open_artifact, sha256_file
+from fp8pipe.artifact import MANIFEST_NAME, Gate, open_artifact
 from fp8pipe.artifact.finding import Finding, refuse
-from fp8pipe.core.errors import ConfigurationError
 from fp8pipe.models.checkpoint.packed import INPUT_SUFFIX, WEIGHT
 from fp8pipe.models.checkpoint.rows import each, read_rows
 from fp8pipe.models.checkpoint.tensors import TensorEntry, read_tensor
-from fp8pipe.models.language.base import load_tokenizer
 from fp8pipe.models.language.parts import PartedModel, StoredWeights
-from fp8pipe.models.language.text import encode, load_records, refuse_images, split
 from fp8pipe.numerics.nvfp4_weights import LARGEST_GLOBAL_SCALE, SMALLEST_GLOBAL_SCALE, global_scale
 from fp8pipe.numerics.plain_nvfp4 import global_scale_plain
 
 __all__ = ["Text", "input_findings", "inputs_gate", "measured", "read_calibration", "with_inputs"]
 
-# The defaults of `finetune`, for sources that do not record these settings.
-_LENGTH: Final = 256
-_FRACTION: Final = 0.1
 _WRITE_AGAIN: Final = "export the model again"
 
 
@@ -52,33 +46,17 @@ Text = tuple[CalibrationFacts, list[list[int]]]  # a description of it, and the 
 def read_calibration(plan: ExportPlan) -> Text | None:
     """Read and tokenize the text of an export whose inputs are calibrated; None if they are not.
 
-    Tokenizer, chat template, split and sequence length are those with which the model was tuned. Records that were held
-    out then are not used.
-
-    Raises:
-        ConfigurationError: no text was named and the source records none, or it cannot be used.
+    See `read_text`, also for its errors. Records that were held out in training are not used.
     """
     options, root = plan.options, plan.source.root
     if not options.format.calibrated:
         return None
-    tuned: dict[str, Any] = {}
-    if (root / MANIFEST_NAME).is_file():
-        tuned = dict(open_artifact(root, verify=False).manifest.config)
-    data = options.calibration_data or tuned.get("data")
-    if not data:
-        raise ConfigurationError(
-            f"{root} cannot be exported with --format {options.format}: there is no text",
-            why="the scales of inputs are calibrated on text, and a plain model records none that it was tuned on",
-            fix="name a text with --calibration-data, or export with --format nvfp4, which leaves inputs as they are",
-        )
-    records = load_records(str(data))
-    refuse_images(records, fix="name a text without images with --calibration-data")
-    used, _ = split(records, heldout_fraction=float(tuned.get("heldout_fraction", _FRACTION)), seed=0)
-    length, last = int(tuned.get("sequence_length", _LENGTH)), tuned.get("answers") == "last"
-    found = encode(used[: options.calibration_records], load_tokenizer(root), length, last_only=last).examples
-    path = Path(str(data)).expanduser()
-    digest = sha256_file(path) if path.is_file() else None
-    return CalibrationFacts(data=str(data), sha256=digest, records=len(found)), [list(one.input_ids) for one in found]
+    tuned = open_artifact(root, verify=False) if (root / MANIFEST_NAME).is_file() else None
+    otherwise = ", or export with --format nvfp4, which leaves inputs as they are"
+    found = read_text(
+        root, tuned, options.calibration_data, options.calibration_records, heldout=False, otherwise=otherwise
+    )
+    return found.facts, [list(one.input_ids) for one in found.calibration]
 
 
 def measured(plan: ExportPlan, text: Text) -> ExportPlan:
