@@ -22,7 +22,8 @@ from pathlib import Path
 
 import torch
 
-from exporters.tensorrt.language.source import open_language, read_text
+from exporters.tensorrt.language.source import open_language
+from exporters.text import read_text
 from exporters.vllm.environment import find_vllm_python, inspect_environment
 from exporters.vllm.export import export_vllm
 from exporters.vllm.form import ServingForm
@@ -111,7 +112,8 @@ def main():
     for cache, place in exports.items():
         export_vllm(options.artifact, place, VllmExportOptions(kv_cache=cache, force=True))
     language = open_language(options.artifact)
-    text = [x for x in read_text(language, None, 32).heldout if len(x.input_ids) > 1][: options.records]
+    read = read_text(language.root, language.artifact, None, 32)
+    text = [x for x in read.heldout if len(x.input_ids) > 1][: options.records]
     environment = inspect_environment(find_vllm_python(None))
     form = ServingForm(dtype=options.dtype, max_model_len=1024)
     unity = form.model_copy(update={"kv_cache_dtype": "fp8"})
@@ -125,7 +127,7 @@ def main():
         figures[name] = show(f"vLLM, {options.dtype}: {name}", scored[-1], scored[0])
     model = load_torch_model(exports["fp8"], torch.float32)
     scales = {s.layer: (s.k, s.v) for s in scales_of(open_artifact(exports["fp8"]), None).values()}
-    heads = per_head(model, read_text(language, None, 32).calibration)
+    heads = per_head(model, read.calibration)
     plain = in_torch(model, text, lambda: None)
     large = {layer: (64 * k, v) for layer, (k, v) in scales.items()}
     kinds = [

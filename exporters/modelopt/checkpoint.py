@@ -18,7 +18,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -26,13 +26,14 @@ from torch import Tensor
 
 from exporters.modelopt.target import KIND, ModeloptDetails, ModeloptExportOptions
 from exporters.tensorrt.language.calibrate import count_inputs, scales_by_layer
-from exporters.tensorrt.language.source import LanguageModel, language_records, open_language, read_text
+from exporters.tensorrt.language.source import LanguageModel, language_records, open_language
 from exporters.tensorrt.language.target import InputScale
-from exporters.vllm.kv_cache import cost_gate, is_kv_scale, kv_scales
+from exporters.text import read_text
+from exporters.vllm.kv_cache import check_projections, cost_gate, is_kv_scale, kv_scales, scale_tensors
+from exporters.vllm.modelopt import QUANT_FILE, quant_file, settings_block
 from exporters.vllm.plan import fused_siblings
 from exporters.vllm.target import KvScale
 from fp8pipe.artifact import Artifact, ArtifactWriter, Gate, LayerRecord, NumberFormat, check_place, disk_guard, none_of
-from fp8pipe.core.errors import ConfigurationError
 from fp8pipe.core.progress import track
 from fp8pipe.core.version import __version__
 from fp8pipe.models.checkpoint.sidecars import SERVED_FILES, copy_sidecars
@@ -41,8 +42,6 @@ from fp8pipe.numerics.grids import same_bits
 from fp8pipe.numerics.kinds import Kind
 from fp8pipe.report.card import CardFacts, commit_export
 
-QUANT_FILE: Final = "hf_quant_config.json"
-CACHE_SCHEME: Final = {"dynamic": False, "num_bits": 8, "type": "float"}
 _PER_TENSOR: Final = "FP8"
 _PER_CHANNEL: Final = "FP8_PER_CHANNEL_PER_TOKEN"
 _SHARD_BYTES: Final = 5_000_000_000
@@ -74,7 +73,9 @@ def export_checkpoint(source: Path, output: Path, options: ModeloptExportOptions
     with track(2, "export") as progress:
         text, scales = None, None
         if algorithm == _PER_TENSOR:
-            text = read_text(model, options.calibration_data, options.calibration_records)
+            text = read_text(
+                model.root, model.artifact, options.calibration_data, options.calibration_records, heldout=False
+            )
             counts = count_inputs(model.torch_model(torch.float32), list(model.weights), text.calibration)
             scales = scales_by_layer(counts, options.calibration)
         progress.advance(1)
@@ -117,15 +118,9 @@ def checkpoint_tensors(
         ConfigurationError: scales of a key/value cache for layers without k_proj and v_proj.
     """
     yield from model.floats.items()
-    for layer, of_layer in cache.items():
-        for which in ("k", "v"):
-            if f"{layer}.{which}_proj.weight" not in model.plan.source.tensors:
-                raise ConfigurationError(
-                    f"{model.root} cannot be exported with an FP8 key/value cache in this layout",
-                    why=f"{layer} has no {which}_proj, beside whose weight readers look for the scale",
-                    fix="export without --kv-cache, or with --target vllm",
-                )
-            yield f"{layer}.{which}_proj.{which}_scale", torch.tensor(getattr(of_layer, which), dtype=torch.float32)
+    check_projections(cache, model.plan.source.tensors, str(model.root))
+    for key, number in scale_tensors(cache, beside_projections=True).items():
+        yield key, torch.tensor(number, dtype=torch.float32)
     for unit in model.plan.units:
         if unit.module is None or unit.module not in model.weights:
             continue
@@ -139,27 +134,14 @@ def checkpoint_tensors(
             yield f"{name}.input_scale", torch.tensor(scales[unit.module].scale, dtype=torch.float32)
 
 
-def quant_config(algorithm: str, excluded: list[str], kv_cache: str | None) -> dict[str, Any]:
-    """`hf_quant_config.json`, with exactly the keys that ModelOpt documents."""
-    stored = None if kv_cache is None else kv_cache.upper()
-    return {
-        "producer": {"name": "fp8pipe", "version": __version__},
-        "quantization": {"quant_algo": algorithm, "kv_cache_quant_algo": stored, "exclude_modules": excluded},
-    }
-
-
 def _write_configs(model: LanguageModel, algorithm: str, root: Path, kv_cache: str | None) -> None:
     """Write the quantization config to both places where engines look for it, and tokenizer files byte for byte."""
-    ignored = list(model.plan.ignore)
-    config = quant_config(algorithm, ignored, kv_cache)
+    producer = {"name": "fp8pipe", "version": __version__}
+    config = quant_file(algorithm, model.plan.ignore, kv_cache, producer=producer)
     (root / QUANT_FILE).write_text(json.dumps(config, indent=4) + "\n", encoding="utf-8")
-    block = {"quant_method": "modelopt", "quant_algo": algorithm, "ignore": ignored, "producer": config["producer"]}
-    if kv_cache is not None:
-        block["kv_cache_scheme"] = CACHE_SCHEME
-    if algorithm == _PER_TENSOR:
-        form = {"dynamic": False, "num_bits": 8, "type": "float"}
-        block["config_groups"] = {"group_0": {"input_activations": form, "weights": form, "targets": ["Linear"]}}
-    merged = {**model.plan.source.config, "quantization_config": block}
+    form = {"dynamic": False, "num_bits": 8, "type": "float"}
+    group = {"input_activations": form, "weights": form} if algorithm == _PER_TENSOR else None
+    merged = {**model.plan.source.config, "quantization_config": settings_block(config, group)}
     (root / "config.json").write_text(json.dumps(merged, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     copy_sidecars(model.root, root, SERVED_FILES)
 

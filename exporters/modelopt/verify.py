@@ -9,11 +9,12 @@ from typing import Any
 
 import torch
 
-from exporters.modelopt.checkpoint import CACHE_SCHEME, QUANT_FILE, checkpoint_layers, checkpoint_tensors, quant_config
+from exporters.modelopt.checkpoint import checkpoint_layers, checkpoint_tensors
 from exporters.modelopt.target import ModeloptDetails
 from exporters.tensorrt.language.source import open_language
 from exporters.verify.common import compare_files, compare_json, compare_layers
 from exporters.vllm.kv_cache import is_kv_scale, kv_scales
+from exporters.vllm.modelopt import CACHE_SCHEME, QUANT_FILE, quant_file
 from exporters.vllm.verify import stray_weights, unexpected_tensors
 from fp8pipe.artifact import MANIFEST_NAME, Artifact
 from fp8pipe.artifact.finding import Check, Finding
@@ -57,7 +58,7 @@ def _configs(artifact: Artifact) -> Iterator[Finding]:
     manifest, details = artifact.manifest, artifact.manifest.details_of(ModeloptDetails)
     excluded = [layer.name for layer in manifest.layers if not layer.converted]
     cache = artifact.manifest.config.get("kv_cache")
-    expected = quant_config(details.quant_algo, excluded, None if cache is None else str(cache))
+    expected = quant_file(details.quant_algo, excluded, None if cache is None else str(cache))
     found = json.loads((artifact.root / QUANT_FILE).read_text(encoding="utf-8"))
     yield from compare_json(found.get("quantization"), expected["quantization"], QUANT_FILE, "quantization")
     block = json.loads((artifact.root / "config.json").read_text(encoding="utf-8")).get("quantization_config") or {}

@@ -27,7 +27,8 @@ _FOLDER = Path(".venv-vllm") / "bin" / "python"
 _PLUGIN = "fp8pipe_cpu"  # the name of the plugin's entry point
 _REPOSITORY = Path(__file__).resolve().parents[2]
 _NVFP4_SINCE = (0, 2)  # the plugin's first version that knows NVFP4 ...
-_W4A4_SINCE = (0, 3)  # ... and inputs in it
+_W4A4_SINCE = (0, 3)  # ... and inputs in it ...
+_MODELOPT_SINCE = (0, 4)  # ... and ModelOpt's layout
 _HOW = (
     "run scripts/setup_vllm.sh (CPU), or name a Python that has vLLM with --vllm-python or the variable "
     f"{PYTHON_VARIABLE}"
@@ -129,17 +130,18 @@ def inspect_environment(python: Path) -> VllmEnvironment:
     return VllmEnvironment(python, vllm.split("+", 1)[0], versions)
 
 
-def require_nvfp4(environment: VllmEnvironment, *, inputs: bool = False) -> None:
+def require_nvfp4(environment: VllmEnvironment, *, inputs: bool = False, layout: str = "compressed-tensors") -> None:
     """Refuse a vLLM for CPUs that cannot run weights in NVFP4, for which it has no kernel of its own.
 
     Args:
         environment: of the vLLM.
         inputs: whether the checkpoint declares inputs in NVFP4, too.
+        layout: how the checkpoint stores NVFP4, see `VllmExportOptions`.
 
     Raises:
         MissingCapabilityError: the plugin is missing, switched off, or too old.
     """
-    since = _W4A4_SINCE if inputs else _NVFP4_SINCE
+    since = _MODELOPT_SINCE if layout == "modelopt" else _W4A4_SINCE if inputs else _NVFP4_SINCE
     if not environment.on_cpu or (environment.dequantizes and _numbers(environment.plugin) >= since):
         return
     found = "missing" if environment.plugin is None else f"{environment.plugin}, which is too old"

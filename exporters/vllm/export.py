@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from exporters.vllm.inputs import measured, read_calibration
-from exporters.vllm.kv_cache import cost_gate, kv_scales
+from exporters.vllm.kv_cache import check_projections, cost_gate, kv_scales
 from exporters.vllm.lint import lint, lint_others, lint_structure
 from exporters.vllm.nvfp4 import with_global_scales
 from exporters.vllm.options import ExportFormat, VllmExportOptions
@@ -70,6 +70,8 @@ def plan_export(source: Path | str, options: VllmExportOptions, *, verify: bool 
     check_expert_counts(str(source), plan.structure.tensors, plan.stored)
     check_declared(opened.root, str(source), plan.structure, plan.stored)
     scales = kv_scales(opened.kv_ranges, str(source)) if options.kv_cache is not None else {}
+    if options.layout == "modelopt":
+        check_projections(scales, opened.tensors, str(source))
     return replace(plan, ending=read_ending(opened.root), kv_cache=scales)
 
 

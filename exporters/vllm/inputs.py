@@ -2,10 +2,11 @@
 
 An engine rounds each block of 16 neighbouring features of a token to E2M1, with an E4M3 scale that it computes. What it
 cannot compute is the global scale of a layer's inputs, which it multiplies into every block scale: that follows from
-the largest magnitude in calibration. The checkpoint stores its reciprocal, `LAYER.input_global_scale`, and vLLM takes
-the largest of the layers that it fuses. As for weights it is a power of two, with room for twice the largest magnitude
-seen: so a layer that is doubled by other text does not saturate, and the products of codes and scales are exact. That
-room costs no precision, since block scales have 14 binades of normal numbers.
+the largest magnitude in calibration. The checkpoint stores its reciprocal, `LAYER.input_global_scale`, or in ModelOpt's
+layout the scale itself, `LAYER.input_scale`; vLLM takes the largest number of the layers that it fuses. As for weights
+it is a power of two, with room for twice the largest magnitude seen: so a layer that is doubled by other text does not
+saturate, and the products of codes and scales are exact. That room costs no precision, since block scales have 14
+binades of normal numbers.
 """
 
 from __future__ import annotations
@@ -15,34 +16,27 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any, Final
 
 import torch
 from torch import Tensor
 
+from exporters.text import read_text
 from exporters.vllm.blocks import blocks_of
-from exporters.vllm.nvfp4 import fused_units, value_rows
+from exporters.vllm.nvfp4 import fused_units, unfit, value_rows
 from exporters.vllm.plan import ExportPlan, Unit
 from exporters.vllm.reopen_files import none_differing
 from exporters.vllm.target import CalibrationFacts
-from fp8pipe.artifact import MANIFEST_NAME, Gate, open_artifact, sha256_file
+from fp8pipe.artifact import MANIFEST_NAME, Gate, open_artifact
 from fp8pipe.artifact.finding import Finding, refuse
-from fp8pipe.core.errors import ConfigurationError
-from fp8pipe.models.checkpoint.packed import INPUT_SUFFIX, WEIGHT
 from fp8pipe.models.checkpoint.rows import each, read_rows
 from fp8pipe.models.checkpoint.tensors import TensorEntry, read_tensor
-from fp8pipe.models.language.base import load_tokenizer
 from fp8pipe.models.language.parts import PartedModel, StoredWeights
-from fp8pipe.models.language.text import encode, load_records, refuse_images, split
-from fp8pipe.numerics.nvfp4_weights import LARGEST_GLOBAL_SCALE, SMALLEST_GLOBAL_SCALE, global_scale
+from fp8pipe.numerics.nvfp4_weights import global_scale
 from fp8pipe.numerics.plain_nvfp4 import global_scale_plain
 
 __all__ = ["Text", "input_findings", "inputs_gate", "measured", "read_calibration", "with_inputs"]
 
-# The defaults of `finetune`, for sources that do not record these settings.
-_LENGTH: Final = 256
-_FRACTION: Final = 0.1
 _WRITE_AGAIN: Final = "export the model again"
 
 
@@ -52,33 +46,17 @@ Text = tuple[CalibrationFacts, list[list[int]]]  # a description of it, and the 
 def read_calibration(plan: ExportPlan) -> Text | None:
     """Read and tokenize the text of an export whose inputs are calibrated; None if they are not.
 
-    Tokenizer, chat template, split and sequence length are those with which the model was tuned. Records that were held
-    out then are not used.
-
-    Raises:
-        ConfigurationError: no text was named and the source records none, or it cannot be used.
+    See `read_text`, also for its errors. Records that were held out in training are not used.
     """
     options, root = plan.options, plan.source.root
     if not options.format.calibrated:
         return None
-    tuned: dict[str, Any] = {}
-    if (root / MANIFEST_NAME).is_file():
-        tuned = dict(open_artifact(root, verify=False).manifest.config)
-    data = options.calibration_data or tuned.get("data")
-    if not data:
-        raise ConfigurationError(
-            f"{root} cannot be exported with --format {options.format}: there is no text",
-            why="the scales of inputs are calibrated on text, and a plain model records none that it was tuned on",
-            fix="name a text with --calibration-data, or export with --format nvfp4, which leaves inputs as they are",
-        )
-    records = load_records(str(data))
-    refuse_images(records, fix="name a text without images with --calibration-data")
-    used, _ = split(records, heldout_fraction=float(tuned.get("heldout_fraction", _FRACTION)), seed=0)
-    length, last = int(tuned.get("sequence_length", _LENGTH)), tuned.get("answers") == "last"
-    found = encode(used[: options.calibration_records], load_tokenizer(root), length, last_only=last).examples
-    path = Path(str(data)).expanduser()
-    digest = sha256_file(path) if path.is_file() else None
-    return CalibrationFacts(data=str(data), sha256=digest, records=len(found)), [list(one.input_ids) for one in found]
+    tuned = open_artifact(root, verify=False) if (root / MANIFEST_NAME).is_file() else None
+    otherwise = ", or export with --format nvfp4, which leaves inputs as they are"
+    found = read_text(
+        root, tuned, options.calibration_data, options.calibration_records, heldout=False, otherwise=otherwise
+    )
+    return found.facts, [list(one.input_ids) for one in found.calibration]
 
 
 def measured(plan: ExportPlan, text: Text) -> ExportPlan:
@@ -119,12 +97,12 @@ def with_inputs(plan: ExportPlan, amax: Mapping[str, float], facts: CalibrationF
     for group in fused_units(plan):
         worst = max((unit.entry.name for unit in group), key=lambda name: _order(amax.get(name, math.nan)))
         try:
-            divisor = 1.0 / global_scale(amax.get(worst, math.nan))
+            stored = plan.layout.stored(global_scale(amax.get(worst, math.nan)))
         except ValueError as error:
             why = f"its inputs in calibration: {str(error).removeprefix('weights ')}"
             findings.append(Finding("input-range", worst, why, "export with --format nvfp4, or fp8"))
             continue
-        scales |= {_scale_name(unit): divisor for unit in group}
+        scales |= {plan.layout.input_name(unit.entry.name): stored for unit in group}
     refuse(findings, str(plan.source.root))
     return replace(plan, inputs=dict(amax), input_scales=scales, calibration=facts)
 
@@ -134,29 +112,28 @@ def inputs_gate(plan: ExportPlan, written: Mapping[str, TensorEntry]) -> Gate:
     wrong = []
     for group in fused_units(plan):
         largest = max(plan.inputs.get(unit.entry.name, math.inf) for unit in group)
-        expected = 1.0 / global_scale_plain(largest) if math.isfinite(largest) else math.nan
-        names = (_scale_name(unit) for unit in group)
-        wrong += [name for name in names if name not in written or _stored(written[name]) != expected]
+        scale = global_scale_plain(largest) if math.isfinite(largest) else math.nan
+        expected = 1.0 / scale if plan.layout.divides else scale
+        names = (plan.layout.input_name(unit.entry.name) for unit in group)
+        wrong += [name for name in names if name not in written or _stored(plan, written[name]) != expected]
     return none_differing("input-scales", wrong, f"{len(plan.input_names)} scale(s) of inputs, by what calibration saw")
 
 
 def input_findings(plan: ExportPlan, written: Mapping[str, TensorEntry]) -> Iterator[Finding]:
     """Findings about the scales of inputs in a checkpoint, from the files alone: missing, no scale, or unequal."""
-    limits = (1 / LARGEST_GLOBAL_SCALE, 1 / SMALLEST_GLOBAL_SCALE)
     for name in sorted(plan.input_names):
         if name not in written:
             yield Finding("missing-input-scale", name, "the format declares it, and the files lack it", _WRITE_AGAIN)
             continue
-        divisor = _stored(written[name])
-        if not limits[0] <= divisor <= limits[1] or math.frexp(divisor)[0] != 0.5:
-            why = f"{divisor:g} is not a power of two from {limits[0]:g} to {limits[1]:g}"
+        if why := unfit(_stored(plan, written[name]), plan.layout):
             yield Finding("input-scale", name, why, _WRITE_AGAIN)
     for group in fused_units(plan):
         by_value: dict[float, list[str]] = defaultdict(list)
-        for name in (_scale_name(unit) for unit in group if _scale_name(unit) in written):
-            by_value[_stored(written[name])].append(name)
+        names = [plan.layout.input_name(unit.entry.name) for unit in group]
+        for name in (name for name in names if name in written):
+            by_value[_stored(plan, written[name])].append(name)
         if len(by_value) > 1:
-            said = ", ".join(f"{name} {divisor:g}" for divisor, names in by_value.items() for name in names)
+            said = ", ".join(f"{name} {number:g}" for number, same in by_value.items() for name in same)
             why = f"the engine fuses these layers and uses the largest scale for the inputs of all: {said}"
             yield Finding("fused-input-scale", next(iter(by_value.values()))[0], why, _WRITE_AGAIN)
 
@@ -180,10 +157,6 @@ def _order(value: float) -> tuple[bool, float]:
     return math.isnan(value), value
 
 
-def _scale_name(unit: Unit) -> str:
-    return unit.entry.name.removesuffix(WEIGHT) + INPUT_SUFFIX
-
-
-def _stored(entry: TensorEntry) -> float:
-    """The divisor; NaN for a tensor of another dtype or shape."""
-    return float(read_tensor(entry)) if entry.dtype == "F32" and entry.shape == (1,) else math.nan
+def _stored(plan: ExportPlan, entry: TensorEntry) -> float:
+    """The stored number; NaN for a tensor of another dtype or shape."""
+    return float(read_tensor(entry)) if entry.dtype == "F32" and entry.shape == plan.layout.shape else math.nan

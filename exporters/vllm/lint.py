@@ -54,6 +54,7 @@ _FIXES: Final = {
     "engine-lacks-model": "use a model that vLLM implements",
     "experts-per-token": "use a model with num_experts_per_tok = 1, as all published ones are",
     "ignore-wrong": "remove it from the ignore list",
+    "ignore-covers": "export with --layout compressed-tensors",
     "tied-differs": "set tie_word_embeddings to false in config.json, or remove the wrong copy",
 }
 
@@ -81,7 +82,8 @@ def lint_structure(plan: ExportPlan) -> list[Finding]:
     """Findings about names, shapes and the model's structure; reads no tensor."""
     rules = [_scales, _adapter_state, _shapes, _tied_is_stored, _implemented, _routing]
     if plan.options.format.quantized:
-        rules += [_something_quantized, _known_names, _placement, _dimensions, _blocks, _fused, _ignore, _transposed]
+        rules += [_something_quantized, _known_names, _placement, _dimensions, _blocks, _fused, _ignore]
+        rules += [_covered, _transposed]
     return [finding for rule in rules for finding in rule(plan)]
 
 
@@ -298,6 +300,17 @@ def _ignore(plan: ExportPlan) -> Iterator[Finding]:
             yield _found("ignore-stale", name, "matches no linear layer")
         elif modules[name] in quantized:
             yield _found("ignore-wrong", name, "its weight is quantized")
+
+
+def _covered(plan: ExportPlan) -> Iterator[Finding]:
+    """In ModelOpt's layout vLLM leaves out every layer whose name contains one of the ignore list."""
+    if plan.options.layout != "modelopt":
+        return
+    for unit in (unit for unit in plan.units if unit.quantized):
+        name = plan.spelt[unit.module or ""]
+        if (entry := next((entry for entry in plan.ignore if entry in name), None)) is not None and entry != name:
+            why = f"its name contains {entry}, which is on the ignore list: vLLM would take its codes for numbers"
+            yield _found("ignore-covers", unit.entry.name, why)
 
 
 def _transposed(plan: ExportPlan) -> Iterator[Finding]:

@@ -16,10 +16,12 @@ import torch
 from torch import Tensor
 
 from exporters.vllm.blocks import by_unit, scale_of
+from exporters.vllm.options import VllmExportOptions
 from exporters.vllm.plan import ExportPlan, Unit, fused_siblings
 from exporters.vllm.values import count_bad, value_findings
+from fp8pipe.artifact import Artifact
 from fp8pipe.artifact.finding import Finding, refuse
-from fp8pipe.models.checkpoint.packed import PackedEntry
+from fp8pipe.models.checkpoint.packed import COMPRESSED_TENSORS, LAYOUTS, PackedEntry, PackedLayout
 from fp8pipe.models.checkpoint.rows import read_rows
 from fp8pipe.models.checkpoint.tensors import DTYPES, TensorHeader, read_tensor
 from fp8pipe.numerics.grids import dequantize_weight
@@ -31,10 +33,23 @@ from fp8pipe.numerics.nvfp4_weights import (
     quantize_packed,
 )
 
-__all__ = ["fused_units", "packed_findings", "packed_tensors", "value_rows", "with_global_scales"]
+__all__ = [
+    "fused_units",
+    "packed_findings",
+    "packed_tensors",
+    "stored_layout",
+    "unfit",
+    "value_rows",
+    "with_global_scales",
+]
 
 _WRITE_AGAIN: Final = "export the model again"
 _Pieces = list[tuple[TensorHeader, int, Tensor]]
+
+
+def stored_layout(export: Artifact) -> PackedLayout:
+    """How an export to vLLM names and stores weights in NVFP4, and tensors of one number."""
+    return LAYOUTS[VllmExportOptions.model_validate(export.manifest.config).layout]
 
 
 def value_rows(unit: Unit, rows: range, stored: Tensor) -> Tensor:
@@ -115,31 +130,37 @@ def packed_tensors(unit: Unit, rows: range, stored: Tensor) -> _Pieces:
         stored: these rows as the source holds them; for a weight that is in NVFP4 already, as read by its entry.
 
     Raises:
-        ValueError: the unit has no global scale, because `with_global_scales` was not called.
+        ValueError: the export does not store it in NVFP4, or it has no global scale, because `with_global_scales` was
+            not called.
     """
+    if unit.layout is None:
+        raise ValueError(f"{unit.entry.name}: the export does not store it in NVFP4")
     if isinstance(unit.entry, PackedEntry):
-        packed, blocks, divisor = (read_rows(unit.entry.packed, rows), read_rows(unit.entry.blocks, rows),
-                                   read_tensor(unit.entry.divisor))  # fmt: skip
+        scale = unit.entry.read_global_scale()
+        packed, blocks = read_rows(unit.entry.packed, rows), read_rows(unit.entry.blocks, rows)
     else:
         if unit.global_scale is None:
             raise ValueError(f"{unit.entry.name}: no global scale was chosen")
-        packed, blocks = quantize_packed(value_rows(unit, rows, stored), unit.global_scale)
-        divisor = torch.tensor([1.0 / unit.global_scale], dtype=torch.float32)
+        scale = unit.global_scale
+        packed, blocks = quantize_packed(value_rows(unit, rows, stored), scale)
+    whole = torch.full(unit.layout.shape, unit.layout.stored(scale), dtype=torch.float32)
     pieces: _Pieces = []
     for header, tensor in zip(unit.outputs, (packed, blocks), strict=False):
         pieces.append((header, rows.start * math.prod(header.shape[1:]) * DTYPES[header.dtype].itemsize, tensor))
-    return [*pieces, (unit.outputs[2], 0, divisor)] if rows.start == 0 else pieces
+    return [*pieces, (unit.outputs[2], 0, whole)] if rows.start == 0 else pieces
 
 
 def packed_findings(plan: ExportPlan) -> Iterator[Finding]:
     """Findings about the scales of weights that are stored in NVFP4; reads the scales, not the codes."""
     for group in fused_units(plan):
-        divisors: dict[str, float] = {}
+        wholes: dict[str, float] = {}
+        layout = COMPRESSED_TENSORS
         for unit in group:
             if isinstance(unit.entry, PackedEntry):
                 yield from _block_scales(unit.entry)
-                divisors[unit.entry.divisor.name] = float(read_tensor(unit.entry.divisor).reshape(-1)[0])
-        yield from _divisors(divisors)
+                layout = unit.entry.layout
+                wholes[unit.entry.whole.name] = float(read_tensor(unit.entry.whole).reshape(-1)[0])
+        yield from _global_scales(wholes, layout)
 
 
 def _block_scales(entry: PackedEntry) -> Iterator[Finding]:
@@ -154,18 +175,31 @@ def _block_scales(entry: PackedEntry) -> Iterator[Finding]:
         yield Finding("scale-subnormal", name, why, _WRITE_AGAIN)
 
 
-def _divisors(divisors: dict[str, float]) -> Iterator[Finding]:
-    limits = (1 / LARGEST_GLOBAL_SCALE, 1 / SMALLEST_GLOBAL_SCALE)
-    for name, divisor in divisors.items():
-        if not math.isfinite(divisor) or not limits[0] <= divisor <= limits[1] or math.frexp(divisor)[0] != 0.5:
-            why = f"{divisor:g} is not a power of two from {limits[0]:g} to {limits[1]:g}, so products are not exact"
-            if 0 < divisor < limits[0]:
-                why += "; the stored number is a divisor, the reciprocal of the global scale"
-            yield Finding("global-scale", name, why, _WRITE_AGAIN)
+def _global_scales(stored: dict[str, float], layout: PackedLayout) -> Iterator[Finding]:
+    """Findings about the global scales of layers that the engine fuses, given the stored numbers by name."""
+    for name, number in stored.items():
+        if why := unfit(number, layout):
+            yield Finding("global-scale", name, f"{why}, so products are not exact", _WRITE_AGAIN)
+    yield from _unequal(stored)
+
+
+def unfit(number: float, layout: PackedLayout) -> str:
+    """Why a stored number cannot be a global scale; empty if it can."""
+    low, high = sorted(map(layout.stored, (SMALLEST_GLOBAL_SCALE, LARGEST_GLOBAL_SCALE)))
+    if math.isfinite(number) and low <= number <= high and math.frexp(number)[0] == 0.5:
+        return ""
+    why = f"{number:g} is not a power of two from {low:g} to {high:g}"
+    if number > 0 and low <= 1 / number <= high:
+        what = "a divisor, the reciprocal of the global scale" if layout.divides else "the global scale itself"
+        why += f" (the stored number is {what})"
+    return why
+
+
+def _unequal(stored: dict[str, float]) -> Iterator[Finding]:
     by_value: dict[float, list[str]] = defaultdict(list)
-    for name, divisor in divisors.items():
-        by_value[divisor].append(name)
+    for name, number in stored.items():
+        by_value[number].append(name)
     if len(by_value) > 1:
-        said = ", ".join(f"{name} {divisor:g}" for divisor, names in by_value.items() for name in names)
+        said = ", ".join(f"{name} {number:g}" for number, names in by_value.items() for name in names)
         why = f"the engine fuses these layers and uses the largest for all, which changes weights: {said}"
-        yield Finding("fused-scale", next(iter(divisors)), why, _WRITE_AGAIN)
+        yield Finding("fused-scale", next(iter(stored)), why, _WRITE_AGAIN)

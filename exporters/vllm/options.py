@@ -1,8 +1,8 @@
 """The options of a vLLM export, and how config.json declares them to the engine: the `quantization_config` block.
 
-Released versions of vLLM reject unknown keys, and the format of the block gains keys without having a version number.
-So the block is written here key by key, with only those that the declared vLLM version needs, and vLLM versions that
-are not in the table are refused.
+The block here is that of compressed-tensors; ModelOpt's is in `modelopt`. Released versions of vLLM reject unknown
+keys, and the format of the block gains keys without having a version number. So the block is written here key by key,
+with only those that the declared vLLM version needs, and vLLM versions that are not in the table are refused.
 """
 
 from __future__ import annotations
@@ -108,6 +108,10 @@ class VllmExportOptions(FrozenConfig):
         default=None, description="Text to calibrate on"
     )
     calibration_records: int = Field(default=_RECORDS, ge=1, description="Records to calibrate on")
+    layout: Literal["compressed-tensors", "modelopt"] = Field(
+        default="compressed-tensors",
+        description="How NVFP4 is stored; modelopt: NVIDIA ModelOpt's layout, for TensorRT-LLM and vLLM",
+    )
     kv_cache: Annotated[Literal["fp8"] | None, Flag(default="the compute dtype")] = Field(
         default=None, description="How engines store keys and values; fp8: E4M3 with calibrated scales"
     )
@@ -124,6 +128,11 @@ class VllmExportOptions(FrozenConfig):
     def _declared(self) -> Self:
         if self.kv_cache is not None and not self.format.quantized:
             raise ValueError("kv_cache is declared beside quantized weights: choose another format than bf16")
+        if self.layout == "modelopt" and not self.format.packed:
+            raise ValueError(
+                f"layout modelopt: the format {self.format} is stored as compressed-tensors defines it; choose nvfp4 "
+                "or nvfp4-w4a4, or for FP8 --target trt --format modelopt-checkpoint"
+            )
         if not self.format.calibrated and (self.calibration_data is not None or self.calibration_records != _RECORDS):
             raise ValueError(f"calibration: the format {self.format} has no scales that follow from text")
         return self

@@ -19,7 +19,7 @@ from exporters.vllm.source import Source
 from exporters.vllm.target import CalibrationFacts, KvScale
 from fp8pipe.artifact import Encoding, LayerRecord, ScaleRule
 from fp8pipe.models.checkpoint.names import ModelName
-from fp8pipe.models.checkpoint.packed import INPUT_SUFFIX, WEIGHT, PackedEntry, packed_headers
+from fp8pipe.models.checkpoint.packed import LAYOUTS, PackedEntry, PackedLayout, packed_headers
 from fp8pipe.models.checkpoint.stacks import join_entries
 from fp8pipe.models.checkpoint.tensors import PLAIN_FLOATS, SCALE_SUFFIX, TensorEntry, TensorHeader, is_scale
 from fp8pipe.models.language.ending import Ending
@@ -49,14 +49,14 @@ class Unit:
         entry: the source tensor.
         scale: the source tensor's scale, for FP8 codes.
         action: how it is converted.
-        outputs: the weight first, then its scale if there is one; for NVFP4 codes, block scales and the divisor; empty
-            for DROP.
+        outputs: the weight first, then its scale if there is one; for NVFP4 codes, block scales and the global scale;
+            empty for DROP.
         module: the module that the tensor belongs to, as named in the transformers model; None if there is none.
         transposed: whether the weight is stored as `(in, out)`.
         name: the tensor's name in the transformers model, which may differ from its name in the checkpoint.
         block: (rows, columns) of the blocks that share a scale in the export; None for one scale per row, and for
             tensors that are not quantized.
-        packed: whether the export stores it in NVFP4.
+        layout: how the export stores it in NVFP4; None if it does not.
         global_scale: for NVFP4 weights that this export rounds, once it was derived from the values of the group
             (`nvfp4.with_global_scales`); else None.
     """
@@ -69,8 +69,13 @@ class Unit:
     transposed: bool
     name: str = ""
     block: tuple[int, int] | None = None
-    packed: bool = False
+    layout: PackedLayout | None = None
     global_scale: float | None = None
+
+    @property
+    def packed(self) -> bool:
+        """Whether the export stores it in NVFP4."""
+        return self.layout is not None
 
     @property
     def quantized(self) -> bool:
@@ -96,7 +101,7 @@ class ExportPlan:
         names: the names in the transformers model, by the source's tensor names.
         inputs: largest magnitude of the inputs of each weight in calibration, by the weight's name in the checkpoint;
             only where their scales are stored, and once they were measured (`inputs.with_inputs`).
-        input_scales: what is stored for it, the reciprocals of global scales, by tensor name.
+        input_scales: what is stored for it, global scales or their reciprocals, by tensor name.
         calibration: the text.
         ignore: entries of `ignore` in config.json's quantization block, spelled as in `spelt`.
         layers: one record per linear layer, named as in `spelt`.
@@ -141,20 +146,25 @@ class ExportPlan:
         return {module: module for module in self.structure.projections} | spell(self.names)
 
     @property
+    def layout(self) -> PackedLayout:
+        """How weights in NVFP4, and tensors of one number, are named and stored."""
+        return LAYOUTS[self.options.layout]
+
+    @property
     def kv_tensors(self) -> dict[str, float]:
-        """The scales of the key/value cache by tensor name, fp32, shape `(1,)`."""
-        return scale_tensors(self.kv_cache)
+        """The scales of the key/value cache by tensor name, fp32, in the layout's shape."""
+        return scale_tensors(self.kv_cache, beside_projections=self.options.layout == "modelopt")
 
     @property
     def added_tensors(self) -> dict[str, float]:
-        """Tensors without a source, fp32, shape `(1,)`, by name; they belong to the last shard."""
+        """Tensors without a source, fp32, in the layout's shape, by name; they belong to the last shard."""
         return {**self.kv_tensors, **self.input_scales}
 
     @property
     def input_names(self) -> tuple[str, ...]:
         """The names of `input_scales`, which are known before they are measured."""
-        units = (unit for unit in self.units if unit.packed and self.options.format.calibrated)
-        return tuple(unit.entry.name.removesuffix(WEIGHT) + INPUT_SUFFIX for unit in units)
+        calibrated = self.options.format.calibrated
+        return tuple(self.layout.input_name(unit.entry.name) for unit in self.units if unit.packed and calibrated)
 
     @property
     def payload_bytes(self) -> int:
@@ -171,7 +181,8 @@ def build_plan(source: Source, structure: ModelStructure, options: VllmExportOpt
     if not options.format.quantized and not source.holds_codes:  # nothing is done to single experts: stacks stay stacks
         source = replace(source, tensors=join_entries(source.tensors))
     names = structure.naming.table(source.tensors)
-    planner = _Planner(source, structure, options.format, schema_for(options.vllm_version), names)
+    schema = schema_for(options.vllm_version)
+    planner = _Planner(source, structure, options.format, LAYOUTS[options.layout], schema, names)
     units = [
         planner.unit(entry)
         for name, entry in sorted(source.tensors.items(), key=lambda item: _natural(item[0]))
@@ -186,7 +197,7 @@ def build_plan(source: Source, structure: ModelStructure, options: VllmExportOpt
         source=source,
         structure=structure,
         options=options,
-        schema=planner.schema,
+        schema=schema,
         shards=_shards(kept, options.max_shard_bytes),
         dropped=tuple(u for u in units if u.action is Action.DROP),
         orphans=orphans,
@@ -215,11 +226,12 @@ def fused_siblings(modules: Iterable[str], groups: Iterable[frozenset[str]]) -> 
 
 @dataclass(frozen=True)
 class _Planner:
-    """Decides on conversions, given the source, the model's structure, and the export's format and schema."""
+    """Decides on conversions, given the source, the model's structure, and the export's format, layout and schema."""
 
     source: Source
     structure: ModelStructure
     format: ExportFormat
+    layout: PackedLayout
     schema: CheckpointSchema
     names: Mapping[str, ModelName]
 
@@ -269,8 +281,8 @@ class _Planner:
         fits = coded and not transposed and not self.structure.is_expert(module)
         block = self.format.block if fits and _takes_blocks(entry, scale, self.format) else None
         if fits and self.format.packed:
-            parts = packed_headers(entry.name, entry.shape)
-            return Unit(entry, scale, action, parts, module, transposed, known.name, packed=True)
+            parts = packed_headers(entry.name, entry.shape, self.layout)
+            return Unit(entry, scale, action, parts, module, transposed, known.name, layout=self.layout)
         if coded:
             rows = entry.shape[1 if transposed else 0]
             by_row = (1, rows) if transposed and self.structure.is_expert(module) else (rows, 1)

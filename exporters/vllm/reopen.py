@@ -25,13 +25,14 @@ from torch import Tensor
 from exporters.vllm.blocks import blocks_of, by_unit, scale_of
 from exporters.vllm.inputs import inputs_gate
 from exporters.vllm.kv_cache import is_kv_scale, scales_gate
+from exporters.vllm.nvfp4 import stored_layout
 from exporters.vllm.options import ExportFormat
 from exporters.vllm.plan import Action, ExportPlan, Unit
 from exporters.vllm.reopen_files import none_differing, other_files
 from exporters.vllm.reopen_nvfp4 import NVFP4_ERROR_BOUND, compare_packed, global_scales_gate, rounded
 from exporters.vllm.target import KIND, VllmDetails
 from fp8pipe.artifact import Comparison, Gate, open_artifact
-from fp8pipe.models.checkpoint.packed import is_input_scale, join_packed
+from fp8pipe.models.checkpoint.packed import join_packed
 from fp8pipe.models.checkpoint.rows import each, read_rows
 from fp8pipe.models.checkpoint.tensors import SCALE_SUFFIX, TensorEntry, is_scale, read_tensor, weight_entries
 from fp8pipe.models.language.structure import build_model
@@ -225,14 +226,14 @@ def _weight_gates(plan: ExportPlan, found: _Comparison) -> list[Gate]:
 
 def _tensor_set(plan: ExportPlan, written: dict[str, TensorEntry]) -> Gate:
     planned = {output.name: (output.dtype, output.shape) for unit in plan.units for output in unit.outputs}
-    planned |= {name: ("F32", (1,)) for name in (*plan.kv_tensors, *plan.input_names)}
+    planned |= {name: ("F32", plan.layout.shape) for name in (*plan.kv_tensors, *plan.input_names)}
     found = {name: (entry.dtype, entry.shape) for name, entry in written.items()}
     wrong = [name for name in planned.keys() | found.keys() if planned.get(name) != found.get(name)]
     return none_differing("tensors-as-planned", sorted(wrong), f"names, dtypes and shapes of {len(planned)} tensor(s)")
 
 
 def _added_scales(plan: ExportPlan, written: dict[str, TensorEntry]) -> list[Gate]:
-    gates = [scales_gate(plan.kv_tensors, written)] if plan.kv_cache else []
+    gates = [scales_gate(plan.kv_tensors, written, plan.layout.shape)] if plan.kv_cache else []
     return [*gates, inputs_gate(plan, written)] if plan.input_names else gates
 
 
@@ -257,9 +258,9 @@ def iter_weights(export: Path) -> Iterator[tuple[str, Tensor]]:
     artifact = open_artifact(export, kind=KIND, verify=False)
     details = artifact.manifest.details_of(VllmDetails)
     transposed, block = set(details.transposed), ExportFormat(details.format).block
-    entries = join_packed(weight_entries(Path(export)))
+    entries, layout = join_packed(weight_entries(Path(export))), stored_layout(artifact)
     for name, entry in entries.items():
-        if is_scale(name, entries) or is_kv_scale(name) or is_input_scale(name):
+        if is_scale(name, entries) or is_kv_scale(name) or name.endswith(layout.inputs):
             continue
         tensor, scale = read_tensor(entry), entries.get(name + SCALE_SUFFIX)
         if scale is not None:

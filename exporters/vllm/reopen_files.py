@@ -8,16 +8,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
+from exporters.vllm.modelopt import QUANT_FILE
 from exporters.vllm.plan import ExportPlan
 from exporters.vllm.resume import PROGRESS_NAME
-from exporters.vllm.writer import CONFIG_NAME, export_config
+from exporters.vllm.writer import CONFIG_NAME, export_config, modelopt_settings
 from fp8pipe.artifact import CHECKSUM_NAME, MANIFEST_NAME, Gate
 from fp8pipe.models.checkpoint.sidecars import SERVED_FILES, sidecar_files
 from fp8pipe.models.checkpoint.tensors import INDEX_NAME, shard_names
 from fp8pipe.models.language.ending import EOS, GENERATION_FILE
 from fp8pipe.report.card import CARD_FILE
 
-__all__ = ["changed_on_purpose", "none_differing", "other_files"]
+__all__ = ["changed_on_purpose", "none_differing", "other_files", "quant_file_differences"]
 
 # Files of the artifact itself (`.lock`, and the progress during writing), and files that hubs add.
 _PASSED_OVER: Final = frozenset((MANIFEST_NAME, CHECKSUM_NAME, ".lock", PROGRESS_NAME, ".gitattributes", ".cache"))
@@ -34,6 +35,7 @@ def other_files(plan: ExportPlan, root: Path) -> list[Gate]:
     )
     shards = shard_names(len(plan.shards))
     known = names | changed | {CONFIG_NAME, CARD_FILE, *shards} | ({INDEX_NAME} if len(shards) > 1 else set())
+    known |= {QUANT_FILE} if plan.options.layout == "modelopt" else set()
     there = {str(path.relative_to(root)) for path in root.rglob("*") if path.is_file()}
     unexpected = sorted(name for name in there - known if name.split("/")[0] not in _PASSED_OVER)
     detail = f"{len(names)} file(s), byte for byte, and no other that an engine might read"
@@ -51,11 +53,24 @@ def _generation(expected: dict[str, Any], root: Path) -> Gate:
 
 
 def _config(plan: ExportPlan, root: Path) -> Gate:
-    """Gate: config.json equals the source's, except for the keys in `changed_on_purpose`."""
+    """Gate: config.json equals the source's, except for the keys in `changed_on_purpose`.
+
+    In ModelOpt's layout hf_quant_config.json must be what follows from the plan, too.
+    """
     config = json.loads((root / CONFIG_NAME).read_text(encoding="utf-8"))
     wrong = list(_differing(config, export_config(plan)))
     detail = f"config.json, except {', '.join(_changed_keys(plan)) or 'nothing'}"
+    if plan.options.layout == "modelopt":
+        wrong += quant_file_differences(plan, root)
+        detail += f", and {QUANT_FILE}"
     return none_differing("config-preserved", wrong, detail)
+
+
+def quant_file_differences(plan: ExportPlan, root: Path) -> list[str]:
+    """Places in hf_quant_config.json of an export in ModelOpt's layout that do not follow from its plan."""
+    path = root / QUANT_FILE
+    found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return [f"{QUANT_FILE}: {key}" for key in _differing(found, modelopt_settings(plan)[0])]
 
 
 def changed_on_purpose(plan: ExportPlan) -> list[str]:

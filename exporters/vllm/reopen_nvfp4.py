@@ -6,6 +6,7 @@ scales, from the source's values: if the layers that an engine fuses had other s
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Final, NamedTuple
 
@@ -71,14 +72,15 @@ def compare_packed(unit: Unit, rows: range, written: Mapping[str, TensorEntry]) 
         return PackedBlock(_same(packed, blocks, *expected), 0.0, 0.0)
     original, scale = read_rows(unit.entry, rows), None if unit.scale is None else scale_of(unit.scale, unit, rows)
     true, wanted = _values(original, scale), rounded(unit, original, scale)
-    divisor = float(read_tensor(written[unit.outputs[2].name])[0])
+    whole = float(read_tensor(written[unit.outputs[2].name]).reshape(-1)[0])
+    divisor = whole if _divides(unit) else _reciprocal(whole)
     error = block_errors(dequantize_nvfp4(packed, blocks, divisor), true, unit.global_scale or 1.0)
     amax = float(true.abs().max()) if true.numel() else 0.0
     return PackedBlock(_same(packed, blocks, wanted.packed, wanted.scale), error, amax)
 
 
 def global_scales_gate(plan: ExportPlan, amax: Mapping[str, float], written: Mapping[str, TensorEntry]) -> Gate:
-    """Gate: every stored divisor is the one that follows from the largest weight of the layers that the engine fuses.
+    """Gate: every stored global scale follows from the largest weight of the layers that the engine fuses.
 
     Args:
         plan: the export's plan.
@@ -91,11 +93,22 @@ def global_scales_gate(plan: ExportPlan, amax: Mapping[str, float], written: Map
         for unit in group:
             count += 1
             stored = read_tensor(written[unit.outputs[2].name])
-            expected = torch.tensor([1.0 / global_scale_plain(largest)])
+            scale = global_scale_plain(largest)
             if isinstance(unit.entry, PackedEntry):
-                expected = read_tensor(unit.entry.divisor)
+                whole = float(read_tensor(unit.entry.whole).reshape(-1)[0])
+                scale = _reciprocal(whole) if unit.entry.layout.divides else whole
+            expected = torch.full(unit.outputs[2].shape, _reciprocal(scale) if _divides(unit) else scale)
             wrong += [] if same_bits(stored, expected) else [unit.outputs[2].name]
     return none_differing("global-scales", wrong, f"{count} global scale(s), one for all layers that the engine fuses")
+
+
+def _divides(unit: Unit) -> bool:
+    """Whether the export stores the reciprocal of the weight's global scale."""
+    return unit.layout is not None and unit.layout.divides
+
+
+def _reciprocal(number: float) -> float:
+    return 1.0 / number if number else math.inf
 
 
 def _values(original: Tensor, scale: Tensor | None) -> Tensor:

@@ -24,17 +24,18 @@ from exporters.vllm.export import details_of, plan_export
 from exporters.vllm.inputs import input_findings, inputs_gate, with_inputs
 from exporters.vllm.kv_cache import is_kv_scale, scales_gate
 from exporters.vllm.lint import lint
-from exporters.vllm.nvfp4 import with_global_scales
+from exporters.vllm.nvfp4 import stored_layout, with_global_scales
 from exporters.vllm.options import VllmExportOptions
 from exporters.vllm.plan import ExportPlan, build_plan
 from exporters.vllm.reopen import reopen
+from exporters.vllm.reopen_files import quant_file_differences
 from exporters.vllm.source import HUGGING_FACE, Source
 from exporters.vllm.target import VllmDetails
 from exporters.vllm.writer import CONFIG_NAME, export_config
 from fp8pipe.artifact import MANIFEST_NAME, Artifact
 from fp8pipe.artifact.finding import Check, Finding
 from fp8pipe.artifact.kinds import FALQON_KIND
-from fp8pipe.models.checkpoint.packed import is_input_scale, join_packed
+from fp8pipe.models.checkpoint.packed import join_packed
 from fp8pipe.models.checkpoint.sidecars import SERVED_FILES, sidecar_files
 from fp8pipe.models.checkpoint.stacks import split_stacks
 from fp8pipe.models.checkpoint.tensors import TensorEntry, weight_entries
@@ -48,7 +49,8 @@ def plan_itself(artifact: Artifact) -> ExportPlan:
     config = json.loads((artifact.root / CONFIG_NAME).read_text(encoding="utf-8"))
     config.pop("quantization_config", None)
     details = artifact.manifest.details_of(VllmDetails)
-    tensors = join_packed({n: e for n, e in weight_entries(artifact.root).items() if not _is_added(n)})
+    added = _added(artifact)
+    tensors = join_packed({n: e for n, e in weight_entries(artifact.root).items() if n not in added})
     source = Source(
         root=artifact.root,
         kind=FALQON_KIND if options.format.quantized else HUGGING_FACE,
@@ -91,19 +93,23 @@ def check_vllm(artifact: Artifact, parent: Path | None, notes: list[str]) -> Ite
 
 def _added_scales(artifact: Artifact, plan: ExportPlan) -> Iterator[Finding]:
     """Check the scales of the key/value cache and of inputs in the files, and compare them with the manifest's."""
-    written = {name: entry for name, entry in weight_entries(artifact.root).items() if _is_added(name)}
+    written = _added(artifact)
     for name in sorted(written.keys() - plan.kv_tensors.keys() - set(plan.input_names)):
         what = "the key/value cache" if is_kv_scale(name) else "inputs"
         yield Finding(Check.REOPEN, name, f"a scale of {what} that the manifest does not name")
     yield from lint_findings(input_findings(plan, written))
-    gates = [scales_gate(plan.kv_tensors, written), *([inputs_gate(plan, written)] if plan.input_names else [])]
+    gates = [scales_gate(plan.kv_tensors, written, plan.layout.shape)]
+    gates += [inputs_gate(plan, written)] if plan.input_names else []
     for gate in gates:
         if not gate.passed:
             yield Finding(Check.REOPEN, gate.name, gate.detail)
 
 
-def _is_added(name: str) -> bool:
-    return is_kv_scale(name) or is_input_scale(name)
+def _added(artifact: Artifact) -> dict[str, TensorEntry]:
+    """The tensors in the files that have no source: scales of the key/value cache and of inputs."""
+    inputs = stored_layout(artifact).inputs
+    entries = weight_entries(artifact.root)
+    return {name: entry for name, entry in entries.items() if is_kv_scale(name) or name.endswith(inputs)}
 
 
 def _statements(artifact: Artifact, plan: ExportPlan) -> Iterator[Finding]:
@@ -112,6 +118,9 @@ def _statements(artifact: Artifact, plan: ExportPlan) -> Iterator[Finding]:
     block, expected = written.get("quantization_config"), export_config(plan).get("quantization_config")
     for found in compare_json(block, expected, CONFIG_NAME):
         yield Finding(Check.REOPEN, found.where, f"quantization_config: {found.why}")
+    if plan.options.layout == "modelopt":
+        for where in quant_file_differences(plan, artifact.root):
+            yield Finding(Check.REOPEN, where, "it does not follow from the weight files")
     manifest = artifact.manifest
     yield from compare_layers(manifest, plan.layers)
     stored = manifest.number_format

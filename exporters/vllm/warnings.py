@@ -66,6 +66,11 @@ def _of_kernels(plan: ExportPlan) -> Iterator[str]:
             "vLLM rounds inputs to NVFP4 on GPUs of compute capability 10.0 or later only; on older ones it leaves "
             "them as they are, and so does the plugin on CPUs unless FP8PIPE_VLLM_ACTIVATIONS=quant"
         )
+    if plan.options.layout == "modelopt":
+        yield (
+            "transformers does not read ModelOpt's layout, so it must not be used to load this export; TensorRT-LLM, "
+            "which does, was not run"
+        )
     experts = [unit for unit in plan.units if unit.quantized and plan.structure.is_expert(unit.module)]
     if experts and plan.options.format is ExportFormat.W8A16:
         yield (

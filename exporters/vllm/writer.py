@@ -16,15 +16,16 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import torch
 from torch import Tensor
 
 from exporters.vllm.blocks import block_rows, by_unit, scale_of
+from exporters.vllm.modelopt import QUANT_FILE, nvfp4_settings
 from exporters.vllm.nvfp4 import packed_tensors
 from exporters.vllm.options import ExportFormat, quantization_config
 from exporters.vllm.plan import Action, ExportPlan, Unit
@@ -63,7 +64,7 @@ def write_weights(
         OutOfMemoryError: the disk is too small or fills up (exit code 15).
     """
     names = shard_names(len(plan.shards))
-    scales = {names[-1]: plan.added_tensors}
+    added = [TensorHeader(name, "F32", plan.layout.shape) for name in plan.added_tensors]
     kept = frozenset() if progress is None else progress.finished
     todo = [(name, units) for name, units in zip(names, plan.shards, strict=True) if name not in kept]
     findings: list[Finding] = []
@@ -74,7 +75,8 @@ def write_weights(
     ):
         flushed = []
         for name, units in todo:
-            findings += _write_shard(root / name, units, scales.get(name, {}), advance, sound=not findings)
+            scales = list(zip(added, plan.added_tensors.values(), strict=True)) if name == names[-1] else []
+            findings += _write_shard(root / name, units, scales, advance, sound=not findings)
             flushed.append(disk.submit(_flush, root / name, progress if not findings else None))
         for one in flushed:
             one.result()
@@ -88,14 +90,14 @@ def write_weights(
 
 
 def _write_shard(
-    path: Path, units: Sequence[Unit], scales: Mapping[str, float], advance: Callable[[], None], sound: bool
-) -> list[Finding]:
+    path: Path, units: Sequence[Unit], scales: Sequence[tuple[TensorHeader, float]], advance: Callable[[], None],
+    sound: bool,
+) -> list[Finding]:  # fmt: skip
     """Write a shard, unless the export has already been refused (not `sound`); returns findings about its values.
 
-    `scales` are tensors without a source: fp32, shape `(1,)`.
+    `scales` are tensors without a source: fp32, one number.
     """
-    headers = [TensorHeader(name, "F32", (1,)) for name in scales]
-    header, offsets = _layout([*(output for unit in units for output in unit.outputs), *headers])
+    header, offsets = _layout([*(output for unit in units for output in unit.outputs), *(head for head, _ in scales)])
     start = 8 + len(header)
     findings: list[Finding] = []
     with path.open("wb") as handle:
@@ -103,8 +105,8 @@ def _write_shard(
         handle.flush()
         handle.truncate(start + sum(unit.size_bytes for unit in units) + 4 * len(scales))
         descriptor = handle.fileno()
-        for name, scale in scales.items():
-            _write_at(descriptor, start + offsets[name], torch.tensor([scale], dtype=torch.float32))
+        for head, scale in scales:
+            _write_at(descriptor, start + offsets[head.name], torch.tensor([scale], dtype=torch.float32))
 
         def work(unit: Unit, rows: range) -> int:
             block = read_rows(unit.entry, rows)
@@ -225,7 +227,10 @@ def _tokenizer_warnings(root: Path, names: set[str]) -> list[str]:
 def export_config(plan: ExportPlan) -> dict[str, object]:
     """The export's config.json: the source's, with `quantization_config` set and, for bf16, the dtype."""
     config: dict[str, object] = {k: v for k, v in plan.source.config.items() if k != "quantization_config"}
-    block = quantization_config(plan.options.format, plan.ignore, plan.schema, plan.options.kv_cache)
+    options = plan.options
+    block = quantization_config(options.format, plan.ignore, plan.schema, options.kv_cache)
+    if options.layout == "modelopt":
+        _, block = modelopt_settings(plan)
     if block is not None:
         config["quantization_config"] = block
     if plan.options.format is ExportFormat.BF16:
@@ -234,12 +239,20 @@ def export_config(plan: ExportPlan) -> dict[str, object]:
     return config
 
 
+def modelopt_settings(plan: ExportPlan) -> tuple[dict[str, Any], dict[str, Any]]:
+    """`hf_quant_config.json` and `quantization_config` of an export in ModelOpt's layout."""
+    return nvfp4_settings(plan.ignore, plan.options.kv_cache, inputs=plan.options.format.calibrated)
+
+
 def write_auxiliary(plan: ExportPlan, root: Path) -> None:
     """Copy the auxiliary files and write config.json (byte for byte when nothing in it changes)."""
     source = plan.source.root
     copy_sidecars(source, root, SERVED_FILES)
     if plan.ending.settings is not None:
         (root / GENERATION_FILE).write_text(plan.ending.text, encoding="utf-8")
+    if plan.options.layout == "modelopt":
+        stated, _ = modelopt_settings(plan)
+        (root / QUANT_FILE).write_text(json.dumps(stated, indent=4) + "\n", encoding="utf-8")
     config = export_config(plan)
     if config == plan.source.config and plan.source.parent.stored is None:
         shutil.copyfile(source / CONFIG_NAME, root / CONFIG_NAME)

@@ -17,7 +17,7 @@ from torch import Tensor
 from fp8pipe.artifact import ArtifactWriter, LayerRecord, disk_guard, none_of
 from fp8pipe.artifact.kinds import MergeHealth
 from fp8pipe.core.errors import BadArtifactError
-from fp8pipe.models.checkpoint.packed import DIVISOR_SUFFIX, PACKED_SUFFIX
+from fp8pipe.models.checkpoint.packed import COMPRESSED_TENSORS
 from fp8pipe.models.checkpoint.quantized.base import base_entries, copy_base_files
 from fp8pipe.models.checkpoint.sidecars import read_config
 from fp8pipe.models.checkpoint.stacks import join_stacks, split_stacks
@@ -53,7 +53,8 @@ class Deployed(NamedTuple):
             return {name: self.values}
         if self.divisor is None:
             return {name: self.values, name + SCALE_SUFFIX: self.scale.float()}
-        return {name + PACKED_SUFFIX: self.values, name + SCALE_SUFFIX: self.scale, name + DIVISOR_SUFFIX: self.divisor}
+        stored = COMPRESSED_TENSORS
+        return {name + stored.codes: self.values, name + stored.blocks: self.scale, name + stored.whole: self.divisor}
 
 
 Weights = dict[str, Deployed]  # by module path, or by checkpoint name without `.weight`

@@ -24,6 +24,7 @@ from starlette.applications import Starlette
 
 from exporters.vllm.device import require_devices
 from exporters.vllm.environment import VllmEnvironment, find_vllm_python, inspect_environment, require_nvfp4
+from exporters.vllm.options import VllmExportOptions
 from exporters.vllm.spread import require_fit
 from exporters.vllm.target import KIND, VllmDetails
 from fp8pipe.artifact import Artifact, open_artifact, staged
@@ -95,7 +96,8 @@ def require_plugin(vllm: VllmEnvironment, artifact: Artifact) -> None:
     """
     stored = artifact.manifest.number_format
     if stored is not None and stored.name == "nvfp4":
-        require_nvfp4(vllm, inputs=artifact.manifest.details_of(VllmDetails).inputs is not None)
+        layout = VllmExportOptions.model_validate(artifact.manifest.config).layout
+        require_nvfp4(vllm, inputs=artifact.manifest.details_of(VllmDetails).inputs is not None, layout=layout)
     if stored is not None and vllm.on_cpu and vllm.plugin is None:
         raise MissingCapabilityError(
             f"{vllm.python} lacks the plugin that runs FP8 on CPUs", why="fp8pipe-vllm-cpu is not installed there",

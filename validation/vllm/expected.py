@@ -21,7 +21,7 @@ from torch import Tensor
 from exporters.vllm.blocks import blocks_of, scale_of
 from exporters.vllm.export import plan_export
 from exporters.vllm.kv_cache import is_kv_scale
-from exporters.vllm.nvfp4 import with_global_scales
+from exporters.vllm.nvfp4 import stored_layout, with_global_scales
 from exporters.vllm.options import ExportFormat, VllmExportOptions
 from exporters.vllm.plan import Action, ExportPlan, Unit
 from exporters.vllm.reopen import BF16_ERROR_BOUND, E4M3_ERROR_BOUND, expected_blocks, source_values
@@ -31,14 +31,7 @@ from exporters.vllm.verify import with_known_inputs
 from fp8pipe.artifact import Artifact
 from fp8pipe.core.errors import ConfigurationError
 from fp8pipe.models.checkpoint.names import ModelName
-from fp8pipe.models.checkpoint.packed import (
-    DIVISOR_SUFFIX,
-    INPUT_SUFFIX,
-    WEIGHT,
-    PackedEntry,
-    is_input_scale,
-    join_packed,
-)
+from fp8pipe.models.checkpoint.packed import COMPRESSED_TENSORS, PackedEntry, join_packed
 from fp8pipe.models.checkpoint.rows import read_rows
 from fp8pipe.models.checkpoint.stacks import ExpertEntry, split_stacks
 from fp8pipe.models.checkpoint.tensors import SCALE_SUFFIX, is_scale, read_tensor, weight_entries
@@ -66,6 +59,7 @@ class ExpectedWeights:
     def __init__(self, export: Artifact, plan: ExportPlan | None) -> None:
         self.export, self.plan = export, plan
         self.entries = join_packed(weight_entries(export.root))
+        self.layout = stored_layout(export)
         details = export.manifest.details_of(VllmDetails)
         self.transposed, self.block = set(details.transposed), ExportFormat(details.format).block
         self.units: dict[str, Unit] = {} if plan is None else {unit.entry.name: unit for unit in plan.units}
@@ -86,13 +80,15 @@ class ExpectedWeights:
         shape = None if stored is None else stored.shape
         scale, divisor = _packed_scale(unit) if unit.packed else (_scale_of(unit), None)
         block = (1, NVFP4_BLOCK) if unit.packed else unit.block
-        return Expected(name, value, scale, unit.transposed, scale_shape=shape, block=block, divisor=divisor)
+        return Expected(
+            name, value, scale, unit.transposed, scale_shape=shape, block=block, divisor=divisor, layout=unit.layout
+        )
 
     def read_held(self, name: str, holding: Holding) -> Expected:
         """The expected tensor that an engine stores under this name: a weight, its codes, or its scales."""
         base = name
         if name not in self.entries or is_scale(name, self.entries):
-            base = name.removesuffix(DIVISOR_SUFFIX).removesuffix(SCALE_SUFFIX)
+            base = name.removesuffix(self.layout.whole).removesuffix(SCALE_SUFFIX)
         return next(held for held in self.read(base).held(holding) if held.name == name)
 
     @cached_property
@@ -108,17 +104,20 @@ class ExpectedWeights:
 
     @cached_property
     def scales(self) -> dict[str, Tensor]:
-        """The scales of the key/value cache and of inputs by tensor name, fp32, shape `(1,)`."""
+        """The scales of the key/value cache and of inputs by tensor name, fp32, in the layout's shape."""
         if self.plan is None:
-            names = (name for name in self.entries if is_kv_scale(name) or is_input_scale(name))
+            names = (name for name in self.entries if is_kv_scale(name) or name.endswith(self.layout.inputs))
             return {name: read_tensor(self.entries[name]).float() for name in names}
-        return {name: torch.tensor([scale], dtype=torch.float32) for name, scale in self.plan.added_tensors.items()}
+        added = self.plan.added_tensors.items()
+        return {name: torch.full(self.layout.shape, scale, dtype=torch.float32) for name, scale in added}
 
     @property
     def input_divisors(self) -> dict[str, float]:
         """The reciprocals of the global scales of inputs in NVFP4, by the model's module; empty without any."""
-        named = {name: self.scales.get(name.removesuffix(WEIGHT) + INPUT_SUFFIX) for name in self.quantized}
-        return {self.module(name): float(scale) for name, scale in named.items() if scale is not None}
+        named = {name: self.scales.get(self.layout.input_name(name)) for name in self.quantized}
+        found = {self.module(name): float(scale) for name, scale in named.items() if scale is not None}
+        divisor = COMPRESSED_TENSORS.stored
+        return {module: scale if self.layout.divides else divisor(scale) for module, scale in found.items()}
 
     @property
     def reference(self) -> Literal["source", "export"]:
@@ -171,17 +170,16 @@ class ExpectedWeights:
         if name in self.units:
             return self.units[name]
         entry, scale = self.entries[name], self.entries.get(name + SCALE_SUFFIX)
-        packed = isinstance(entry, PackedEntry)
+        layout = entry.layout if isinstance(entry, PackedEntry) else None
         own, block = (Action.COPY, None) if scale is None else (Action.CODES, self.block)
-        return Unit(
-            entry, scale, Action.CODES if packed else own, (), None, name in self.transposed, block=block, packed=packed
-        )
+        action = own if layout is None else Action.CODES
+        return Unit(entry, scale, action, (), None, name in self.transposed, block=block, layout=layout)
 
 
 def _packed_scale(unit: Unit) -> tuple[Tensor, float]:
     """The factor of each block's codes, fp32 `(out, in / 16)`, and the divisor, of a weight in NVFP4."""
     if isinstance(unit.entry, PackedEntry):
-        divisor = float(read_tensor(unit.entry.divisor)[0])
+        divisor = COMPRESSED_TENSORS.stored(unit.entry.read_global_scale())
         return read_tensor(unit.entry.blocks).float() / divisor, divisor
 
     def part(rows: range) -> Tensor:

@@ -10,7 +10,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from fp8pipe.models.checkpoint.packed import DIVISOR_SUFFIX
+from fp8pipe.models.checkpoint.packed import COMPRESSED_TENSORS, PackedLayout
 from fp8pipe.models.checkpoint.tensors import SCALE_SUFFIX
 from fp8pipe.numerics.blocks import spread_scale
 from fp8pipe.numerics.grids import same_bits
@@ -50,6 +50,7 @@ class Expected:
         wide: whether engines keep it in fp32 whatever their dtype: a scale of the key/value cache.
         block: (rows, columns) of the blocks that share a scale, if scales are per block.
         divisor: for a weight in NVFP4, the reciprocal of its global scale; `scale` is the product of both scales.
+        layout: how the checkpoint stores such a weight; None for others.
     """
 
     name: str
@@ -61,6 +62,7 @@ class Expected:
     wide: bool = False
     block: tuple[int, int] | None = None
     divisor: float | None = None
+    layout: PackedLayout | None = None
 
     def numbers(self, values: Tensor) -> Tensor:
         """Values divided by the scale and rounded to numbers that have codes, fp32: those of the expected values."""
@@ -89,8 +91,9 @@ class Expected:
         scales = (factor, factor.to(holding.dtype).float())
         products = tuple(dict.fromkeys(_unsigned((codes * scale).to(holding.dtype).float()) for scale in scales))
         held = replace(self, value=codes, scale=torch.ones(()), products=products, block=None, divisor=None)
-        if self.divisor is not None:
-            parts = {SCALE_SUFFIX: self.scale * self.divisor, DIVISOR_SUFFIX: torch.tensor([self.divisor])}
+        if self.divisor is not None and self.layout is not None:
+            whole = torch.full(self.layout.shape, self.layout.stored(COMPRESSED_TENSORS.stored(self.divisor)))
+            parts = {self.layout.blocks: self.scale * self.divisor, self.layout.whole: whole}
             return [held, *(Expected(self.name + suffix, part, None, False) for suffix, part in parts.items())]
         scale = self.scale
         if self.block is None:

@@ -44,7 +44,7 @@ from validation.vllm.unpacked import unpacked, weight_of
 __all__ = ["Reading", "loadable"]
 
 _SAMPLED_COLUMNS = 8  # number of columns of a stored weight that are compared with the GEMM
-_INPUTS = "input_global_scale"
+_INPUTS = {"input_global_scale": True, "input_scale": False}  # whether the layer's divisor is stored, or its reciprocal
 _SCALE = "_scale"  # suffix of the name of the scales, after the name of the FP8 codes
 
 
@@ -171,8 +171,8 @@ class Reading:
         module, leaf = _module(model, name), name.rpartition(".")[2]
         if _is_attention(module):
             return _cache_scale(module, leaf)
-        if leaf == _INPUTS and (divisor := input_divisor(module)) is not None:  # one for all parts of a fused layer
-            return torch.full(origin.shape, divisor), "stored"
+        if leaf in _INPUTS and (divisor := input_divisor(module)) is not None:  # one for all parts of a fused layer
+            return torch.full(origin.shape, divisor if _INPUTS[leaf] else 1.0 / divisor), "stored"
         if isinstance(module, LinearBase) and leaf == "weight":
             return self._linear(name, module, origin)
         if isinstance(module, LinearBase) and self._packed(name):

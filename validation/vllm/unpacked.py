@@ -1,7 +1,8 @@
 """Weights of which two codes share a byte, as engines hold them once they are dequantized.
 
 `layout` finds where each byte of a checkpoint goes. A layer that dequantizes its weight has a number in place of each
-code, and calls it `weight` instead of `weight_packed`; its layout is that of the bytes with every column twice.
+code, and calls it `weight`, also if the checkpoint calls the bytes `weight_packed`; its layout is that of the bytes
+with every column twice.
 
 Runs inside vLLM's Python: only torch is imported.
 """
@@ -19,8 +20,8 @@ if TYPE_CHECKING:
 
 __all__ = ["unpacked", "weight_of"]
 
-_PACKED: Final = "_packed"  # suffix of the name of the bytes, after that of the weight
-_SCALES: Final = ("_global_scale", "_scale")  # suffixes of its scales
+_PACKED: Final = "_packed"  # suffix of the name of the bytes, after that of the weight; ModelOpt's layout has none
+_SCALES: Final = ("_global_scale", "_scale_2", "_scale")  # suffixes of its scales
 
 
 def weight_of(name: str) -> str:
@@ -37,7 +38,7 @@ def unpacked(layout: Layout) -> Layout:
     origins = {}
     for name, origin in layout.origins.items():
         whole = bool(origin.pieces) and all(p.head.name in known and p.axis == 0 for p in origin.pieces)
-        if whole and name.endswith(_PACKED):
+        if whole:
             origins[name.removesuffix(_PACKED)] = _unpacked(origin, known)
         else:
             origins[name] = origin
@@ -46,7 +47,8 @@ def unpacked(layout: Layout) -> Layout:
 
 
 def _is_packed(head: Head) -> bool:
-    return head.name.endswith("weight" + _PACKED) and head.dtype is torch.uint8 and len(head.shape) == 2
+    named = head.name.removesuffix(_PACKED).endswith(".weight")
+    return named and head.dtype is torch.uint8 and len(head.shape) == 2
 
 
 def _twice(head: Head) -> Head:

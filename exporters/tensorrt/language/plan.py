@@ -9,8 +9,8 @@ from typing import Any, Final
 
 from exporters.tensorrt.engines import expected_sizes
 from exporters.tensorrt.language.calibrate import BATCH
-from exporters.tensorrt.language.source import LENGTH
 from exporters.tensorrt.language.target import WHOLE_BYTES, CalibrationOptions, LanguageExportOptions
+from exporters.text import LENGTH
 from exporters.vllm.export import plan_export
 from exporters.vllm.options import VllmExportOptions
 from exporters.vllm.plan import Action, ExportPlan, Unit

@@ -1,15 +1,12 @@
-"""Read the input of an export of a language model: a FALQON artifact, and text.
+"""Read the input of an export of a language model: a FALQON artifact.
 
-The artifact is read as FP8 codes, scales and float tensors, from which a torch model can be built to compare the export
-with. The text is used for calibration and for measuring perplexity, but no record for both. By default it is the data
-that the model was trained on, split as in training: scales are calibrated on training records, and perplexity is
-measured on held-out records.
+It is read as FP8 codes, scales and float tensors, from which a torch model can be built to compare the export with.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,30 +15,21 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 from torch import Tensor
 
-from exporters.tensorrt.language.target import CalibrationFacts
 from exporters.vllm.export import plan_export
 from exporters.vllm.foresee import plan_ahead
 from exporters.vllm.lint import lint, lint_structure
 from exporters.vllm.options import VllmExportOptions
 from exporters.vllm.plan import Action, ExportPlan, Unit
-from fp8pipe.artifact import Artifact, Encoding, LayerRecord, ScaleRule, open_artifact, sha256_file
+from fp8pipe.artifact import Artifact, Encoding, LayerRecord, ScaleRule, open_artifact
 from fp8pipe.artifact.finding import Finding, LintFindingsError
-from fp8pipe.artifact.kinds import FALQON_KIND, TunedDetails
+from fp8pipe.artifact.kinds import FALQON_KIND
 from fp8pipe.core.errors import ConfigurationError
 from fp8pipe.models.checkpoint.tensors import read_tensor
-from fp8pipe.models.language.base import load_tokenizer
 from fp8pipe.models.language.structure import build_model, load_config
-from fp8pipe.models.language.text import Encoded, encode, load_records, refuse_images, split
 from fp8pipe.numerics.quantizers import WeightCodes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-
-# The defaults of `finetune`, for artifacts that do not record these settings.
-_FRACTION = 0.1
-LENGTH = 256
-_HELDOUT_LIMIT = 256
 
 
 V = TypeVar("V")
@@ -223,74 +211,3 @@ def _partial_attention(root: Path) -> str:
     if kinds - {"full_attention"} or (window is not None and not kinds):
         return f"not every layer has full attention ({', '.join(sorted(kinds)) or f'window {window}'})"
     return ""
-
-
-@dataclass(frozen=True, slots=True)
-class ExportText:
-    """Tokenized text for calibration and evaluation."""
-
-    source: str  # path or name of the data
-    digest: str | None  # sha256 of the file; None if it is not a local file
-    calibration: Sequence[Encoded]  # training records, for the calibration of scales
-    heldout: Sequence[Encoded]  # records that were used neither for calibration nor for training
-
-    @property
-    def facts(self) -> CalibrationFacts:
-        """The description of the calibration text in the manifest."""
-        return CalibrationFacts(data=self.source, sha256=self.digest, records=len(self.calibration))
-
-
-def read_text(model: LanguageModel, data: str | None, records: int) -> ExportText:
-    """Read, split and tokenize the text for calibration and evaluation.
-
-    Tokenizer, chat template, split and sequence length are those with which the model was trained.
-
-    Args:
-        model: the artifact.
-        data: the text, in the same form as for `finetune`; None for the data that the model was trained on.
-        records: maximum number of training records to use for calibration.
-
-    Raises:
-        ConfigurationError: there is no data, it cannot be used, or it no longer splits as it did in training.
-    """
-    config = model.artifact.manifest.config
-    source = data or config.get("data")
-    if not source:
-        raise ConfigurationError(
-            f"{model.root} does not record the text that it was trained on",
-            why="static activation scales are calibrated on text",
-            fix="name a text with --calibration-data",
-        )
-    found = load_records(str(source))
-    refuse_images(found, fix="name a text without images with --calibration-data")
-    train, heldout = split(found, heldout_fraction=float(config.get("heldout_fraction", _FRACTION)), seed=0)
-    tokenizer = load_tokenizer(model.root)
-    length, last_only = int(config.get("sequence_length", LENGTH)), config.get("answers") == "last"
-    limit = int(config.get("heldout_limit", _HELDOUT_LIMIT))
-    if data is None:
-        _check_split(model, len(train), min(len(heldout), limit))
-    path = Path(str(source)).expanduser()
-    return ExportText(
-        source=str(source),
-        digest=sha256_file(path) if path.is_file() else None,
-        calibration=encode(train[:records], tokenizer, length, last_only=last_only).examples,
-        heldout=encode(heldout[:limit], tokenizer, length, last_only=last_only).examples,
-    )
-
-
-def _check_split(model: LanguageModel, train: int, heldout: int) -> None:
-    """Check that the data splits into as many training and held-out records as it did in training.
-
-    Otherwise the model might be evaluated on records that it was trained on.
-
-    Raises:
-        ConfigurationError: the numbers of records differ.
-    """
-    then = model.artifact.manifest.details_of(TunedDetails).data
-    if then is not None and (then.train, then.heldout) != (train, heldout):
-        raise ConfigurationError(
-            f"the training text of {model.root} no longer splits as it did in training",
-            why=f"then {then.train} records were trained on and {then.heldout} held out, now {train} and {heldout}: "
-            "the text has changed, or the model was tuned by another version of fp8pipe",
-            fix="with --calibration-data, name a text that the model was not trained on",
-        )

@@ -6,10 +6,10 @@ loading and passes them to vLLM's CPU GEMM for unquantized weights. The engine t
 rounded once to the model's dtype; in fp32 the values are used as computed.
 
 vLLM calls `register` (entry point group `vllm.general_plugins`) in each of its processes before it reads a model's
-configuration. `register` replaces two entries in vLLM's table of quantization methods, "compressed-tensors" and "fp8",
-with subclasses that handle linear layers in FP8 and NVFP4, and FP8 experts, and leave everything else to vLLM. It also
-replaces vLLM's rotary embedding kernel for CPUs, which gives wrong results for DeepSeek's attention in any format
-(`rotary`).
+configuration. `register` replaces three entries in vLLM's table of quantization methods, "compressed-tensors", "fp8"
+and "modelopt_fp4", with subclasses that handle linear layers in FP8 and NVFP4, and FP8 experts, and leave everything
+else to vLLM. It also replaces vLLM's rotary embedding kernel for CPUs, which gives wrong results for DeepSeek's
+attention in any format (`rotary`).
 
 This module holds the settings and the version check. `dequantize` has the arithmetic in plain torch and does not import
 vLLM; `methods`, `nvfp4` and `experts` contain the layer implementations.
@@ -32,7 +32,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 __all__ = ["register"]
-__version__ = "0.3.0"
+__version__ = "0.4.0"
 
 # A child of vLLM's logger, so that the lines appear in the server's log in its format.
 logger = logging.getLogger("vllm.fp8pipe_cpu")

@@ -112,23 +112,26 @@ def dequantize(
     return weight
 
 
-def dequantize_nvfp4(packed: Tensor, scale: Tensor, divisors: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Dequantize the weight of one loaded layer in NVFP4: `code * scale / divisor`.
+def dequantize_nvfp4(
+    packed: Tensor, scale: Tensor, wholes: Tensor, dtype: torch.dtype = torch.float32, *, divides: bool = True
+) -> Tensor:
+    """Dequantize the weight of one loaded layer in NVFP4: `code * scale / divisor`, or `code * scale * factor`.
 
-    As in vLLM's own kernels, the largest divisor counts for all fused shards; a checkpoint in which they differ holds
-    other weights than any engine serves.
+    As in vLLM's own kernels, the largest divisor or factor counts for all fused shards; a checkpoint in which they
+    differ holds other weights than any engine serves.
 
     Args:
         packed: E2M1 codes, uint8 `(out, in / 2)`; the first of a pair is in the low half of its byte.
         scale: float8_e4m3fn `(out, in / 16)`.
-        divisors: fp32 `(shards,)`.
+        wholes: divisors or factors, fp32 `(shards,)`.
         dtype: dtype of the result; the fp32 value is rounded to it once, to nearest.
+        divides: whether `wholes` are divisors.
 
     Returns:
         A new contiguous tensor `(out, in)` of `dtype`.
 
     Raises:
-        ValueError: a scale or divisor is unset, zero, negative or not finite, or shapes do not fit.
+        ValueError: a scale is unset, zero, negative or not finite, or shapes do not fit.
     """
     rows, columns = packed.shape[0], 2 * packed.shape[1]
     blocks, grid = scale.detach().float(), (rows, columns // NVFP4_BLOCK)
@@ -136,7 +139,7 @@ def dequantize_nvfp4(packed: Tensor, scale: Tensor, divisors: Tensor, dtype: tor
         raise ValueError(f"expected block scales {grid}, got {tuple(blocks.shape)}")
     if not bool((blocks > 0).all()):
         raise ValueError("a block scale is missing, zero, negative or NaN")
-    divisor = largest_divisor(divisors)
+    whole = largest_of_parts(wholes)
     weight = torch.empty(rows, columns, dtype=dtype)
     step = max(1, _CHUNK_ELEMENTS // max(1, columns))
     for start in range(0, rows, step):
@@ -145,19 +148,19 @@ def dequantize_nvfp4(packed: Tensor, scale: Tensor, divisors: Tensor, dtype: tor
         codes = torch.stack((pairs & 0x0F, pairs >> 4), dim=-1).view(pairs.shape[0], -1, NVFP4_BLOCK)
         magnitude = _E2M1[(codes & 0x07).long()]
         values = torch.where(codes >= 8, -magnitude, magnitude) * blocks[part].unsqueeze(-1)
-        weight[part] = (values.flatten(1) / divisor).to(dtype)
+        weight[part] = (values.flatten(1) / whole if divides else values.flatten(1) * whole).to(dtype)
     return weight
 
 
-def largest_divisor(divisors: Tensor) -> Tensor:
-    """The largest of the divisors of a layer's shards, fp32 `()`; `divisors` is fp32 `(shards,)`.
+def largest_of_parts(wholes: Tensor) -> Tensor:
+    """The largest of the global scales of a layer's shards as they are stored, fp32 `()`; `wholes` is fp32 `(shards,)`.
 
     Raises:
         ValueError: one is unset, zero, negative or not finite.
     """
-    shards = resolve_shard_scales(divisors.detach().float().reshape(-1))
+    shards = resolve_shard_scales(wholes.detach().float().reshape(-1))
     if not bool((torch.isfinite(shards) & (shards > 0)).all()):
-        raise ValueError("a divisor is missing, zero, negative or not finite")
+        raise ValueError("a global scale is missing, zero, negative or not finite")
     return shards.max()
 
 

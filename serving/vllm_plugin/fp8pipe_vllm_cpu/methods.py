@@ -1,8 +1,9 @@
-"""Replacements for two entries in vLLM's table of quantization methods, one for each checkpoint family.
+"""Replacements for three entries in vLLM's table of quantization methods, one for each checkpoint family.
 
 "compressed-tensors": the scheme is chosen per layer. FP8 linear layers are handled here, and so are FP8 experts with
 per-channel scales (`experts`) and linear layers in NVFP4 (`nvfp4`); all others are left to vLLM.
 "fp8": linear layers are handled here; mixture-of-experts and attention are left to vLLM.
+"modelopt_fp4": linear layers in NVFP4 are handled here (`nvfp4`); which layers those are is left to vLLM.
 
 `_get_scheme_from_parts` is private to vLLM; because it is overridden, the plugin checks vLLM's version.
 """
@@ -27,6 +28,7 @@ from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tenso
 from vllm.model_executor.layers.quantization.compressed_tensors.schemes import CompressedTensorsScheme
 from vllm.model_executor.layers.quantization.compressed_tensors.utils import STRATEGY_TO_PARAMETER_TYPE
 from vllm.model_executor.layers.quantization.fp8 import Fp8Config
+from vllm.model_executor.layers.quantization.modelopt import ModelOptLinearMethod, ModelOptNvFp4Config
 from vllm.model_executor.layers.quantization.utils.fp8_utils import (
     create_fp8_input_scale,
     create_fp8_scale_parameter,
@@ -40,15 +42,16 @@ from vllm.model_executor.parameter import BlockQuantScaleParameter, PerTensorSca
 from fp8pipe_vllm_cpu import Settings
 from fp8pipe_vllm_cpu.dequantize import UNSET_SCALE, Activations, Granularity, dequantize, round_trip
 from fp8pipe_vllm_cpu.experts import CpuFp8MoEMethod, takes_over
-from fp8pipe_vllm_cpu.nvfp4 import CpuNvfp4Scheme
+from fp8pipe_vllm_cpu.nvfp4 import CpuModelOptNvfp4Method, CpuNvfp4Scheme
 
 logger = init_logger("vllm.fp8pipe_cpu")
 
 
 def install() -> None:
-    """Replace both entries in vLLM's table. Idempotent."""
+    """Replace the entries in vLLM's table. Idempotent."""
     register_quantization_config("compressed-tensors")(CpuCompressedTensorsConfig)
     register_quantization_config("fp8")(CpuFp8Config)
+    register_quantization_config("modelopt_fp4")(CpuModelOptNvFp4Config)
 
 
 class _Dequantized:
@@ -225,6 +228,23 @@ class CpuFp8Config(Fp8Config):
             return UnquantizedLinearMethod()
         _announce("fp8")
         return CpuFp8LinearMethod(self)
+
+
+class CpuModelOptNvFp4Config(ModelOptNvFp4Config):
+    """vLLM's `modelopt_fp4` configuration with the linear layers replaced."""
+
+    @classmethod
+    def get_supported_act_dtypes(cls) -> list[torch.dtype]:
+        """vLLM's dtypes plus fp32: dequantized layers run in any dtype, and parity is checked in fp32."""
+        return [*super().get_supported_act_dtypes(), torch.float32]
+
+    def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> Any:
+        """The quantization method of a layer (vLLM's interface)."""
+        method = super().get_quant_method(layer, prefix)
+        if not isinstance(method, ModelOptLinearMethod):
+            return method
+        _announce("modelopt", "NVFP4")
+        return CpuModelOptNvfp4Method(inputs=method.spec.activation is not None)
 
 
 def _is_fp8(args: QuantizationArgs) -> bool:

@@ -29,9 +29,10 @@ from exporters.tensorrt.language.predict import (
     unrounded_session,
 )
 from exporters.tensorrt.language.reopen import layer_gates, number_gates
-from exporters.tensorrt.language.source import open_language, read_text
+from exporters.tensorrt.language.source import open_language
 from exporters.tensorrt.language.target import InputScale, LanguageExportOptions
 from exporters.tensorrt.target import Base
+from exporters.text import read_text
 from fp8pipe.cli import main
 from fp8pipe.core.config import build_config
 from fp8pipe.core.errors import BadArtifactError, ConfigurationError, LintRefusedError
@@ -252,7 +253,7 @@ def test_what_cannot_be_exported_is_refused_and_nothing_is_written(language_arti
 def test_a_worse_perplexity_fails(graphs, language_text, tmp_path):
     """Activation scales that are far too large round nearly everything to zero."""
     model, path, cached, _ = graphs
-    heldout = list(read_text(model, str(language_text), 8).heldout)
+    heldout = list(read_text(model.root, model.artifact, str(language_text), 8).heldout)
     reference = model.torch_model(torch.float32)
     # Random weights know nothing; the tokens of which they are surest are what they can lose.
     best = [cached.logits(torch.tensor([x.input_ids]))[0].argmax(-1)[:-1].tolist() for x in heldout]

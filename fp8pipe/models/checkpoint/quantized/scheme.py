@@ -32,6 +32,7 @@ _STRATEGIES: Final[Mapping[str, Granularity]] = {
 }  # fmt: skip
 _ALGORITHMS: Final[Mapping[str, Granularity]] = {
     "FP8": "per-tensor", "FP8_PER_CHANNEL_PER_TOKEN": "per-channel", "FP8_PB_WO": "per-block", "NVFP4": "per-block",
+    "W4A16_NVFP4": "per-block",
 }  # fmt: skip
 _NVFP4: Final = "nvfp4-pack-quantized"
 _DENSE: Final = (None, "", "dense")
@@ -122,7 +123,7 @@ def _modelopt(root: Path, algorithm: str) -> Scheme:
     if algorithm not in _ALGORITHMS:
         raise refusal(root, f"ModelOpt's quant_algo is {algorithm}; {', '.join(_ALGORITHMS)} can be read")
     granularity = _ALGORITHMS[algorithm]
-    if algorithm == "NVFP4":
+    if algorithm in ("NVFP4", "W4A16_NVFP4"):  # with inputs in NVFP4, too, or without
         return Scheme("modelopt", frozenset({granularity}), (1, NVFP4_BLOCK), "e2m1")
     return Scheme("modelopt", frozenset({granularity}), _BLOCK if granularity == "per-block" else None)
 
