@@ -95,6 +95,12 @@ def onnxruntime_static(graph, pixels, output, symmetric):
     )  # fmt: skip
 
 
+def modelopt_command(python, graph, data, output, mode):
+    """ModelOpt's command line; `data` is the .npy file of the calibration images, the other arguments as below."""
+    return [str(python), "-m", "modelopt.onnx.quantization", f"--onnx_path={graph}", f"--quantize_mode={mode}",
+            f"--calibration_data_path={data}", f"--output_path={output}", "--calibration_eps", "cpu"]  # fmt: skip
+
+
 def modelopt(python, graph, pixels, output, mode):
     """Quantize a graph with ModelOpt's command line.
 
@@ -110,8 +116,7 @@ def modelopt(python, graph, pixels, output, mode):
     """
     data = output.with_suffix(".npy")
     np.save(data, pixels)
-    command = [python, "-m", "modelopt.onnx.quantization", f"--onnx_path={graph}", f"--quantize_mode={mode}",
-               f"--calibration_data_path={data}", f"--output_path={output}", "--calibration_eps", "cpu"]  # fmt: skip
+    command = modelopt_command(python, graph, data, output, mode)
     ended = subprocess.run(command, capture_output=True, text=True)
     if ended.returncode or not output.is_file():
         raise RuntimeError(f"ModelOpt ({mode}) ended with {ended.returncode}: {ended.stderr.strip()[-400:]}")
