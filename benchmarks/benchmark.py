@@ -8,8 +8,8 @@ Peers are installed into environments of their own (`--environments`) when they 
 installed or fails is a row that says why. In every round all contenders take their turn; figures are medians, and
 ratios are formed within a round. docs/performance.md explains the tables.
 
-The output directory gets `benchmark.json`, `benchmark.md`, charts, and in `work/` the models, exports and logs. Exit
-code 1 means that a contender of this project itself could not be measured.
+The output directory gets `benchmark.json`, `benchmark.md`, charts, and in `work/` the models, exports and logs, which
+the next run replaces. Exit code 1 means that a contender of this project itself could not be measured.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 from datetime import UTC, datetime
@@ -97,7 +98,8 @@ def main() -> None:
     if (options.rounds is not None and options.rounds < 1) or options.threads < 1:
         parser.error("--rounds and --threads must be at least 1")
     work = (options.output / ("work-quick" if options.quick else "work")).absolute()
-    work.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(work, ignore_errors=True)  # what earlier code of this project wrote must not be measured
+    work.mkdir(parents=True)
     settings = Settings(work, options.environments.absolute(), options.threads, options.rounds, options.quick)
     found = run(options.only or list(COMPARISONS), settings, options.output)
     broken = names(found.results)

@@ -1,4 +1,4 @@
-"""The models that comparisons run on, written once into the work directory."""
+"""The models that comparisons run on, written into the work directory by the first comparison that needs them."""
 
 from __future__ import annotations
 

@@ -28,7 +28,8 @@ because it is wrong shows there.
 * `ONNX Runtime, static`: `quantize_static`, per channel, U8S8; `dynamic`: `quantize_dynamic`, linear layers only.
 * `ModelOpt`: `modelopt.onnx.quantization --quantize_mode int8`, run in ONNX Runtime.
 * `OpenVINO, NNCF`: `nncf.quantize` for transformers; `fp8pipe in OpenVINO`: this project's ONNX file there. OpenVINO
-  computes floating point in fp32, as the other engines do.
+  computes floating point in fp32, as the other engines do, and in `bf16` in the type that it chooses itself, which is
+  bf16 where the processor has instructions for it.
 * `torch inductor`: `torch.compile` with freezing; `INT8`: torchao's quantizer for x86 first."""
 
 
@@ -69,7 +70,6 @@ def build(settings: Settings) -> Comparison:
         variables = {"OMP_NUM_THREADS": str(settings.threads), "ORT_DISABLE_TELEMETRY": "1"}
         return worker(name, where, WORKERS / "vision_calls.py", arguments, log, ours=ours, **variables)
 
-    nncf = contender("OpenVINO, NNCF", openvino, "openvino", folder / "nncf.xml")
     by_modelopt = contender("ModelOpt in ONNX Runtime", usual, "onnxruntime", folder / "modelopt.onnx")
     ours = folder / "ours" / "model.onnx"
     return Comparison(
@@ -79,19 +79,22 @@ def build(settings: Settings) -> Comparison:
         contenders=(  # the float graph first, as it writes the reference
             contender("ONNX Runtime, fp32", usual, "onnxruntime", folder / "float.onnx"),
             contender(OURS, usual, "fp8pipe", ours, ours=True),
-            contender("fp8pipe in OpenVINO", openvino, "openvino", ours, ours=True),
+            contender("fp8pipe in OpenVINO", openvino, "openvino", ours),
+            contender("fp8pipe in OpenVINO, bf16", openvino, "openvino-default", ours),
             contender("ONNX Runtime, static", usual, "onnxruntime", folder / "static.onnx"),
             contender("ONNX Runtime, dynamic", usual, "onnxruntime", folder / "dynamic.onnx"),
             _after(by_modelopt, modelopt, lambda: _quantize_modelopt(settings, modelopt, folder)),
             contender("OpenVINO, fp32", openvino, "openvino", folder / "float.onnx"),
-            _after(nncf, openvino, lambda: _quantize_nncf(settings, openvino, folder)),
+            *(_after(contender(name, openvino, engine, folder / "nncf.xml"), openvino,
+                     lambda: _quantize_nncf(settings, openvino, folder))
+              for name, engine in (("OpenVINO, NNCF", "openvino"), ("OpenVINO, NNCF, bf16", "openvino-default"))),
             contender("torch inductor, fp32", usual, "inductor", folder / "model"),
             contender("torch inductor, INT8", torchao, "inductor-int8", folder / "model"),
         ),
         baseline=OURS,
         rounds=settings.choose(9, 2),
         warmup=1,
-    )
+    )  # fmt: skip
 
 
 def _after(contender: Contender, where: Environment, prepare: Callable[[], None]) -> Contender:

@@ -30,7 +30,7 @@ class Classifier(litserve.LitAPI):
         self.session = onnxruntime.InferenceSession(self.graph, options, providers=["CPUExecutionProvider"])
         self.input = self.session.get_inputs()[0]
 
-    def decode_request(self, request: dict) -> np.ndarray:
+    def decode_request(self, request):  # LitServe reads a type here, and parses JSON if there is none
         """The pixels (3, H, W) of a request."""
         return np.frombuffer(base64.b64decode(request["pixels"]), np.float32).reshape(self.input.shape[1:])
 

@@ -2,10 +2,11 @@
 
     python vision_calls.py ENGINE GRAPH --heldout heldout.npy --reference OUTPUTS --threads 2 --calls 10
 
-ENGINE is `onnxruntime` (its default session), `fp8pipe` (ONNX Runtime with this project's session settings),
-`openvino`, or `inductor` and `inductor-int8`, for which GRAPH is a model directory. Figures of a round: the median time
-of a call with one image and with eight, in ms. `output_error` is the norm of the difference of the outputs for the
-held-out images from REFERENCE, over the norm of that; with `--reference` alone missing, the outputs are written there.
+ENGINE is `onnxruntime` (its default session); `fp8pipe` (ONNX Runtime with this project's session settings); `openvino`
+with floating point in fp32, or `openvino-default` in the type that it chooses (bf16 where the processor has it); or
+`inductor` and `inductor-int8`, for which GRAPH is a model directory. Figures of a round: the median time of a call with
+one image and with eight, in ms. `output_error` is the norm of the difference of the outputs for the held-out images
+from REFERENCE, over the norm of that; if that file is missing, the outputs are written there.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import numpy as np
 from protocol import serve
 
 BATCHES = (1, 8)
+ENGINES = ("onnxruntime", "fp8pipe", "openvino", "openvino-default", "inductor", "inductor-int8")
 
 
 def onnxruntime_calls(graph, threads, own):
@@ -40,13 +42,14 @@ def onnxruntime_calls(graph, threads, own):
     return lambda pixels: session.run(None, {name: pixels})[0]
 
 
-def openvino_calls(graph, threads):
-    """A call in OpenVINO on the CPU, with fp32 as its floating-point type, compiled for low latency."""
+def openvino_calls(graph, threads, exact):
+    """A call in OpenVINO on the CPU, compiled for low latency; `exact`: with floating point in fp32."""
     import openvino
 
     core = openvino.Core()
     model = core.read_model(graph)
-    settings = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
+    settings = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY"}
+    settings |= {"INFERENCE_PRECISION_HINT": "f32"} if exact else {}
     compiled = core.compile_model(model, "CPU", settings)
     output = compiled.output(0)
     return lambda pixels: compiled([pixels])[output]
@@ -86,7 +89,6 @@ def inductor_calls(folder, threads, calibration):
 def quantized(forward, calibration, batch):
     """The module with INT8 products, by torchao's quantizer for x86, compiled for one batch size."""
     import torch
-    from torchao.quantization.pt2e import lowering
     from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
     from torchao.quantization.pt2e.quantizer import x86_inductor_quantizer as x86
 
@@ -97,13 +99,13 @@ def quantized(forward, calibration, batch):
         prepared = prepare_pt2e(exported, quantizer)
         for part in images.split(batch):
             prepared(part)
-        return lowering.lower_pt2e_quantized_to_x86(convert_pt2e(prepared), (images[:batch],))
+        return torch.compile(convert_pt2e(prepared), dynamic=False, options={"freezing": True})
 
 
 def open_engine(options):
     """The function from pixels (N, 3, H, W) to outputs that the command line names."""
-    if options.engine == "openvino":
-        return openvino_calls(options.graph, options.threads)
+    if options.engine.startswith("openvino"):
+        return openvino_calls(options.graph, options.threads, options.engine == "openvino")
     if options.engine.startswith("inductor"):
         images = np.load(options.calibration) if options.engine == "inductor-int8" else None
         return inductor_calls(options.graph, options.threads, images)
@@ -112,7 +114,7 @@ def open_engine(options):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("engine", choices=["onnxruntime", "fp8pipe", "openvino", "inductor", "inductor-int8"])
+    parser.add_argument("engine", choices=ENGINES)
     parser.add_argument("graph", type=Path)
     parser.add_argument("--heldout", type=Path, required=True)
     parser.add_argument("--calibration", type=Path)

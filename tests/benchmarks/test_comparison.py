@@ -132,7 +132,7 @@ def test_a_command_that_hangs_is_ended_with_its_children(tmp_path: Path):
     marker = tmp_path / "alive"
     child = f"import time, pathlib; time.sleep(2); pathlib.Path({str(marker)!r}).touch()"
     parent = f"import subprocess, sys; subprocess.run([sys.executable, '-S', '-c', {child!r}])"
-    with pytest.raises(ContenderError, match="longer than 0.5 s"):
+    with pytest.raises(ContenderError, match=r"longer than 0\.5 s"):
         run_measured([sys.executable, "-S", "-c", parent], tmp_path / "log", timeout_s=0.5)
     time.sleep(2)
     assert not marker.exists()
