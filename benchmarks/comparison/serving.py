@@ -61,7 +61,7 @@ class _Load:
 def build(settings: Settings) -> Comparison:
     """The comparison on the sample ViT-S."""
     folder, size = prepare(settings)
-    clients, seconds = settings.choose((16, 15.0), (4, 2.0))
+    clients, seconds = settings.choose((16, 15.0), (4, 1.0))
     export, pixels = folder / "ours", np.load(folder / "heldout.npy")[:1]
     litserve = peer("litserve", settings.environments)
 
@@ -83,5 +83,5 @@ def build(settings: Settings) -> Comparison:
         ),
         baseline=OURS,
         rounds=settings.choose(5, 1),
-        warmup=1,
+        warmup=settings.choose(1, 0),
     )

@@ -53,7 +53,7 @@ def build(settings: Settings) -> Comparison:
     ]  # fmt: skip
     return Comparison(
         title="Start-up of commands", about=_ABOUT, metrics=(_SECONDS, _PEAK), contenders=tuple(contenders),
-        baseline=contenders[0].name, rounds=settings.choose(7, 2), warmup=1,
+        baseline=contenders[0].name, rounds=settings.choose(7, 1), warmup=settings.choose(1, 0),
     )  # fmt: skip
 
 

@@ -62,6 +62,6 @@ def build(settings: Settings) -> Comparison:
         metrics=(*speed.METRICS[:2], hourly, *speed.METRICS[2:]),
         contenders=tuple(map(contender, settings.choose(_FULL, _QUICK))),
         baseline="live",
-        rounds=settings.choose(15, 2),
-        warmup=settings.choose(2, 1),
+        rounds=settings.choose(15, 1),
+        warmup=settings.choose(2, 0),
     )

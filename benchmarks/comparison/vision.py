@@ -92,8 +92,8 @@ def build(settings: Settings) -> Comparison:
             contender("torch inductor, INT8", torchao, "inductor-int8", folder / "model"),
         ),
         baseline=OURS,
-        rounds=settings.choose(9, 2),
-        warmup=1,
+        rounds=settings.choose(9, 1),
+        warmup=settings.choose(1, 0),
     )  # fmt: skip
 
 

@@ -53,5 +53,5 @@ def build(settings: Settings) -> Comparison:
         ),
         baseline=OURS,
         rounds=settings.choose(7, 1),
-        warmup=1,
+        warmup=settings.choose(1, 0),
     )
