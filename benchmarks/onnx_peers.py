@@ -34,6 +34,7 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime
 import torch
+from comparison.vision import modelopt_command
 
 from exporters.graph.images import folder_images, probe_images
 from exporters.graph.runtime import open_session
@@ -93,12 +94,6 @@ def onnxruntime_static(graph, pixels, output, symmetric):
         activation_type=QuantType.QInt8 if symmetric else QuantType.QUInt8, weight_type=QuantType.QInt8,
         calibrate_method=CalibrationMethod.MinMax, extra_options=extra,
     )  # fmt: skip
-
-
-def modelopt_command(python, graph, data, output, mode):
-    """ModelOpt's command line; `data` is the .npy file of the calibration images, the other arguments as below."""
-    return [str(python), "-m", "modelopt.onnx.quantization", f"--onnx_path={graph}", f"--quantize_mode={mode}",
-            f"--calibration_data_path={data}", f"--output_path={output}", "--calibration_eps", "cpu"]  # fmt: skip
 
 
 def modelopt(python, graph, pixels, output, mode):

@@ -110,8 +110,14 @@ class _Turn:
             return
         try:
             action()
-        except ContenderError as error:
-            self.failure, self.samples = str(error), {}
+        except Exception as error:  # whatever it is, the hours of the other contenders must not be lost
+            self.failure, self.samples = _reason(error), {}
+            self.end()  # a process that hangs would slow the others down
+
+    def end(self) -> None:
+        if self.running is not None:
+            self.running.close()
+            self.running = None
 
     def start(self) -> None:
         self.running = self.contender.start()
@@ -144,9 +150,9 @@ def run_comparison(name: str, build: Callable[[Settings], Comparison], settings:
     began = time.monotonic()
     try:
         chosen = build(settings)
-    except ContenderError as error:
+    except Exception as error:  # as above, for the other comparisons
         return Result(name=name, title=name, about="", baseline="", rounds=0, seconds=time.monotonic() - began,
-                      metrics=[], rows=[], failure=str(error))  # fmt: skip
+                      metrics=[], rows=[], failure=_reason(error))  # fmt: skip
     rounds = settings.rounds or chosen.rounds
     rows = summarize(take_turns(chosen.contenders, rounds, chosen.warmup), chosen.metrics, chosen.baseline)
     return Result(
@@ -154,6 +160,10 @@ def run_comparison(name: str, build: Callable[[Settings], Comparison], settings:
         seconds=time.monotonic() - began, metrics=list(chosen.metrics), rows=rows,
         targets=reached(chosen.targets, rows),
     )  # fmt: skip
+
+
+def _reason(error: Exception) -> str:
+    return str(error) if isinstance(error, ContenderError) else f"{type(error).__name__}: {error}"
 
 
 def take_turns(contenders: Sequence[Contender], rounds: int, warmup: int = 0) -> list[Row]:
@@ -176,8 +186,7 @@ def take_turns(contenders: Sequence[Contender], rounds: int, warmup: int = 0) ->
                 turn.attempt(lambda turn=turn, keep=number >= warmup: turn.take(keep))
     finally:
         for turn in turns:
-            if turn.running is not None:
-                turn.running.close()
+            turn.end()
     return [turn.row() for turn in turns]
 
 

@@ -58,7 +58,8 @@ def render(result: Result) -> str:
     heading = f"## {result.title}\n\n`--only {result.name}`"
     if result.failure:
         return f"{heading}\n\nNot measured: {_cell(result.failure)}"
-    parts = [f"{heading}, {result.rounds} rounds, {_duration(result.seconds)}", result.about, _table(result)]
+    rounds = f"{result.rounds} round{'s' if result.rounds > 1 else ''}"
+    parts = [f"{heading}, {rounds}, {_duration(result.seconds)}", result.about, _table(result)]
     failed = [row for row in result.rows if row.failure]
     if failed:
         parts.append("\n".join(["Not measured:", "", *(f"* {row.name}: {_cell(row.failure)}" for row in failed)]))

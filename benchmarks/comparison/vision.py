@@ -116,10 +116,22 @@ def _quantize_nncf(settings: Settings, where: Environment, folder: Path) -> None
 
 
 def _quantize_modelopt(settings: Settings, where: Environment, folder: Path) -> None:
-    from onnx_peers import modelopt_command  # imports torch, so only here
-
     output = folder / "modelopt.onnx"
     if not output.exists():
         command = modelopt_command(where.python(), folder / "float.onnx", folder / "calibration.npy", output, "int8")
         log = settings.work / "quantize-modelopt.log"
         run_measured(command, log, environment=environment_of(project=False))
+
+
+def modelopt_command(python: Path | str, graph: Path, data: Path, output: Path, mode: str) -> list[str]:
+    """ModelOpt's command line.
+
+    Args:
+        python: the interpreter of an environment with ModelOpt.
+        graph: the float graph.
+        data: a .npy file with calibration images (N, 3, H, W).
+        output: the file to write.
+        mode: `int8` or `fp8`.
+    """
+    return [str(python), "-m", "modelopt.onnx.quantization", f"--onnx_path={graph}", f"--quantize_mode={mode}",
+            f"--calibration_data_path={data}", f"--output_path={output}", "--calibration_eps", "cpu"]  # fmt: skip
