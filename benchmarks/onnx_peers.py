@@ -34,6 +34,7 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime
 import torch
+from comparison.vision import modelopt_command
 
 from exporters.graph.images import folder_images, probe_images
 from exporters.graph.runtime import open_session
@@ -110,8 +111,7 @@ def modelopt(python, graph, pixels, output, mode):
     """
     data = output.with_suffix(".npy")
     np.save(data, pixels)
-    command = [python, "-m", "modelopt.onnx.quantization", f"--onnx_path={graph}", f"--quantize_mode={mode}",
-               f"--calibration_data_path={data}", f"--output_path={output}", "--calibration_eps", "cpu"]  # fmt: skip
+    command = modelopt_command(python, graph, data, output, mode)
     ended = subprocess.run(command, capture_output=True, text=True)
     if ended.returncode or not output.is_file():
         raise RuntimeError(f"ModelOpt ({mode}) ended with {ended.returncode}: {ended.stderr.strip()[-400:]}")

@@ -91,24 +91,21 @@ def float_twin(export, folder):
         return writer.commit(config={}, seed=None, details=old.manifest.details).root
 
 
-def body(server):
-    """The path, the length of the JSON header, the body and the pixels `(1, 3, H, W)` of one binary request."""
-    about = httpx.get(f"{server.url}/v1/artifact").json()
-    height, width = about["preprocessing"]["crop"]
-    pixels = np.random.default_rng(0).standard_normal((1, 3, height, width), dtype=np.float32)
+def body(name, pixels):
+    """The path, the headers and the body of a binary request for a model, with the pixels `(1, 3, H, W)`."""
     data = pixels.tobytes()
     tensor = {"name": "pixels", "datatype": "FP32", "shape": list(pixels.shape),
               "parameters": {"binary_data_size": len(data)}}  # fmt: skip
     head = json.dumps({"inputs": [tensor], "parameters": {"binary_data_output": True}}).encode()
-    return f"/v2/models/{about['name']}/infer", len(head), head + data, pixels
+    return f"/v2/models/{name}/infer", f"Inference-Header-Content-Length: {len(head)}", head + data
 
 
 class Client:
     """A minimal client with one keep-alive connection, as a client library would use more CPU than the server."""
 
-    def __init__(self, port, path, head, content):
+    def __init__(self, port, path, header, content):
         self.port = port
-        self.sent = (f"POST {path} HTTP/1.1\r\nHost: x\r\nInference-Header-Content-Length: {head}\r\n"
+        self.sent = (f"POST {path} HTTP/1.1\r\nHost: x\r\n{header}\r\n"
                      f"Content-Length: {len(content)}\r\n\r\n").encode() + content  # fmt: skip
         self.streams = None
 
@@ -129,17 +126,20 @@ class Client:
 
 
 async def closed_loop(make, clients, seconds):
-    """Let each client send a request when its last one is answered; returns (counts by status, requests per second)."""
-    statuses, end = Counter(), time.monotonic() + seconds
+    """Let each client send a request when its last one is answered; returns (requests, requests per second).
+
+    A request is (status, time when it was sent, latency), in seconds from the beginning.
+    """
+    found, started = [], time.monotonic()
 
     async def work():
         client = make()
-        while time.monotonic() < end:
-            statuses[await client.call()] += 1
+        while (sent := time.monotonic() - started) < seconds:
+            status = await client.call()
+            found.append((status, sent, time.monotonic() - started - sent))
 
-    started = time.monotonic()
     await asyncio.gather(*(work() for _ in range(clients)))
-    return statuses, sum(statuses.values()) / (time.monotonic() - started)
+    return found, len(found) / (time.monotonic() - started)
 
 
 def independent(rate, seconds):
@@ -235,8 +235,11 @@ def raw(sessions, pixels, size, seconds):
 
 
 def maker(server):
-    path, head, content, pixels = body(server)
-    return (lambda: Client(server.port, path, head, content)), pixels
+    about = httpx.get(f"{server.url}/v1/artifact").json()
+    height, width = about["preprocessing"]["crop"]
+    pixels = np.random.default_rng(0).standard_normal((1, 3, height, width), dtype=np.float32)
+    request = body(about["name"], pixels)
+    return (lambda: Client(server.port, *request)), pixels
 
 
 def closed(export, arguments):
@@ -253,7 +256,7 @@ def closed(export, arguments):
             counts = {size: count - before.get(size, 0) for size, count in sizes_run(server).items()}
             size = max(counts, key=lambda s: counts[s] * s)
             served.append(rate)
-            statuses += found
+            statuses += Counter(count(found))
             bare.append(raw(sessions, pixels, size, arguments.seconds))
         return {"served_per_s": served, "raw_per_s": bare, "share": sum(served) / sum(bare), "batch": size,
                 "threads": engine["threads"], "streams": engine["streams"], "statuses": dict(statuses)}  # fmt: skip

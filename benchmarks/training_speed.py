@@ -17,16 +17,26 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
-import sys
 import tempfile
 from contextlib import nullcontext
 from pathlib import Path
-from statistics import median
 
-METHODS = ("live", "released", "accumulate", "lora", "lora-bf16", "qlora")
+from comparison.environments import peer, project
+from comparison.harness import take_turns, worker
+from comparison.processes import ROOT
+from comparison.results import Metric, summarize
+from protocol import serve
+
+FALQON = ("live", "released", "accumulate")
+TORCHAO = "lora-torchao-fp8"
+METHODS = (*FALQON, "lora", "lora-bf16", "qlora", TORCHAO)
 FUSED = "-fused"
+METRICS = (
+    Metric(name="tokens_per_second", label="tokens/s", better="higher"),
+    Metric(name="net_mib", label="peak memory above the interpreter's, MiB", better="lower"),
+    Metric(name="peak_mib", label="peak memory, MiB", better="none"),
+    Metric(name="flush_share", label="share of flushing", better="none"),
+)
 
 
 def resident(key):
@@ -58,11 +68,12 @@ def build_trainer(name, options, scratch):
     from pipeline.finetune.text import load_text
 
     widen_bf16_products()
-    lora = name.startswith(("lora", "qlora"))
+    lora = name not in FALQON
     settings = {
-        "model": "sample:smollm2", "data": "sample:chatterbot", "rank": options.rank, "batch_size": options.batch_size,
-        "sequence_length": 1024 // options.batch_size, "steps": 1000, "log_every": 1000, "learning_rate": 1e-3,
-        "method": name.removesuffix("-bf16") if lora else "falqon", "device": "cpu",
+        "model": options.model, "data": "sample:chatterbot", "rank": options.rank, "batch_size": options.batch_size,
+        "sequence_length": options.tokens // options.batch_size, "steps": 1000, "log_every": 1000,
+        "learning_rate": 1e-3,
+        "method": name.partition("-")[0] if lora else "falqon", "device": "cpu",
     }  # fmt: skip
     config = build_config(
         FinetuneConfig, settings if lora else settings | {"update_rule": name, "initialisation": "randomized-svd"}
@@ -73,6 +84,8 @@ def build_trainer(name, options, scratch):
     model, method = load_model(config, source), build_method(config)
     if fused:
         model.set_attn_implementation("sdpa")
+    if name == TORCHAO:
+        convert_to_fp8(model, options.rank)
     method.prepare(model)
     if name == "lora-bf16":
         for parameter in method.parameters().values():
@@ -85,91 +98,83 @@ def build_trainer(name, options, scratch):
     return trainer, floor
 
 
+def convert_to_fp8(model, rank):
+    """Let torchao compute the layers that an adapter is trained for in FP8, with one dynamic scale per tensor.
+
+    Emulated: codes are multiplied in fp32. Products of codes themselves have no kernel on this kind of processor: torch
+    takes minutes for one of 256 x 576 x 576.
+    """
+    from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+
+    from pipeline.falqon.convert import read_convertible
+
+    names = set(read_convertible(model, rank).trainable)
+    chosen = Float8LinearConfig(emulate=True)
+    convert_to_float8_training(model, module_filter_fn=lambda _, name: name in names, config=chosen)
+
+
 def child(name, options):
-    """The main function of a method's process: for each line on stdin, make a step and print its metrics as JSON."""
+    """The main function of a method's process: a training step for each line on standard input."""
     with tempfile.TemporaryDirectory() as scratch:
         trainer, floor = build_trainer(name, options, scratch)
-        print(json.dumps({"ready": name}), flush=True)
-        for _ in sys.stdin:
+
+        def step():
             figures = trainer.one_step()
             peak = resident("VmHWM")
-            print(json.dumps(figures | {"peak": peak, "net": peak - floor}), flush=True)
+            return {"tokens_per_second": figures["tokens_per_second"], "flush_share": figures["flush_share"],
+                    "peak_mib": peak, "net_mib": peak - floor}  # fmt: skip
+
+        serve(step, method=name)
 
 
-class Contender:
-    """The process of one method, and the metrics of its steps."""
+def contender(name, options, where, log, **variables):
+    """A contender of the harness: the process of one method.
 
-    def __init__(self, name, options):
-        command = [sys.executable, __file__, "--child", name, "--rank", str(options.rank)]
-        command += ["--batch-size", str(options.batch_size)]
-        environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[1])}
-        self.name, self.steps = name, []
-        self.process = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-            env=environment,
-        )
-        self.answer()
+    Args:
+        name: see `build_trainer`.
+        options: the command line.
+        where: the environment that it runs in.
+        log: the file that receives its standard error.
+        **variables: of its environment.
+    """
+    arguments = ["--child", name, "--rank", str(options.rank), "--batch-size", str(options.batch_size)]
+    arguments += ["--tokens", str(options.tokens), "--model", options.model]
+    return worker(name, where, Path(__file__), arguments, log, ours=name in FALQON, **variables)
 
-    def answer(self):
-        """Read the next line of JSON from the process."""
-        line = self.process.stdout.readline()
-        if not line:
-            raise SystemExit(f"{self.name} ended early with exit code {self.process.wait()}")
-        return json.loads(line)
 
-    def step(self):
-        """Let the process make one step, and store its metrics."""
-        self.process.stdin.write("step\n")
-        self.process.stdin.flush()
-        self.steps.append(self.answer())
-
-    def median(self, key, skip):
-        """The median of a metric over all steps but the first `skip`."""
-        return median(step[key] for step in self.steps[skip:])
+def parser():
+    """The command line."""
+    found = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    names = [*METHODS, *(name + FUSED for name in METHODS)]
+    default = ["live", "lora", "lora-bf16", "qlora", "lora-fused", "qlora-fused"]
+    found.add_argument("--child", choices=names)
+    found.add_argument("--methods", nargs="+", choices=names, default=default)
+    found.add_argument("--rounds", type=int, default=15)
+    found.add_argument("--warmup", type=int, default=2)
+    found.add_argument("--model", default="sample:smollm2")
+    found.add_argument("--rank", type=int, default=64)
+    found.add_argument("--tokens", type=int, default=1024, help="tokens per step")
+    found.add_argument("--batch-size", type=int, default=8, help="sequences of TOKENS / N tokens")
+    return found
 
 
 def main():
     """Run all methods in turn, and print a table and a line of JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    names = [*METHODS, *(name + FUSED for name in METHODS)]
-    default = ["live", "lora", "lora-bf16", "qlora", "lora-fused", "qlora-fused"]
-    parser.add_argument("--child", choices=names)
-    parser.add_argument("--methods", nargs="+", choices=names, default=default)
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--warmup", type=int, default=2)
-    parser.add_argument("--rank", type=int, default=64)
-    parser.add_argument("--batch-size", type=int, default=8, help="sequences of 1024 / N tokens")
-    options = parser.parse_args()
+    options = parser().parse_args()
     if options.child:
         child(options.child, options)
         return
-    contenders = [Contender(name, options) for name in options.methods]
-    for _ in range(options.warmup + options.rounds):
-        for contender in contenders:
-            contender.step()
-    first, skip, rows = contenders[0], options.warmup, []
-    for contender in contenders:
-        pairs = zip(first.steps[skip:], contender.steps[skip:], strict=True)
-        rows.append(
-            {
-                "method": contender.name, "tokens_per_second": round(contender.median("tokens_per_second", skip), 1),
-                "speed_of_first_over_this": round(
-                    median(a["tokens_per_second"] / b["tokens_per_second"] for a, b in pairs), 3
-                ),
-                "peak_mib": round(contender.steps[-1]["peak"]), "net_mib": round(contender.steps[-1]["net"]),
-                "net_of_first_over_this": round(first.steps[-1]["net"] / contender.steps[-1]["net"], 3),
-                "flush_share": round(contender.median("flush_share", skip), 5),
-            }
-        )  # fmt: skip
-        contender.process.stdin.close()
-        contender.process.wait()
+    places = {TORCHAO: peer("torchao", ROOT / ".venv-peers")}
+    with tempfile.TemporaryDirectory() as logs:
+        contenders = [
+            contender(name, options, places.get(name, project("torch")), Path(logs) / name) for name in options.methods
+        ]
+        rows = summarize(take_turns(contenders, options.rounds, options.warmup), METRICS, options.methods[0])
     for row in rows:
-        print("  ".join(f"{key} {value}" for key, value in row.items()))
-    print(json.dumps(rows))
+        figures = {name: f"{value:.5g}" for name, value in row.medians.items()}
+        figures |= {f"{name}_of_first_over_this": f"{found.median:.3f}" for name, found in row.ratios.items()}
+        print(row.name, row.failure, *(f"{name} {value}" for name, value in figures.items()), sep="  ")
+    print(json.dumps([row.model_dump() for row in rows]))
 
 
 if __name__ == "__main__":

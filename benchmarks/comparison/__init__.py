@@ -1,0 +1,1 @@
+"""Comparisons of this project with its peers: what `benchmarks/benchmark.py` runs."""
