@@ -15,6 +15,13 @@ from fp8pipe.numerics.kinds import Kind, Precision
 from pipeline.tracking.config import ReportTo
 
 _LARGEST_SIDE: Final = 16384
+# MimiQ (arXiv 2407.20021): every layer at the requested precision, 10,000 images of 2,000 steps each, no equivalent
+# transforms, and 200 epochs of batches of 16 with the two published losses.
+_MIMIQ_PAPER: Final[dict[str, Any]] = {
+    "images": 10_000, "edges": "same", "rounding": "nearest", "synthesis": {"preset": "published"},
+    "conditioning": {"rotate_residual": False, "rotate_heads": False, "centre": False},
+    "distill": {"steps": 125_000, "block_weight": 0.0, "save_every": 2500},
+}  # fmt: skip
 VIT_NEED: Final = GpuNeed("quantize-vit", (8, 0), "bf16")
 
 
@@ -52,12 +59,16 @@ class DistillConfig(FrozenConfig):
     )
     batch_size: int = Field(16, ge=1, description="Images per step.")
     learning_rate: float = Field(1e-3, gt=0, description="Peak rate of weights, in units of their mean code step.")
+    vector_learning_rate: float = Field(
+        0.1, ge=0, description="Peak rate of biases, norms and embeddings, in units of the weights' mean code step."
+    )
     step_learning_rate: float = Field(1e-3, gt=0, description="Peak rate of the logarithms of quantization steps.")
     warmup_steps: int = Field(10, ge=0, description="Steps of linear warm-up; a cosine to zero follows.")
     temperature: float = Field(
         5.0, gt=0, description="Softens the outputs of teacher and student in the KL divergence."
     )
     structure_weight: float = Field(10.0, ge=0, description="Weight of the head-wise structural loss.")
+    block_weight: float = Field(40.0, ge=0, description="Weight of the relative squared error of block outputs.")
     clip_norm: float = Field(1.0, gt=0, description="Global gradient norm limit.")
     augment: bool = Field(
         True,
@@ -77,6 +88,9 @@ class QuantizeVitConfig(FrozenConfig):
 
     model: str = Field(description="Vision model: directory, timm:NAME or sample:NAME.")
     bits: str = Field(description="wXaY with 2 to 8 bits each, wfp8afp8, or wnvfp4anvfp4.")
+    preset: Literal["default", "mimiq-paper"] = Field(
+        "default", description="mimiq-paper: the settings of MimiQ's tables; values given explicitly win."
+    )
     calibration: str = Field(
         "synthetic", description="synthetic, patch-similarity, gaussian, images:DIR or artifact:DIR."
     )
@@ -104,6 +118,17 @@ class QuantizeVitConfig(FrozenConfig):
     )
     distill: DistillConfig = Field(default_factory=lambda: build_config(DistillConfig, {}), description="Distillation.")
     report_to: ReportTo = ()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_in_preset(cls, values: Any) -> Any:
+        if not isinstance(values, dict) or values.get("preset") != "mimiq-paper":
+            return values
+        filled = _MIMIQ_PAPER | values
+        for name, wanted in _MIMIQ_PAPER.items():
+            if isinstance(wanted, dict) and isinstance(filled[name], dict):
+                filled[name] = wanted | filled[name]
+        return filled
 
     @field_validator("bits")
     @classmethod

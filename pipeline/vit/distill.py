@@ -3,7 +3,12 @@
 The outputs of the models are compared by the temperature-softened KL divergence (arXiv 1503.02531), and the outputs of
 attention heads (softmax probabilities times values) by MimiQ's head-wise structural loss (arXiv 2407.20021, section 4):
 for each head and channel, the contrast-and-structure part of SSIM over the patch tokens. It penalizes a wrong pattern
-over the tokens, but not a constant shift.
+over the tokens, but not a constant shift. The outputs of transformer blocks are compared by their relative squared
+error, which does: it gives every block a nearby target, where outputs only constrain a few numbers per image.
+
+Learning rates of weights, and of biases, norms and embeddings, are in units of the mean code step: the coarser the
+codes, the more there is to correct. That of biases is a hundred times larger. With such a rate, weights would change
+more codes than a few hundred steps can correct; with the rate of weights, biases would hardly move.
 
 Teacher and student get the same augmented images (`augment`), as synthetic images have more fine detail and stronger
 colours than photographs: ranges and weights trained on unchanged ones would suit photographs poorly. MimiQ also blurs,
@@ -21,11 +26,13 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
+from functools import partial
 from typing import Any, Final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from fp8pipe.core.devices import to_device
@@ -40,14 +47,21 @@ from pipeline.finetune.checkpoint import CheckpointStore, optimizer_tensors, res
 from pipeline.finetune.config import Schedule, learning_rate_at
 from pipeline.vit.augment import augment
 from pipeline.vit.config import DistillConfig
+from pipeline.vit.losses import (
+    block_distance,
+    distillation,
+    feature_distance,
+    head_structure,
+    label_distillation,
+    value_distance,
+)
 from pipeline.vit.student import Student
 
 _LOG = logging.getLogger(__name__)
 Figures = dict[str, float]
-_FIGURES: Final = ("loss", "answer", "structure")
+_FIGURES: Final = ("loss", "answer", "structure", "block")
 _READ_EVERY: Final = 10  # number of steps whose losses are read together on a GPU
 _ORDER, _AUGMENTATION = 0, 1  # combined with the seed to get independent random streams
-_C2 = 0.03**2  # the second constant of SSIM, which stabilizes the division
 
 
 class Distiller:
@@ -77,8 +91,10 @@ class Distiller:
         self.pixels, self.config, self.seed, self.store = pixels, config, seed, store
         self.device = next(student.parameters()).device
         self.names = {p: n for n, p in student.named_parameters() if p.requires_grad}
+        unit = student.mean_step()
         groups = [
-            {"params": student.trained_weights(), "peak": config.learning_rate * student.mean_step()},
+            {"params": student.trained_weights(), "peak": config.learning_rate * unit},
+            {"params": student.trained_vectors(), "peak": config.vector_learning_rate * unit},
             {"params": student.trained_steps(), "peak": config.step_learning_rate},
         ]
         on_gpu = self.device.type == "cuda"
@@ -88,6 +104,7 @@ class Distiller:
         self.step = 0
         self.history: list[Figures] = []
         self._prefix = {site.name: site.prefix_tokens for site in structure.attentions if not site.pools}
+        self._blocks = block_names(self._prefix) if config.block_weight else ()
 
     def run(self, on_step: Callable[[Figures], None] = lambda figures: None) -> list[Figures]:
         """Train from the current step to the last.
@@ -96,8 +113,8 @@ class Distiller:
             on_step: called with the metrics of every step; on a GPU for several steps at a time.
 
         Returns:
-            The metrics of every step from the first on: `step`, `loss` and its terms `answer` (outputs) and
-            `structure` (attention outputs).
+            The metrics of every step from the first on: `step`, `loss` and its terms `answer` (outputs),
+            `structure` (attention outputs) and `block` (block outputs; 0 if its weight is).
 
         Raises:
             ConfigurationError: the loss became NaN or infinite; the last checkpoint is kept.
@@ -135,7 +152,7 @@ class Distiller:
         """Run one optimizer step.
 
         Returns:
-            The loss, its output term and its (unweighted) structure term: `(3,)` fp32, on the device.
+            The loss, its output term and its (unweighted) structure and block terms: `(4,)` fp32, on the device.
         """
         enter_phase("step")
         config = self.config
@@ -145,22 +162,25 @@ class Distiller:
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak"] * factor
         pixels = self._batch()
-        answers, maps = self._teach(pixels)
+        answers, maps, blocks = self._teach(pixels)
         found: dict[str, Tensor] = {}
+        ours: dict[str, Tensor] = {}
         self.student.on_attention = found.__setitem__
-        with self._autocast():
+        with self._autocast(), _watch(self.student.model, self._blocks, ours):
             outputs = self.student(pixels)
         self.student.on_attention = None
         answer = self._distance(outputs, answers)
         parts = [head_structure(found[name], maps[name], prefix) for name, prefix in self._prefix.items()]
         structure = torch.stack(parts).mean() if parts else answer.new_zeros(())
-        loss = answer + config.structure_weight * structure
+        parts = [block_distance(ours[name], blocks[name]) for name in ours]
+        block = torch.stack(parts).mean() if parts else answer.new_zeros(())
+        loss = answer + config.structure_weight * structure + config.block_weight * block
         loss.backward()
         torch.nn.utils.clip_grad_norm_(list(self.names), config.clip_norm, foreach=True)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
-        return torch.stack([loss.detach(), answer.detach(), structure.detach()])
+        return torch.stack([loss.detach(), answer.detach(), structure.detach(), block.detach()])
 
     def _distance(self, student: Tensor, teacher: Tensor) -> Tensor:
         """The loss between the models' outputs `(N, C)`, by their kind: features, classes, labels or values."""
@@ -174,9 +194,10 @@ class Distiller:
         return value_distance(student, teacher)
 
     @torch.no_grad()
-    def _teach(self, pixels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """The teacher's outputs, and the output `(B, H, N, d)` of every attention, by name."""
+    def _teach(self, pixels: Tensor) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
+        """The teacher's outputs, the output `(B, H, N, d)` of every attention, and that of every block, by name."""
         maps: dict[str, Tensor] = {}
+        blocks: dict[str, Tensor] = {}
         fused = functional.scaled_dot_product_attention
 
         def keep(name: str, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
@@ -184,8 +205,9 @@ class Distiller:
             return maps[name]
 
         names = self.structure.attention_names
-        with self._autocast(), intercept_attention(self.teacher.model, names, keep):
-            return vision_outputs(self.teacher.model, pixels), maps
+        model = self.teacher.model
+        with self._autocast(), intercept_attention(model, names, keep), _watch(model, self._blocks, blocks):
+            return vision_outputs(model, pixels), maps, blocks
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.bf16)
@@ -223,65 +245,27 @@ def _order(seed: int, epoch: int, count: int) -> Tensor:
     return torch.randperm(count, generator=generator)
 
 
-def distillation(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """`T^2 KL(softmax(teacher/T) || softmax(student/T))`, mean over images: the loss for classes.
+def block_names(attentions: Iterable[str]) -> tuple[str, ...]:
+    """The numbered modules (transformer blocks) that contain these attentions, innermost ones, in the same order.
 
-    Args:
-        student: logits `(N, C)`.
-        teacher: logits `(N, C)`.
-        temperature: T.
-
-    Returns:
-        An fp32 scalar.
+    An attention outside of a numbered module has none.
     """
-    soft = functional.log_softmax(student.float() / temperature, dim=1)
-    target = functional.log_softmax(teacher.float() / temperature, dim=1)
-    return functional.kl_div(soft, target, reduction="batchmean", log_target=True) * temperature**2
+    found: dict[str, None] = {}
+    for name in attentions:
+        parts = name.split(".")
+        numbered = [index for index, part in enumerate(parts) if part.isdigit()]
+        if numbered:
+            found[".".join(parts[: numbered[-1] + 1])] = None
+    return tuple(found)
 
 
-def label_distillation(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """`distillation` for independent labels: T^2 times the KL divergence of their Bernoulli distributions.
+def _watch(model: nn.Module, names: Iterable[str], found: dict[str, Tensor]) -> ExitStack:
+    """A context in which the outputs of these modules are put into `found`; transformers' blocks return tuples."""
 
-    The divergence is summed over labels and averaged over images.
-    """
-    s, t = student.float() / temperature, teacher.float() / temperature
-    log_t, log_not_t = functional.logsigmoid(t), functional.logsigmoid(-t)
-    divergence = log_t.exp() * (log_t - functional.logsigmoid(s))
-    divergence = divergence + log_not_t.exp() * (log_not_t - functional.logsigmoid(-s))
-    return divergence.sum(1).mean() * temperature**2
+    def keep(name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        found[name] = output if isinstance(output, Tensor) else output[0]
 
-
-def value_distance(student: Tensor, teacher: Tensor) -> Tensor:
-    """The loss for regression outputs `(N, C)`: mean squared error relative to the teacher's variance over images.
-
-    For a single image, which has no variance, it is relative to the teacher's mean square.
-    """
-    s, t = student.float(), teacher.float()
-    varying = t - t.mean(0) if len(t) > 1 else t
-    return (s - t).square().mean() / varying.square().mean().clamp(min=1e-12)
-
-
-def feature_distance(student: Tensor, teacher: Tensor) -> Tensor:
-    """The loss for backbones, whose outputs are features `(N, C)`: `1 - cosine similarity`, mean over images."""
-    return (1 - functional.cosine_similarity(student.float(), teacher.float(), dim=1)).mean()
-
-
-def head_structure(student: Tensor, teacher: Tensor, prefix_tokens: int) -> Tensor:
-    """The structural loss of an attention's outputs: `1 - mean S`, `S = (2 cov + C2) / (var_t + var_s + C2)`.
-
-    Covariance and variances are those over the patch tokens; the mean is over images, heads and channels.
-
-    Args:
-        student: the student's attention output `(B, H, N, d)`, where B is images times windows.
-        teacher: the teacher's attention output, of the same shape; gets no gradient.
-        prefix_tokens: number of leading tokens that are not patches and are excluded.
-
-    Returns:
-        An fp32 scalar: 0 for equal or shifted outputs, about 1 for independent, about 2 for negated ones.
-    """
-    s = student[:, :, prefix_tokens:].float()
-    t = teacher.detach()[:, :, prefix_tokens:].float()
-    s, t = s - s.mean(2, keepdim=True), t - t.mean(2, keepdim=True)
-    covariance = (s * t).mean(2)
-    similarity = (2 * covariance + _C2) / (s.square().mean(2) + t.square().mean(2) + _C2)
-    return 1 - torch.mean(similarity)
+    hooks = ExitStack()
+    for name in names:
+        hooks.enter_context(model.get_submodule(name).register_forward_hook(partial(keep, name)))
+    return hooks

@@ -1,41 +1,31 @@
-"""Initial values of a student: number formats, scales of weights and activations, and weights prepared for rounding.
+"""Initial values of a student: number formats, and scales of weights and activations.
 
 The range of each activation is the one with the smallest squared rounding error on a sample of its values. The search
 shrinks the observed range at both ends together, then at each end separately, because few distributions are symmetric:
-GELU's minimum is -0.17, that of probabilities is zero.
-
-Weights are rounded with error compensation (GPTQ, arXiv 2210.17323): columns are rounded one after the other, and the
-error of each is compensated in the columns that are not yet rounded, by Optimal Brain Surgeon's update with the second
-moments of the layer's inputs. These are the inputs of the deployed layer, rounded to its activation grid. The functions
-here return each weight with all compensations, as it was just before it was rounded. Rounding it to nearest gives the
-compensated codes; and a student that starts from these unrounded values retains how close each of them is to the next
-code.
+GELU's minimum is -0.17, that of probabilities is zero. Some ranges of few bits are chosen again, see `output_ranges`.
+Weights are prepared for rounding in `rounding`.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from contextlib import ExitStack
-from functools import partial
 from typing import Final
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fp8pipe.core.devices import to_device
-from fp8pipe.models.vision.prepare import vision_outputs
 from fp8pipe.models.vision.quantized import QuantizedVit, Quantizer, activation_sites
 from fp8pipe.models.vision.sources import VisionModel
 from fp8pipe.models.vision.structure import VitStructure
 from fp8pipe.numerics.grids import E4M3
 from fp8pipe.numerics.kinds import Kind, Precision
-from fp8pipe.numerics.nvfp4 import BLOCK, BlockQuantizer, BlockScales, choose_block_scales, e2m1_round, tensor_scale
+from fp8pipe.numerics.nvfp4 import BLOCK, BlockQuantizer, BlockScales, choose_block_scales, tensor_scale
 from fp8pipe.numerics.quantizers import (
     INT8_MAX,
     INT8_MIN,
     ActivationQuantizer,
-    compensated_round,
     nearest_codes,
     storable_scale,
     weight_limits,
@@ -172,104 +162,6 @@ def choose_steps(vision: VisionModel, formats: Mapping[str, WeightFormat]) -> di
         weight = vision.model.get_submodule(name).get_parameter("weight")
         found[name] = choose_block_scales(weight) if form.kind is Kind.NVFP4 else choose_step(weight, form)
     return found
-
-
-# Relative to the mean second moment; prevents errors from being moved to input channels that never vary.
-_DAMPING: Final = 0.01
-_COLUMNS: Final = 64  # columns per block in GPTQ's solver
-_NEAREST_FROM_BITS: Final = 8  # from this bit width on, round-to-nearest is accurate enough
-
-
-def second_moments(
-    vision: VisionModel,
-    structure: VitStructure,
-    activations: Mapping[str, Quantizer],
-    batches: Iterable[Tensor],
-) -> dict[str, Tensor]:
-    """Second moments (mean of x x^T) of the quantized inputs of linear layers, measured on the float model.
-
-    Args:
-        vision: the float model.
-        structure: its structure.
-        activations: quantizers by activation site.
-        batches: normalized pixels `(N, 3, H, W)`, on the model's device.
-
-    Returns:
-        `(in, in)` fp32 for each group of linear layers with the same input, without the patch embedding.
-    """
-    sums: dict[str, Tensor] = {}
-    counts = dict.fromkeys((site.input_group for site in structure.linears if site.kind == "linear"), 0)
-
-    def note(group: str, module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        rows, quantizer = args[0].flatten(0, -2).float(), activations.get(f"{group}.input")
-        rows = rows if quantizer is None else quantizer.fake(rows)
-        product = rows.T @ rows
-        sums[group] = product if group not in sums else sums[group].add_(product)
-        counts[group] += rows.shape[0]
-
-    with ExitStack() as hooks, torch.no_grad():
-        for group in counts:
-            hooks.enter_context(vision.model.get_submodule(group).register_forward_pre_hook(partial(note, group)))
-        for pixels in batches:
-            vision_outputs(vision.model, pixels)
-    return {group: sums[group] / count for group, count in counts.items()}
-
-
-def compensate(weight: Tensor, step: Tensor | BlockScales, bits: int, moments: Tensor) -> Tensor:
-    """A weight matrix with the rounding errors of earlier columns compensated in later ones, not yet rounded.
-
-    Args:
-        weight: `(out, in)`.
-        step: positive scales `(out,)` fp32 of integer codes, or the block scales of NVFP4.
-        bits: bit width of integer codes.
-        moments: `(in, in)` second moments of the input.
-
-    Returns:
-        `(out, in)` fp32; rounding to nearest gives the compensated codes.
-    """
-    scales = step.product if isinstance(step, BlockScales) else step.unsqueeze(1)
-    width = weight.shape[1] // scales.shape[1]  # columns that share a scale
-
-    def round_column(value: Tensor, column: int) -> Tensor:
-        scale = scales[:, column // width]
-        units = value / scale
-        rounded = e2m1_round(units) if isinstance(step, BlockScales) else nearest_codes(units, *weight_limits(bits))
-        return rounded.mul_(scale)
-
-    return compensated_round(
-        weight, moments, round_column, block=_COLUMNS, damping=_DAMPING, damping_floor=1e-12, fused=False
-    ).before
-
-
-@torch.no_grad()
-def compensate_model(
-    model: nn.Module,
-    structure: VitStructure,
-    formats: Mapping[str, WeightFormat],
-    steps: Mapping[str, Tensor | BlockScales],
-    moments: Mapping[str, Tensor],
-) -> int:
-    """Replace the weights of linear layers of fewer than 8 bits with those of `compensate`, in place.
-
-    Args:
-        model: the float model; changed in place.
-        structure: its structure.
-        formats: weight formats by layer.
-        steps: weight scales by layer.
-        moments: second moments by input group.
-
-    Returns:
-        The number of changed layers.
-    """
-    done = 0
-    for site in structure.linears:
-        form = formats.get(site.name)
-        if form is None or form.kind is Kind.E4M3 or form.bits >= _NEAREST_FROM_BITS or site.input_group not in moments:
-            continue
-        weight, step = model.get_submodule(site.name).get_parameter("weight"), steps[site.name]
-        weight.copy_(compensate(weight, step, form.bits, moments[site.input_group]))
-        done += 1
-    return done
 
 
 _EDGE_BITS = 8

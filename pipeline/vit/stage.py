@@ -18,7 +18,7 @@ from calibration.image_set import ImageSet
 from calibration.make import ImageRequest, make_images, read_images
 from fp8pipe.artifact import Artifact, ArtifactWriter, check_place
 from fp8pipe.artifact.kinds import VIT_KIND
-from fp8pipe.core.devices import on_device, parts_on
+from fp8pipe.core.devices import on_device, parts_on, to_device
 from fp8pipe.core.plan import enter_phase
 from fp8pipe.core.progress import track
 from fp8pipe.core.work import WorkPool
@@ -42,11 +42,11 @@ from pipeline.vit.initialise import (
     activation_kinds,
     choose_quantizer,
     choose_steps,
-    compensate_model,
     sample_sites,
-    second_moments,
     weight_formats,
 )
+from pipeline.vit.output_ranges import refine_ranges
+from pipeline.vit.rounding import compensate_model, input_moments, refit_model
 from pipeline.vit.student import Student
 from pipeline.vit.transforms.apply import Transformed, apply_transforms
 
@@ -207,10 +207,13 @@ def begin_student(config: QuantizeVitConfig, vision: VisionModel, structure: Vit
     kinds = activation_kinds(structure, config.precision)
     samples = sample_sites(vision, structure, parts_on(pixels, _BATCH, device), config.seed)
     activations = {site: choose_quantizer(values, bits[site], kinds[site]) for site, values in samples.items()}
+    activations = refine_ranges(vision, structure, activations, bits, to_device(pixels[:_BATCH], device))
     formats = weight_formats(structure, config.precision, config.edges)
+    if config.rounding == "nearest":
+        return Student(vision, structure, formats, choose_steps(vision, formats), activations)
+    moments = input_moments(vision, structure, activations, parts_on(pixels, _BATCH, device))
+    vision = replace(vision, model=copy.deepcopy(vision.model))
+    refit_model(vision.model, structure, formats, moments)
     steps = choose_steps(vision, formats)
-    if config.rounding == "compensated":
-        moments = second_moments(vision, structure, activations, parts_on(pixels, _BATCH, device))
-        vision = replace(vision, model=copy.deepcopy(vision.model))
-        compensate_model(vision.model, structure, formats, steps, moments)
+    compensate_model(vision.model, structure, formats, steps, moments)
     return Student(vision, structure, formats, steps, activations)

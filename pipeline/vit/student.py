@@ -164,8 +164,17 @@ class Student(nn.Module):
         return x if rounded is None else rounded.forward(x)
 
     def trained_weights(self) -> list[nn.Parameter]:
-        """All parameters except steps: unrounded weights, biases, norms, embeddings."""
-        return [p for n, p in self.model.named_parameters() if not n.endswith("log_step")]
+        """The unrounded weights of the linear layers, including those that are not quantized."""
+        return [p for n, p in self.model.named_parameters() if n in self._weight_names()]
+
+    def trained_vectors(self) -> list[nn.Parameter]:
+        """All parameters except weights of linear layers and steps: biases, norms, layer scales, embeddings."""
+        names = self._weight_names()
+        return [p for n, p in self.model.named_parameters() if n not in names and not n.endswith("log_step")]
+
+    def _weight_names(self) -> set[str]:
+        rounded = {f"{name}.parametrizations.weight.original" for name in self.formats}
+        return rounded | {f"{name}.weight" for name in self.structure.linear_names if name not in self.formats}
 
     def trained_steps(self) -> list[nn.Parameter]:
         """The logarithms of all steps of weights and activations."""

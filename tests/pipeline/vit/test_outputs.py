@@ -15,7 +15,7 @@ from vit_families import family, vision_family
 from fp8pipe.artifact import Verdict, none_of, open_artifact
 from fp8pipe.cli import main
 from fp8pipe.models.vision.sources import save_vision_model
-from pipeline.vit.distill import distillation, label_distillation, value_distance
+from pipeline.vit.losses import distillation, label_distillation, value_distance
 
 _FEW = ("--images", 8, "--distill-steps", 1, "--calibration", "gaussian")
 

@@ -23,6 +23,7 @@ from pipeline.vit.initialise import (
     sample_sites,
     weight_formats,
 )
+from pipeline.vit.stage import begin_student
 from pipeline.vit.student import Student, WeightFormat, fake_quantize
 
 
@@ -77,8 +78,31 @@ def test_every_family_can_be_a_student(name):
     student, vision, structure, pixels = make_student(name)
     history = Distiller(student, vision, structure, pixels, settings(steps=1, bf16=True), 0).run()
     assert len(history) == 1
+    assert history[0]["block"] > 0
     with torch.no_grad():
         assert torch.equal(student(pixels[:2]), student.deploy()(pixels[:2]))
+
+
+@pytest.mark.parametrize("bits", ["w4a4", "wnvfp4anvfp4"])
+def test_every_parameter_has_one_learning_rate(bits):
+    config = build_config(QuantizeVitConfig, {"model": "m", "bits": bits, "rounding": "nearest"})
+    vision = vision_family(family("timm-vit"))
+    structure = read_structure(vision.model, vision.architecture.image_size)
+    student = begin_student(config, vision, structure, random_pixels(family("timm-vit"), 4))
+    names = {parameter: name for name, parameter in student.named_parameters()}
+    weights, vectors, steps = student.trained_weights(), student.trained_vectors(), student.trained_steps()
+    assert len({*weights, *vectors, *steps}) == len(weights) + len(vectors) + len(steps) == len(names)
+    assert len(weights) == len(structure.linears)
+    assert all(parameter.dim() > 1 for parameter in weights)
+    assert {names[parameter].rsplit(".", 1)[1] for parameter in vectors} == {"bias", "weight", "cls_token", "pos_embed"}
+    assert all(names[p].endswith("norm.weight") or ".norm" in names[p] for p in vectors if "weight" in names[p])
+
+
+def test_a_weight_of_zero_leaves_blocks_alone():
+    student, vision, structure, pixels = make_student()
+    history = Distiller(student, vision, structure, pixels, settings(steps=1, block_weight=0.0), 0).run()
+    assert history[0]["block"] == 0
+    assert history[0]["loss"] == pytest.approx(history[0]["answer"] + 10 * history[0]["structure"])
 
 
 def settings(**changes: object) -> DistillConfig:

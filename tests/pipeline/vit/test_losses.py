@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pipeline.vit.distill import distillation, feature_distance, head_structure
+from pipeline.vit.distill import block_names
+from pipeline.vit.losses import block_distance, distillation, feature_distance, head_structure
 
 
 def _maps(seed: int = 0) -> torch.Tensor:
@@ -55,3 +56,16 @@ def test_features_are_compared_by_direction():
     a = torch.tensor([[3.0, 4.0]])
     assert float(feature_distance(a * 7, a)) == pytest.approx(0.0, abs=1e-6)
     assert float(feature_distance(-a, a)) == pytest.approx(2.0)
+
+
+def test_a_block_is_compared_relative_to_the_variance_of_its_teacher():
+    teacher = torch.randn(3, 5, 4, generator=torch.Generator().manual_seed(0)) * torch.tensor([1.0, 2.0, 3.0, 4.0])
+    assert float(block_distance(teacher, teacher)) == 0
+    assert float(block_distance(teacher.mean((0, 1)).expand(3, 5, 4), teacher)) == pytest.approx(1.0)
+    variance = teacher.double().flatten(0, 1).var(0, correction=0).sum()
+    assert float(block_distance(teacher + 0.5, teacher)) == pytest.approx(float(4 * 0.25 / variance), rel=1e-5)
+
+
+def test_blocks_are_the_innermost_numbered_modules():
+    names = ["layers.0.blocks.1.attn", "layers.0.blocks.1.cross", "blocks.2.attn", "pool.attention"]
+    assert block_names(names) == ("layers.0.blocks.1", "blocks.2")
