@@ -173,7 +173,7 @@ class KvCacheFacts(FrozenConfig):
 class TunedDetails(Details):
     """Details of a fine-tuned language model."""
 
-    adapter: str = Field(description="what became of the adapter: flushed into FP8 codes, or merged into bf16 weights")
+    adapter: str = Field(description="what became of it: flushed into FP8 or NVFP4 codes, or merged into bf16 weights")
     rule: str | None = Field(default=None, description="FALQON's update rule")
     rank: int | None = Field(default=None, description="rank of the adapter")
     base_dtype: str | None = Field(default=None, description="dtype of activations and unconverted weights")

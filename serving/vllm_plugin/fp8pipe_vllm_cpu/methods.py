@@ -37,6 +37,7 @@ from vllm.model_executor.layers.quantization.utils.fp8_utils import (
 )
 from vllm.model_executor.layers.quantization.utils.quant_utils import is_layer_skipped
 from vllm.model_executor.layers.utils import cpu_unquantized_gemm, dispatch_cpu_unquantized_gemm
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, UnquantizedEmbeddingMethod
 from vllm.model_executor.parameter import BlockQuantScaleParameter, PerTensorScaleParameter
 
 from fp8pipe_vllm_cpu import Settings
@@ -233,14 +234,15 @@ class CpuFp8Config(Fp8Config):
 class CpuModelOptNvFp4Config(ModelOptNvFp4Config):
     """vLLM's `modelopt_fp4` configuration with the linear layers replaced."""
 
-    @classmethod
-    def get_supported_act_dtypes(cls) -> list[torch.dtype]:
+    def get_supported_act_dtypes(self) -> list[torch.dtype]:
         """vLLM's dtypes plus fp32: dequantized layers run in any dtype, and parity is checked in fp32."""
         return [*super().get_supported_act_dtypes(), torch.float32]
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> Any:
         """The quantization method of a layer (vLLM's interface)."""
         method = super().get_quant_method(layer, prefix)
+        if isinstance(method, UnquantizedLinearMethod) and isinstance(layer, ParallelLMHead):
+            return UnquantizedEmbeddingMethod()  # as without quantization; the other packs the weight and drops it
         if not isinstance(method, ModelOptLinearMethod):
             return method
         _announce("modelopt", "NVFP4")
