@@ -2,7 +2,8 @@
 
 Every run makes an artifact (`finetune`) and exports it to an FP8 checkpoint (`export`). The checkpoint is evaluated as
 an engine would serve it: with FP8 weights, and activations cast to FP8 with one dynamic scale per token. Runs with LoRA
-do what FALQON replaces: train bf16 adapters, merge them, and quantize the result to FP8 with one scale per channel.
+do what FALQON replaces: train bf16 adapters, merge them, and quantize the result to FP8 with one scale per channel. The
+losses on unrelated texts (`unrelated_text.py`) tell what the exported weights have forgotten.
 
     python benchmarks/update_rules.py --runs live:2e-3 lora:1e-3 released:2e-3 --seeds 0 1 2 --output runs/rules.jsonl
 
@@ -27,12 +28,14 @@ from fp8pipe.artifact.kinds import TunedDetails
 os.environ.setdefault("GOMP_SPINCOUNT", "5000")  # the same setting as in fp8pipe's commands (fp8pipe/core/machine.py)
 
 import torch
+from unrelated_text import texts, unrelated_losses
 
 from exporters.vllm.export import export_vllm
 from exporters.vllm.options import VllmExportOptions
 from exporters.vllm.reopen import load_torch_model
 from fp8pipe.artifact import open_artifact
 from fp8pipe.core.config import build_config
+from fp8pipe.models.language.base import load_tokenizer
 from fp8pipe.models.language.sources import resolve_model
 from fp8pipe.numerics.grids import E4M3, amax_scale
 from pipeline.falqon.rules import RULES
@@ -68,14 +71,15 @@ def configure(method, rate, seed, options):
 
 
 def evaluate_export(export, config):
-    """The held-out loss of an exported checkpoint with FP8 weights only, and with FP8 activations, too."""
+    """Losses of an export: of held-out records, with FP8 weights alone and with FP8 activations, and of other texts."""
     model = load_torch_model(export, torch.bfloat16)
     text = load_text(config, resolve_model(config.model))
     batches = [text.heldout.at(i) for i in range(len(text.heldout))]
-    weights_only = heldout_loss(model, batches, "cpu")
+    found = {"exported_weights": heldout_loss(model, batches, "cpu")}
+    found |= unrelated_losses(model, load_tokenizer(resolve_model(config.model).path))
     for name in [layer.name for layer in open_artifact(export).manifest.layers if layer.converted]:
         model.get_submodule(name).register_forward_pre_hook(cast_tokens)
-    return weights_only, heldout_loss(model, batches, "cpu")
+    return found | {"exported": heldout_loss(model, batches, "cpu")}
 
 
 def run(method, rate, seed, options):
@@ -87,11 +91,11 @@ def run(method, rate, seed, options):
         seconds = time.perf_counter() - started
         history = [json.loads(line) for line in (artifact.root / "metrics.jsonl").read_text().splitlines()]
         export = export_vllm(artifact.root, Path(scratch) / "export", VllmExportOptions())
-        weights_only, served = evaluate_export(export.root, config)
+        losses_of_export = evaluate_export(export.root, config)
     losses = [line["heldout_loss"] for line in history if "heldout_loss" in line]
     return {
         "method": method, "rate": rate, "seed": seed, "untuned": losses[0], "trained": losses[-1],
-        "exported_weights": weights_only, "exported": served, "seconds": round(seconds, 1),
+        **losses_of_export, "seconds": round(seconds, 1),
         "final_merge": artifact.manifest.details_of(TunedDetails).final_merge.model_dump(),
         "steps": config.steps, "tokens_a_step": config.batch_size * config.sequence_length, "rank": config.rank,
         "torch": torch.__version__, "processor": platform.processor() or platform.machine(),
@@ -108,7 +112,8 @@ def summarise(rows):
         groups[row["method"], row["rate"]].append(row)
     best = min((mean(r["trained"] for r in g), g) for (m, _), g in groups.items() if m == "lora")[1]
     untuned, tuned = mean(r["untuned"] for r in best), mean(r["trained"] for r in best)
-    print(f"{'method':24}{'rate':>8}{'seeds':>6}{'trained':>9}{'exported W':>12}{'exported':>10}{'+-':>8}{'share':>8}")
+    heads = f"{'trained':>9}{'exported W':>12}{'exported':>10}{'+-':>8}{'share':>8}"
+    print(f"{'method':24}{'rate':>8}{'seeds':>6}{heads}" + "".join(f"{name:>9}" for name in texts()))
     for (method, rate), group in sorted(groups.items()):
         exported = [r["exported"] for r in group]
         share = (untuned - mean(exported)) / (untuned - tuned)
@@ -116,6 +121,7 @@ def summarise(rows):
         print(
             f"{method:24}{rate:8.0e}{len(group):6}{mean(r['trained'] for r in group):9.4f}"
             f"{mean(r['exported_weights'] for r in group):12.4f}{mean(exported):10.4f}{spread:8.4f}{share:8.3f}"
+            + "".join(f"{mean(row[name] for row in group):9.4f}" for name in texts())
         )
 
 

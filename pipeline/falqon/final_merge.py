@@ -13,7 +13,6 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +23,6 @@ from fp8pipe.numerics.quantizers import compensated_round
 from pipeline.falqon.flush import FlushReport, flush_report, rounded_rows, target_rows
 from pipeline.falqon.layer import FalqonLinear
 from pipeline.falqon.rules import FinalMerge
-from pipeline.falqon.stacked import StackedLinear
 from pipeline.finetune.compiled import uncompiled
 
 _LOG = logging.getLogger(__name__)
@@ -34,13 +32,12 @@ _COLUMNS = 128  # columns per block in GPTQ's solver
 _DAMPING = 0.001
 _MOMENT_BYTES = 1 << 29  # maximum total size of the second moments in memory at the same time
 
-L = TypeVar("L", bound=StackedLinear)
 Inputs = Callable[[], Iterable[dict[str, Tensor]]]
 Merged = tuple[dict[str, FlushReport], list[str]]
-MergeGroup = Callable[[nn.Module, dict[str, L], FinalMerge, Inputs], Merged]
+MergeGroup = Callable[[nn.Module, dict[str, FalqonLinear], FinalMerge, Inputs], Merged]
 
 
-def second_moments(model: nn.Module, layers: Mapping[str, StackedLinear], inputs: Inputs) -> dict[str, Tensor]:
+def second_moments(model: nn.Module, layers: Mapping[str, FalqonLinear], inputs: Inputs) -> dict[str, Tensor]:
     """`X^T X` of each layer's input X, summed over all batches: fp32 `(in, in)`, by name.
 
     A layer that no token reached, such as an expert, has no entry.
@@ -62,7 +59,7 @@ def add_moment(moments: dict[str, Tensor], name: str, x: Tensor) -> None:
 
 
 @contextmanager
-def observed_inputs(layers: Mapping[str, StackedLinear], see: Callable[[str, Tensor], None]) -> Iterator[None]:
+def observed_inputs(layers: Mapping[str, FalqonLinear], see: Callable[[str, Tensor], None]) -> Iterator[None]:
     """A context in which `see` is called with the name and the input `(tokens, in)` of each call of these layers."""
     for name, layer in layers.items():
         layer.observer = partial(see, name)
@@ -94,7 +91,7 @@ def merge_group(model: nn.Module, layers: dict[str, FalqonLinear], how: FinalMer
 
 @torch.no_grad()
 def merge_all(
-    model: nn.Module, layers: dict[str, L], how: FinalMerge, inputs: Inputs, merge: MergeGroup[L],
+    model: nn.Module, layers: dict[str, FalqonLinear], how: FinalMerge, inputs: Inputs, merge: MergeGroup,
 ) -> dict[str, FlushReport]:  # fmt: skip
     """Merge all of B into the codes of every layer at the end of training, after which B is zero.
 
@@ -118,7 +115,7 @@ def merge_all(
     return reports
 
 
-def is_unseen(layer: StackedLinear, how: FinalMerge, moments: Tensor | None) -> bool:
+def is_unseen(layer: FalqonLinear, how: FinalMerge, moments: Tensor | None) -> bool:
     """Whether the rounding of a layer with an update should be compensated, but no token has reached it."""
     return how is FinalMerge.COMPENSATED and moments is None and bool(layer.lora_B.any())
 

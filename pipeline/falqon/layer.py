@@ -19,6 +19,7 @@ frozen A; the update accumulates in B until it is large enough to survive roundi
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -28,10 +29,9 @@ from torch.autograd.function import once_differentiable
 from fp8pipe.numerics.backends import backend
 from fp8pipe.numerics.grids import E4M3, Scale
 from fp8pipe.numerics.kinds import ScaleRule
-from pipeline.falqon.stacked import StackedLinear
 
 
-class FalqonLinear(StackedLinear):
+class FalqonLinear(nn.Module):
     """A linear layer `y = x W^T (+ x A^T B^T) + bias` on FP8 codes, trainable through B alone.
 
     Args:
@@ -51,6 +51,7 @@ class FalqonLinear(StackedLinear):
     inverse_scale: Tensor | None
     columns: Tensor | None
     one: Tensor | None
+    bias: Tensor | None
 
     def __init__(
         self,
@@ -62,10 +63,17 @@ class FalqonLinear(StackedLinear):
         bias: Tensor | None = None,
         live: bool = True,
     ) -> None:
-        super().__init__((codes.shape[0] - rank, codes.shape[1]), rank, parts, bias, codes.device)
-        self.live = live
+        super().__init__()
+        self.rank, self.live = rank, live
+        self.out_features, self.in_features = codes.shape[0] - rank, codes.shape[1]
+        self.parts = parts or (self.out_features,)
+        self.observer: Callable[[Tensor], None] | None = None  # called with every input, `(tokens, in)`
+        if sum(self.parts) != self.out_features:
+            raise ValueError(f"parts {self.parts} do not add up to {self.out_features} rows")
         if live and scale.rule is ScaleRule.EXACT:
             raise ValueError("a live layer needs power-of-two scales: B's products share a buffer with FP8 values")
+        self.register_buffer("bias", None if bias is None else bias.detach())
+        self.lora_B = nn.Parameter(torch.zeros(self.out_features, rank, device=codes.device))
         # A parameter, as FSDP shards no buffers; of bytes, as DTensor cannot gather float8.
         self.code_bytes = nn.Parameter(codes.view(torch.uint8), requires_grad=False)
         self.register_buffer("scale", scale.value)
@@ -95,10 +103,23 @@ class FalqonLinear(StackedLinear):
         """A's codes, `(rank, in)` float8_e4m3fn, a view; they have the same scale as W's."""
         return self.codes[self.out_features :]
 
-    def product(self, x: Tensor, parts: tuple[int, ...]) -> tuple[Tensor, ...]:
-        """See `StackedLinear.product`."""
-        outputs: tuple[Tensor, ...] = _FalqonProduct.apply(x, self.lora_B, self, parts)  # type: ignore[no-untyped-call]
-        return outputs
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the layer to `(..., in)` in bf16 or fp32; returns `(..., out)` in the same dtype."""
+        (y,) = self.forward_parts(x, (self.out_features,))
+        return y
+
+    def forward_parts(self, x: Tensor, parts: tuple[int, ...]) -> tuple[Tensor, ...]:
+        """Like `forward`, but with the output split along its last dimension into the widths `parts`.
+
+        Without a bias, the returned tensors share one buffer.
+        """
+        flat = x.reshape(-1, self.in_features)
+        if self.observer is not None:
+            self.observer(flat)
+        outputs: tuple[Tensor, ...] = _FalqonProduct.apply(flat, self.lora_B, self, parts)  # type: ignore[no-untyped-call]
+        if self.bias is not None:
+            outputs = tuple(y + b for y, b in zip(outputs, self.bias.split(parts), strict=True))
+        return tuple(y.view(*x.shape[:-1], width) for y, width in zip(outputs, parts, strict=True))
 
     def extra_repr(self) -> str:
         """Shape, rank, format and mode of the layer, shown when the model is printed."""
