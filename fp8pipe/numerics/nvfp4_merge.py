@@ -57,7 +57,6 @@ def merge_packed(
     scale: float,
     moments: Tensor,
     *,
-    present: Tensor | None = None,
     offsets: Sequence[int] = SEARCHED,
     damping: float = DAMPING,
 ) -> Packed:
@@ -67,34 +66,22 @@ def merge_packed(
         weight: `(out, in)`, finite, any floating-point dtype; `in` is a multiple of 16.
         scale: the global scale of its group, a power of two (`nvfp4_weights.global_scale`).
         moments: `(in, in)` fp32, X^T X of the layer's inputs up to a constant factor.
-        present: block scales that the weight had before it was trained, float8_e4m3fn `(out, in / 16)`, which become
-            the first candidates. A row that is on their grid keeps every code and scale.
-        offsets: the other candidates, as in `quantize_packed`.
+        offsets: candidates for block scales, as in `quantize_packed`.
         damping: number added to the diagonal of H, as a fraction of the diagonal's mean.
 
     Returns:
-        Codes and block scales. In no row is the error of the output under H larger than with the nearest rounding, be
-        it with the nearest scales or with those `present`, up to the rounding of fp32 sums.
+        Codes and block scales. In no row is the error of the output under H larger than with the nearest codes and
+        scales, up to the rounding of fp32 sums.
 
     Raises:
         ValueError: see `quantize_packed`.
     """
     target = weight.detach().float()
     nearest = Packed(*quantize_packed(target, scale, NEAREST))
-    best = _compensated(target, scale, moments, present, offsets, damping)
-    least = output_errors(dequantize_packed(*best, scale), target, moments)
-    for other in [nearest, *([] if present is None else [_nearest(target, scale, present)])]:
-        error = output_errors(dequantize_packed(*other, scale), target, moments)
-        better = (error <= least).unsqueeze(1)
-        least = torch.minimum(error, least)
-        best = Packed(torch.where(better, other.codes, best.codes), _where(better, other.blocks, best.blocks))
-    return best
-
-
-def _nearest(target: Tensor, scale: float, blocks: Tensor) -> Packed:
-    """The nearest codes for given block scales."""
-    values = e2m1_round(target.unflatten(1, (-1, BLOCK)) / (blocks.float() * scale).unsqueeze(-1))
-    return Packed(pack_nibbles(e2m1_codes(values).flatten(-2)), blocks)
+    best = _compensated(target, scale, moments, offsets, damping)
+    least, error = (output_errors(dequantize_packed(*each, scale), target, moments) for each in (best, nearest))
+    better = (error <= least).unsqueeze(1)
+    return Packed(torch.where(better, nearest.codes, best.codes), _where(better, nearest.blocks, best.blocks))
 
 
 def _where(chosen: Tensor, one: Tensor, other: Tensor) -> Tensor:
@@ -111,9 +98,7 @@ def _order(moments: Tensor) -> Tensor:
     return order
 
 
-def _compensated(
-    target: Tensor, scale: float, moments: Tensor, present: Tensor | None, offsets: Sequence[int], damping: float
-) -> Packed:
+def _compensated(target: Tensor, scale: float, moments: Tensor, offsets: Sequence[int], damping: float) -> Packed:
     order = _order(moments)
     factor = inverse_factor(moments[order][:, order], damping, 0.0)
     work = target.t()[order].contiguous()  # (in, out), so that the weights of an input are contiguous
@@ -121,7 +106,7 @@ def _compensated(
     blocks = torch.empty(target.shape[0], target.shape[1] // BLOCK, dtype=torch.uint8, device=target.device)
     for start in range(0, len(order), BLOCK):
         stop, place = start + BLOCK, order[start] // BLOCK
-        codes = _candidates(work[start:stop], scale, None if present is None else present[:, place], offsets)
+        codes = _candidates(work[start:stop], scale, offsets)
         found = _round_block(work[start:stop], codes, scale, factor[start:stop, start:stop])
         values[start:stop], blocks[:, place] = found.units, found.codes
         work[stop:].addmm_(factor[start:stop, stop:].t(), found.errors, alpha=-1.0)
@@ -129,12 +114,11 @@ def _compensated(
     return Packed(pack_nibbles(e2m1_codes(values[back].t())), blocks.view(E4M3.dtype))
 
 
-def _candidates(block: Tensor, scale: float, present: Tensor | None, offsets: Sequence[int]) -> Tensor:
+def _candidates(block: Tensor, scale: float, offsets: Sequence[int]) -> Tensor:
     """Codes of the scales to try for a block `(16, out)`: uint8 `(candidates, out)`."""
     amax = block.abs().amax(0)
     nearest = E4M3.cast(amax / (E2M1_MAX * scale)).view(torch.uint8).int()
-    tried = torch.stack([nearest + offset for offset in offsets]).clamp_(*BLOCK_SCALE_CODES).to(torch.uint8)
-    return tried if present is None else torch.cat([present.view(torch.uint8).unsqueeze(0), tried])
+    return torch.stack([nearest + offset for offset in offsets]).clamp_(*BLOCK_SCALE_CODES).to(torch.uint8)
 
 
 class _Rounded(NamedTuple):
