@@ -51,6 +51,7 @@ class WorkflowRunner:
         self.state, self._show = state, show
         self._running: dict[str, tuple[StageProcess, StageStatus, str]] = {}
         self._failed = False
+        self._began = ""  # UTC time, if this run does something
         self._locks: tuple[int, ...] = ()
 
     def check(self, stages: Sequence[StageSpec]) -> None:
@@ -112,6 +113,7 @@ class WorkflowRunner:
             specs = [status.spec for status in self.state.statuses() if status.run]
             self.check(specs)
             self.require_gpus(specs)
+            self._began = _now() if specs else ""
             write_recipe(self.state)
             try:
                 self._schedule()
@@ -260,7 +262,8 @@ class WorkflowRunner:
         records = self.state.records
         return RunRecord(
             recipe=self.state.recipe.name, resolved=self.state.recipe.plain(), tool_version=__version__,
-            versions=self.state.versions, machine=describe_machine(), started=_now(),
+            versions=self.state.versions, machine=describe_machine(),
+            started=self._began or self.state.started or _now(),
             stages=[records[spec.name] for spec in self.state.recipe.stages if spec.name in records],
         )  # fmt: skip
 

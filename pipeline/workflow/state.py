@@ -113,12 +113,14 @@ class RunState:
         self.versions = installed_versions(VERSIONS)
         self._former = self._previous()
         self.records: dict[str, StageRecord] = {}
+        self.started = ""  # of the last run that did something
         self.reread()
 
     def reread(self) -> None:
         """Take the records of all stages from the directory, as other processes may have written some."""
         written = self._previous()
         self.records = {stage.name: stage for stage in written.stages} if written else {}
+        self.started = written.started if written else ""
 
     def settings(self, spec: StageSpec) -> dict[str, Any]:
         """A stage's settings, with references to other stages replaced by the paths of their outputs."""

@@ -15,6 +15,7 @@ from fp8pipe.artifact.gate import Comparison, Verdict
 from fp8pipe.artifact.runs import read_run
 from fp8pipe.core.errors import ConfigurationError, Fp8PipeError
 from pipeline.workflow import locks
+from pipeline.workflow import runner as workflow
 
 STAGES = {
     "base": {"command": "work", "value": 1, "steps": 2},
@@ -47,12 +48,22 @@ def changed(**stages):
     return found
 
 
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock of which every reading is a second later."""
+    seconds = iter(range(10_000))
+    monkeypatch.setattr(workflow, "_now", lambda: f"2026-01-01T00:00:00+{next(seconds):04d}")
+
+
+@pytest.mark.usefixtures("clock")
 def test_everything_runs_once_and_then_nothing(runner):
     record = runner.run(STAGES)
     assert runner.started == ["base", "left", "right", "proof"]
     assert record.verdict is Verdict.ACCEPT
+    assert record.started < min(stage.started for stage in record.stages)
     again = runner.run(STAGES)
     assert runner.started == []
+    assert again.started == record.started
     assert [stage.content for stage in again.stages] == [stage.content for stage in record.stages]
     assert read_run(runner.directory) == again
     assert all(stage.seconds > 0 and stage.peak_rss_bytes > 1e6 for stage in record.stages)
