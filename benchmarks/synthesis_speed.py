@@ -96,7 +96,7 @@ class Plain:
 def plain_step(plain, canvas, streams, labels, step):
     """One optimizer step of the plain implementation, with a complete backward pass (`loss.backward()`)."""
     pixels = canvas.pixels()
-    total = plain.losses(pixels, view(pixels, None, streams, step, plain.config)[0], labels)
+    total = plain.losses(pixels, view(pixels, streams, step, plain.config), labels)
     total.backward()
     canvas.step([p.grad for p in canvas.parameters], plain.config.learning_rate)
     for parameter in (*canvas.parameters, *plain.vision.model.parameters()):
@@ -106,8 +106,8 @@ def plain_step(plain, canvas, streams, labels, step):
 def our_step(ours, canvas, streams, labels, step):
     """One optimizer step of fp8pipe's implementation."""
     pixels = canvas.pixels()
-    shown = view(pixels, None, streams, step, ours.config)[0]
-    terms = ours.terms(Scene(pixels, shown, labels, 0.0, {}, None))
+    shown = view(pixels, streams, step, ours.config)
+    terms = ours.terms(Scene(pixels, shown, labels))
     total = torch.stack([term.sum() for term in terms.values()]).sum()
     canvas.step(torch.autograd.grad(total, canvas.parameters), ours.config.learning_rate)
 

@@ -93,10 +93,11 @@ def run(method, rate, seed, options):
         export = export_vllm(artifact.root, Path(scratch) / "export", VllmExportOptions())
         losses_of_export = evaluate_export(export.root, config)
     losses = [line["heldout_loss"] for line in history if "heldout_loss" in line]
+    merge = artifact.manifest.details_of(TunedDetails).final_merge
     return {
         "method": method, "rate": rate, "seed": seed, "untuned": losses[0], "trained": losses[-1],
         **losses_of_export, "seconds": round(seconds, 1),
-        "final_merge": artifact.manifest.details_of(TunedDetails).final_merge.model_dump(),
+        "final_merge": merge.model_dump() if merge else None,
         "steps": config.steps, "tokens_a_step": config.batch_size * config.sequence_length, "rank": config.rank,
         "torch": torch.__version__, "processor": platform.processor() or platform.machine(),
     }  # fmt: skip
@@ -105,12 +106,14 @@ def run(method, rate, seed, options):
 def summarise(rows):
     """Print mean and standard deviation by method and learning rate.
 
-    `share` is the reduction of the loss by tuning and exporting, relative to that of the best LoRA before its export.
+    `share` is the reduction of the loss by tuning and exporting, relative to that of the best LoRA before its export (of
+    the best rule, if LoRA has not run).
     """
     groups = defaultdict(list)
     for row in rows:
         groups[row["method"], row["rate"]].append(row)
-    best = min((mean(r["trained"] for r in g), g) for (m, _), g in groups.items() if m == "lora")[1]
+    bounds = [group for (method, _), group in groups.items() if method == "lora"]
+    best = min(bounds or groups.values(), key=lambda group: mean(row["trained"] for row in group))
     untuned, tuned = mean(r["untuned"] for r in best), mean(r["trained"] for r in best)
     heads = f"{'trained':>9}{'exported W':>12}{'exported':>10}{'+-':>8}{'share':>8}"
     print(f"{'method':24}{'rate':>8}{'seeds':>6}{heads}" + "".join(f"{name:>9}" for name in texts()))

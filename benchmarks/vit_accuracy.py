@@ -15,14 +15,7 @@ distillation are the same. `--sources` selects the calibration images (docs/mimi
 
 The following sources are like `synthetic`, with some settings changed:
 
-    masked      MaskAQ's entropy and masked-difference terms are added to the loss, with the published weights 1 and 0.1
-    priors      SARDFQ's attention priors replace the inter-head similarity
-    regions     SARDFQ's regions: each quarter of an image has its own class, with soft labels; half of the views show
-                one quarter instead of the whole image
-    sardfq      `priors` and `regions` together
-    pruned      after the third block, only the half of the patches that receives most attention is processed
     plateau     an image is finished when its mean loss over 10 steps is less than 2 % below that of the 10 steps before
-    shorter     38 steps instead of 60, for comparison with `pruned`, which takes as long with all 60
 
     python scripts/write_digits.py runs/digits-train --part train; python scripts/write_digits.py runs/digits-test
     python benchmarks/vit_accuracy.py --model sample:vit-digits --train runs/digits-train --test runs/digits-test \\
@@ -57,20 +50,12 @@ from pipeline.vit.stage import quantize_vit
 PUBLISHED = {
     "start": "noise", "canvas": "pixels", "views": "shifts", "learning_rate": 0.1, "variation": 2.5e-5,
 }  # fmt: skip
-PRIORS = {"similarity": 0.0, "priors": 1.0}
-REGIONS = {"regions": 0.5}
 SOURCES = {
     "synthetic": ("synthetic", {}),
     "published": ("synthetic", PUBLISHED),
     "similarity": ("synthetic", PUBLISHED | {"similarity": 0.0, "entropy": 1.0}),
     "leaves": ("synthetic", {"steps": 0}),
-    "masked": ("synthetic", {"spread": 1.0, "masked": 0.1}),
-    "priors": ("synthetic", PRIORS),
-    "regions": ("synthetic", REGIONS),
-    "sardfq": ("synthetic", PRIORS | REGIONS),
-    "pruned": ("synthetic", {"keep": 0.5}),
     "plateau": ("synthetic", {"plateau": 0.02}),
-    "shorter": ("synthetic", {"steps": 38}),
     "gaussian": ("gaussian", {}),
     "real": ("images:", {}),
 }

@@ -38,13 +38,6 @@ class SynthesisConfig(FrozenConfig):
     maps: Literal["logits", "probabilities"] = Field("logits", description="Attention maps that are compared.")
     class_weight: float = Field(1.0, ge=0, description="Weight of the cross-entropy with the image's class.")
     entropy: float = Field(0.0, ge=0, description="Weight of PSAQ-ViT's patch-similarity entropy.")
-    spread: float = Field(0.0, ge=0, description="Weight of MaskAQ's Gaussian entropy of patch similarity.")
-    masked: float = Field(0.0, ge=0, description="Weight of MaskAQ's masked rounding difference.")
-    masked_bits: int = Field(4, ge=2, le=8, description="masked: bits of the rounded queries and keys.")
-    priors: float = Field(0.0, ge=0, description="Weight of SARDFQ's attention priors.")
-    regions: float = Field(
-        0.0, ge=0, le=1, description="Share of views that show one quarter, with its own class; 0: off."
-    )
     variation: float = Field(0.01, ge=0, description="Weight of the total variation.")
     views: Literal["camera", "shifts"] = Field(
         "camera", description="camera: zoomed, rotated, relit; shifts: circular shifts."
@@ -55,8 +48,6 @@ class SynthesisConfig(FrozenConfig):
     )
     mirror: bool = Field(False, description="shifts: mirror half of the views.")
     colour: bool = Field(True, description="shifts: MimiQ's decaying colour offset and random contrast.")
-    keep: float = Field(1.0, gt=0, le=1, description="Share of the patches kept after block prune_after.")
-    prune_after: int = Field(3, ge=1, description="keep below 1: number of blocks that see all patches.")
     plateau: float = Field(
         0.0, ge=0, lt=1, description="An image stops when its loss falls by less, relatively. 0: off."
     )
@@ -69,10 +60,3 @@ class SynthesisConfig(FrozenConfig):
     def _fill_in_preset(cls, values: Any) -> Any:
         published = isinstance(values, dict) and values.get("preset") == "published"
         return _PUBLISHED | values if published else values
-
-    @model_validator(mode="after")
-    def _all_patches_for_their_terms(self) -> SynthesisConfig:
-        wanting = [name for name in ("masked", "priors") if getattr(self, name)]
-        if self.keep < 1 and wanting:
-            raise ValueError(f"keep: {' and '.join(wanting)} need all patches; leave keep at 1, or {wanting[0]} at 0")
-        return self

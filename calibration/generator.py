@@ -29,10 +29,9 @@ from calibration.canvas import Canvas, open_canvas
 from calibration.config import SynthesisConfig
 from calibration.dead_leaves import dead_leaves
 from calibration.image_set import ImageSet
-from calibration.losses import draw_priors
 from calibration.memory import images_at_once
 from calibration.terms import Scene, Terms
-from calibration.views import cut, draw_choice, draw_regions, image_stream, normal, uniform, view
+from calibration.views import image_stream, normal, view
 from fp8pipe.core.devices import to_device
 from fp8pipe.core.errors import ConfigurationError
 from fp8pipe.models.vision.sources import VisionModel
@@ -141,18 +140,13 @@ class Synthesizer:
         return done, labels, {name: values.tolist() for name, values in found.items()}
 
     def _begin(self, numbers: list[int], attempts: list[int]) -> Batch:
-        """Draw all random numbers that a batch starts with; those for an option are drawn only if it is used."""
+        """Draw all random numbers that a batch starts with."""
         config, classes = self.config, self.structure.classes
         streams = [image_stream(self.seed, n, a) for n, a in zip(numbers, attempts, strict=True)]
         drawn = [-1 if classes is None else int(torch.randint(classes, (), generator=stream)) for stream in streams]
         labels = torch.tensor(drawn)
         canvas = open_canvas(self._start(numbers, streams), self.vision.preprocessing.valid_range(), config)
-        regions = draw_regions(streams, labels, classes) if config.regions and classes is not None else None
-        grid = self.structure.patch_grid
-        depths, sites = self.terms.depths, self.terms.global_sites
-        priors = draw_priors(streams, len(depths), sites[next(iter(depths))].heads, grid) if depths else None
-        priors = None if priors is None else to_device(priors, self.device)
-        return Batch(config, grid, list(depths), streams, labels, canvas, regions, priors, self.device)
+        return Batch(config, streams, labels, canvas, self.device)
 
     def _start(self, numbers: list[int], streams: list[torch.Generator]) -> Tensor:
         size = self.structure.image_size
@@ -166,14 +160,10 @@ class Synthesizer:
 class Batch:
     """A batch of images that is being optimised."""
 
-    config: SynthesisConfig  # determines views and loss terms
-    grid: tuple[int, int]  # rows and columns of patches
-    layers: list[str]  # attentions that have priors, in the order of `priors`
+    config: SynthesisConfig  # determines the views
     streams: list[torch.Generator]  # the random streams of the remaining images
     labels: Tensor  # `(N,)` int64, of all images of the initial batch, on the host
     canvas: Canvas  # the remaining images, on the device
-    regions: Tensor | None  # targets of whole images and quarters, see `draw_regions`, on the host, or None
-    priors: Tensor | None  # `(N, layers, heads, rows, columns)` on the device, or None
     device: torch.device  # the model's device
     rows: Tensor = field(init=False)  # `(n,)` int64: indices of the remaining images in the initial batch, on the host
     places: Tensor = field(init=False)  # the same on the device
@@ -186,22 +176,9 @@ class Batch:
 
     def scene(self, step: int) -> Scene:
         """Make the input of step number `step`, starting at 0; advances the random streams."""
-        config, pixels = self.config, self.canvas.pixels()
-        shown, targets = pixels, self.labels[self.rows]
-        maps = None if self.priors is None else self.priors.flatten(1, 2)
-        if self.regions is not None:
-            choice = draw_choice(self.streams, config.regions)
-            shown, targets = cut(shown, choice), self.regions[torch.arange(len(choice)), choice]
-            maps = None if maps is None else cut(maps, choice)
-        shown, maps = view(shown, maps, self.streams, step, config)
-        draws = None
-        if config.masked:
-            draws = to_device(uniform(self.streams, self.grid[0] * self.grid[1]), self.device)
-        priors = {}
-        if maps is not None:
-            layers = maps.unflatten(1, (len(self.layers), -1)).flatten(3)  # (N, L, H, P)
-            priors = dict(zip(self.layers, layers.unbind(1), strict=True))
-        return Scene(pixels, shown, to_device(targets, self.device), step / config.steps, priors, draws)
+        pixels = self.canvas.pixels()
+        shown = view(pixels, self.streams, step, self.config)
+        return Scene(pixels, shown, to_device(self.labels[self.rows], self.device))
 
     def keep(self, stays: Tensor) -> None:
         """Keep only the images for which the boolean mask `(n,)`, on the host, is true."""
@@ -209,8 +186,6 @@ class Batch:
         self.rows, self.places = self.rows[stays], self.places[staying]
         self.canvas.keep(staying)
         self.streams = [stream for stream, here in zip(self.streams, stays.tolist(), strict=True) if here]
-        self.regions = None if self.regions is None else self.regions[stays]
-        self.priors = None if self.priors is None else self.priors[staying]
 
 
 class Plateau:

@@ -6,19 +6,11 @@ seed and its number, and not on its batch or the device.
 A model may recognise features in an image that vanish when it is slightly shifted; with random views, features that
 remain after such changes prevail. There are two kinds of views: `shifts`, as published, and `camera`, which also zooms,
 rotates and changes the lighting.
-
-An image made for one class shows it once, on an empty background. With regions (SARDFQ, arXiv 2412.16553:
-multi-semantic reinforcement, soft labels) each of its four quarters has its own class: a view shows either one quarter,
-enlarged, which should be recognised as its class, or the whole image, which should show all four. The targets are soft:
-a softmax of uniform values from [0, 1), or from [5, 10) for the target classes. The published method adds the quarters
-to the batch, which makes a step more expensive; here a quarter replaces the whole image in some of the views, at no
-extra cost.
 """
 
 from __future__ import annotations
 
 import hashlib
-from typing import Final
 
 import torch
 from torch import Tensor
@@ -32,30 +24,24 @@ _ROTATION = 0.25  # maximum angle, radians
 _TINT, _EXPOSURE = 0.2, 0.3  # standard deviation of the colour offset, and largest log of the brightness factor
 
 
-def view(
-    pixels: Tensor, maps: Tensor | None, streams: list[torch.Generator], step: int, config: SynthesisConfig
-) -> tuple[Tensor, Tensor | None]:
-    """Make a random view of each image, and transform its maps in the same way.
+def view(pixels: Tensor, streams: list[torch.Generator], step: int, config: SynthesisConfig) -> Tensor:
+    """Make a random view of each image.
 
     Args:
         pixels: `(N, 3, H, W)`.
-        maps: `(N, C, rows, columns)` of any resolution, or None. Views of kind `shifts` leave them unchanged, because
-            the shifts are small.
         streams: the images' random streams.
         step: number of the step.
         config: kind and strength of the views.
 
     Returns:
-        Views and maps, of the same shapes.
+        Views, of the same shape.
     """
     if config.views == "camera":
-        return _camera(pixels, maps, streams, config)
-    return _shifts(pixels, streams, step, config), maps
+        return _camera(pixels, streams, config)
+    return _shifts(pixels, streams, step, config)
 
 
-def _camera(
-    pixels: Tensor, maps: Tensor | None, streams: list[torch.Generator], config: SynthesisConfig
-) -> tuple[Tensor, Tensor | None]:
+def _camera(pixels: Tensor, streams: list[torch.Generator], config: SynthesisConfig) -> Tensor:
     # Views that are zoomed, mirrored, rotated, shifted, and changed in brightness and colour.
     draws = uniform(streams, 5)
     size = config.nearest + (_FARTHEST - config.nearest) * draws[:, 0]
@@ -66,10 +52,10 @@ def _camera(
     where[:, 0, 0], where[:, 0, 1] = size * mirror * angle.cos(), -size * angle.sin()
     where[:, 1, 0], where[:, 1, 1] = size * mirror * angle.sin(), size * angle.cos()
     where[:, :, 2] = room[:, None] * (2 * draws[:, 2:4] - 1)
-    shown, moved = resample(pixels, where), None if maps is None else resample(maps, where)
+    shown = resample(pixels, where)
     exposure = _EXPOSURE * (2 * uniform(streams, 1, 1, 1) - 1)
     tint = to_device(_TINT * normal(streams, 3, 1, 1), pixels.device)
-    return (shown + tint) * to_device(exposure.exp(), pixels.device), moved
+    return (shown + tint) * to_device(exposure.exp(), pixels.device)
 
 
 def resample(pictures: Tensor, where: Tensor, edges: str = "reflection") -> Tensor:
@@ -115,45 +101,3 @@ def normal(streams: list[torch.Generator], *shape: int) -> Tensor:
 def uniform(streams: list[torch.Generator], *shape: int) -> Tensor:
     """Draw uniform values in [0, 1), `(len(streams), *shape)`, each row from its own stream."""
     return torch.stack([torch.rand(shape, generator=stream) for stream in streams])
-
-
-QUARTERS: Final = 4
-# Range of the random logits of target classes, chosen here: above those of all other classes, and clearly different.
-_LEAST, _MOST = 5.0, 10.0
-
-
-def draw_regions(streams: list[torch.Generator], labels: Tensor, classes: int) -> Tensor:
-    """Draw soft targets `(N, 5, C)`, fp32, each summing to 1: of the whole image, then of its quarters, row by row.
-
-    The first quarter has the image's label `(N,)`; the classes of the others are drawn from the image's own stream.
-    """
-    wanted = (uniform(streams, QUARTERS) * classes).long().clamp(max=classes - 1)
-    wanted[:, 0] = labels
-    each = functional.one_hot(wanted, classes)  # (N, 4, C)
-    marked = torch.cat([each.sum(1, keepdim=True), each], 1) > 0
-    draws = uniform(streams, 1 + QUARTERS, classes)
-    return torch.where(marked, _LEAST + (_MOST - _LEAST) * draws, draws).softmax(-1)
-
-
-def draw_choice(streams: list[torch.Generator], share: float) -> Tensor:
-    """Draw what each view shows, `(N,)` int64: 0 for the whole image, 1 to 4 for a quarter.
-
-    `share` is the probability of a quarter.
-    """
-    draws = uniform(streams, 2)
-    quarter = 1 + (draws[:, 1] * QUARTERS).long().clamp(max=QUARTERS - 1)
-    return torch.where(draws[:, 0] < share, quarter, 0)
-
-
-def cut(pictures: Tensor, choice: Tensor) -> Tensor:
-    """Cut the chosen quarters out of images or maps `(N, C, H, W)`, and enlarge them to full size (bilinear).
-
-    `choice`, `(N,)` on the host, is the result of `draw_choice`; for 0 the whole image is returned.
-    """
-    corner = (choice - 1).clamp(min=0)
-    where = torch.zeros(len(choice), 2, 3)
-    where[:, 0, 0] = where[:, 1, 1] = 0.5
-    where[:, 0, 2] = (corner % 2) - 0.5
-    where[:, 1, 2] = (corner // 2) - 0.5
-    parts = to_device((choice > 0).view(-1, 1, 1, 1), pictures.device)
-    return torch.where(parts, resample(pictures, where, "border"), pictures)

@@ -76,8 +76,8 @@ def test_the_configuration_chooses():
 def test_a_view_follows_from_the_image_s_own_stream(views):
     config = build_config(SynthesisConfig, {"views": views, "mirror": True})
     images = noise(3, 3, 16, 16)
-    together = view(images, None, [image_stream(7, i) for i in range(3)], 5, config)[0]
-    alone = view(images[1:2], None, [image_stream(7, 1)], 5, config)[0]
+    together = view(images, [image_stream(7, i) for i in range(3)], 5, config)
+    alone = view(images[1:2], [image_stream(7, 1)], 5, config)
     torch.testing.assert_close(together[1:2], alone, rtol=0, atol=1e-6)
     assert together.shape == images.shape
     assert not torch.allclose(together, images)
@@ -86,12 +86,12 @@ def test_a_view_follows_from_the_image_s_own_stream(views):
 def test_shifts_are_circular():
     config = build_config(SynthesisConfig, {"views": "shifts", "colour": False, "jitter": 3})
     images = noise(4, 3, 10, 10)
-    shown = view(images, None, [image_stream(0, i) for i in range(4)], 0, config)[0]
+    shown = view(images, [image_stream(0, i) for i in range(4)], 0, config)
     for image, one in zip(images, shown, strict=True):
         assert any(torch.equal(image.roll((dy, dx), (1, 2)), one) for dy in range(-3, 4) for dx in range(-3, 4))
 
 
 def test_the_camera_of_an_even_picture_changes_its_light_alone():
     config = build_config(SynthesisConfig, {"views": "camera"})
-    shown = view(torch.full((2, 3, 12, 12), 0.5), None, [image_stream(0, i) for i in range(2)], 0, config)[0]
+    shown = view(torch.full((2, 3, 12, 12), 0.5), [image_stream(0, i) for i in range(2)], 0, config)
     assert float((shown - shown.mean((2, 3), keepdim=True)).abs().max()) < 1e-5

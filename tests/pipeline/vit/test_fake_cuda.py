@@ -57,8 +57,7 @@ def test_a_student_is_begun_trained_deployed_and_judged(bits, rounding, monkeypa
 
 
 OPTIONS: dict[str, dict[str, Any]] = {
-    "terms": {"regions": 0.5, "spread": 1.0, "masked": 1.0, "priors": 1.0},
-    "keep": {"keep": 0.5, "prune_after": 1, "maps": "probabilities", "similarity_form": "absolute"},
+    "maps": {"maps": "probabilities", "similarity_form": "absolute"},
     "published": {"preset": "published", "similarity": 0.0, "entropy": 1.0},
     "plateau": {"plateau": 0.1, "plateau_window": 1, "steps": 3},
 }  # fmt: skip
