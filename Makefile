@@ -23,7 +23,7 @@ VLLM_VENV := .venv-vllm
 BIN := $(VENV)/bin
 PLUGIN_FILES := $(sort $(shell find serving/vllm_plugin -name '*.py' -o -name 'pyproject.toml' 2>/dev/null))
 
-EXTRAS := samples,train,data,dev,vit,onnx,trt-rtx,serve,sign
+EXTRAS := samples,train,data,dev,vit,onnx,trt-rtx,serve,sign,evaluate
 key = $(shell { cat $(1); echo '$(2)'; } 2>/dev/null | sha256sum | cut -c1-16)
 STAMP := $(VENV)/.setup-$(call key,pyproject.toml,$(TORCH) $(SAMPLE_MODELS) $(EXTRAS))
 VLLM_STAMP := $(VLLM_VENV)/.setup-$(call key,scripts/setup_vllm.sh $(PLUGIN_FILES),$(PYTHON))

@@ -25,14 +25,13 @@ import platform
 import tempfile
 import time
 from collections import defaultdict
-from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from statistics import mean, stdev
 
 os.environ.setdefault("GOMP_SPINCOUNT", "5000")  # the same setting as in fp8pipe's commands (fp8pipe/core/machine.py)
 
 import torch
+from rounded_inputs import nvfp4_inputs
 from torch import nn
 from torch.nn import functional
 from unrelated_text import texts, unrelated_losses
@@ -46,7 +45,6 @@ from fp8pipe.models.language.base import load_tokenizer
 from fp8pipe.models.language.sources import resolve_model
 from fp8pipe.models.language.structure import structure_of
 from fp8pipe.numerics.bf16 import widen_bf16_products
-from fp8pipe.numerics.nvfp4 import BlockQuantizer, tensor_scale
 from fp8pipe.numerics.nvfp4_merge import merge_packed
 from fp8pipe.numerics.nvfp4_weights import dequantize_packed, global_scale, quantize_packed
 from pipeline.falqon.four_bits import merge_into_nvfp4
@@ -143,31 +141,6 @@ def rounded(model, scales, moments):
         weight.copy_(dequantize_packed(*codes, scale))
 
 
-@contextmanager
-def rounded_inputs(model, names, inputs):
-    """A context in which the inputs of these layers are rounded to NVFP4."""
-    amax, handles = dict.fromkeys(names, 0.0), []
-
-    def see(name, module, args):
-        amax[name] = max(amax[name], float(args[0].abs().max()))
-
-    def cast(quantizer, module, args):
-        return (quantizer.fake(args[0]).to(args[0].dtype),)
-
-    for name in names:
-        handles.append(model.get_submodule(name).register_forward_pre_hook(partial(see, name)))
-    with torch.no_grad():
-        for batch in inputs:
-            model(**batch, use_cache=False)
-    for handle in handles:
-        handle.remove()
-    quantizers = {name: BlockQuantizer(tensor_scale(amax[name])) for name in names}
-    handles = [model.get_submodule(n).register_forward_pre_hook(partial(cast, quantizers[n])) for n in names]
-    yield
-    for handle in handles:
-        handle.remove()
-
-
 def configure(method, rate, seed, options):
     """The configuration of a run; for LoRA, alpha equals the rank."""
     settings = {
@@ -246,7 +219,7 @@ class Judge:
         """All losses by name; `quantized` has the paths of the layers whose inputs are rounded for W4A4, if any."""
         found = {"deployed": heldout_loss(model, self.heldout, "cpu"), **unrelated_losses(model, self.tokenizer)}
         if quantized:
-            with rounded_inputs(model, list(quantized), self.inputs):
+            with nvfp4_inputs(model, list(quantized), self.inputs):
                 found["w4a4"] = heldout_loss(model, self.heldout, "cpu")
         return found
 

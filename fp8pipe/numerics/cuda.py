@@ -181,20 +181,30 @@ class Cuda(Backend):
         self, x: Tensor, codes: Tensor, scale: Scale, rank: int, b: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """See `Backend.forward`; Y may be a view of some columns of a wider matrix."""
-        width = codes.shape[0] - rank
         if scale.rule is ScaleRule.EXACT:
+            width = codes.shape[0] - rank
             found, x_scale = cast_whole(x, E4M3)
             wide = _scaled_mm(found, x_scale.value, codes.t(), scale.value, None, None, x.dtype, fast_accumulation=True)
             return wide[:, :width], wide[:, width : width + rank].clone()
+        y, o, _ = self.forward_keeping(x, codes, scale, rank, b)
+        return y, o
+
+    def forward_keeping(
+        self, x: Tensor, codes: Tensor, scale: Scale, rank: int, b: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+        """See `Backend.forward_keeping`; keeps the codes of X and their row scales."""
+        width = codes.shape[0] - rank
         found, rows = cast_rows(x, E4M3)
         b = None if b is None else b.to(x.dtype)
         if not torch.compiler.is_compiling():
             wide, o = forward_products(found, rows, codes, scale.value, scale.columns, scale.one, b, rank, x.dtype)
-            return wide[:, :width], o
+            return wide[:, :width], o, (found, rows)
         within = rows if scales_rows(x.get_device(), x.dtype) else None
         wide, o = _forward_op(found, within, codes, scale.value, scale.columns, scale.one, b, rank, x.dtype)
         y = wide[:, :width]
-        return (y, o) if within is not None else ((y * rows).to(x.dtype), (o * rows).to(x.dtype))
+        if within is None:
+            y, o = (y * rows).to(x.dtype), (o * rows).to(x.dtype)
+        return y, o, (found, rows)
 
     def backward(
         self, grad: Tensor, o: Tensor, codes: Tensor, scale: Scale, b: Tensor | None = None, *, wants_input: bool = True
@@ -204,10 +214,17 @@ class Cuda(Backend):
             return _exact_backward(grad, o, codes, scale, wants_input)
         return super().backward(grad, o, codes, scale, b, wants_input=wants_input)
 
-    def _input_gradient(self, grad: Tensor, codes: Tensor, scale: Scale, b: Tensor | None) -> Tensor:
-        g, rows = cast_rows(grad, E5M2)
+    def _beside(self, grad: Tensor, scale: Scale, b: Tensor) -> Tensor:
         # The scale of A is applied to B instead; it is a power of two, so the rounding is the same.
-        beside = None if b is None else grad @ _multiply(b, scale.value, grad.dtype)
+        return grad @ _multiply(b, scale.value, grad.dtype)
+
+    def _adapter_gradient(self, beside: Tensor, kept: tuple[Tensor, ...], scale: Scale) -> Tensor:
+        found, rows = kept
+        # The row scales are applied to the thin factor; all scales are powers of two, so the rounding is the same.
+        return (_multiply(beside, rows, beside.dtype).t() @ found.to(beside.dtype)).float() / scale.value
+
+    def _input_gradient(self, grad: Tensor, codes: Tensor, scale: Scale, beside: Tensor | None) -> Tensor:
+        g, rows = cast_rows(grad, E5M2)
         into = codes.shape[1]
         if not torch.compiler.is_compiling():
             return input_gradient(g, rows, codes, scale.value, scale.columns, scale.one, beside, grad.dtype)[:, :into]

@@ -75,15 +75,19 @@ class Backend:
         Returns:
             Y `(tokens, out)` and O `(tokens, rank)`, in the dtype of x. O shares no memory with Y.
         """
-        wide = self._wide_product(x, codes, scale)
+        y, o, _ = self.forward_keeping(x, codes, scale, rank, b)
+        return y, o
+
+    def forward_keeping(
+        self, x: Tensor, codes: Tensor, scale: Scale, rank: int, b: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+        """Like `forward`, but returns also X as it was quantized, in the form that `backward_both` takes."""
+        values = self.cast(x, E4M3, scale.rule)
+        wide = (values @ self.decode(codes, scale, values.dtype).t()).to(x.dtype)  # (T, n) @ (n, m + r)
         width = codes.shape[0] - rank
         # O is copied, because a view would keep all (T, out + r) values alive until the backward pass.
         o, y = wide[:, width:].clone(), wide[:, :width]
-        return (y.contiguous() if b is None else torch.addmm(y, o, b.to(o.dtype).t())), o
-
-    def _wide_product(self, x: Tensor, codes: Tensor, scale: Scale) -> Tensor:
-        values = self.cast(x, E4M3, scale.rule)
-        return (values @ self.decode(codes, scale, values.dtype).t()).to(x.dtype)  # (T, n) @ (n, m + r)
+        return (y.contiguous() if b is None else torch.addmm(y, o, b.to(o.dtype).t())), o, (values,)
 
     def backward(
         self, grad: Tensor, o: Tensor, codes: Tensor, scale: Scale, b: Tensor | None = None, *, wants_input: bool = True
@@ -109,16 +113,53 @@ class Backend:
             g = self.cast(grad, E5M2, scale.rule)
             dx = (g @ self.decode(codes[:width], scale, g.dtype)).to(grad.dtype) if wants_input else None
             return dx, (g.t() @ self.cast(o, E4M3, scale.rule)).float()
-        dx = self._input_gradient(grad, codes, scale, b) if wants_input else None
+        beside = None if b is None or not wants_input else self._beside(grad, scale, b)
+        dx = self._input_gradient(grad, codes, scale, beside) if wants_input else None
         return dx, (grad.t() @ o).float()  # (m, T) @ (T, r): r is small, so FP8 would save little
 
-    def _input_gradient(self, grad: Tensor, codes: Tensor, scale: Scale, b: Tensor | None) -> Tensor:
+    def backward_both(
+        self,
+        grad: Tensor,
+        o: Tensor,
+        kept: tuple[Tensor, ...],
+        codes: Tensor,
+        scale: Scale,
+        b: Tensor,
+        *,
+        wants_input: bool = True,
+    ) -> tuple[Tensor | None, Tensor, Tensor]:
+        """Like `backward` with B, but computes also `dA = (G B)^T X`, with X as it was quantized.
+
+        Args:
+            grad: as in `backward`.
+            o: as in `backward`.
+            kept: as returned by `forward_keeping`.
+            codes: as in `forward`.
+            scale: as in `forward`; must be a power of two.
+            b: as in `forward`.
+            wants_input: whether to compute dX.
+
+        Returns:
+            dX and dB as in `backward`, and dA `(rank, in)` in fp32.
+        """
+        beside = self._beside(grad, scale, b)
+        dx = self._input_gradient(grad, codes, scale, beside) if wants_input else None
+        return dx, (grad.t() @ o).float(), self._adapter_gradient(beside, kept, scale)
+
+    def _beside(self, grad: Tensor, scale: Scale, b: Tensor) -> Tensor:
+        """G B, `(tokens, rank)` in the dtype of G; backends may include a factor that `_adapter_gradient` takes out."""
+        return grad @ b.to(grad.dtype)
+
+    def _adapter_gradient(self, beside: Tensor, kept: tuple[Tensor, ...], scale: Scale) -> Tensor:
+        (values,) = kept
+        return (beside.t() @ values).float()  # (r, T) @ (T, n)
+
+    def _input_gradient(self, grad: Tensor, codes: Tensor, scale: Scale, beside: Tensor | None) -> Tensor:
         width = grad.shape[1]
-        if b is None:
+        if beside is None:
             values, codes = self.cast(grad, E5M2, scale.rule), codes[:width]
         else:  # [G | G B] for a single GEMM
-            beside = grad @ b.to(grad.dtype)
-            values = grad.new_empty(grad.shape[0], width + b.shape[1])
+            values = grad.new_empty(grad.shape[0], width + beside.shape[1])
             self.cast(grad, E5M2, scale.rule, out=values[:, :width])
             values[:, width:] = beside
         return (values @ self.decode(codes, scale, values.dtype)).to(grad.dtype)  # (T, m + r) @ (m + r, n)

@@ -167,6 +167,7 @@ class Way:
         fp8: GEMMs with the weights run in FP8, and linear layers with the same input are stacked into one (FALQON);
             if False, all GEMMs run in bf16 (LoRA, QLoRA).
         live: B takes part in the forward pass (FALQON only).
+        trains_a: A is trained, too (FALQON only; LoRA and QLoRA always train it).
         compiled: decoder layers are compiled, one by one.
         decoded: weights are dequantized to bf16 for each GEMM.
     """
@@ -176,12 +177,17 @@ class Way:
     counted: Layers
     fp8: bool = False
     live: bool = False
+    trains_a: bool = False
     compiled: bool = False
     decoded: bool = False
 
 
 LIVE: Final = Way("falqon, live", 1.0, FALQON_LAYERS, fp8=True, live=True)
 LIVE_COMPILED: Final = Way("falqon, live, compiled", 1.0, FALQON_LAYERS, fp8=True, live=True, compiled=True)
+BOTH: Final = Way("falqon, live, A and B", 1.0, FALQON_LAYERS, fp8=True, live=True, trains_a=True)
+BOTH_COMPILED: Final = Way(
+    "falqon, live, A and B, compiled", 1.0, FALQON_LAYERS, fp8=True, live=True, trains_a=True, compiled=True
+)
 MERGED: Final = Way("falqon, B outside the forward pass", 1.0, FALQON_LAYERS, fp8=True)
 MERGED_COMPILED: Final = Way("falqon, B outside, compiled", 1.0, FALQON_LAYERS, fp8=True, compiled=True)
 LORA: Final = Way("bf16 LoRA", 2.0, LORA_LAYERS)
@@ -236,6 +242,7 @@ def products_of(shape: Decoder, step: Step, way: Way) -> Iterator[Product]:
             yield Product(out, tokens, rank, once)  # dB = G^T O
             if not way.fp8:
                 yield Product(tokens, into, rank, again)  # O = X A^T
+            if not way.fp8 or way.trains_a:
                 yield Product(rank, tokens, into, once)  # dA
             if not way.fp8 or way.live:
                 yield Product(tokens, rank, out, again)  # O B^T
@@ -246,9 +253,9 @@ def products_of(shape: Decoder, step: Step, way: Way) -> Iterator[Product]:
 
 
 def trained_values(shape: Decoder, rank: int, way: Way) -> int:
-    """Number of adapter values that the optimizer updates: those of B, and for LoRA and QLoRA those of A, too."""
-    values = sum(sum(outs) + (0 if way.fp8 else len(outs) * into) for outs, into in shape.stacks)
-    return shape.layers * rank * values
+    """Number of adapter values that the optimizer updates: those of B, and of A where it is trained."""
+    a = [0 if way.fp8 and not way.trains_a else into if way.fp8 else len(outs) * into for outs, into in shape.stacks]
+    return shape.layers * rank * sum(sum(outs) + width for (outs, _), width in zip(shape.stacks, a, strict=True))
 
 
 def estimate(shape: Decoder, step: Step, way: Way, device: Device) -> Estimate:
@@ -274,6 +281,8 @@ def _moved(shape: Decoder, step: Step, way: Way) -> float:
     counted, rank = way.counted, step.rank
     layer = step.forwards * counted.forward.over(shape, rank) + counted.backward.over(shape, rank)
     moved = step.tokens * shape.layers * layer * (COMPILED_TRAFFIC if way.compiled else 1)
+    if way.trains_a:  # the codes of X are decoded for dA
+        moved += (1 + _BF16) * step.tokens * shape.layers * sum(into for _, into in shape.stacks)
     if way.fp8:
         return moved + 2 * shape.linear  # reads and writes the 1-byte codes once, to transpose them for dX
     return moved + ((way.weight_bytes + _BF16) * (step.forwards + 1) * shape.linear if way.decoded else 0)
@@ -290,6 +299,10 @@ def memory_bytes(shape: Decoder, step: Step, way: Way) -> int:
     """Peak GPU memory of a step, in bytes; it occurs in the backward pass of the last layer or in the output head."""
     counted = MODEL_LAYERS if way.compiled else way.counted
     saved, peak = (step.tokens * widths.over(shape, step.rank) for widths in (counted.saved, counted.peak))
+    if way.trains_a:  # the codes of X, which every stack of layers saves; and in bf16 for dA, one after the other
+        inputs = [into for _, into in shape.stacks]
+        saved += step.tokens * sum(inputs)
+        peak += step.tokens * (sum(inputs) + _BF16 * max(inputs))
     boundary = _BF16 * step.tokens * shape.hidden
     kept = boundary if step.checkpointing else saved
     copies = 0  # temporary copies of weights: transposed codes, dequantized NF4

@@ -116,7 +116,7 @@ def _block_scales(work: Workload) -> int:
 
 
 def _codes_and_b(work: Workload, group: Group) -> int:
-    return group.weights + work.rank * (group.width + _FP32 * group.rows)
+    return group.weights + work.rank * (group.width + _FP32 * group.rows)  # a trained A stays sharded
 
 
 def static_bytes(work: Workload) -> int:
@@ -164,6 +164,8 @@ def activation_bytes(work: Workload) -> int:
     inputs = 0.0
     if work.method != "falqon":  # peft casts and keeps each layer's input
         inputs = work.itemsize * work.tokens * sum(g.share * len(g.outs) * g.width for g in work.groups)
+    elif work.trains_a:  # rounded to FP8, but in the dtype of activations on a CPU
+        inputs = work.itemsize * work.tokens * sum(g.share * g.width for g in work.groups)
     whole = work.layers * work.saved + int(rank + inputs)
     if not work.checkpointing:
         return whole

@@ -45,6 +45,7 @@ class Workload:
         groups: the trained linear layers; with LoRA and QLoRA, too, by shared input.
         rank: of the adapter.
         gradients: FALQON initialises A from gradients.
+        trains_a: FALQON trains A, too.
         compensated: FALQON's final merge compensates rounding errors.
         flushes: FALQON's codes change in every step, so checkpoints hold them.
         layers: decoder layers.
@@ -95,6 +96,7 @@ class Workload:
     packed_on_host: bool = False
     tower: int = 0
     packed: bool = False
+    trains_a: bool = False
 
     @property
     def weights(self) -> int:
@@ -113,8 +115,12 @@ class Workload:
 
     @property
     def trained(self) -> int:
-        """Number of values that the optimizer updates: B, and for LoRA and QLoRA also A."""
-        a = 0 if self.method == "falqon" else sum(len(group.outs) * group.width for group in self.groups)
+        """Number of values that the optimizer updates: B, and A if it is trained, of which LoRA has one per layer."""
+        a = 0
+        if self.method != "falqon":
+            a = sum(len(group.outs) * group.width for group in self.groups)
+        elif self.trains_a:
+            a = sum(group.width for group in self.groups)
         return self.rank * (a + sum(group.rows for group in self.groups))
 
     @property
@@ -133,4 +139,6 @@ class Workload:
             found.append(Product(tokens, rows, group.width, 1) if gradient else Product(tokens, group.width, rows, 1))
             if rank:
                 found.append(Product(tokens, rank, group.rows, 2 if gradient else 1))
+            if rank and gradient and self.trains_a:
+                found.append(Product(rank, tokens, group.width, 1))
         return found

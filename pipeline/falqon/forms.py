@@ -53,7 +53,8 @@ class Fp8Form:
     def layer(self, found: dict[str, Tensor], rank: int, parts: tuple[int, ...], bias: Tensor | None) -> FalqonLinear:
         """The layer on the tensors that `quantize` returned."""
         scale = Scale(found["scale"], found.get("inverse_scale"))
-        return FalqonLinear(found["codes"], scale, rank=rank, parts=parts, bias=bias, live=self._rule.live)
+        how = {"live": self._rule.live, "trains_a": self._rule.trains_a}
+        return FalqonLinear(found["codes"], scale, rank=rank, parts=parts, bias=bias, **how)
 
     def encodings(self) -> tuple[Encoding, Encoding | None]:
         """How deployed weights and their inputs are quantized: with one scale; inputs dynamically."""

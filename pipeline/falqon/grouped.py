@@ -155,15 +155,17 @@ class LayerStack:
         """The outputs `(rows, out)` for the inputs `(rows, in)` of all experts, bf16, sorted by expert."""
         if not self._complete():
             self._stack()
-        y: Tensor = _GroupedProduct.apply(x, self, routes, *(layer.lora_B for layer in self.layers))  # type: ignore[no-untyped-call]
+        trained = [layer.lora_B for layer in self.layers]
+        trained += [layer.lora_A for layer in self.layers if layer.lora_A is not None]
+        y: Tensor = _GroupedProduct.apply(x, self, routes, *trained)  # type: ignore[no-untyped-call]
         return y if self.bias is None else y + self.bias[routes.expert]
 
 
 class _GroupedProduct(torch.autograd.Function):
-    """Forward and backward of a stack of FALQON layers; saves O_A alone, as a single layer does."""
+    """Forward and backward of a stack of FALQON layers; saves what a single layer does: O_A, and X if A is trained."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, stack: LayerStack, routes: Routes, *bs: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, stack: LayerStack, routes: Routes, *trained: Tensor) -> Tensor:
         factor = stack.scale[routes.expert, None]
         found, rows = cuda.cast_rows(x, E4M3)
         values = torch.mul(found.to(x.dtype), rows * factor, out=torch.empty_like(x))
@@ -172,26 +174,38 @@ class _GroupedProduct(torch.autograd.Function):
         if stack.live:
             y += torch._grouped_mm(o, stack.b.to(x.dtype).transpose(1, 2), offs=routes.ends)
         ctx.stack, ctx.routes = stack, routes
-        ctx.save_for_backward(o, factor, *bs)
+        ctx.save_for_backward(o, factor, values if len(trained) > len(stack.layers) else None)
         return y.detach()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        o, factor = ctx.saved_tensors[:2]
+        o, factor, x = ctx.saved_tensors
         stack, routes, grad = ctx.stack, ctx.routes, grads[0].contiguous()
-        dx = _input_gradient(grad, factor, stack, routes) if ctx.needs_input_grad[0] else None
-        db = torch._grouped_mm(grad.t(), o, offs=routes.ends).float().unbind()
-        return dx, None, None, *(one if hit else None for one, hit in zip(db, routes.reached(), strict=True))
+        wants_input, gradients = ctx.needs_input_grad[0], [torch._grouped_mm(grad.t(), o, offs=routes.ends)]
+        beside = None
+        if stack.live and (wants_input or x is not None):
+            beside = torch._grouped_mm(grad, stack.b.to(grad.dtype), offs=routes.ends)
+        dx = _input_gradient(grad, factor, stack, routes, beside) if wants_input else None
+        if x is not None:  # `x` has the scales of the codes in it, all of them powers of two
+            assert beside is not None
+            thin = torch.div(beside, factor).to(grad.dtype)
+            gradients.append(torch._grouped_mm(thin.t(), x, offs=routes.ends))
+        hits = routes.reached()
+        return (
+            dx,
+            None,
+            None,
+            *(one if hit else None for each in gradients for one, hit in zip(each.float().unbind(), hits, strict=True)),
+        )
 
 
-def _input_gradient(grad: Tensor, factor: Tensor, stack: LayerStack, routes: Routes) -> Tensor:
+def _input_gradient(grad: Tensor, factor: Tensor, stack: LayerStack, routes: Routes, beside: Tensor | None) -> Tensor:
     found, rows = cuda.cast_rows(grad, E5M2)
     width = stack.width
     values = grad.new_empty(len(grad), width + (stack.rank if stack.live else 0))
     torch.mul(found.to(grad.dtype), rows * factor, out=values[:, :width])
-    if stack.live:
-        beside = torch._grouped_mm(grad, stack.b.to(grad.dtype), offs=routes.ends)
+    if beside is not None:
         torch.mul(beside, factor, out=values[:, width:])
     return torch._grouped_mm(values, stack.codes[:, : values.shape[1]].to(grad.dtype), offs=routes.ends)
 

@@ -73,6 +73,11 @@ def adapter_directions(
         flat = weight.float()
         draws = torch.randn(rank, weight.shape[1], generator=generator).to(weight.device)
         return (flat.mean() + flat.std() * draws).clamp(flat.min(), flat.max())
+    if how is Initialisation.UNIFORM:
+        # No larger than the weights, so that the scale that both share is that of the weights alone.
+        bound = min(weight.shape[1] ** -0.5, float(weight.abs().max()))
+        a: Tensor = bound * (2 * torch.rand(rank, weight.shape[1], generator=generator) - 1)
+        return a.to(weight.device)
     error = quantization_error(weight, rule)
     if how is Initialisation.GRADIENT:
         if gradient_rows is None:

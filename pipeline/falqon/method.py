@@ -74,15 +74,17 @@ class FalqonMethod(Method):
         return Fp8Form(self.rule)
 
     def parameters(self) -> dict[str, nn.Parameter]:
-        """B of every layer, the only trained tensors."""
-        return {f"{name}.lora_B": layer.lora_B for name, layer in self.layers.items()}
+        """B of every layer, and A if the rule trains it: the only trained tensors."""
+        return {f"{name}.{key}": one for name, layer in self.layers.items() for key, one in layer.trained.items()}
 
     def after_step(self, step: int, measure: bool) -> FlushReport | None:
-        """Flush rows of every layer after optimizer step `step`, if the rule flushes every step.
+        """Flush rows of every layer after optimizer step `step`, if the rule flushes every step; round a trained A.
 
         Returns:
             The summed report, filled in only if `measure`; None if the rule does not flush.
         """
+        if self.rule.trains_a:
+            self.refresh()
         if not self.rule.flush_every_step:
             return None
         total = FlushReport()
@@ -92,6 +94,11 @@ class FalqonMethod(Method):
             with self.whole(name, layer):
                 total += flush_rows(layer, select_rows(layer, self.rows), self.rule, generator, measure=measure)
         return total
+
+    def refresh(self) -> None:
+        """Round every trained A to its codes."""
+        for layer in self.layers.values():
+            layer.refresh()
 
     def health(self, step: int) -> FlushReport | None:
         """Report what flushing B with rounding to nearest would do now, for a few layers that change with `step`."""
@@ -109,16 +116,18 @@ class FalqonMethod(Method):
         return names[step % stride :: stride]
 
     def step_state(self) -> dict[str, Tensor]:
-        """The tensors that training steps change: B, and the codes if the rule flushes every step."""
-        state = {f"{name}.lora_B": layer.lora_B.detach() for name, layer in self.layers.items()}
+        """The tensors that training steps change: those that are trained, and codes if the rule flushes every step."""
+        state = {name: parameter.detach() for name, parameter in self.parameters().items()}
         if self.rule.flush_every_step:
             state |= {name + CODES: layer.codes for name, layer in self.layers.items()}
         return state
 
     def load_step_state(self, state: dict[str, Tensor]) -> None:
         """Restore `step_state` in place."""
+        for name, parameter in self.parameters().items():
+            parameter.data.copy_(state[name])
+        self.refresh()
         for name, layer in self.layers.items():
-            layer.lora_B.data.copy_(state[f"{name}.lora_B"])
             if self.rule.flush_every_step:
                 layer.codes.view(torch.uint8).copy_(state[name + CODES].view(torch.uint8))
 

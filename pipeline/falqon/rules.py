@@ -22,6 +22,7 @@ class Initialisation(StrEnum):
     RANDOMIZED_SVD = "randomized-svd"
     RANDOM = "random"
     GRADIENT = "gradient"
+    UNIFORM = "uniform"
 
 
 class Rounding(StrEnum):
@@ -45,6 +46,7 @@ class UpdateRule:
     Attributes:
         name: the name by which users select the rule.
         live: B takes part in the forward pass until it is merged.
+        trains_a: A is trained, too; only for live rules that merge once, at the end.
         flush_every_step: selected rows are merged after every optimizer step; otherwise B is merged only at the end.
         clear_all: a flush clears all of B; otherwise only the flushed rows.
         rank_rows: flush `rank` rows regardless of `--rows`, as the released code does (its warm-up never ends).
@@ -60,6 +62,7 @@ class UpdateRule:
     name: str
     live: bool
     flush_every_step: bool
+    trains_a: bool = False
     clear_all: bool = False
     rank_rows: bool = False
     rounding: Rounding = Rounding.NEAREST
@@ -73,6 +76,14 @@ class UpdateRule:
 _ERROR_SVD = Initialisation.RANDOMIZED_SVD
 _RULES = (
     UpdateRule("live", live=True, flush_every_step=False, final=FinalMerge.COMPENSATED),
+    UpdateRule(
+        "live-both",
+        live=True,
+        flush_every_step=False,
+        trains_a=True,
+        final=FinalMerge.COMPENSATED,
+        initialisation=Initialisation.UNIFORM,
+    ),
     UpdateRule("live-nearest", live=True, flush_every_step=False),
     UpdateRule("live-flush", live=True, flush_every_step=True),
     UpdateRule(
@@ -100,7 +111,7 @@ _RULES = (
 )
 
 RULES: dict[str, UpdateRule] = {rule.name: rule for rule in _RULES}
-DEFAULT_RULE = "live"
+DEFAULT_RULE = "live-both"
 
 
 def update_rule(name: str) -> UpdateRule:

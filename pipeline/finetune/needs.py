@@ -230,6 +230,7 @@ def _workload(
         shard=max(shards.values()),
         tokens=tokens, length=train.length, answers=train.answers, saved=saved,
         checkpointing=config.gradient_checkpointing, packed=config.precision == "nvfp4",
+        trains_a=falqon and config.rule.trains_a,
     )  # fmt: skip
 
 

@@ -16,9 +16,11 @@ from fp8pipe.models.checkpoint.names import checkpoint_names
 from fp8pipe.models.language.base import check_base, unknown_tensors
 from fp8pipe.models.language.ending import read_ending
 from fp8pipe.models.language.sources import resolve_model
-from fp8pipe.models.language.structure import load_config, model_class
+from fp8pipe.models.language.structure import ModelStructure, load_config, model_class
 from fp8pipe.models.language.unstacking import unstack_experts
 from pipeline.dry_run.costs import (
+    BOTH,
+    BOTH_COMPILED,
     LIVE,
     LIVE_COMPILED,
     LORA,
@@ -31,7 +33,7 @@ from pipeline.dry_run.costs import (
     estimate,
 )
 from pipeline.dry_run.devices import DEVICES, Device, device_reported
-from pipeline.falqon.convert import base_bytes, read_convertible
+from pipeline.falqon.convert import base_bytes, groups_of, read_convertible
 from pipeline.falqon.forms import form_of
 from pipeline.finetune.config import FinetuneConfig, check_processes
 from pipeline.finetune.method import export_warnings
@@ -98,7 +100,7 @@ def plan_finetune(config: FinetuneConfig, output: Path | None = None) -> Plan:
             "device": str(device),
             "layers": len(shapes),
             "left_out": structure.left_out,
-            "trainable": _adapter(config, shapes),
+            "trainable": _adapter(config, structure),
             **({"converted_base_bytes": base} if base else {}),
             "packing": needs.packing,
             "steps": config.steps,
@@ -180,6 +182,8 @@ def _ways(config: FinetuneConfig) -> tuple[Way, Way | None]:
     """The configured method in the cost model: without compilation, and compiled if it can be compiled."""
     if config.method != "falqon":
         return LORA if config.method == "lora" else QLORA, None
+    if config.rule.trains_a:
+        return BOTH, BOTH_COMPILED
     return (LIVE, LIVE_COMPILED) if config.rule.live else (MERGED, MERGED_COMPILED)
 
 
@@ -201,6 +205,10 @@ def _step_seconds(shape: Decoder, step: Step, way: Way, devices: Sequence[Device
     return {device.name: float(f"{estimate(shape, step, way, device).seconds:.3g}") for device in devices}
 
 
-def _adapter(config: FinetuneConfig, shapes: Sequence[tuple[int, int]]) -> int:
-    """The number of trained parameters, from the shapes (out, in) of the linear layers."""
-    return sum(out if config.method == "falqon" else out + into for out, into in shapes) * config.rank
+def _adapter(config: FinetuneConfig, structure: ModelStructure) -> int:
+    """The number of trained parameters; stacked layers share their A."""
+    inputs = structure.trainable
+    if config.method == "falqon":
+        inputs = tuple(members[0] for members in groups_of(structure, config.rule)) if config.rule.trains_a else ()
+    rows = sum(structure.shape(name)[0] for name in structure.trainable)
+    return config.rank * (rows + sum(structure.shape(name)[1] for name in inputs))

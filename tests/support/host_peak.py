@@ -66,7 +66,9 @@ class Watch(threading.Thread):
 
 def prepare(folder: Path, watch: Watch) -> int:
     """Load and prepare the model there by the default way; its bytes."""
-    config = build_config(FinetuneConfig, {"model": "m", "data": "d", "rank": RANK, "device": "cpu"})
+    config = build_config(
+        FinetuneConfig, {"model": "m", "data": "d", "rank": RANK, "update_rule": "live", "device": "cpu"}
+    )
     model = load_model(config, resolve_model(str(folder)))
     size = sum(parameter.nbytes for parameter in model.parameters())
 

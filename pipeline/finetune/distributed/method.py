@@ -26,7 +26,7 @@ from pipeline.falqon.observed import Losses
 from pipeline.finetune.distributed.group import Group
 from pipeline.finetune.distributed.merge import shared_merge
 from pipeline.finetune.distributed.sharded import ShardedMethod
-from pipeline.finetune.distributed.tensors import assign, reshard, unsharded_layer
+from pipeline.finetune.distributed.tensors import assign, full_tensors, refresh_adapter, reshard, unsharded_layer
 from pipeline.finetune.weights import Deployed, Weights
 
 _SPILL_BYTES: Final = 1 << 28  # of codes in memory until they are written
@@ -76,8 +76,8 @@ class ShardedFalqon(FalqonMethod, ShardedMethod):
                 self.layers[name].observer = None
 
     def trained_in(self, name: str) -> list[nn.Parameter]:
-        """B of one layer."""
-        return [self.layers[name].lora_B]
+        """B of one layer, and A if it is trained."""
+        return [*self.layers[name].trained.values()]
 
     def after_step(self, step: int, measure: bool) -> FlushReport | None:
         """As in one process; in each step that is measured, processes compare what they computed for some layers."""
@@ -91,6 +91,13 @@ class ShardedFalqon(FalqonMethod, ShardedMethod):
             with self.whole(name, layer):
                 pass
         return merge_all(model, self.layers, self.rule.final, inputs, partial(shared_merge, group=self.group))
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Round every trained A to those of its codes that this process holds."""
+        layers = {layer: layer.lora_A for layer in self.layers.values() if layer.lora_A is not None}
+        for layer, whole in zip(layers, full_tensors([*layers.values()]), strict=True):
+            refresh_adapter(layer, whole)
 
     def health(self, step: int) -> FlushReport | None:
         """As in one process."""
@@ -113,15 +120,18 @@ class ShardedFalqon(FalqonMethod, ShardedMethod):
 
     def step_state(self) -> dict[str, Tensor]:
         """As in one process, but sharded."""
-        state: dict[str, Tensor] = {f"{name}.lora_B": layer.lora_B.detach() for name, layer in self.layers.items()}
+        state: dict[str, Tensor] = {name: parameter.detach() for name, parameter in self.parameters().items()}
         if self.rule.flush_every_step:
             state |= {name + CODES: layer.code_bytes.detach() for name, layer in self.layers.items()}
         return state
 
     def load_step_state(self, state: dict[str, Tensor]) -> None:
         """Restore, in place, this process's rows of the whole tensors of a checkpoint."""
+        for name, parameter in self.parameters().items():
+            assign(parameter.detach(), state[name])
+        if self.rule.trains_a:
+            self.refresh()
         for name, layer in self.layers.items():
-            assign(layer.lora_B.detach(), state[f"{name}.lora_B"])
             if self.rule.flush_every_step:
                 assign(layer.code_bytes.detach(), state[name + CODES].view(torch.uint8))
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
+from fp8pipe.numerics.grids import E4M3
 from pipeline.falqon.layer import FalqonLinear
 
 _BATCH_BYTES: Final = 1 << 26  # of whole tensors that are gathered together
@@ -93,13 +94,34 @@ def assign(tensor: Tensor, whole: Tensor) -> None:
         tensor.copy_(whole)
 
 
+def refresh_adapter(layer: FalqonLinear, whole: Tensor) -> None:
+    """`FalqonLinear.refresh` of a layer of which this process holds some rows, given all of A.
+
+    Args:
+        layer: its codes and its A may be sharded; in place, this process's rows of both are changed.
+        whole: A `(rank, in)`, as all processes have it.
+    """
+    limit = E4M3.max * layer.scale
+    a: Any = layer._parameters["lora_A"]
+    (a.to_local() if isinstance(a, DTensor) else a).detach().clamp_(-limit, limit)
+    codes = E4M3.cast(whole.detach().clamp(-limit, limit) / layer.scale).view(torch.uint8)
+    stored: Any = layer._parameters["code_bytes"]
+    rows, start = stored.detach(), 0
+    if isinstance(stored, DTensor):
+        rows = rows.to_local()
+        start = stored.device_mesh.get_local_rank() * _share(stored)
+    first = max(layer.out_features - start, 0)  # A's rows come last
+    if first < len(rows):
+        rows[first:].copy_(codes[start + first - layer.out_features :][: len(rows) - first])
+
+
 @contextmanager
 def unsharded_layer(layer: FalqonLinear) -> Iterator[None]:
-    """A context in which a sharded layer has all of its codes and B as ordinary parameters.
+    """A context in which a sharded layer has all of its codes, B and A as ordinary parameters.
 
     At its end every process keeps its rows of what they are then, so all processes must make the same changes.
     """
-    shards: dict[str, Any] = {name: layer._parameters[name] for name in ("code_bytes", "lora_B")}
+    shards: dict[str, Any] = {name: layer._parameters[name] for name in ("code_bytes", *layer.trained)}
     with held_whole([(layer, name) for name in shards]):
         yield
         for name, shard in shards.items():

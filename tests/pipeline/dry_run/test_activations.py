@@ -53,7 +53,7 @@ def saved_in_a_step(model, method):
     return sum(tensor.untyped_storage().nbytes() for place, tensor in seen.items() if place not in own)
 
 
-@pytest.mark.parametrize("method", ["falqon", "lora"])
+@pytest.mark.parametrize("method", ["live", "live-both", "lora"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_step_saves_what_was_counted(family, method):
     """Within 10 %: masks, the loss and B's copies are not counted, and layers that are stacked save a little less."""
@@ -67,17 +67,18 @@ def test_a_step_saves_what_was_counted(family, method):
         Group(tuple(structure.shape(name)[0] for name in each), structure.shape(each[0])[1])
         for each in structure.input_groups
     )
-    given = {"initialisation": "random"} if method == "falqon" else {}
-    config = build_config(FinetuneConfig, {"model": "m", "data": "d", "rank": RANK, "method": method, **given})
+    given = {"method": method} if method == "lora" else {"update_rule": method, "initialisation": "random"}
+    config = build_config(FinetuneConfig, {"model": "m", "data": "d", "rank": RANK, **given})
     trained = build_method(config)
     trained.prepare(model)
     found = saved_in_a_step(model, trained)
 
     saved = saved_bytes(settings, torch.bfloat16, BATCH, LENGTH)
     work = Workload(
-        method=method, groups=groups, rank=RANK, gradients=False, compensated=False, flushes=False, layers=3,
+        method=config.method, groups=groups, rank=RANK, gradients=False, compensated=False, flushes=False, layers=3,
         hidden=128, query=128, vocabulary=256, itemsize=2, stored=(0, 0), mapped=True, streamed=False, filed=True,
         shard=0, tokens=BATCH * LENGTH, length=LENGTH, answers=BATCH, saved=saved, checkpointing=False,
+        trains_a=config.rule.trains_a,
     )  # fmt: skip
     assert activation_bytes(work) == pytest.approx(found, rel=0.1)
 

@@ -19,7 +19,7 @@ def on_grid(x, grid):
 
 
 def reference(layer, x, grad):
-    """Y, dX, dB in fp32 with exactly the casts that the text names, each product rounded to bf16 once."""
+    """Y, dX, dB, dA in fp32 with exactly the casts that the text names, each product rounded to bf16 once."""
     w = layer.weight_codes.float() * layer.scale
     a = layer.adapter_codes.float() * layer.scale
     half = lambda t: t.to(torch.bfloat16).float()  # noqa: E731
@@ -32,7 +32,7 @@ def reference(layer, x, grad):
         dx = half(torch.cat([g_grid, half(g @ b)], 1) @ torch.cat([w, a]))
     else:
         y, dx = base, half(g_grid @ w)
-    return y, dx, half(g.t() @ o)
+    return y, dx, half(g.t() @ o), half(half(g @ b).t() @ x_grid)
 
 
 def small_integers(shape, seed, low=-3, high=4):
@@ -41,41 +41,48 @@ def small_integers(shape, seed, low=-3, high=4):
     return torch.randint(low, high, shape, generator=generator).to(torch.bfloat16)
 
 
-def exact_layer(live, seed=0, out=48, into=32, rank=16):
+def exact_layer(live, seed=0, out=48, into=32, rank=16, trains_a=False):
     """A layer of small integer codes and small dyadic B, so that every sum in it is exact in fp32."""
     codes = small_integers((out + rank, into), seed).to(torch.float8_e4m3fn)
-    layer = FalqonLinear(codes, Scale(torch.tensor(1.0)), rank=rank, live=live)
+    layer = FalqonLinear(codes, Scale(torch.tensor(1.0)), rank=rank, live=live, trains_a=trains_a)
     layer.lora_B.data = small_integers((out, rank), seed + 1).float() / 4
     return layer
 
 
-@pytest.mark.parametrize("live", [True, False], ids=["live", "merged"])
+MODES = pytest.mark.parametrize(
+    ("live", "trains_a"), [(True, False), (False, False), (True, True)], ids=["live", "merged", "both"]
+)
+
+
+@MODES
 @pytest.mark.parametrize("tokens", [1, 7, 64])
-def test_layer_equals_the_reference_with_difference_zero(live, tokens):
+def test_layer_equals_the_reference_with_difference_zero(live, trains_a, tokens):
     for seed in range(5):
-        layer = exact_layer(live, seed)
+        layer = exact_layer(live, seed, trains_a=trains_a)
         x, grad = small_integers((tokens, 32), seed + 2).requires_grad_(), small_integers((tokens, 48), seed + 3)
         y = layer(x)
         y.backward(grad)
         expected = reference(layer, x.detach(), grad)
-        for got, want in zip((y, x.grad, layer.lora_B.grad), expected, strict=True):
+        for got, want in zip((y, x.grad, *(p.grad for p in layer.trained.values())), expected, strict=False):
             assert torch.equal(got.float(), want)
+        assert len(layer.trained) == 1 + trains_a
 
 
-@pytest.mark.parametrize("live", [True, False], ids=["live", "merged"])
-def test_layer_follows_the_reference_on_random_values(live, make_layer):
+@MODES
+def test_layer_follows_the_reference_on_random_values(live, trains_a, make_layer):
     """Random sums are rounded in fp32 in the GEMM library's own order: a last bf16 bit may flip, rarely.
 
     An fp32 sum of K terms is off by about K 2^-24 relative, a bf16 rounding boundary is met with that
     probability times 2^8: below 1e-3 for K = 32. A wrong cast would change a third of all values.
     """
-    layer = make_layer(live=live)
+    layer = make_layer(live=live, trains_a=trains_a)
     generator = torch.Generator().manual_seed(9)
     x = torch.randn(256, 32, generator=generator).to(torch.bfloat16).requires_grad_()
     grad = torch.randn(256, 48, generator=generator).to(torch.bfloat16)
     y = layer(x)
     y.backward(grad)
-    for got, want in zip((y, x.grad, layer.lora_B.grad), reference(layer, x.detach(), grad), strict=True):
+    results = y, x.grad, *(parameter.grad for parameter in layer.trained.values())
+    for got, want in zip(results, reference(layer, x.detach(), grad), strict=False):
         assert (got.float() != want).float().mean() < 2e-3
         torch.testing.assert_close(got.float(), want, rtol=2**-7, atol=1e-3)
 
@@ -152,6 +159,39 @@ def test_nothing_but_b_gets_a_gradient_and_the_first_layer_computes_no_dx(make_l
     assert x.grad is None
 
 
+def test_a_trained_a_costs_the_rounded_input_and_nothing_else(make_layer):
+    layer, saved = make_layer(trains_a=True), []
+    x = torch.randn(64, 32).to(torch.bfloat16).requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        layer(x)
+    assert sorted(tuple(t.shape) for t in saved) == [(48, 16), (64, 16), (64, 32)]  # B, O_A and X
+    assert [name for name, parameter in layer.named_parameters() if parameter.requires_grad] == ["lora_B", "lora_A"]
+
+
+def test_a_trained_a_is_rounded_to_its_codes_and_kept_within_their_range(make_layer):
+    layer = make_layer(trains_a=True)
+    before, weights = layer.adapter_codes.clone(), layer.weight_codes.clone()
+    assert torch.equal(layer.lora_A, before.float() * layer.scale)
+    layer.refresh()
+    assert torch.equal(layer.adapter_codes.float(), before.float())
+    layer.lora_A.data.mul_(1.1)
+    layer.lora_A.data[0, :2] = torch.tensor([1e4, -1e4]) * layer.scale
+    layer.refresh()
+    assert torch.equal(layer.adapter_codes.float()[0, :2], torch.tensor([448.0, -448.0]))
+    assert torch.equal(layer.lora_A[0, :2], torch.tensor([448.0, -448.0]) * layer.scale)
+    units = layer.lora_A.detach() / layer.scale
+    nearest = units.to(torch.float8_e4m3fn).float()
+    assert torch.equal(layer.adapter_codes.float(), nearest)
+    assert not torch.equal(layer.adapter_codes.float(), before.float())
+    assert torch.equal(layer.weight_codes.float(), weights.float())
+
+
+def test_a_is_not_trained_where_b_takes_no_part():
+    codes, scale = quantize(torch.randn(8, 8), E4M3, ScaleRule.POWER_OF_TWO)
+    with pytest.raises(ValueError, match="no gradient"):
+        FalqonLinear(codes, scale, rank=2, live=False, trains_a=True)
+
+
 def test_shapes_bias_and_parts(make_layer):
     layer = make_layer(bias=True, parts=(32, 16))
     x = torch.randn(2, 5, 32).to(torch.bfloat16)
@@ -195,16 +235,19 @@ def test_contradictory_layers_are_refused():
         FalqonLinear(codes, scale, rank=2, live=True)
 
 
-def test_layer_compiles_without_graph_breaks_and_computes_the_same_bits(make_layer, monkeypatch):
+@pytest.mark.parametrize("trains_a", [False, True], ids=["live", "both"])
+def test_layer_compiles_without_graph_breaks_and_computes_the_same_bits(trains_a, make_layer, monkeypatch):
     """The torch casts alone, as on CUDA: the compiled CPU kernels are opaque to the tracer."""
     monkeypatch.setattr(backends, "library", lambda: None)
-    layer, x = make_layer(), torch.randn(16, 32).to(torch.bfloat16).requires_grad_()
+    layer, x = make_layer(trains_a=trains_a), torch.randn(16, 32).to(torch.bfloat16).requires_grad_()
     plain = layer(x)
     plain.sum().backward()
-    dx, db = x.grad.clone(), layer.lora_B.grad.clone()
-    x.grad = layer.lora_B.grad = None
+    dx, gradients = x.grad.clone(), [parameter.grad.clone() for parameter in layer.trained.values()]
+    x.grad = None
+    layer.zero_grad()
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")(x)
     compiled.sum().backward()
     assert torch.equal(compiled, plain)
     assert torch.equal(x.grad, dx)
-    assert torch.equal(layer.lora_B.grad, db)
+    for parameter, gradient in zip(layer.trained.values(), gradients, strict=True):
+        assert torch.equal(parameter.grad, gradient)

@@ -53,7 +53,14 @@ def test_a_method_restored_from_its_state_goes_on_with_the_same_bits(name, make_
     for layer, other in zip(whole.layers.values(), resumed.layers.values(), strict=True):
         assert torch.equal(layer.codes.view(torch.uint8), other.codes.view(torch.uint8))
         assert torch.equal(layer.lora_B, other.lora_B)
-    # A flush at each step changes codes, which then have to be in the state; where none is made, they stay.
-    moved = [not torch.equal(start[key].view(torch.uint8), layer.codes.view(torch.uint8))
-             for key, layer in whole.layers.items()]  # fmt: skip
-    assert all(moved) if rule.flush_every_step else not any(moved)
+        assert layer.lora_A is None or torch.equal(layer.lora_A, other.lora_A)
+    # A flush at each step changes codes of W, and training A its codes; both then have to follow from the state.
+    for part, changes in (("weight_codes", rule.flush_every_step), ("adapter_codes", rule.trains_a)):
+        moved = [not torch.equal(_rows(start[key], layer, part), getattr(layer, part).view(torch.uint8))
+                 for key, layer in whole.layers.items()]  # fmt: skip
+        assert all(moved) if changes else not any(moved)
+
+
+def _rows(codes, layer, part):
+    rows = codes.view(torch.uint8)
+    return rows[: layer.out_features] if part == "weight_codes" else rows[layer.out_features :]

@@ -6,7 +6,7 @@ import pytest
 
 from fp8pipe.core.config import build_config
 from fp8pipe.core.errors import ConfigurationError
-from pipeline.falqon.rules import RULES
+from pipeline.falqon.rules import DEFAULT_RULE, RULES
 from pipeline.finetune.config import FinetuneConfig
 
 TAKES_ROWS = [rule.name for rule in RULES.values() if rule.flush_every_step and not rule.rank_rows]
@@ -19,13 +19,13 @@ def build(**changes):
 def test_defaults_of_each_method():
     falqon, lora, qlora = build(rank=16), build(rank=16, method="lora"), build(rank=16, method="qlora")
     assert (falqon.lora_alpha, lora.lora_alpha, qlora.lora_alpha) == (None, 16.0, 16.0)  # a scale of 1
-    assert (falqon.update_rule, lora.update_rule, qlora.update_rule) == ("live", None, None)
+    assert (falqon.update_rule, lora.update_rule, qlora.update_rule) == (DEFAULT_RULE, None, None)
     assert build(method="lora", lora_alpha=32, learning_rate=0.5).lora_alpha == 32
     assert build(method="lora", learning_rate=0.5).learning_rate == 0.5
 
 
 def test_the_rules_defaults_are_resolved():
-    assert build().initialisation is RULES["live"].initialisation
+    assert build().initialisation is RULES[DEFAULT_RULE].initialisation
     assert build().rows is None
     released = build(update_rule="released")
     assert (released.rows, released.initialisation) == (None, RULES["released"].initialisation)

@@ -21,15 +21,19 @@ SHAPES = {
     "hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32, "num_hidden_layers": 2,
     "vocab_size": 32000,
 }  # fmt: skip
-RANDOM = {"initialisation": "random"}
+FROZEN = {"update_rule": "live", "initialisation": "random"}
+BOTH = {"update_rule": "live-both"}
 # Kernels, GB moved, GB held at most.
 LIMITS = {
-    "live": (RANDOM, 734, 91.7, 5.8),
-    "released": ({**RANDOM, "update_rule": "released"}, 1289, 90.5, 5.5),
+    "live": (FROZEN, 734, 91.7, 5.8),
+    "live-both": (BOTH, 817, 94.0, 6.1),
+    "released": ({"update_rule": "released", "initialisation": "random"}, 1289, 90.5, 5.5),
     "lora": ({"method": "lora"}, 804, 113.3, 7.1),
 }
 
-WHOLE = 13.6  # GB held at most, all 32 layers; 16.5 was promised, and the cost model estimates 13.9
+# GB held at most, all 32 layers: A and B, their gradients and moments take 0.6 more than B's alone. For `live`, 16.5 was
+# promised, and the cost model estimates 13.9.
+WHOLE = {"live": (FROZEN, 13.6), "live-both": (BOTH, 14.3)}
 
 
 class Same:
@@ -55,14 +59,15 @@ def test_a_step_asks_no_more_of_a_gpu_than_before(name, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:Accessing the data pointer", "ignore:.*is_gradient_checkpointing")
-def test_the_whole_model_trains_within_the_memory_that_was_estimated(tmp_path):
+@pytest.mark.parametrize("name", WHOLE)
+def test_the_whole_model_trains_within_the_memory_that_was_estimated(name, tmp_path):
     """16 x 528 tokens with recomputation. A layer more adds the same each, so two counts of layers tell of all 32."""
-    peaks = []
+    peaks, (changes, limit) = [], WHOLE[name]
     for layers in (1, 2):
-        counter = counted_step(RANDOM, SHAPES | {"num_hidden_layers": layers}, 528, tmp_path, recomputed=True)
+        counter = counted_step(changes, SHAPES | {"num_hidden_layers": layers}, 528, tmp_path, recomputed=True)
         peaks.append(counter.peak / 1e9)
     whole = peaks[1] + 30 * (peaks[1] - peaks[0])
-    assert whole <= WHOLE, (peaks, whole)
+    assert whole <= limit, (peaks, whole)
 
 
 def counted_step(changes, shapes, length, folder, recomputed=False):

@@ -32,10 +32,10 @@ def test_it_counts_what_each_process_holds(settings, tmp_path):
     assert (tmp_path / "1.out").read_text() == ""
     plan = json.loads((tmp_path / "0.out").read_text())["plan"]
     codes = LAYERS * sum((ROWS[name] + RANK) * WIDTHS[name] for name in ROWS)
-    trained = LAYERS * RANK * sum(ROWS.values())
+    trained = LAYERS * RANK * (sum(ROWS.values()) + sum(WIDTHS[name] for name in ROWS))
     assert plan["processes"] == 2
     assert plan["sharded_weights_bytes"] == (codes + REST) // 2
-    assert plan["sharded_adapter_bytes"] == 4 * 4 * trained // 2  # B, its gradient and two moments in fp32
+    assert plan["sharded_adapter_bytes"] == 4 * 4 * trained // 2  # A and B, gradients and two moments in fp32
     assert plan["gathered_bytes"] == REST + 3 * (codes + 4 * trained) // LAYERS
     assert plan["loaded_bytes"] == 0  # the base is mapped from its files on a CPU
     assert plan["seconds"] is None
