@@ -92,7 +92,7 @@ class FalqonLinear(nn.Module):
         columns = None if scale.inverse_scale is not None else scale.value.expand(max(codes.shape) + 15).contiguous()
         self.register_buffer("columns", columns, persistent=False)
         self.register_buffer("one", None if columns is None else torch.ones_like(scale.value), persistent=False)
-        a = backend(codes).decode_units(codes[self.out_features :]) * scale.value if trains_a else None
+        a = codes[self.out_features :].float() * scale.value if trains_a else None
         self.lora_A = None if a is None else nn.Parameter(a)
 
     @property

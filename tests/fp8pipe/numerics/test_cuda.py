@@ -110,6 +110,26 @@ def _compare(expected, found, scale, rows, rank, cols, live):
     _equal(stacked[rows:], units * scale)
 
 
+@SHAPES
+def test_the_same_values_enter_the_product_of_a_s_gradient(rows, rank, cols, tokens, device):
+    """On CUDA the scales of A and of X's rows, powers of two, have moved into G B."""
+    x, grad, o, codes, scale, b = _case(ScaleRule.POWER_OF_TWO, rows, rank, cols, tokens)
+    seen = []
+    for one in (Backend(), CPU, device((9, 0))):
+        kept = one.forward_keeping(x, codes, scale, rank, b)[2]
+        with Operands() as operands:
+            one.backward_both(grad, o, kept, codes, scale, b)
+        seen.append(operands.found[-1])
+    found, factor = quantize(x, E4M3, ScaleRule.POWER_OF_TWO, per_row=True)
+    beside = (grad @ b.to(grad.dtype)).float()
+    for thin, values in seen[:2]:
+        assert torch.equal(thin, beside.t())
+        assert torch.equal(values, found.float() * factor.value)
+    thin, values = seen[2]
+    assert torch.equal(thin, (beside * factor.value).t() * scale.value)
+    assert torch.equal(values, found.float())
+
+
 def _equal(expected, found):
     """Where CUDA pads, with zeros."""
     assert not found[expected.shape[0] :].any()
@@ -127,6 +147,10 @@ def test_every_device_computes_the_same_results(rule, rows, rank, cols, tokens, 
     for one in (Backend(), CPU, device((9, 0))):
         results = [t for form in forms for t in one.forward(x, codes, scale, rank, form)]
         results += [t for form in forms for t in one.backward(grad, o, codes, scale, form)]
+        if rule is ScaleRule.POWER_OF_TWO:
+            y, own, kept = one.forward_keeping(x, codes, scale, rank, b)
+            results += [y, own, *one.backward_both(grad, o, kept, codes, scale, b)]
+            assert one.backward_both(grad, o, kept, codes, scale, b, wants_input=False)[0] is None
         found.append(results)
         assert one.backward(grad, o, codes, scale, wants_input=False)[0] is None
     for other in found[1:]:
@@ -148,6 +172,9 @@ def test_row_scales_applied_afterwards_change_no_bit(live, rows, rank, cols, tok
         assert cuda.scales_rows(-1, x.dtype) == (capability == (9, 0))
         form = b if live else None
         found.append([*one.forward(x, codes, scale, rank, form), *one.backward(grad, o, codes, scale, form)])
+        if live:
+            kept = one.forward_keeping(x, codes, scale, rank, b)[2]
+            found[-1] += one.backward_both(grad, o, kept, codes, scale, b)
     for other in found[1:]:
         assert all(torch.equal(expected, result) for expected, result in zip(found[0], other, strict=True))
 

@@ -43,11 +43,16 @@ def test_codes_on_cuda_are_those_of_quantize(grid, compiled):
         assert torch.equal(whole.inverse_scale.cpu(), one.inverse_scale)
 
 
-@pytest.mark.parametrize(("live", "rule"), [(True, "power-of-two"), (False, "power-of-two"), (False, "exact")])
+@pytest.mark.parametrize(
+    ("live", "rule", "trains_a"),
+    [(True, "power-of-two", False), (True, "power-of-two", True), (False, "power-of-two", False),
+     (False, "exact", False)],
+)  # fmt: skip
 @pytest.mark.parametrize(("out", "into", "rank", "tokens"), [(64, 48, 16, 32), (50, 36, 7, 13)], ids=["aligned", "odd"])
-def test_layer_agrees_with_the_cpu(make_layer, live, rule, out, into, rank, tokens):
+def test_layer_agrees_with_the_cpu(make_layer, live, rule, trains_a, out, into, rank, tokens):
     """fp32 sums in another order, and on Hopper with 14-bit partial sums: two bf16 units in the forward pass."""
-    layers = [make_layer(out, into, rank, live=live, rule=ScaleRule(rule)) for _ in range(2)]
+    how = {"live": live, "rule": ScaleRule(rule), "trains_a": trains_a}
+    layers = [make_layer(out, into, rank, **how) for _ in range(2)]
     layers[1].cuda()
     x, grad = torch.randn(tokens, into).to(torch.bfloat16), torch.randn(tokens, out).to(torch.bfloat16)
     results = []
@@ -55,7 +60,7 @@ def test_layer_agrees_with_the_cpu(make_layer, live, rule, out, into, rank, toke
         own = x.to(device).requires_grad_()
         y = layer(own)
         y.backward(grad.to(device))
-        results.append([t.float().cpu() for t in (y, own.grad, layer.lora_B.grad)])
+        results.append([t.float().cpu() for t in (y, own.grad, *(one.grad for one in layer.trained.values()))])
     for on_cpu, on_cuda in zip(*results, strict=True):
         torch.testing.assert_close(on_cuda, on_cpu, rtol=2**-6, atol=2**-6 * float(on_cpu.abs().max()))
 

@@ -18,11 +18,15 @@ from pipeline.falqon.rules import RULES, update_rule
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
 @pytest.mark.parametrize(("out", "into", "rank"), [(64, 48, 16), (50, 36, 7)], ids=["aligned", "odd"])
-@pytest.mark.parametrize(("live", "rule"), [(True, "power-of-two"), (False, "power-of-two"), (False, "exact")])
-def test_a_layer_runs_forward_and_backward(make_layer, live, rule, out, into, rank, dtype):
+@pytest.mark.parametrize(
+    ("live", "rule", "trains_a"),
+    [(True, "power-of-two", False), (True, "power-of-two", True), (False, "power-of-two", False),
+     (False, "exact", False)],
+)  # fmt: skip
+def test_a_layer_runs_forward_and_backward(make_layer, live, rule, trains_a, out, into, rank, dtype):
     for tokens in (1, 13, 64):
         with fake_cuda() as counter:
-            form = {"live": live, "rule": ScaleRule(rule), "bias": True, "parts": (out - 20, 20)}
+            form = {"live": live, "rule": ScaleRule(rule), "bias": True, "parts": (out - 20, 20), "trains_a": trains_a}
             layer = make_layer(out, into, rank, **form).cuda()
             layer.bias = layer.bias.to(dtype)
             x = torch.randn(1, tokens, into, device="cuda", dtype=dtype, requires_grad=True)
@@ -32,6 +36,10 @@ def test_a_layer_runs_forward_and_backward(make_layer, live, rule, out, into, ra
                 assert (tensor.shape, tensor.dtype, tensor.is_cuda) == (shape, dtype, True)
             b = layer.lora_B.grad
             assert (b.shape, b.dtype, b.is_cuda) == ((out, rank), torch.float32, True)
+            if trains_a:
+                a = layer.lora_A.grad
+                assert (a.shape, a.dtype, a.is_cuda) == ((rank, into), torch.float32, True)
+                layer.refresh()
         assert counter.kernels["_scaled_mm"] == 2  # Y | O_A, and dX
         assert not counter.syncs
 

@@ -31,7 +31,7 @@ LIMITS = {
     "lora": ({"method": "lora"}, 804, 113.3, 7.1),
 }
 
-# GB held at most, all 32 layers: A and B, their gradients and moments take 0.6 more than B's alone. For `live`, 16.5 was
+# GB held at most, all 32 layers; A, its gradient and its moments take 0.6. For `live`, 16.5 was
 # promised, and the cost model estimates 13.9.
 WHOLE = {"live": (FROZEN, 13.6), "live-both": (BOTH, 14.3)}
 
