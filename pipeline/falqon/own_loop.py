@@ -39,7 +39,7 @@ from fp8pipe.numerics.bf16 import widen_bf16_products
 from pipeline.falqon.flush import FlushReport
 from pipeline.falqon.method import FalqonMethod
 from pipeline.falqon.observed import Losses
-from pipeline.falqon.rules import DEFAULT_RULE, FinalMerge, Initialisation, update_rule
+from pipeline.falqon.rules import DEFAULT_RULE, FinalMerge, Initialisation, UpdateRule, update_rule
 from pipeline.finetune.weights import merge_facts, renamed, write_deployed
 
 __all__ = ["Falqon", "convert"]
@@ -62,7 +62,8 @@ def convert(
         rank: adapter rank, the number of rows of A in every layer.
         update_rule_name: name of the rule by which updates are merged into the FP8 codes.
         rows: rows of B that are flushed per layer and step, for rules that flush every step; default: `rank`.
-        initialisation: how A is initialised; default: `gradient` if `losses` is given, else `randomized-svd`.
+        initialisation: how A is initialised; default: `gradient` if `losses` is given, else the update rule's, and
+            `randomized-svd` for rules whose own is `gradient`.
         seed: seed of the initialisation and of stochastic rounding.
         losses: a function that returns an iterable over the losses of a few training batches, each a scalar with its
             autograd graph; called twice. Needed by the `gradient` initialisation.
@@ -75,7 +76,7 @@ def convert(
             convert, or a model that is quantized already or has weights that are NaN or infinite.
     """
     rule = update_rule(update_rule_name)
-    how = initialisation or (Initialisation.RANDOMIZED_SVD if losses is None else Initialisation.GRADIENT)
+    how = initialisation or (_without_losses(rule) if losses is None else Initialisation.GRADIENT)
     try:
         chosen = Initialisation(how)
     except ValueError:
@@ -90,6 +91,11 @@ def convert(
     unstack_experts(model)
     method = FalqonMethod(rule, rank=rank, rows=rows, initialisation=chosen, seed=seed)
     return Falqon(model, method, method.prepare(model, losses=losses))
+
+
+def _without_losses(rule: UpdateRule) -> Initialisation:
+    gradient = rule.initialisation is Initialisation.GRADIENT
+    return Initialisation.RANDOMIZED_SVD if gradient else rule.initialisation
 
 
 class Falqon:
@@ -108,11 +114,11 @@ class Falqon:
         self._merged: dict[str, FlushReport] | None = None
 
     def parameters(self) -> list[nn.Parameter]:
-        """The trainable parameters: B of every layer, `(out, rank)`."""
+        """The trainable parameters: B of every layer, `(out, rank)`, and A `(rank, in)` if the rule trains it."""
         return list(self.method.parameters().values())
 
     def after_step(self) -> FlushReport | None:
-        """Flush rows of B into the codes if the update rule flushes every step; call this after every optimizer step.
+        """Round a trained A to its codes, and flush rows of B if the rule does; call this after every optimizer step.
 
         Returns:
             A report of the flush without measurements (all zeros), or None if the rule does not flush every step.

@@ -34,7 +34,7 @@ def run(context: Context) -> None:
     for name in ("accumulate", "accumulate-stochastic", "released"):
         context.row(f"flush, {name}", partial(_flush, name, context.device))
     steps = 4 if context.tiny else 20
-    for name in ("live", "live-nearest", "released"):
+    for name in ("live-both", "live", "live-nearest", "released"):
         find = partial(tiny_llama.compare, name, context.device, steps)
         context.row(f"training, {name}", find, needs=0.0 if context.tiny else 20.0)
 
@@ -95,6 +95,7 @@ def _layer(case: Case, context: Context) -> dict[str, Any]:
         y = other(read)
         y.backward(grad.to(device))
         pairs = {"y": y.detach(), "dx": read.grad, "db": other.lora_B.grad}
+        pairs |= {} if other.lora_A is None else {"da": other.lora_A.grad}
         found[where] = {name: truth[name].compare(value) for name, value in pairs.items() if value is not None}
     worst = max(one["of_bound"] for place in found.values() for one in place.values())
     rms = {f"{name}_rms": max(found[place][name]["rms"] for place in found) for name in found["device"]}

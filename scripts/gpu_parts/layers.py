@@ -22,6 +22,7 @@ class Case:
         form: name of the variant, from `FORMS`.
         live: whether the forward pass adds `B A x` to the output.
         rule: how scales are computed.
+        trains_a: whether A is trained, too.
         out: output features.
         into: input features.
         rank: rank of A and B.
@@ -31,6 +32,7 @@ class Case:
     form: str
     live: bool
     rule: ScaleRule
+    trains_a: bool
     out: int
     into: int
     rank: int
@@ -43,9 +45,10 @@ class Case:
 
 
 FORMS: Final = (
-    ("live", True, ScaleRule.POWER_OF_TWO),
-    ("released", False, ScaleRule.EXACT),
-    ("merged", False, ScaleRule.POWER_OF_TWO),
+    ("live", True, ScaleRule.POWER_OF_TWO, False),
+    ("live-both", True, ScaleRule.POWER_OF_TWO, True),
+    ("released", False, ScaleRule.EXACT, False),
+    ("merged", False, ScaleRule.POWER_OF_TWO, False),
 )
 # (out, into, rank, tokens). FP8 GEMMs need widths that are multiples of 16; `_ODD` has none, to check padding.
 _ALIGNED, _ODD, _WIDE = (192, 256, 16, 64), (50, 36, 7, 13), (4096, 4096, 64, 256)
@@ -69,7 +72,7 @@ def make(case: Case, seed: int = 0) -> tuple[FalqonLinear, Tensor, Tensor]:
 
     stacked = torch.cat([0.02 * normal(case.out, case.into), 0.005 * normal(case.rank, case.into)])
     codes, scale = quantize(stacked, E4M3, case.rule)
-    layer = FalqonLinear(codes, scale, rank=case.rank, live=case.live)
+    layer = FalqonLinear(codes, scale, rank=case.rank, live=case.live, trains_a=case.trains_a)
     layer.lora_B.data = 0.02 * normal(case.out, case.rank)
     x, grad = (normal(case.tokens, width) * normal(case.tokens, 1).exp() for width in (case.into, case.out))
     return layer, x.bfloat16(), (1e-3 * grad).bfloat16()

@@ -74,7 +74,7 @@ def decoded(codes: Tensor, scale: Scale) -> Tensor:
 
 
 def expected(layer: FalqonLinear, x: Tensor, grad: Tensor, fp8_cores: bool) -> dict[str, Expected]:
-    """The expected output `y` and gradients `dx` and `db` of a layer.
+    """The expected output `y` and gradients `dx` and `db` of a layer, and `da` if it trains A.
 
     Args:
         layer: a layer without bias, on the CPU.
@@ -91,6 +91,7 @@ def expected(layer: FalqonLinear, x: Tensor, grad: Tensor, fp8_cores: bool) -> d
     o_bound = into * read.abs() @ a.abs().t() + _BF16 * o.abs()
     y_bound = into * read.abs() @ w.abs().t() + _BF16 * y.abs()
     dx, dx_bound = back @ w, out * back.abs() @ w.abs()
+    found: dict[str, Expected] = {}
     if layer.live:
         thin = share(layer.rank, False)
         y_bound += (o_bound + thin * o.abs()) @ b.abs().t() + _BF16 * (o @ b.t()).abs()
@@ -100,9 +101,14 @@ def expected(layer: FalqonLinear, x: Tensor, grad: Tensor, fp8_cores: bool) -> d
         # A CPU adds these terms to the same sum, a GPU computes a separate sum: the bound covers both.
         dx_bound += (beside_bound + out * beside.abs()) @ a.abs() + _BF16 * dx.abs()
         dx = dx + beside @ a
+        if layer.lora_A is not None:
+            da = beside.t() @ read
+            da_bound = (beside_bound + share(len(grad), False) * beside.abs()).t() @ read.abs() + _BF16 * da.abs()
+            found["da"] = Expected(da, da_bound)
     y_bound += _BF16 * y.abs()
     dx_bound += _BF16 * dx.abs()
-    return {"y": Expected(y, y_bound), "dx": Expected(dx, dx_bound), "db": _adapter(rule, grad, back, o, o_bound)}
+    found |= {"y": Expected(y, y_bound), "dx": Expected(dx, dx_bound)}
+    return found | {"db": _adapter(rule, grad, back, o, o_bound)}
 
 
 def _adapter(rule: ScaleRule, grad: Tensor, back: Tensor, o: Tensor, o_bound: Tensor) -> Expected:

@@ -29,7 +29,18 @@ from fp8pipe.models.language.text import IGNORED, Encoded
 from gpu_parts.context import Context, LeftOut
 from gpu_parts.lora import PlainLoraMethod
 from gpu_parts.timing import counted_syncs, heaviest, peak_bytes, reset_peak, timed
-from pipeline.dry_run.costs import LIVE, LIVE_COMPILED, LORA, QLORA, Decoder, Step, Way, estimate
+from pipeline.dry_run.costs import (
+    BOTH,
+    BOTH_COMPILED,
+    LIVE,
+    LIVE_COMPILED,
+    LORA,
+    QLORA,
+    Decoder,
+    Step,
+    Way,
+    estimate,
+)
 from pipeline.dry_run.devices import Device, device_reported
 from pipeline.falqon.method import FalqonMethod
 from pipeline.falqon.rules import Initialisation, update_rule
@@ -49,7 +60,11 @@ _TINY: Final = {
     "max_position_embeddings": 128,
 }  # fmt: skip
 _STEP, _TINY_STEP = Step(16, 528, 64, checkpointing=True), Step(2, 32, 8, checkpointing=True)
-_WAYS: Final[dict[str, Way]] = {"live": LIVE, "live, compiled": LIVE_COMPILED, "lora": LORA, "qlora": QLORA}
+_WAYS: Final[dict[str, Way]] = {
+    "live": LIVE, "live, compiled": LIVE_COMPILED, "live-both": BOTH, "live-both, compiled": BOTH_COMPILED,
+    "lora": LORA, "qlora": QLORA,
+}  # fmt: skip
+_RULES: Final = ("live", "live-both", "released")  # of FALQON
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,9 +91,10 @@ def runs(tiny: bool) -> list[Run]:
     if tiny:
         return [Run("live", 1), Run("released", 1), Run("lora", 1), Run("qlora", 1)]
     four = [Run("live", 4), Run("lora", 4), Run("live", 4, compiled=True), Run("qlora", 4), Run("released", 4)]
+    both = [Run("live-both", 4), Run("live-both", 4, compiled=True)]
     two = [Run("live", 2), Run("lora", 2), Run("live", 2, compiled=True)]
     return [
-        *four, Run("live", 32), Run("lora", 32), *two, Run("live", 32, compiled=True), Run("qlora", 32),
+        *four, *both, Run("live", 32), Run("lora", 32), *two, Run("live", 32, compiled=True), Run("qlora", 32),
         Run("released", 32),
     ]  # fmt: skip
 
@@ -170,7 +186,7 @@ def _trainer(
     method.prepare(model)
     model.train()
     config = build_config(FinetuneConfig, {
-        "model": "random", "data": "random", "method": "falqon" if one.method in ("live", "released") else one.method,
+        "model": "random", "data": "random", "method": "falqon" if one.method in _RULES else one.method,
         "rank": step.rank, "batch_size": step.batch, "sequence_length": step.length, "steps": 1000, "log_every": 1000,
         "gradient_checkpointing": True, "packing": False, "device": context.device.type, "learning_rate": 1e-4,
     })  # fmt: skip
@@ -192,7 +208,7 @@ def _uncompiled() -> Iterator[None]:
 
 
 def _method(name: str, rank: int) -> tuple[Method, str]:
-    if name in ("live", "released"):
+    if name in _RULES:
         rule = update_rule(name)
         return FalqonMethod(rule, rank=rank, rows=None, initialisation=Initialisation.RANDOM, seed=0), "falqon"
     quantized, peft = name == "qlora", find_spec("peft") is not None

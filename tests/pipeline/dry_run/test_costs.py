@@ -15,10 +15,22 @@ from kernel_counts import as_on_cuda, count_layer, to_falqon
 
 from fp8pipe.models.compat import import_transformers
 from pipeline.dry_run import costs
-from pipeline.dry_run.costs import LIVE, LIVE_COMPILED, LORA, MERGED, MERGED_COMPILED, QLORA, Decoder, Step, estimate
+from pipeline.dry_run.costs import (
+    BOTH,
+    BOTH_COMPILED,
+    LIVE,
+    LIVE_COMPILED,
+    LORA,
+    MERGED,
+    MERGED_COMPILED,
+    QLORA,
+    Decoder,
+    Step,
+    estimate,
+)
 from pipeline.dry_run.devices import DEVICES, Device, device_reported
 
-WAYS = (LIVE, LIVE_COMPILED, MERGED, MERGED_COMPILED, LORA, QLORA)
+WAYS = (LIVE, LIVE_COMPILED, BOTH, BOTH_COMPILED, MERGED, MERGED_COMPILED, LORA, QLORA)
 LLAMA_7B = Decoder(4096, 11008, 4096, 4096, 32, 32001)
 LLAMA_13B = Decoder(5120, 13824, 5120, 5120, 40, 32001)
 PAPER = Step(16, 528, 64, checkpointing=True)  # what its scripts run
@@ -42,6 +54,17 @@ def test_live_takes_little_more_than_the_papers_rule_once_compiled():
     assert estimate(LLAMA_7B, PAPER, LIVE, RTX_4090).seconds > 2.1  # casts that are not fused
 
 
+def test_training_a_costs_little_time_and_the_inputs_as_codes():
+    """Beside A's gradient and moments, a layer saves a byte per value of each input, which recomputation makes once."""
+    step = replace(PAPER, checkpointing=False)
+    inputs = sum(into for _, into in LLAMA_7B.stacks) * LLAMA_7B.layers
+    more = costs.memory_bytes(LLAMA_7B, step, BOTH) - costs.memory_bytes(LLAMA_7B, step, LIVE)
+    assert more == pytest.approx(step.tokens * inputs + 16 * step.rank * inputs, rel=0.05)
+    for way, other in ((LIVE, BOTH), (LIVE_COMPILED, BOTH_COMPILED)):
+        slower = [estimate(LLAMA_7B, PAPER, w, RTX_4090).seconds for w in (way, other)]
+        assert slower[0] < slower[1] < 1.03 * slower[0]
+
+
 @pytest.mark.parametrize(("shape", "static", "compiled"), [(LLAMA_7B, 8.5e9, None), (LLAMA_13B, 15.7e9, 22.5e9)])
 def test_memory_against_an_independent_estimate(shape, static, compiled):
     assert costs.static_bytes(shape, PAPER.rank, LIVE) == pytest.approx(static, rel=0.02)
@@ -57,6 +80,7 @@ def test_operations_by_hand():
     # Stacked: sum of out * in 480, of out 56, of in 36.
     forward, dx, b_products, a_product = 12 * (480 + 2 * 36), 12 * 480, 3 * 12 * 2 * 56, 12 * 2 * 36
     assert _operations(shape, step, LIVE) == 2 * (forward + dx + b_products + a_product) + head == 36480
+    assert _operations(shape, step, BOTH) == 36480 + 2 * (12 * 2 * 36)  # dA
     # One by one the sum of in is 60: x A^T, dA and dO A; O B^T, G B and dB.
     assert _operations(shape, step, LORA) == 2 * (2 * 12 * 480 + 3 * 12 * 2 * (60 + 56)) + head == 41664
     again = 12 * (480 + 72) + 12 * 2 * 56
@@ -135,7 +159,9 @@ def test_a_faster_device_takes_no_longer(shape, step, way, device, field, factor
 
 
 @tried
-@given(shapes, steps, devices, st.sampled_from([(LIVE, LIVE_COMPILED), (MERGED, MERGED_COMPILED)]))
+@given(
+    shapes, steps, devices, st.sampled_from([(LIVE, LIVE_COMPILED), (BOTH, BOTH_COMPILED), (MERGED, MERGED_COMPILED)])
+)
 def test_a_compiled_layer_takes_no_longer_and_no_more(shape, step, device, pair):
     eager, compiled = (estimate(shape, step, way, device) for way in pair)
     assert compiled.seconds <= eager.seconds
