@@ -12,8 +12,13 @@ import sys
 
 def main() -> None:
     model_path, output = sys.argv[1:]
-    import modelopt.torch.quantization as mtq
     import torch
+
+    # The torchvision of PyPI cannot load its operators with a CPU build of torch; declared, it can be imported.
+    declared = torch.library.Library("torchvision", "FRAGMENT")
+    for name in ("nms", "qnms"):
+        declared.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    import modelopt.torch.quantization as mtq
     from modelopt.torch.export import export_hf_checkpoint
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
