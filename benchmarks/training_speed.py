@@ -27,7 +27,7 @@ from comparison.processes import ROOT
 from comparison.results import Metric, summarize
 from protocol import serve
 
-FALQON = ("live", "released", "accumulate")
+FALQON = ("live-both", "live", "released", "accumulate")
 TORCHAO = "lora-torchao-fp8"
 METHODS = (*FALQON, "lora", "lora-bf16", "qlora", TORCHAO)
 FUSED = "-fused"
@@ -146,7 +146,7 @@ def parser():
     """The command line."""
     found = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = [*METHODS, *(name + FUSED for name in METHODS)]
-    default = ["live", "lora", "lora-bf16", "qlora", "lora-fused", "qlora-fused"]
+    default = ["live-both", "live", "lora", "lora-bf16", "qlora", "lora-fused", "qlora-fused"]
     found.add_argument("--child", choices=names)
     found.add_argument("--methods", nargs="+", choices=names, default=default)
     found.add_argument("--rounds", type=int, default=15)

@@ -14,7 +14,7 @@ A round is one step of every method, so all train on equally many tokens; *token
 in equal time. Memory is the peak while training, less what Python, torch and transformers hold before the model is
 loaded.
 
-* `live`, `released`: FALQON's update rules, on FP8 weights.
+* `live-both`, `live`, `released`: FALQON's update rules, on FP8 weights.
 * `lora`: LoRA on bf16 weights, fp32 adapters under autocast (peft); `lora-bf16`: adapters in bf16, too.
 * `qlora`: QLoRA with NF4 weights and bf16 compute (bitsandbytes).
 * `lora-torchao-fp8`: LoRA on layers that torchao computes in FP8 with dynamic scales per tensor. Emulated, as
@@ -23,8 +23,8 @@ loaded.
   its loss and its attention, which is faster on a CPU.
 
 This is speed at equal work, not quality: docs/update-rules.md compares losses of what is exported."""
-_QUICK = ["live", "lora-bf16", "qlora", speed.TORCHAO]
-_FULL = ["live", "released", "lora", "lora-bf16", "qlora", speed.TORCHAO, "lora-fused", "qlora-fused"]
+_QUICK = ["live-both", "live", "lora-bf16", "qlora", speed.TORCHAO]
+_FULL = ["live-both", "live", "released", "lora", "lora-bf16", "qlora", speed.TORCHAO, "lora-fused", "qlora-fused"]
 
 
 class _Hourly:
@@ -61,7 +61,7 @@ def build(settings: Settings) -> Comparison:
         about=_ABOUT.format(model=what, rank=rank, tokens=tokens),
         metrics=(*speed.METRICS[:2], hourly, *speed.METRICS[2:]),
         contenders=tuple(map(contender, settings.choose(_FULL, _QUICK))),
-        baseline="live",
+        baseline="live-both",
         rounds=settings.choose(15, 1),
         warmup=settings.choose(2, 0),
     )
