@@ -111,7 +111,7 @@ _RULES = (
 )
 
 RULES: dict[str, UpdateRule] = {rule.name: rule for rule in _RULES}
-DEFAULT_RULE = "live-both"
+DEFAULT_RULE = "live"
 
 
 def update_rule(name: str) -> UpdateRule:

@@ -45,12 +45,12 @@ def test_experts_are_planned_trained_and_exported_one_by_one(mixture, pairs, tmp
     plan = plan_finetune(config(mixture, pairs))
     assert plan.facts["layers"] == 4 + 2 * 3  # attention, and two experts of three projections
     codes = (64 + 32 + 32 + 4) * 64 + (64 + 4) * 64 + 2 * ((64 + 4) * 64 + (64 + 4) * 32)  # rows of W and A, inputs
-    assert plan.facts["converted_base_bytes"] == codes
-    frozen = plan_finetune(config(mixture, pairs, update_rule="live"))
-    assert frozen.facts["converted_base_bytes"] == codes + 4 * 4 * (64 + 64 + 2 * (64 + 32))  # and directions in fp32
-    # A of the four inputs that layers share, with those of two experts: qkv, o, and for each gate and up, and down.
+    # A of the inputs that layers share: qkv, o, and for each of two experts gate and up, and down.
     a = 4 * (64 + 64 + 2 * (64 + 32))
-    assert plan.facts["trainable"] - frozen.facts["trainable"] == a
+    assert plan.facts["converted_base_bytes"] == codes + 4 * a  # and directions in fp32
+    both = plan_finetune(config(mixture, pairs, update_rule="live-both"))
+    assert both.facts["converted_base_bytes"] == codes
+    assert both.facts["trainable"] - plan.facts["trainable"] == a
     artifact = finetune(config(mixture, pairs), tmp_path / "out")
     export = export_vllm(artifact.root, tmp_path / "export", VllmExportOptions())
     stored = load_file(export.root / "model.safetensors")

@@ -117,7 +117,7 @@ def test_a_plan_counts_what_grouped_experts_hold(
         stepped = one_step(config, work, model, method, counter, tmp_path)
     alone, waiting = workload(ADA)[1], workload(HOPPER, memory=work.stored[0])[1]
     assert phase_bytes(work)["step"] == pytest.approx(stepped, rel=0.1)
-    assert phase_bytes(alone)["step"] < 0.95 * stepped
+    assert phase_bytes(alone)["step"] < 0.9 * stepped
     assert waiting.streamed
     assert phase_bytes(waiting)["prepare"] == pytest.approx(stacked, rel=0.1)
 

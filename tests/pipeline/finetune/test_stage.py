@@ -47,7 +47,7 @@ def test_artifact_holds_codes_scales_and_everything_else_untouched(make_base, pa
             assert tensor.shape == before[name].shape
             # Codes times scale are the tuned weights: close to the base ones, off by FP8's 6 % and the update.
             error = (tensor.float() * after[f"{layer}.weight_scale"] - before[name].float()).norm()
-            assert error < 0.6 * before[name].float().norm()
+            assert error < 0.5 * before[name].float().norm()
     assert {n for n in before if n not in after} == set()
     assert len(converted) == (14 if family != "gpt2" else 8)
     for name in ("tokenizer.json", "config.json", "chat_template.jinja"):

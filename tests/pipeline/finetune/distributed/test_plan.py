@@ -27,7 +27,8 @@ def settings(make_base, pairs):
 
 
 def test_it_counts_what_each_process_holds(settings, tmp_path):
-    found = run_ranks(2, planned, {**settings, "gradient_accumulation": 2}, str(tmp_path))
+    changes = {"gradient_accumulation": 2, "update_rule": "live-both"}
+    found = run_ranks(2, planned, {**settings, **changes}, str(tmp_path))
     assert found == {0: 0, 1: 0}
     assert (tmp_path / "1.out").read_text() == ""
     plan = json.loads((tmp_path / "0.out").read_text())["plan"]

@@ -42,6 +42,12 @@ def tiny(make_base, changes, **shapes):
         # In fp32, as sums of a few bf16 gradients are exact, whatever their order.
         pytest.param({"gradient_accumulation": 4, "dtype": "float32"}, (), TWO_AND_FOUR, id="live"),
         pytest.param(
+            {"gradient_accumulation": 4, "dtype": "float32", "update_rule": "live-both"},
+            (),
+            TWO_AND_FOUR if LONG else (4,),
+            id="live-both",
+        ),
+        pytest.param(
             {"gradient_accumulation": 3, "gradient_checkpointing": True, "update_rule": "released"},
             (1, 4),
             (2,),
