@@ -4,8 +4,8 @@ The FALQON paper (arXiv 2510.24061, section 4) takes them from the SVD of the we
 E = W - dequantize(quantize(W)): A is `S_r^(1/2) V_r^T`, and B starts at zero, since the quantized weights already
 contain the negative of E (`svd`). The error's spectrum is nearly flat, so a randomized range finder captures as much of
 its energy at a fraction of the cost (`randomized-svd`). The released code also has `random`. `gradient` takes the
-directions along which the loss initially falls fastest; a frozen A with these directions performs about as well as a
-trained A.
+directions along which the loss initially falls fastest, for an A that stays frozen; `uniform` draws A as peft draws
+LoRA's, for an A that is trained (`docs/update-rules.md` compares the two).
 
 The directions of `gradient` are the leading right singular vectors of dL/dW = G^T X, where X is a layer's input and G
 the gradient of its output. Neither dL/dW nor all of X is ever stored: a few batches run forward and backward through
