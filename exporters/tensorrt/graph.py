@@ -28,9 +28,8 @@ from exporters.graph.produce import QuantizedGraph, float_model, trace_linted, w
 from exporters.graph.trace import FloatGraph, Product, ProductKind, stored_array
 from exporters.tensorrt.lint.products import moved_quantizers
 from exporters.tensorrt.lint.view import View
-from exporters.tensorrt.target import Builder, TrtExportOptions, TrtFormat
+from exporters.tensorrt.target import TrtExportOptions, TrtFormat, compile_for
 from fp8pipe.artifact.finding import Finding, refuse
-from fp8pipe.core.errors import ConfigurationError
 from fp8pipe.models.vision.quantized import QuantizedVit, of_type
 from fp8pipe.numerics.grids import E4M3
 from fp8pipe.numerics.kinds import Kind
@@ -225,23 +224,12 @@ def in_format(quantized: QuantizedVit, format: TrtFormat) -> QuantizedVit:
     return without_activations(quantized, quantized.weights) if format.weight_only else quantized
 
 
-_FP4_CAPABILITIES: Final = ("12.0", "12.1")
-_FP4_DEFAULT: Final = ("12.0",)
-
-
 def with_targets(options: TrtExportOptions, format: TrtFormat) -> TrtExportOptions:
-    """The options, with the default compute capabilities of the format if none were given.
-
-    Raises:
-        ConfigurationError: a given compute capability does not support the format.
-    """
-    if format.kind is Kind.NVFP4 and "compute_capabilities" not in options.model_fields_set:
-        return options.model_copy(update={"compute_capabilities": _FP4_DEFAULT})
-    lacking = [capability for capability in options.compute_capabilities if capability not in _FP4_CAPABILITIES]
-    if options.builder is Builder.RTX and format.kind is Kind.NVFP4 and lacking:
-        raise ConfigurationError(
-            f"{format} cannot be compiled for compute capability {', '.join(lacking)}",
-            why=f"four-bit floats need compute capability {' or '.join(_FP4_CAPABILITIES)}",
-            fix="give --compute-capability 12.0, or --builder none for the graph alone",
-        )
-    return options
+    """The options with the compute capabilities to compile for; see `compile_for`."""
+    given = "compute_capabilities" in options.model_fields_set
+    wanted = compile_for(format, options.compute_capabilities, options.builder, given=given)
+    return (
+        options
+        if wanted == options.compute_capabilities
+        else options.model_copy(update={"compute_capabilities": wanted})
+    )

@@ -16,6 +16,7 @@ from exporters.target import Engine, ExportTarget, Service
 from exporters.tensorrt.recipe import EngineRecipe
 from fp8pipe.artifact.kinds import VIT_KIND
 from fp8pipe.core.config import CONFIG_ONLY, Flag, FrozenConfig
+from fp8pipe.core.errors import ConfigurationError
 from fp8pipe.numerics.kinds import Kind
 
 KIND: Final = "trt-export"
@@ -89,6 +90,30 @@ class TrtFormat(StrEnum):
         if self is TrtFormat.FP8:
             return Kind.E4M3
         return Kind.NVFP4 if self in (TrtFormat.NVFP4, TrtFormat.NVFP4_WEIGHT_ONLY) else Kind.INT
+
+
+_FP4_CAPABILITIES: Final = ("12.0", "12.1")
+_FP4_DEFAULT: Final = ("12.0",)
+
+
+def compile_for(format: TrtFormat, capabilities: tuple[str, ...], builder: Builder, *, given: bool) -> tuple[str, ...]:
+    """The compute capabilities to compile for: `capabilities`, or the format's default unless they were `given`.
+
+    Raises:
+        ConfigurationError: a given compute capability does not support the format.
+    """
+    if format.kind is not Kind.NVFP4:
+        return capabilities
+    if not given:
+        return _FP4_DEFAULT
+    lacking = [capability for capability in capabilities if capability not in _FP4_CAPABILITIES]
+    if builder is Builder.RTX and lacking:
+        raise ConfigurationError(
+            f"{format} cannot be compiled for compute capability {', '.join(lacking)}",
+            why=f"four-bit floats need compute capability {' or '.join(_FP4_CAPABILITIES)}",
+            fix="give --compute-capability 12.0, or --builder none for the graph alone",
+        )
+    return capabilities
 
 
 class EnterpriseSettings(FrozenConfig):

@@ -114,8 +114,9 @@ def _compare_decoder(artifact: Artifact, model: ir.Model, parent: Path, notes: l
 
     Differences of structure are only added to `notes` if the graph was traced with other versions of packages.
     """
-    source = open_language(parent)
-    stored = json.loads((artifact.root / SCALES_FILE).read_text(encoding="utf-8"))
+    source = open_language(parent, packed=True)
+    file = artifact.root / SCALES_FILE
+    stored = {} if source.packed else json.loads(file.read_text(encoding="utf-8"))
     scales = {name: InputScale.model_validate(scale) for name, scale in stored.items()}
     yield from failed_gates(number_gates(model, source, scales))
     names = (Path("config.json"), *sidecar_files(artifact.root, SERVED_FILES))
@@ -130,8 +131,9 @@ def _compare_decoder(artifact: Artifact, model: ir.Model, parent: Path, notes: l
     layers = language_records(source, options.calibration)
     yield from compare_layers(artifact.manifest, layers)
     facts = TrtLanguageDetails.model_construct(
-        format=options.format, base=options.base.value, output=GraphOutput(name=LOGITS, what="logits"),
-        activations=next(layer.activation for layer in layers if layer.activation is not None), cache=graph.cache,
+        format=source.format.value, base=options.base.value, output=GraphOutput(name=LOGITS, what="logits"),
+        activations=next((layer.activation for layer in layers if layer.activation is not None), None),
+        cache=graph.cache,
         trained_activations=source.plan.source.trained_activations,
         passes={change.name: len(change.changed) for change in graph.changes},
     )  # fmt: skip

@@ -36,7 +36,8 @@ _FIXES: Final = {
     "unknown-matrix": _USE_BF16,
     "weight-format": _WRITE_AGAIN,
     "missing-scale": _WRITE_AGAIN,
-    "trained-in-nvfp4": "export with --target vllm --format nvfp4, which writes these codes",
+    "trained-in-nvfp4": "export with --target vllm --format nvfp4, which writes these codes; for TensorRT-LLM, add "
+    "--layout modelopt, the layout that it reads",
     "weight-shape": _OTHER_CONFIG,
     "tied-missing": "complete the checkpoint",
     "not-linear": _USE_BF16,

@@ -13,10 +13,10 @@ import torch
 
 from exporters.graph.formats import MODEL_FILE
 from exporters.graph.runtime import import_onnx_package
-from exporters.tensorrt.language.predict import DecoderSession
-from exporters.tensorrt.language.target import KIND, TrtLanguageDetails
+from exporters.tensorrt.language.predict import decoder_session
+from exporters.tensorrt.language.target import KIND, TrtLanguageDetails, product_precision
 from exporters.tensorrt.lint import lint_file
-from exporters.tensorrt.target import Base, BuiltEngine
+from exporters.tensorrt.target import Base, BuiltEngine, TrtFormat
 from fp8pipe.artifact import Artifact, Gate, installed_versions, open_artifact
 from fp8pipe.artifact.record import remove_record
 from validation.contents import contents_gate
@@ -43,7 +43,7 @@ def validate_language(export: Path) -> TrtValidationRecord:
     engines, version = details.engines, artifact.manifest.versions.get("tensorrt-rtx", "")
     stated, unchecked = contents_gate(artifact, None)
     gates = (_finite(artifact, details), _lint(artifact, tuple(engines)), stated,
-             *map(_precision, engines, engines.values()))  # fmt: skip
+             *(_precision(details, capability, entry) for capability, entry in engines.items()))  # fmt: skip
     reports = (
         EngineReport(
             capability=capability, builder="rtx", version=version, source="export", reasons=(),
@@ -68,7 +68,7 @@ def validate_language(export: Path) -> TrtValidationRecord:
 
 def _finite(artifact: Artifact, details: TrtLanguageDetails) -> Gate:
     """A gate that requires all logits to be finite when the graph runs in ONNX Runtime."""
-    session = DecoderSession(artifact.root / MODEL_FILE, details.cache, Base(details.base))
+    session = decoder_session(artifact.root / MODEL_FILE, details.cache, Base(details.base))
     logits = session.logits(torch.arange(_TOKENS[0] * _TOKENS[1]).view(_TOKENS) + 1)
     bad = int((~np.isfinite(logits)).sum())
     detail = f"of {logits.size} logits of the graph in ONNX Runtime, {_TOKENS[0]} sequences of {_TOKENS[1]} tokens"
@@ -81,10 +81,10 @@ def _lint(artifact: Artifact, capabilities: tuple[str, ...]) -> Gate:
     return Gate(name="findings of the linter", value=len(errors), detail=rules)
 
 
-def _precision(capability: str, entry: BuiltEngine) -> Gate:
-    counts = entry.precisions
-    other = sum(count for name, count in counts.items() if name != "fp8")
+def _precision(details: TrtLanguageDetails, capability: str, entry: BuiltEngine) -> Gate:
+    counts, wanted = entry.precisions, product_precision(TrtFormat(details.format), Base(details.base))
+    other = sum(count for name, count in counts.items() if name != wanted)
     return Gate(
-        name=f"linear products not in fp8 for {capability}", value=other,
+        name=f"linear products not in {wanted} for {capability}", value=other,
         detail=", ".join(f"{count} in {name}" for name, count in sorted(counts.items())),
     )  # fmt: skip

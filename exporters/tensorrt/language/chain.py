@@ -114,7 +114,10 @@ class Chain:
         return open_part(self._part(reads, makes, wide=wide))
 
     def _part(self, reads: Sequence[str], makes: Sequence[str], *, wide: bool) -> Any:
-        """The nodes from some values (and the graph's inputs, and what is shared by layers) to others, as a proto."""
+        """The nodes from some values (and the graph's inputs, and what is shared by layers) to others, as a proto.
+
+        Weights in NVFP4 are dequantized in any case, since ONNX Runtime has no kernels for them.
+        """
         values = {str(value.name): value for value in self.graph.graph.inputs}
         for node in self.graph.graph:
             values |= {str(value.name): value for value in node.outputs}
@@ -125,12 +128,14 @@ class Chain:
         proto = model_of(
             self.graph, [ir.to_proto(node) for node in nodes], tensors, given, [ir.to_proto(value) for value in outputs]
         )
+        blocks = any(value.dtype == ir.DataType.FLOAT4E2M1 for value in tensors)
         release(tensors)
-        if not wide:
+        if not wide and not blocks:
             return proto
         part = ir.from_proto(proto)
         dequantize_graph(part)
-        return with_floats(ir.to_proto(part), "float32")
+        dequantized = ir.to_proto(part)
+        return with_floats(dequantized, "float32") if wide else dequantized
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -14,17 +14,17 @@ import onnx_ir as ir
 from exporters.graph.formats import MODEL_FILE, GraphOutput
 from exporters.graph.layers import read_layers
 from exporters.graph.runtime import import_onnx_package
-from exporters.graph.trace import OPSET, SUFFIXES, ProductKind, stored_bytes
+from exporters.graph.trace import SUFFIXES, ProductKind, stored_bytes
 from exporters.tensorrt.builder import Shapes, build_rtx, shapes, trtexec_command
 from exporters.tensorrt.engines import describe_engine, engine_file, precision_gate, write_layers
 from exporters.tensorrt.language.calibrate import Score, scales_by_layer
 from exporters.tensorrt.language.chain import Chain
 from exporters.tensorrt.language.graph import LOGITS, DecoderGraph, cache_names
-from exporters.tensorrt.language.predict import DecoderSession, cache_gates, perplexity_gate, unrounded_session
+from exporters.tensorrt.language.predict import cache_gates, decoder_session, perplexity_gate, unrounded_session
 from exporters.tensorrt.language.prove import check_structure, layered_gates, whole_gate
 from exporters.tensorrt.language.reference import Reference
 from exporters.tensorrt.language.reopen import layer_gates, number_gates
-from exporters.tensorrt.language.source import LanguageModel, check_attention, language_records, open_language
+from exporters.tensorrt.language.source import LanguageModel, check_attention, language_records, open_in_format
 from exporters.tensorrt.language.stitch import traced_graph
 from exporters.tensorrt.language.target import (
     KIND,
@@ -33,6 +33,7 @@ from exporters.tensorrt.language.target import (
     LanguageExportOptions,
     PerplexityFacts,
     TrtLanguageDetails,
+    product_precision,
 )
 from exporters.tensorrt.lint import check_file
 from exporters.tensorrt.listing import read_precision
@@ -41,7 +42,7 @@ from exporters.text import ExportText, read_text
 from fp8pipe.artifact import Artifact, ArtifactWriter, Gate, NumberFormat, at_most, check_place, installed_versions
 from fp8pipe.core.progress import track
 from fp8pipe.models.checkpoint.sidecars import SERVED_FILES, copy_sidecars
-from fp8pipe.numerics.kinds import Kind
+from fp8pipe.numerics.kinds import granularity
 from fp8pipe.report.card import CardFacts, commit_export
 
 DATA_FILE: Final = "model.onnx.data"
@@ -59,12 +60,12 @@ _CARD: Final = CardFacts(
 
 
 def export_language(source: Path, output: Path, options: LanguageExportOptions) -> Artifact:
-    """Export a FALQON artifact to TensorRT.
+    """Export an artifact with FP8 or NVFP4 codes to TensorRT.
 
     Args:
         source: directory of an artifact of kind `falqon`.
-        output: directory of the export, which will contain `model.onnx`, `activation_scales.json`, `engines/`,
-            `layers.json`, config and tokenizer files, and a manifest with all gates.
+        output: directory of the export, which will contain `model.onnx`, `engines/`, `layers.json`, config and
+            tokenizer files, a manifest with all gates and, for FP8, `activation_scales.json`.
         options: the options of the export.
 
     Raises:
@@ -77,13 +78,14 @@ def export_language(source: Path, output: Path, options: LanguageExportOptions) 
     """
     check_place(output, force=options.force)
     import_onnx_package("onnxruntime")
-    model = open_language(source)
+    model = open_in_format(source, options)
     check_attention(model)
     text = read_text(model.root, model.artifact, options.calibration_data, options.calibration_records)
-    engines = options.compute_capabilities if options.builder is Builder.RTX else ()
+    engines = options.capabilities(model.format) if options.builder is Builder.RTX else ()
     with track(4 + len(engines), "export") as progress:
         reference = Reference.of(model)
-        scales = scales_by_layer(reference.count(text.calibration), options.calibration)
+        counts = {} if model.packed else reference.count(text.calibration)
+        scales = scales_by_layer(counts, options.calibration)
         progress.advance(1)
         own = reference.score(text.heldout)
         progress.advance(1)
@@ -98,7 +100,7 @@ def export_language(source: Path, output: Path, options: LanguageExportOptions) 
                 writer.warn(warning)
             reports: dict[str, dict[str, Any]] = {}
             for capability in engines:
-                gate, reports[capability] = _build(writer.root, list(model.weights), graph.cache, options, capability)
+                gate, reports[capability] = _build(writer.root, model, graph.cache, options, capability)
                 gates.append(gate)
                 progress.advance(1)
             write_layers(writer.root, reports)
@@ -114,8 +116,9 @@ def _write(root: Path, graph: DecoderGraph, model: LanguageModel, scales: Mappin
     """Write all files of the export, except engines, to `root`."""
     beside = DATA_FILE if stored_bytes(graph.model) > _INLINE_BYTES else None
     ir.save(graph.model, root / MODEL_FILE, external_data=beside)
-    shown = {name: scale.model_dump() for name, scale in scales.items()}
-    (root / SCALES_FILE).write_text(json.dumps(shown, indent=1) + "\n", encoding="utf-8")
+    if scales:
+        shown = {name: scale.model_dump() for name, scale in scales.items()}
+        (root / SCALES_FILE).write_text(json.dumps(shown, indent=1) + "\n", encoding="utf-8")
     shutil.copyfile(model.root / "config.json", root / "config.json")
     copy_sidecars(model.root, root, SERVED_FILES)
 
@@ -131,9 +134,10 @@ def _prove(
     """
     path = root / MODEL_FILE
     gates = number_gates(ir.load(path), reference.source, scales)
-    clipped = max(scales.values(), key=lambda scale: scale.clipped)
-    detail = f"share of the values seen in calibration, in the layer where it is largest; amax {clipped.amax:g}"
-    gates.append(at_most("clipped activations", clipped.clipped, _CLIPPED, detail))
+    if scales:
+        clipped = max(scales.values(), key=lambda scale: scale.clipped)
+        detail = f"share of the values seen in calibration, in the layer where it is largest; amax {clipped.amax:g}"
+        gates.append(at_most("clipped activations", clipped.clipped, _CLIPPED, detail))
     check_structure(path)
     if graph.joints is None or reference.stream is None:
         proved, served = _prove_whole(path, graph, reference, text, own, options)
@@ -155,7 +159,7 @@ def _prove_whole(
     """
     written = ir.load(path)
     gates, _ = layer_gates(read_layers(written), written, reference.whole(), text.heldout[0])
-    session = DecoderSession(path, graph.cache, options.base)
+    session = decoder_session(path, graph.cache, options.base)
     gate, served = perplexity_gate(session, text.heldout, own, required=options.require)
     gates.append(gate)
     if graph.cache is not None:
@@ -178,7 +182,7 @@ def _profiles(cache: CacheFacts | None, options: LanguageExportOptions) -> dict[
 
 def _build(
     root: Path,
-    layers: Sequence[str],
+    model: LanguageModel,
     cache: CacheFacts | None,
     options: LanguageExportOptions,
     capability: str,
@@ -186,9 +190,10 @@ def _build(
     """Build one engine.
 
     Returns:
-        A gate that all linear layers are computed in FP8, and the engine's entry for layers.json.
+        A gate that all linear layers are computed in FP8, or with weights in NVFP4 in the base dtype; and the engine's
+        entry for layers.json.
     """
-    file, nodes = engine_file(capability), [f"{name}{SUFFIXES[ProductKind.LINEAR]}" for name in layers]
+    file, nodes = engine_file(capability), [f"{name}{SUFFIXES[ProductKind.LINEAR]}" for name in model.weights]
     path = root / file
     path.parent.mkdir(exist_ok=True)
     started = time.monotonic()
@@ -201,7 +206,8 @@ def _build(
         "kernels": len({product.layer for product in report.products}),
         "fused_attentions": sum("mha" in layer.name for layer in built.layers),
     }
-    wanted, name = dict.fromkeys(nodes, "fp8"), f"linear products not in fp8 for {capability}"
+    precision = product_precision(model.format, options.base)
+    wanted, name = dict.fromkeys(nodes, precision), f"linear products not in {precision} for {capability}"
     return precision_gate(report, wanted, name, required=options.require), entry
 
 
@@ -217,19 +223,20 @@ def _commit(
     shown = ("engine", "engine_bytes", "build_s", "precisions", "kernels", "fused_attentions")
     layers = language_records(model, options.calibration)
     return commit_export(
-        writer, _CARD, model.artifact, options, format=options.format, layers=layers,
+        writer, _CARD, model.artifact, options, format=model.format.value, layers=layers,
         number_format=NumberFormat(
-            name=Kind.E4M3.value, granularity="per-tensor" if model.per_tensor else "per-channel"
+            name=model.format.kind.value,
+            granularity="per-tensor" if model.per_tensor else granularity(model.format.kind),
         ),
-        runtime={"engine": "tensorrt", "builder": options.builder.value, "opset": OPSET},
+        runtime={"engine": "tensorrt", "builder": options.builder.value, "opset": graph.model.graph.opset_imports[""]},
         versions=installed_versions(("onnx", "onnx-ir", "onnxscript", "onnxruntime", "tensorrt-rtx", "transformers")),
         details=TrtLanguageDetails(
-            format=options.format,
+            format=model.format.value,
             base=options.base.value,
             output=GraphOutput(name=LOGITS, what="logits"),
             trtexec=trtexec_command(MODEL_FILE, _profiles(graph.cache, options), workspace_mib=_WORKSPACE_MIB),
             cache=graph.cache,
-            activations=next(layer.activation for layer in layers if layer.activation is not None),
+            activations=next((layer.activation for layer in layers if layer.activation is not None), None),
             trained_activations=model.plan.source.trained_activations,
             calibration=text.facts,
             passes={change.name: len(change.changed) for change in graph.changes},

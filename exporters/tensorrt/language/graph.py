@@ -1,4 +1,4 @@
-"""Make the ONNX graph of a FALQON artifact in a form from which TensorRT builds efficient engines.
+"""Make the ONNX graph of an artifact in a form from which TensorRT builds efficient engines.
 
 The model is traced in the dtype in which the engine will compute. transformers always computes normalizations, softmax
 and rotary angles in float32, and the trace contains the casts to and from float32 around them. So the graph need not
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from exporters.graph.passes.editing import Change
 from exporters.graph.passes.products import name_products, split_gemms, strip_metadata
-from exporters.graph.passes.quantize import quantize_weights
+from exporters.graph.passes.quantize import quantize_block_weights, quantize_weights, raise_opset
 from exporters.graph.trace import FloatGraph, Product, ProductKind, export_program, holds_weight, owner
 from exporters.tensorrt.half import refuse_not_half
 from exporters.tensorrt.language.passes import quantize_inputs, tie_head, type_scales
@@ -35,6 +35,7 @@ from exporters.tensorrt.target import Base
 from fp8pipe.artifact.finding import Finding, refuse
 from fp8pipe.core.errors import ConfigurationError
 from fp8pipe.models.language.kv_cache import cache_argument
+from fp8pipe.numerics.nvfp4 import BlockCodes
 from fp8pipe.numerics.quantizers import WeightCodes
 
 if TYPE_CHECKING:
@@ -70,11 +71,11 @@ class DecoderGraph:
 
 
 def decoder_graph(model: LanguageModel, scales: Mapping[str, float], base: Base, *, cache: bool) -> DecoderGraph:
-    """Trace a model and rewrite the graph with FP8 weights and static activation scales.
+    """Trace a model and rewrite the graph with its codes: FP8 and static activation scales, or weights in NVFP4 alone.
 
     Args:
         model: the opened artifact.
-        scales: static activation scales by layer.
+        scales: static activation scales by layer; none for NVFP4.
         base: the dtype of everything that is not quantized.
         cache: whether the graph has a key/value cache as inputs and outputs.
 
@@ -106,19 +107,25 @@ def refuse_beyond(model: LanguageModel, base: Base) -> None:
 
 
 def type_graph(
-    traced: FloatGraph, weights: Mapping[str, WeightCodes], scales: Mapping[str, float], base: Base, source: str
+    traced: FloatGraph,
+    weights: Mapping[str, WeightCodes | BlockCodes],
+    scales: Mapping[str, float],
+    base: Base,
+    source: str,
 ) -> list[Change]:
     """The passes that make a strongly typed graph of a traced one, in place; returns what they changed.
 
     Raises:
         LintFindingsError: a scale that FP16 cannot represent.
     """
+    blocks = {name: weight for name, weight in weights.items() if isinstance(weight, BlockCodes)}
+    codes = {name: weight for name, weight in weights.items() if isinstance(weight, WeightCodes)}
     changes = [
         strip_metadata(traced.model),  # first, as it removes the tracer's prefix from names
         # The tracer uses a Gemm for linear layers with a bias and a two-dimensional input (OPT's MLP).
         *(change for change in [split_gemms(traced)] if change.changed),
-        quantize_weights(traced, weights),
-        quantize_inputs(traced, scales),
+        *([quantize_block_weights(traced, blocks), raise_opset(traced.model, activations=False)] if blocks else []),
+        *([quantize_weights(traced, codes), quantize_inputs(traced, scales)] if codes else []),
         name_products(traced),
         tie_head(traced.model),
     ]

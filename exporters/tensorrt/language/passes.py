@@ -18,10 +18,12 @@ import onnx_ir as ir
 from exporters.graph.passes.editing import Change, drop_unused, insert, quantize_value
 from exporters.graph.trace import FloatGraph, stored_array
 from exporters.tensorrt.half import NotHalf
+from fp8pipe.numerics.nvfp4 import BlockScales
 
-__all__ = ["drop_quantizers", "quantize_inputs", "tie_head", "type_scales"]
+__all__ = ["check_half_blocks", "drop_quantizers", "quantize_inputs", "tie_head", "type_scales"]
 
 _FP8: Final = np.dtype(ml_dtypes.float8_e4m3fn)
+_SMALLEST_CODE: Final = 0.5  # of E2M1; all others are multiples of it
 _SCALE: Final = 1  # index of the scale among the inputs of QuantizeLinear and DequantizeLinear
 
 
@@ -84,7 +86,25 @@ def type_scales(model: ir.Model, dtype: ir.DataType) -> Change:
         value.const_value = ir.tensor(typed, name=str(value.name))
         value.type = ir.TensorType(dtype)
         changed.append(str(value.name))
+    for node in model.graph:
+        output = node.outputs[0]
+        if node.op_type == "DequantizeLinear" and output.dtype == ir.DataType.FLOAT:  # as for a float32 graph
+            output.type = ir.TensorType(dtype)
     return Change("type_scales", tuple(changed))
+
+
+def check_half_blocks(name: str, scales: BlockScales) -> None:
+    """Check that FP16 represents every value of a weight in NVFP4 exactly.
+
+    Values are multiples of half a block scale times the tensor scale, with few significant bits, so it is enough that
+    these are exact.
+
+    Raises:
+        NotHalf: it does not; `name` is the weight.
+    """
+    step = _SMALLEST_CODE * scales.product
+    if not bool((step.half().float() == step).all()):
+        raise NotHalf(name, "block scales whose values FP16 cannot represent exactly")
 
 
 def tie_head(model: ir.Model) -> Change:

@@ -9,7 +9,9 @@ from typing import Any, Final
 
 from exporters.tensorrt.engines import expected_sizes
 from exporters.tensorrt.language.calibrate import BATCH
+from exporters.tensorrt.language.source import holds_nvfp4
 from exporters.tensorrt.language.target import WHOLE_BYTES, CalibrationOptions, LanguageExportOptions
+from exporters.tensorrt.target import TrtFormat
 from exporters.text import LENGTH
 from exporters.vllm.export import plan_export
 from exporters.vllm.options import VllmExportOptions
@@ -47,18 +49,21 @@ def plan_for_people(
         BadArtifactError: the artifact is unfinished or damaged.
     """
     plan, free = plan_export(source, VllmExportOptions(), verify=False), free_bytes(output)
-    config, shape = open_artifact(source, kind=FALQON_KIND, verify=False).manifest.config, plan.source.config
+    artifact = open_artifact(source, kind=FALQON_KIND, verify=False)
+    config, shape = artifact.manifest.config, plan.source.config
+    own = TrtFormat.NVFP4_WEIGHT_ONLY if holds_nvfp4(artifact) else TrtFormat.FP8
     graph = isinstance(options, LanguageExportOptions)
     engines: tuple[str, ...] = ()
     if isinstance(options, LanguageExportOptions) and options.builder == "rtx":
-        engines = options.compute_capabilities
+        engines = options.capabilities(own)
     named = options.calibration_data or config.get("data")
     text = None if named is None else str(named)
     need = sum(unit.entry.size_bytes for unit in plan.units)
     written, _ = expected_sizes(need, shape.get("num_hidden_layers", 0), len(engines), pack=False, halves=False)
     peak, how = _peak_memory(plan, int(config.get("sequence_length", LENGTH)), graph)
     quantized = sum(unit.action is Action.CODES for unit in plan.units)
-    others, format = sum(not layer.converted for layer in plan.layers), str(getattr(options, "format", ""))
+    others = sum(not layer.converted for layer in plan.layers)
+    format = str(getattr(options, "format", None) or own)
     document = {
         "source": str(source), "output": str(output), "output_exists": output.exists(), "format": format,
         "calibration_data": text, "need_bytes": need, "free_bytes": free, "fits": free >= need,
@@ -85,8 +90,9 @@ def plan_for_people(
         ),
         facts={
             "format": format,
-            "layers": f"{quantized} in FP8, {others} float",
-            "calibration": f"{text or 'none: give --calibration-data'} ({options.calibration})",
+            "layers": f"{quantized} in {'NVFP4' if own.weight_only else 'FP8'}, {others} float",
+            "calibration": f"{text or 'none: give --calibration-data'}"
+            + ("" if own.weight_only else f" ({options.calibration})"),
             "engines": ", ".join(engines) or "none",
         },
     )  # fmt: skip

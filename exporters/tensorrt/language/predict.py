@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from exporters.graph.runtime import open_session, run
+from exporters.tensorrt.half import dequantize_graph
 from exporters.tensorrt.language.calibrate import Score, score
 from exporters.tensorrt.language.chain import Chain, Step, in_steps
 from exporters.tensorrt.language.graph import LOGITS, cache_names
@@ -102,10 +103,22 @@ def perplexity_gate(
     return at_most("perplexity above the artifact's", worse, limit, detail), found
 
 
+def decoder_session(graph: Path, cache: CacheFacts | None, base: Base) -> DecoderSession:
+    """Load a written graph; weights in NVFP4, for which ONNX Runtime has no kernels, are dequantized before."""
+    blocks = _holds_blocks(ir.load(graph))
+    return unrounded_session(graph, cache, base) if blocks else DecoderSession(graph, cache, base)
+
+
+def _holds_blocks(model: ir.Model) -> bool:
+    return any(value.dtype == ir.DataType.FLOAT4E2M1 for value in model.graph.initializers.values())
+
+
 def unrounded_session(graph: Path, cache: CacheFacts | None, base: Base) -> DecoderSession:
-    """Load a written graph without its activation quantizers, for `cache_gates`."""
+    """Load a written graph without its activation quantizers, and with weights in NVFP4 dequantized."""
     model = ir.load(graph)
     drop_quantizers(model)
+    if _holds_blocks(model):
+        dequantize_graph(model)
     with tempfile.TemporaryDirectory(prefix="fp8pipe-graph-") as folder:
         path = Path(folder) / graph.name
         ir.save(model, path, external_data=f"{graph.name}.data")

@@ -25,10 +25,9 @@ from exporters.tensorrt.language.calibrate import pre_hooks
 from exporters.tensorrt.language.chain import Chain, States, Step, in_steps, release, run_part
 from exporters.tensorrt.language.graph import LOGITS
 from exporters.tensorrt.language.predict import PROMPT, decode_gate, decoded, unrounded_session
-from exporters.tensorrt.language.reopen import compare_part, keepers
+from exporters.tensorrt.language.reopen import compare_part, keepers, part_gates
 from exporters.tensorrt.language.stream import LayerStream
 from exporters.tensorrt.language.target import WHOLE_BYTES
-from exporters.tensorrt.parity import typed_gates
 from exporters.tensorrt.target import Base
 from fp8pipe.artifact import Gate, at_most
 from fp8pipe.core.errors import BadArtifactError, one_line
@@ -62,7 +61,7 @@ def layered_gates(
     head = chain.head(wide=True)
     found = run_part(head, proof.shared | {chain.joints.hidden[-1]: proof.last.numpy()})[LOGITS]
     proof.errors["the head"] = layer_error(torch.from_numpy(found), logits)
-    gates = [*typed_gates(proof.report), _errors_gate(proof.errors, LAYER_LIMITS[base])]
+    gates = [*part_gates(proof.report), _errors_gate(proof.errors, LAYER_LIMITS[base])]
     if not sequences:
         return gates
     made = list(proof.states.logits(head))

@@ -15,17 +15,27 @@ import torch
 from torch import Tensor, nn
 
 from exporters.graph.layers import ExportedLayer, StoredWeight, read_layers
-from exporters.graph.parity import LayerParity, compare_layers, input_name, sources_of, way_between
+from exporters.graph.parity import (
+    LayerParity,
+    compare_layers,
+    cut_layers,
+    input_name,
+    judge_layers,
+    sources_of,
+    way_between,
+)
 from exporters.graph.trace import stored_array
 from exporters.tensorrt.language.calibrate import pre_hooks
 from exporters.tensorrt.language.chain import release
 from exporters.tensorrt.language.graph import TRANSPOSED
 from exporters.tensorrt.language.source import LanguageModel
 from exporters.tensorrt.language.target import InputScale
-from exporters.tensorrt.parity import typed_gates
+from exporters.tensorrt.parity import evaluate_graph, typed_gates
 from fp8pipe.artifact import Gate, none_of
 from fp8pipe.models.language.text import Encoded
+from fp8pipe.numerics.grids import same_bits
 from fp8pipe.numerics.kinds import Kind
+from fp8pipe.numerics.nvfp4 import BlockCodes
 from fp8pipe.numerics.quantizers import ActivationQuantizer, WeightCodes
 
 _FLOATS: Final = ("FLOAT", "FLOAT16")
@@ -42,7 +52,7 @@ def number_gates(graph: ir.Model, model: LanguageModel, scales: Mapping[str, Inp
     Args:
         graph: the graph, as read from its file.
         model: the artifact.
-        scales: calibrated activation scales by layer.
+        scales: calibrated activation scales by layer; none for weights in NVFP4.
 
     Returns:
         Gates whose value is a number of differences; 0 passes.
@@ -55,7 +65,11 @@ def number_gates(graph: ir.Model, model: LanguageModel, scales: Mapping[str, Inp
         for name in part:
             weight = model.weights[name]
             total += weight.codes.numel()
-            differing = _differing(by_name.get(name), weight, scales[name].scale)
+            layer = by_name.get(name)
+            if isinstance(weight, BlockCodes):
+                differing = (*_differing_blocks(layer, weight), 0)
+            else:
+                differing = _differing(layer, weight, scales[name].scale)
             codes, weight_scales, inputs = (
                 a + b for a, b in zip((codes, weight_scales, inputs), differing, strict=True)
             )
@@ -64,7 +78,15 @@ def number_gates(graph: ir.Model, model: LanguageModel, scales: Mapping[str, Inp
     return [
         none_of("weight codes differing", codes, f"of {total} in {len(model.weights)} layers"),
         none_of("weight scales differing", weight_scales, f"of {len(model.weights)} layers"),
-        none_of("activation scales differing", inputs, f"of {len(model.weights)} layers, against the calibration"),
+        *(
+            []
+            if model.packed
+            else [
+                none_of(
+                    "activation scales differing", inputs, f"of {len(model.weights)} layers, against the calibration"
+                )
+            ]
+        ),
         none_of("float tensors differing", len(different), f"of {compared}{_first(different)}"),
         none_of("float matrices that are not the artifact's", len(strays), _first(strays).removeprefix("; ")),
     ]
@@ -81,6 +103,17 @@ def _differing(layer: ExportedLayer | None, weight: WeightCodes, scale: float) -
     wrong = plain is None or plain.kind is not Kind.E4M3 or plain.scale != scale
     unequal = not torch.equal(stored.scale.float(), weight.scale)
     return codes, int(unequal), int(wrong or layer.operands[0].source is None)
+
+
+def _differing_blocks(layer: ExportedLayer | None, weight: BlockCodes) -> tuple[int, int]:
+    """Codes of a layer in NVFP4 that differ, and 1 if its scales do or its input is quantized."""
+    stored = None if layer is None else layer.operands[1].weight
+    if layer is None or not isinstance(stored, BlockCodes) or stored.codes.shape != weight.codes.shape:
+        return weight.codes.numel(), 1
+    ours, theirs = stored.scales, weight.scales
+    same = same_bits(ours.block, theirs.block) and ours.tensor == theirs.tensor
+    plain = layer.operands[0].quantizer is None and layer.operands[0].source is not None
+    return int((stored.codes != weight.codes).sum()), int(not (same and plain))
 
 
 def layer_gates(
@@ -102,17 +135,27 @@ def layer_gates(
     report: list[LayerParity] = []
     for start in range(0, len(layers), _AT_ONCE):
         report += compare_part(layers[start : start + _AT_ONCE], graph, inputs)
-    return typed_gates(report), report
+    return part_gates(report), report
+
+
+def part_gates(report: Sequence[LayerParity]) -> list[Gate]:
+    """Gates on the linears of a decoder; those of weights in NVFP4 read floats, so there are no codes to compare."""
+    gates = typed_gates(report)
+    return gates if any(layer.codes for layer in report) else gates[1:]
 
 
 def compare_part(layers: Sequence[ExportedLayer], graph: ir.Model, seen: Mapping[str, Tensor]) -> list[LayerParity]:
     """Run some layers in ONNX Runtime on the inputs that they have in torch, by the layers' names.
 
-    `graph` is changed in place: tensors that these layers store become float32.
+    Those with weights in NVFP4 run in ONNX's reference evaluator. `graph` is changed in place: tensors that these
+    layers store become float32.
     """
     _widen(layers)
     sources = ((layer.name, layer.operands[0].source) for layer in layers)
     inputs = {input_name(source): seen[name].contiguous().numpy() for name, source in sources if source is not None}
+    if any(layer.blocks for layer in layers):
+        found = evaluate_graph(cut_layers(graph, layers, wide=True), inputs)
+        return judge_layers(layers, inputs, found, None, lambda layer: (0, 0))
     return compare_layers(graph, layers, inputs, optimize=False)
 
 

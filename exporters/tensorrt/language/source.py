@@ -1,6 +1,7 @@
 """Read the input of an export of a language model: a FALQON artifact.
 
-It is read as FP8 codes, scales and float tensors, from which a torch model can be built to compare the export with.
+It is read as codes in FP8 or NVFP4, scales and float tensors, from which a torch model can be built to compare the
+export with.
 """
 
 from __future__ import annotations
@@ -15,17 +16,21 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 from torch import Tensor
 
+from exporters.tensorrt.language.target import LanguageExportOptions
+from exporters.tensorrt.target import TrtFormat
 from exporters.vllm.export import plan_export
 from exporters.vllm.foresee import plan_ahead
 from exporters.vllm.lint import lint, lint_structure
-from exporters.vllm.options import VllmExportOptions
+from exporters.vllm.options import ExportFormat, VllmExportOptions
 from exporters.vllm.plan import Action, ExportPlan, Unit
 from fp8pipe.artifact import Artifact, Encoding, LayerRecord, ScaleRule, open_artifact
 from fp8pipe.artifact.finding import Finding, LintFindingsError
 from fp8pipe.artifact.kinds import FALQON_KIND
 from fp8pipe.core.errors import ConfigurationError
+from fp8pipe.models.checkpoint.packed import PackedEntry
 from fp8pipe.models.checkpoint.tensors import read_tensor
 from fp8pipe.models.language.structure import build_model, load_config
+from fp8pipe.numerics.nvfp4 import BlockCodes, BlockScales, unpack_nibbles
 from fp8pipe.numerics.quantizers import WeightCodes
 
 if TYPE_CHECKING:
@@ -60,10 +65,11 @@ class LanguageModel:
 
     artifact: Artifact  # with its manifest
     plan: ExportPlan  # its tensors and their roles, from file headers
-    # FP8 weights by module path: codes `(out, in)`, and one scale `()` or one per row `(out,)`.
-    weights: Mapping[str, WeightCodes]
-    weight_scales: Mapping[str, Tensor]  # the scales of `weights`, by module
+    # Weights by module path: FP8 codes `(out, in)`, and one scale `()` or one per row `(out,)`; or, if `packed`, NVFP4.
+    weights: Mapping[str, WeightCodes | BlockCodes]
+    weight_scales: Mapping[str, Tensor]  # the scales of weights in FP8, by module
     floats: Mapping[str, Tensor]  # all other tensors as stored, by their names in the checkpoint
+    packed: bool = False  # whether the weights are in NVFP4
 
     @property
     def root(self) -> Path:
@@ -71,9 +77,14 @@ class LanguageModel:
         return self.artifact.root
 
     @property
+    def format(self) -> TrtFormat:
+        """The format of a graph that holds the artifact's codes."""
+        return TrtFormat.NVFP4_WEIGHT_ONLY if self.packed else TrtFormat.FP8
+
+    @property
     def per_tensor(self) -> bool:
         """Whether every weight has a single scale."""
-        return all(_has_one(unit) for unit in self.plan.units if _is_codes(unit))
+        return not self.packed and all(_has_one(unit) for unit in self.plan.units if _is_codes(unit))
 
     def torch_model(self, dtype: torch.dtype) -> PreTrainedModel:
         """Build the transformers model with dequantized weights, in evaluation mode.
@@ -88,8 +99,17 @@ class LanguageModel:
         return build_model(self.root, state, dtype, attn_implementation="eager")
 
 
-def open_language(source: Path) -> LanguageModel:
+def holds_nvfp4(artifact: Artifact) -> bool:
+    """Whether the weights of an artifact are in NVFP4."""
+    return any(layer.weight is not None and layer.weight.format == "nvfp4" for layer in artifact.manifest.layers)
+
+
+def open_language(source: Path, *, packed: bool = False) -> LanguageModel:
     """Open an artifact of kind `falqon`, verify its hashes, lint it and read its tensors.
+
+    Args:
+        source: its directory.
+        packed: whether weights in NVFP4 are accepted.
 
     Raises:
         BadArtifactError: the artifact is unfinished, damaged, or of another kind.
@@ -97,19 +117,42 @@ def open_language(source: Path) -> LanguageModel:
         ConfigurationError: its architecture cannot be exported.
     """
     artifact = open_artifact(source, kind=FALQON_KIND)
-    plan = plan_export(source, VllmExportOptions())
+    packed = packed and holds_nvfp4(artifact)
+    plan = plan_export(source, VllmExportOptions(format=ExportFormat.NVFP4) if packed else VllmExportOptions())
     if findings := [*lint(plan), *_unreadable(plan)]:
         raise LintFindingsError(findings, str(source))
     units = [unit for unit in plan.units if _is_codes(unit)]
     weights = Reads({str(unit.module): partial(_read_codes, unit) for unit in units})
     floats = Reads({u.entry.name: partial(read_tensor, u.entry) for u in plan.units if not _is_codes(u)})
-    return LanguageModel(
-        artifact, plan, weights, Reads({str(u.module): partial(_read_scale, u) for u in units}), floats
-    )
+    scales = Reads({str(u.module): partial(_read_scale, u) for u in units if u.scale is not None})
+    return LanguageModel(artifact, plan, weights, scales, floats, packed)
+
+
+def open_in_format(source: Path, options: LanguageExportOptions) -> LanguageModel:
+    """Open an artifact for an export as a graph, in the requested format or its own.
+
+    Raises:
+        ConfigurationError: the format is not the artifact's, or a calibration was asked for that it does not need.
+        BadArtifactError, LintFindingsError: as `open_language`.
+    """
+    model = open_language(source, packed=options.format != "fp8")
+    if options.format not in (None, model.format):
+        raise ConfigurationError(
+            f"{source} cannot be exported as {options.format}",
+            why="its weights are in FP8, and would be rounded again",
+            fix="leave out --format, or train with `fp8pipe finetune --precision nvfp4`",
+        )  # fmt: skip
+    if model.packed and "calibration" in options.model_fields_set:
+        raise ConfigurationError(
+            "--calibration does not apply", why="with weights in NVFP4, inputs of linear layers are not quantized",
+            fix="leave it out",
+        )  # fmt: skip
+    return model
 
 
 def _is_codes(unit: Unit) -> bool:
-    return unit.action is Action.CODES and unit.module is not None and unit.scale is not None
+    coded = unit.scale is not None or isinstance(unit.entry, PackedEntry)
+    return unit.action is Action.CODES and unit.module is not None and coded
 
 
 def _has_one(unit: Unit) -> bool:
@@ -117,7 +160,11 @@ def _has_one(unit: Unit) -> bool:
     return unit.scale is not None and math.prod(unit.scale.shape) == 1
 
 
-def _read_codes(unit: Unit) -> WeightCodes:
+def _read_codes(unit: Unit) -> WeightCodes | BlockCodes:
+    if isinstance(unit.entry, PackedEntry):
+        packed, blocks, _ = unit.entry.parts
+        scales = BlockScales(read_tensor(blocks), unit.entry.read_global_scale())
+        return BlockCodes(unpack_nibbles(read_tensor(packed)), scales)
     return WeightCodes(read_tensor(unit.entry), _read_scale(unit), 8)
 
 
@@ -183,6 +230,9 @@ def language_records(model: LanguageModel, calibration: str) -> list[LayerRecord
         unit = by_name.get(layer.name)
         if unit is None or layer.weight is None:
             records.append(layer.model_copy(update={"weight": None, "activation": None}))
+            continue
+        if model.packed:
+            records.append(layer.model_copy(update={"activation": None}))
             continue
         per = "per-tensor" if _has_one(unit) else "per-channel"
         stored = layer.weight.model_copy(update={"granularity": per})

@@ -14,6 +14,7 @@ from typing import Any, Final
 
 import numpy as np
 import onnx_ir as ir
+import torch
 from torch import Tensor
 
 from exporters.graph.passes.editing import Change, as_array
@@ -29,13 +30,20 @@ from exporters.tensorrt.language.graph import (
     refuse_beyond,
 )
 from exporters.tensorrt.language.kinds import Parts, is_own, split, templates_of
+from exporters.tensorrt.language.passes import check_half_blocks
 from exporters.tensorrt.language.source import LanguageModel
 from exporters.tensorrt.language.stream import NotLayered, open_stream
 from exporters.tensorrt.language.template import Template, trace_template
 from exporters.tensorrt.target import Base
 from fp8pipe.core.errors import ConfigurationError
+from fp8pipe.numerics.nvfp4 import BLOCK, BlockCodes
 
 LAYERED: Final = "layers"  # what the manifest says of such a graph
+# The parts of a weight in NVFP4, by the ends of their names.
+_PARTS: Final = {
+    "weight": ir.DataType.FLOAT4E2M1, "weight_block_scale": ir.DataType.FLOAT8E4M3FN,
+    "weight_tensor_scale": ir.DataType.FLOAT,
+}  # fmt: skip
 
 
 def traced_graph(model: LanguageModel, scales: Mapping[str, float], base: Base, *, cache: bool) -> DecoderGraph:
@@ -249,6 +257,8 @@ class _Stitcher:
         """Codes, their scales, or the scale of an input."""
         if name.endswith(".input/scale"):
             return self._scale(name, np.array(self.scales[name.removesuffix(".input/scale")], np.float32))
+        if self.source.packed:
+            return self._packed(name)
         if name.endswith(".weight_scale"):
             return self._scale(name, as_array(self.source.weight_scales[name.removesuffix(".weight_scale")].float()))
         module = name.removesuffix(".weight")
@@ -260,6 +270,29 @@ class _Stitcher:
 
         rows, columns = self.source.plan.structure.shape(module)
         return ir.LazyTensor(read, ir.DataType.FLOAT8E4M3FN, ir.Shape((columns, rows)), name=name)
+
+    def _packed(self, name: str) -> ir.TensorProtocol:
+        """Codes of a weight in NVFP4, its block scales, or its tensor scale."""
+        module, _, part = name.rpartition(".")
+        if module not in self.source.weights or part not in _PARTS:
+            raise NotLayered(f"{name} is no tensor of the artifact")
+        weights, dtype = self.source.weights, _PARTS[part]
+
+        def read() -> ir.TensorProtocol:
+            weight = weights[module]
+            assert isinstance(weight, BlockCodes)
+            array = weight.codes.numpy() if dtype is ir.DataType.FLOAT4E2M1 else as_array(weight.scales.block)
+            return ir.tensor(np.ascontiguousarray(array.T).view(dtype.numpy()), name=name)
+
+        if dtype is ir.DataType.FLOAT:
+            weight = weights[module]
+            assert isinstance(weight, BlockCodes)
+            if self.torch_type is torch.float16:
+                check_half_blocks(f"{module}.weight", weight.scales)
+            return self._scale(name, np.array(weight.scales.tensor, np.float32))
+        rows, columns = self.source.plan.structure.shape(module)
+        sides = columns if dtype is ir.DataType.FLOAT4E2M1 else columns // BLOCK, rows
+        return ir.LazyTensor(read, dtype, ir.Shape(sides), name=name)
 
     def _scale(self, name: str, array: Any) -> ir.TensorProtocol:
         typed = array.astype(self.float_type.numpy())

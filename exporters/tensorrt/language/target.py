@@ -1,4 +1,4 @@
-"""The export target `trt` for language models: an FP8 decoder graph with static scales, and engines for TensorRT.
+"""The export target `trt` for language models: a decoder graph in FP8 or with weights in NVFP4, and its engines.
 
 This module defines the options of the export, its details in the manifest, and the registration of the target.
 """
@@ -12,14 +12,14 @@ from pydantic import Field, field_validator, model_validator
 
 from exporters.graph.formats import GraphOutput
 from exporters.target import Engine, ExportTarget, Service
-from exporters.tensorrt.target import Base, Builder, BuiltEngine, Capabilities
+from exporters.tensorrt.target import Base, Builder, BuiltEngine, Capabilities, TrtFormat, compile_for
 from fp8pipe.artifact.kinds import FALQON_KIND, Details
 from fp8pipe.artifact.manifest import Encoding
 from fp8pipe.core.config import CONFIG_ONLY, Flag, FrozenConfig
 from fp8pipe.numerics.kinds import Kind
 
 KIND: Final = "trt-language-export"
-# Kinds of artifacts that can be exported: only those with trained FP8 codes.
+# Kinds of artifacts that can be exported: only those with trained codes.
 SOURCES: Final = (FALQON_KIND,)
 # A graph of at most so many bytes is also run as a whole, to compare it with its layers.
 WHOLE_BYTES: Final = 256 << 20
@@ -50,10 +50,12 @@ class CalibrationOptions(FrozenConfig):
 class LanguageExportOptions(CalibrationOptions):
     """Options of the export of a language model as a graph with engines."""
 
-    format: Literal["fp8"] = Field("fp8", description="FP8 graph and engines")
+    format: Annotated[Literal["fp8", "nvfp4-weight-only"] | None, Flag(default="the artifact's own")] = Field(
+        None, description="fp8 or nvfp4-weight-only: graph and engines"
+    )
     builder: Builder = Field(Builder.RTX, description="rtx (compiles on any machine) or none (only the graph)")
     base: Base = Field(Base.FP16, description="Dtype of everything that is not quantized")
-    compute_capabilities: Annotated[Capabilities, Flag("compute-capability")] = Field(
+    compute_capabilities: Annotated[Capabilities, Flag("compute-capability", "8.9 12.0, for NVFP4 12.0")] = Field(
         ("8.9", "12.0"), description="A compute capability to compile for; repeatable"
     )
     batch: tuple[int, int, int] = Field((1, 1, 8), description="Smallest, typical and largest batch, sequences")
@@ -63,6 +65,12 @@ class LanguageExportOptions(CalibrationOptions):
     cache: bool = Field(True, description="Key/value cache as inputs and outputs of the graph")
     require: bool = Field(True, description="Refuse engines that multiply in another precision, and a worse perplexity")
     force: Annotated[bool, CONFIG_ONLY] = Field(False, description="Replace an existing output directory")
+
+    def capabilities(self, format: TrtFormat) -> tuple[str, ...]:
+        """The compute capabilities to compile for, for a format; see `compile_for`."""
+        return compile_for(
+            format, self.compute_capabilities, self.builder, given="compute_capabilities" in self.model_fields_set
+        )
 
     @field_validator("builder")
     @classmethod
@@ -124,7 +132,7 @@ class TrtLanguageDetails(Details):
     output: GraphOutput = Field(description="logits")
     trtexec: str = Field(default="", description="command that builds an engine on another machine")
     cache: CacheFacts | None = Field(default=None, description="none for a graph without key/value cache")
-    activations: Encoding = Field(description="how the graph quantizes inputs")
+    activations: Encoding | None = Field(default=None, description="how the graph quantizes inputs; none for NVFP4")
     trained_activations: Encoding | None = Field(default=None, description="how training quantized them")
     calibration: CalibrationFacts = Field(description="the text that static scales were calibrated on")
     passes: dict[str, int] = Field(default_factory=dict, description="number of places that each pass changed")
@@ -133,6 +141,11 @@ class TrtLanguageDetails(Details):
     traced: str = Field(
         default="whole", description="`layers` for a graph made from traces of single layers, which runs layer by layer"
     )
+
+
+def product_precision(format: TrtFormat, base: Base) -> str:
+    """The precision in which linear layers have to be multiplied, as the builder's listing names it."""
+    return base.value if format.weight_only else "fp8"
 
 
 def migrate_language(data: dict[str, Any]) -> dict[str, Any]:

@@ -82,7 +82,7 @@ def trace_template(
     parameters = parameters_of(graph, constants)
     changes = type_graph(
         FloatGraph(graph, products), {name: source.weights[known] for name, known in names.items()},
-        {name: scales[known] for name, known in names.items()}, base, str(source.root),
+        {name: scales[known] for name, known in names.items() if known in scales}, base, str(source.root),
     )  # fmt: skip
     kept = graph.graph.initializers.values()
     found = {str(value.name): parameters[value] for value in kept if value in parameters}
