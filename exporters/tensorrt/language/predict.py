@@ -88,7 +88,7 @@ def perplexity_gate(
     Args:
         session: the graph.
         text: held-out text.
-        own: the score of the artifact's model, with dynamic scales, on the same text.
+        own: the score of the artifact's model, with inputs quantized as in training, on the same text.
         required: whether the gate can fail; otherwise its limit is raised so that it always passes.
 
     Returns:
@@ -98,7 +98,7 @@ def perplexity_gate(
     error = found.error_against(own)
     worse = math.exp(found.nats - own.nats - _ERRORS * error) - 1
     limit = PERPLEXITY_LIMIT if required else max(PERPLEXITY_LIMIT, worse)
-    shown = f"{found.perplexity:.4f} against {own.perplexity:.4f} with dynamic scales, standard error {error:.2%}"
+    shown = f"{found.perplexity:.4f} against {own.perplexity:.4f} of its own model, standard error {error:.2%}"
     detail = f"{shown}, {own.tokens} held-out answer tokens"
     return at_most("perplexity above the artifact's", worse, limit, detail), found
 
