@@ -28,7 +28,7 @@ from exporters.graph.passes.products import name_products, split_gemms, strip_me
 from exporters.graph.passes.quantize import quantize_block_weights, quantize_weights, raise_opset
 from exporters.graph.trace import FloatGraph, Product, ProductKind, export_program, holds_weight, owner
 from exporters.tensorrt.half import refuse_not_half
-from exporters.tensorrt.language.passes import quantize_inputs, tie_head, type_scales
+from exporters.tensorrt.language.passes import check_half_blocks, quantize_inputs, tie_head, type_scales
 from exporters.tensorrt.language.source import LanguageModel
 from exporters.tensorrt.language.target import CacheFacts
 from exporters.tensorrt.target import Base
@@ -87,6 +87,10 @@ def decoder_graph(model: LanguageModel, scales: Mapping[str, float], base: Base,
     decoder = model.torch_model(TORCH_TYPES[base])
     traced = trace_decoder(decoder, list(model.weights), cache=cache)
     shape = cache_shape(decoder)
+    with refuse_not_half(str(model.root), "export with --base fp32"):
+        for name, weight in model.weights.items() if base is Base.FP16 else ():
+            if isinstance(weight, BlockCodes):
+                check_half_blocks(f"{name}.weight", weight.scales)
     changes = type_graph(traced, model.weights, scales, base, str(model.root))
     return DecoderGraph(traced.model, tuple(changes), shape if cache else None)
 
@@ -130,7 +134,7 @@ def type_graph(
         tie_head(traced.model),
     ]
     traced.model.graph.name = "decoder"
-    fix = "export with --base fp32, or train with a rule whose scales are powers of two (live)"
+    fix = "export with --base fp32" + ("" if blocks else ", or train with a rule whose scales are powers of two (live)")
     with refuse_not_half(source, fix):
         changes.append(type_scales(traced.model, ir.DataType.FLOAT16 if base is Base.FP16 else ir.DataType.FLOAT))
     return changes

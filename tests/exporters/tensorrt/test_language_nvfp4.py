@@ -6,6 +6,7 @@ The artifact's bytes are decoded here with ml_dtypes, whose tables of E2M1 and E
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import ml_dtypes
@@ -36,7 +37,7 @@ from fp8pipe.artifact.finding import LintFindingsError
 from fp8pipe.cli import main
 from fp8pipe.core.config import build_config
 from fp8pipe.core.errors import ConfigurationError
-from fp8pipe.numerics.nvfp4 import BlockScales
+from fp8pipe.numerics.nvfp4 import BlockCodes, BlockScales
 from pipeline.finetune.stage import finetune
 
 LAYERS = 14  # of two decoder layers: q, k, v, o, gate, up, down
@@ -142,12 +143,22 @@ def test_the_graph_computes_the_artifacts_model(export, tuned):
 def test_an_export_is_verified_and_a_changed_code_is_found(export, tuned):
     assert check_contents(open_artifact(export.root), tuned) == ([], [])
     model = open_language(tuned, packed=True)
-    for part, gate in (("weight", "weight codes differing"), ("weight_block_scale", "weight scales differing")):
+
+    def other_code(array):
+        array.view(np.uint8)[3, 5] ^= 1
+
+    def double(array):
+        array *= 2
+
+    scales = "weight scales differing"
+    for part, edit, gate in (
+        ("weight", other_code, "weight codes differing"), ("weight_block_scale", other_code, scales),
+        ("weight_tensor_scale", double, scales),
+    ):  # fmt: skip
         graph = ir.load(export.root / "model.onnx")
         value = graph.graph.initializers[f"model.layers.1.mlp.up_proj.{part}"]
         array = value.const_value.numpy().copy()
-        raw = array.view(np.uint8)
-        raw[3, 5] ^= 1
+        edit(array)
         value.const_value = ir.tensor(array, name=value.name)
         failed = {found.name: found.value for found in number_gates(graph, model, {}) if not found.passed}
         assert failed == {gate: 1}
@@ -205,6 +216,20 @@ def test_validation_says_what_is_proved(export):
         "outputs that are no numbers": True, "findings of the linter": True,
         "linear products not in fp16 for 12.0": True, "statements that do not hold": True,
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("build", [layered_graph, decoder_graph])
+def test_weights_too_small_for_half_precision_are_refused(tuned, build):
+    """In the second layer alone, which is not the one that a layered graph is traced from."""
+    model = open_language(tuned, packed=True)
+    weights = dict(model.weights)
+    old = weights["model.layers.1.mlp.up_proj"]
+    smallest = torch.full_like(old.scales.block.float(), 1.125 * 2.0**-6).to(torch.float8_e4m3fn)
+    weights["model.layers.1.mlp.up_proj"] = BlockCodes(old.codes, BlockScales(smallest, 2.0**-15))
+    small = replace(model, weights=weights)
+    with pytest.raises(LintFindingsError, match=r"not-half\S* model\.layers\.1\.mlp\.up_proj\.weight"):
+        build(small, {}, Base.FP16, cache=False)
+    assert build(small, {}, Base.FP32, cache=False)
 
 
 @pytest.mark.parametrize(("exponent", "exact"), [(-14, True), (-15, False), (8, True)])
