@@ -54,10 +54,15 @@ def write_checked(path: Path, text: str) -> Path:
     return path
 
 
-def check_checksum(path: Path) -> str:
-    """Check a file against its checksum file; returns a message that describes the problem, empty if there is none."""
+def check_checksum(path: Path, former: str = "") -> str:
+    """Check a file against its checksum file; returns a message that describes the problem, empty if there is none.
+
+    Args:
+        path: the file.
+        former: see `read_checked`.
+    """
     try:
-        return _read(path)[1]
+        return _read(path, former)[1]
     except OSError as error:
         return f"{path.name} cannot be read: {error.strerror}"
 

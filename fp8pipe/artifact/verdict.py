@@ -17,7 +17,7 @@ from fp8pipe.artifact.reader import Artifact, read_manifest
 from fp8pipe.artifact.record import read_checked, record_path
 from fp8pipe.core.errors import BadArtifactError, GateFailedError, word
 
-__all__ = ["REJECT", "VerdictRecord", "read_verdict", "require_accept"]
+__all__ = ["REJECT", "VerdictRecord", "former_name", "read_verdict", "require_accept"]
 
 REJECT: Final = "REJECT"
 _SCHEMA: Final = 3  # the newest schema of any record
@@ -78,7 +78,7 @@ def read_verdict(path: Path, artifact: Artifact | None = None) -> VerdictRecord:
             match; its verdict is unknown, or contradicted by its gates; or it refers to another manifest.
     """
     try:
-        data = json.loads(read_checked(path, _former_name(path)))
+        data = json.loads(read_checked(path, former_name(path)))
         if not isinstance(data, dict):
             raise ValueError(f"its top level is a {type(data).__name__}, not an object")
         gates = data.get("gates") or _gates_before_3(data)
@@ -126,7 +126,7 @@ def require_accept(artifact: Artifact, place: Path | None = None) -> VerdictReco
     raise GateFailedError(f"{artifact.root} is not accepted", why=why, fix=fix)
 
 
-def _former_name(path: Path) -> str:
+def former_name(path: Path) -> str:
     """The file name under which a record was written, from its content; containers mount records under other names."""
     try:
         name = f"{json.loads(path.read_bytes())['export']}.validation.json"

@@ -20,7 +20,7 @@ from fp8pipe.artifact.reader import CHECKSUM_NAME, PARTIAL_SUFFIX, Artifact, che
 from fp8pipe.artifact.record import CHECKSUM_SUFFIX, check_checksum, checksum_path
 from fp8pipe.artifact.runs import RUN_NAME, StageRecord, read_run
 from fp8pipe.artifact.signature import signature_path
-from fp8pipe.artifact.verdict import read_verdict
+from fp8pipe.artifact.verdict import former_name, read_verdict
 from fp8pipe.core.errors import BadArtifactError
 
 __all__ = ["Checked", "Tree", "check_bytes", "check_record", "find_parent", "find_tree"]
@@ -136,7 +136,7 @@ def check_bytes(tree: Tree, *, strict: bool = False, on_file: Callable[[FileEntr
             failed = [gate for gate in artifact.manifest.gates if not gate.passed]
             checked.notes += [f"{shown}: when it was written, the gate '{gate.name}' failed" for gate in failed]
     for path in tree.records:
-        finding = check_checksum(path)
+        finding = check_checksum(path, former_name(path))
         checked.files += 2
         if finding:
             checked.findings.append(Finding(Check.CHECKSUM, path.name, finding, artifact=tree.name_of(path)))
@@ -219,7 +219,7 @@ def check_record(path: Path, artifacts: dict[Path, Artifact]) -> tuple[list[Find
     Returns:
         Findings and notes. Both are empty for a record with a wrong checksum, which `check_bytes` reports.
     """
-    if check_checksum(path):
+    if check_checksum(path, former_name(path)):
         return [], []  # `check_bytes` has reported it already
     if path.name == RUN_NAME:
         return _check_run(path, artifacts)

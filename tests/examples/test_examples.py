@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
+from script_modules import load_script
 
 from exporters.vllm.export import export_vllm
 from exporters.vllm.options import VllmExportOptions
@@ -18,15 +17,6 @@ from fp8pipe.core.errors import ConfigurationError
 from fp8pipe.models.compat import import_transformers
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
-
-
-def _load(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def test_every_example_is_run_here():
@@ -46,7 +36,7 @@ def test_a_loop_of_ones_own_leaves_an_artifact_that_exports(
     name: str, make_base: Callable[..., Path], text: Path, tmp_path: Path
 ):
     base = make_base("llama")
-    _load(name).main(str(base), str(text), str(tmp_path / "tuned"))
+    load_script(EXAMPLES / f"{name}.py").main(str(base), str(text), str(tmp_path / "tuned"))
     artifact = open_artifact(tmp_path / "tuned", kind="falqon")
     details = artifact.manifest.details_of(TunedDetails)
     assert details.rank == 8
@@ -58,7 +48,7 @@ def test_a_loop_of_ones_own_leaves_an_artifact_that_exports(
 
 
 def test_a_quantized_vit_is_exported_and_proved_from_python(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    _load("python_interface").main(str(tmp_path))
+    load_script(EXAMPLES / "python_interface.py").main(str(tmp_path))
     assert capsys.readouterr().out.startswith("ACCEPT")
 
 

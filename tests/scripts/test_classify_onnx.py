@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 from quantized_families import quantized_family, write_vit_artifact
+from script_modules import load_script
 
 from exporters.onnx.export import export_onnx
 from exporters.onnx.target import OnnxExportOptions
@@ -23,10 +23,7 @@ SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "classify_onnx.py"
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("classify_onnx", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script(SCRIPT)
 
 
 def _picture(mode: str, size: tuple[int, int], seed: int) -> Image.Image:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import json
 import os
 import signal
@@ -14,6 +14,7 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
+from script_modules import load_script
 
 from fp8pipe.core.errors import BadArtifactError
 from pipeline.dry_run.costs import LIVE, Decoder, estimate
@@ -173,9 +174,7 @@ def test_failing_parts_cost_nothing_but_their_own_rows(parts, tmp_path, monkeypa
 @pytest.fixture
 def main(parts, monkeypatch, tmp_path):
     """`main("--table", path)` runs the command in this process, in a folder of its own; its exit code."""
-    spec = importlib.util.spec_from_file_location("gpu_session", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load_script(SCRIPT)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(parts.session, "STARTS", ("fork", "fork"))
 

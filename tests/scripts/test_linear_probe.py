@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -13,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from script_modules import load_script
 from vit_families import family, vision_family
 
 from fp8pipe.core.errors import ConfigurationError
@@ -26,13 +26,7 @@ SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "linear_probe.py"
 
 @pytest.fixture(scope="module")
 def probe() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("linear_probe", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["linear_probe"] = module
-    spec.loader.exec_module(module)
-    return module
+    return load_script(SCRIPT)
 
 
 def write_colours(folder: Path, count: int) -> None:

@@ -129,6 +129,18 @@ def test_a_record_of_an_absent_export_is_noted_and_one_that_is_no_json_is_found(
     assert ("a.validation.json", "checksum", "a.validation.json") in found(run)
 
 
+def test_an_export_and_its_record_under_other_names_are_as_written(run):
+    # As a container mounts them: the checksum file still has the name that the record was written under.
+    record(run, export="a")
+    for source in (run / "a.validation.json", run / "a.validation.sha256"):
+        source.rename(run / source.name.replace("a.", "model.", 1))
+    (run / "a").rename(run / "model")
+    moved = run / "model.validation.json"
+    assert (found(run), judged(moved)) == ([], ([], []))
+    spoil(moved)
+    assert found(run) == [("model.validation.json", "checksum", "model.validation.json")]
+
+
 def stage(name: str, output: str, content: str, **changes: Any) -> StageRecord:
     plain = {"name": name, "command": "export", "key": "k", "output": output, "content": content, "verdict": "ACCEPT"}
     return StageRecord(**{**plain, **changes})

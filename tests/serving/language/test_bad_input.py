@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from pathlib import Path
-from types import ModuleType
 
+from script_modules import load_script
 from services import ROOT, ready, running, wait_until
 
 from serving.http.admission import hash_key, new_key
@@ -14,18 +12,8 @@ from serving.http.admission import hash_key, new_key
 STUB = str(Path(__file__).with_name("serve_stub.py"))
 
 
-def _fuzzer() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("fuzz_language", ROOT / "benchmarks" / "fuzz_language.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
 def test_a_fuzzer_finds_nothing(export: Path, tmp_path: Path) -> None:
-    fuzzer, key = _fuzzer(), new_key()
+    fuzzer, key = load_script(ROOT / "benchmarks" / "fuzz_language.py"), new_key()
     (tmp_path / "keys").write_text(hash_key(key, "fuzz") + "\n", encoding="utf-8")
     with running(STUB, str(export), str(tmp_path), str(tmp_path / "keys")) as service:
         wait_until(lambda: ready(service))
