@@ -8,14 +8,14 @@ from __future__ import annotations
 import os
 import shlex
 from importlib.metadata import version
+from pathlib import Path
 
 import pytest
 from records import write_sound_record
 from script_modules import load_script
-from services import ROOT
 from tiny_exports import write_export
 
-main = load_script(ROOT / "scripts" / "check_container.py").main
+main = load_script(Path(__file__).resolve().parents[2] / "scripts" / "check_container.py").main
 OPTIONS = os.environ.get("FP8PIPE_CONTAINER")
 
 
