@@ -9,7 +9,7 @@ vLLM calls `register` (entry point group `vllm.general_plugins`) in each of its 
 configuration. `register` replaces three entries in vLLM's table of quantization methods, "compressed-tensors", "fp8"
 and "modelopt_fp4", with subclasses that handle linear layers in FP8 and NVFP4, and FP8 experts, and leave everything
 else to vLLM. It also replaces vLLM's rotary embedding kernel for CPUs, which gives wrong results for DeepSeek's
-attention in any format (`rotary`).
+attention in any format (`rotary`), and asks Linux for AMX, which vLLM's attention uses without asking (`tiles`).
 
 This module holds the settings and the version check. `dequantize` has the arithmetic in plain torch and does not import
 vLLM; `methods`, `nvfp4` and `experts` contain the layer implementations.
@@ -59,8 +59,9 @@ def register() -> None:
     if warning:
         logger.warning(warning)
 
-    from fp8pipe_vllm_cpu import methods, rotary
+    from fp8pipe_vllm_cpu import methods, rotary, tiles
 
+    tiles.request_tiles()
     methods.install()
     rotary.install()
 
