@@ -91,7 +91,7 @@ def run(source, bits, seed, images_of, options, scratch):
 
     Args:
         source: a key of `SOURCES`.
-        bits: the precision, for example "w4a8".
+        bits: the precision, for example "w4a8", or "w4a4:sensitivity" for that allocation of bits.
         seed: seed of the calibration images and of the quantization.
         images_of: maps (source, seed) to an artifact that already contains these images; this run adds its own artifact
             if there is none.
@@ -102,17 +102,19 @@ def run(source, bits, seed, images_of, options, scratch):
         One line of the output, as a dictionary: settings, top-1 accuracies (0 to 1), and times in seconds.
     """
     method, synthesis = SOURCES[source]
+    precision, _, allocation = bits.partition(":")
     made = images_of.get((source, seed))
     calibration = f"artifact:{made}" if made else method + (str(options.train) if method == "images:" else "")
     config = build_config(
         QuantizeVitConfig,
         {
-            "model": options.model, "bits": bits, "calibration": calibration, "images": options.images, "seed": seed,
+            "model": options.model, "bits": precision, "allocation": allocation or "even",
+            "calibration": calibration, "images": options.images, "seed": seed,
             "synthesis": synthesis, "evaluate": str(options.test_part),
             "distill": {"steps": options.distill_steps, "save_every": 0},
         },
     )  # fmt: skip
-    artifact = quantize_vit(config, scratch / f"{source}-{bits}-{seed}")
+    artifact = quantize_vit(config, scratch / f"{source}-{bits.replace(':', '-')}-{seed}")
     images_of.setdefault((source, seed), artifact.root)
     found = artifact.manifest.details_of(VitDetails)
     return {
@@ -156,7 +158,7 @@ def main():
     parser.add_argument("--train", type=Path, required=True, help="image folder that `real` draws from")
     parser.add_argument("--test", type=Path, required=True, help="image folder of held-out images")
     parser.add_argument("--test-images", type=int, default=100, help="largest number of images per class")
-    parser.add_argument("--bits", nargs="+", default=["w8a8", "w4a8", "w4a4"])
+    parser.add_argument("--bits", nargs="+", help="PRECISION[:ALLOCATION]", default=["w8a8", "w4a8", "w4a4"])
     parser.add_argument("--sources", nargs="+", choices=SOURCES, default=list(SOURCES))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--images", type=int, default=128)

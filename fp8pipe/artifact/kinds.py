@@ -225,6 +225,7 @@ class VitDetails(Details):
 
     precision: str = Field(description="as given: wXaY, wfp8afp8 or wnvfp4anvfp4")
     edges: str = Field(default="8bit", description="precision of the first and the last layer")
+    allocation: str = Field(default="even", description="how bits of activations are shared out: even or sensitivity")
     images: int = Field(ge=0, description="calibration images")
     image_method: str = Field(description="how the calibration images were made")
     image_losses: dict[str, float] = Field(

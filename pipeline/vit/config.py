@@ -99,6 +99,10 @@ class QuantizeVitConfig(FrozenConfig):
     )
     images: int = Field(128, ge=1, description="Calibration images.")
     edges: Literal["8bit", "same"] = Field("8bit", description="Precision of patch embedding and head below 8 bits.")
+    allocation: Literal["even", "sensitivity"] = Field(
+        "even",
+        description="Bits of activations below 8: even, or more where the outputs depend on them, at the same mean.",
+    )
     seed: int = Field(0, ge=0, description="Seed of images, order and augmentation.")
     device: DeviceName = Field("auto", description=DEVICE_HELP)
     synthesis: SynthesisConfig = Field(
@@ -142,6 +146,13 @@ class QuantizeVitConfig(FrozenConfig):
     def _ends_of_nvfp4(self) -> QuantizeVitConfig:
         if self.edges == "same" and self.precision.kind is Kind.NVFP4:
             raise ValueError("edges: NVFP4 keeps patch embedding and head in FP8; leave it at 8bit")
+        return self
+
+    @model_validator(mode="after")
+    def _few_integer_bits(self) -> QuantizeVitConfig:
+        few = self.precision.kind is Kind.INT and self.precision.activation_bits < 8
+        if self.allocation == "sensitivity" and not few:
+            raise ValueError("allocation: sensitivity needs activations in integers of fewer than 8 bits, such as w4a4")
         return self
 
     @property

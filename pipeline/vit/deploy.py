@@ -125,7 +125,8 @@ def _evaluate(
 def _details(run: Run, measured: Accuracy | None) -> VitDetails:
     images, history = run.images, run.history
     return VitDetails(
-        precision=str(run.config.precision), edges=run.config.edges, images=len(images.images),
+        precision=str(run.config.precision), edges=run.config.edges, allocation=run.config.allocation,
+        images=len(images.images),
         image_method="images" if are_pictures(images) else images.method,  # so that no local path is recorded
         image_losses=images.mean_losses,
         seconds={name: round(value, 1) for name, value in run.seconds.items()},

@@ -38,7 +38,6 @@ from torch.nn import functional
 from fp8pipe.core.devices import to_device
 from fp8pipe.core.errors import ConfigurationError
 from fp8pipe.core.plan import enter_phase
-from fp8pipe.models.vision.answers import ranks
 from fp8pipe.models.vision.attention import intercept_attention
 from fp8pipe.models.vision.prepare import vision_outputs
 from fp8pipe.models.vision.sources import VisionModel
@@ -47,14 +46,7 @@ from pipeline.finetune.checkpoint import CheckpointStore, optimizer_tensors, res
 from pipeline.finetune.config import Schedule, learning_rate_at
 from pipeline.vit.augment import augment
 from pipeline.vit.config import DistillConfig
-from pipeline.vit.losses import (
-    block_distance,
-    distillation,
-    feature_distance,
-    head_structure,
-    label_distillation,
-    value_distance,
-)
+from pipeline.vit.losses import block_distance, head_structure, output_distance
 from pipeline.vit.student import Student
 
 _LOG = logging.getLogger(__name__)
@@ -183,15 +175,8 @@ class Distiller:
         return torch.stack([loss.detach(), answer.detach(), structure.detach(), block.detach()])
 
     def _distance(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """The loss between the models' outputs `(N, C)`, by their kind: features, classes, labels or values."""
-        if self.structure.is_backbone:
-            return feature_distance(student, teacher)
         activation = self.teacher.architecture.activation
-        if ranks(activation, teacher.shape[1]):
-            return distillation(student, teacher, self.config.temperature)
-        if activation == "sigmoid":
-            return label_distillation(student, teacher, self.config.temperature)
-        return value_distance(student, teacher)
+        return output_distance(student, teacher, activation, self.structure.is_backbone, self.config.temperature)
 
     @torch.no_grad()
     def _teach(self, pixels: Tensor) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:

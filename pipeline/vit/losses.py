@@ -1,8 +1,8 @@
 """The losses of distillation, each between a student's tensors and those of its teacher.
 
-The outputs of the models are compared by their kind: `distillation` (classes), `label_distillation` (labels),
-`value_distance` (regression) or `feature_distance` (backbones). Inside the models, `head_structure` compares the
-outputs of attention heads, and `block_distance` the residual stream after each block.
+The outputs of the models are compared by their kind (`output_distance`): `distillation` (classes),
+`label_distillation` (labels), `value_distance` (regression) or `feature_distance` (backbones). Inside the models,
+`head_structure` compares the outputs of attention heads, and `block_distance` the residual stream after each block.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from typing import Final
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+from fp8pipe.models.vision.answers import Activation, ranks
 
 _C2: Final = 0.03**2  # the second constant of SSIM, which stabilizes the division
 
@@ -57,6 +59,30 @@ def value_distance(student: Tensor, teacher: Tensor) -> Tensor:
 def feature_distance(student: Tensor, teacher: Tensor) -> Tensor:
     """The loss for backbones, whose outputs are features `(N, C)`: `1 - cosine similarity`, mean over images."""
     return (1 - functional.cosine_similarity(student.float(), teacher.float(), dim=1)).mean()
+
+
+def output_distance(
+    student: Tensor, teacher: Tensor, activation: Activation, is_backbone: bool, temperature: float
+) -> Tensor:
+    """The loss between the models' outputs `(N, C)`, by their kind: features, classes, labels or values.
+
+    Args:
+        student: the student's outputs.
+        teacher: the teacher's outputs.
+        activation: how outputs become probabilities: softmax, sigmoid or none.
+        is_backbone: whether they are features.
+        temperature: T, for classes and labels.
+
+    Returns:
+        An fp32 scalar.
+    """
+    if is_backbone:
+        return feature_distance(student, teacher)
+    if ranks(activation, teacher.shape[1]):
+        return distillation(student, teacher, temperature)
+    if activation == "sigmoid":
+        return label_distillation(student, teacher, temperature)
+    return value_distance(student, teacher)
 
 
 def head_structure(student: Tensor, teacher: Tensor, prefix_tokens: int) -> Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import logging
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from fp8pipe.core.plan import enter_phase
 from fp8pipe.core.progress import track
 from fp8pipe.core.work import WorkPool
 from fp8pipe.models.vision.image_folder import ImageFolder
+from fp8pipe.models.vision.quantized import Quantizer
 from fp8pipe.models.vision.sources import VisionModel, load_vision_model
 from fp8pipe.models.vision.structure import VitStructure, read_structure
 from fp8pipe.numerics.bf16 import widen_bf16_products
@@ -32,6 +34,7 @@ from pipeline.finetune.checkpoint import CheckpointStore
 from pipeline.tracking.config import require_trackers
 from pipeline.tracking.reporter import Reporter, reporting
 from pipeline.tracking.tracker import Subject
+from pipeline.vit.allocation import allocate_bits
 from pipeline.vit.augment import first_views
 from pipeline.vit.config import QuantizeVitConfig
 from pipeline.vit.deploy import CHECKPOINTS, IMAGES_WORK, Run, are_pictures, deploy
@@ -52,6 +55,7 @@ from pipeline.vit.transforms.apply import Transformed, apply_transforms
 
 _LOG = logging.getLogger(__name__)
 _BATCH = 32
+_COMPARED = 16  # images on which every site is rounded to every width in turn
 
 
 def quantize_vit(
@@ -206,8 +210,15 @@ def begin_student(config: QuantizeVitConfig, vision: VisionModel, structure: Vit
     bits = activation_bits(structure, config.precision, config.edges)
     kinds = activation_kinds(structure, config.precision)
     samples = sample_sites(vision, structure, parts_on(pixels, _BATCH, device), config.seed)
-    activations = {site: choose_quantizer(values, bits[site], kinds[site]) for site, values in samples.items()}
-    activations = refine_ranges(vision, structure, activations, bits, to_device(pixels[:_BATCH], device))
+    first = to_device(pixels[:_BATCH], device)
+
+    def ranges(bits: Mapping[str, int]) -> dict[str, Quantizer]:
+        chosen = {site: choose_quantizer(values, bits[site], kinds[site]) for site, values in samples.items()}
+        return refine_ranges(vision, structure, chosen, bits, first)
+
+    if config.allocation == "sensitivity":
+        bits = allocate_bits(vision, structure, bits, ranges, first[:_COMPARED])
+    activations = ranges(bits)
     formats = weight_formats(structure, config.precision, config.edges)
     if config.rounding == "nearest":
         return Student(vision, structure, formats, choose_steps(vision, formats), activations)

@@ -83,6 +83,17 @@ def test_other_images_serve_too(calibration, model, pictures, tmp_path):
     assert artifact.manifest.details.precision == "wfp8afp8"
 
 
+def test_bits_by_sensitivity_are_those_of_the_artifact(model, tmp_path):
+    artifact = quantize_vit(
+        settings(model, bits="w3a3", allocation="sensitivity", calibration="gaussian"), tmp_path / "out"
+    )
+    assert artifact.manifest.details.allocation == "sensitivity"
+    entries = json.loads((artifact.root / "quantizers.json").read_text())["activations"].values()
+    widths = {(entry["high"] - entry["low"]).bit_length() for entry in entries}
+    assert len(widths - {8}) > 1
+    assert widths <= {2, 3, 4, 5, 8}
+
+
 def test_made_images_are_measured_on_views_and_pictures_as_they_are(model, pictures, tmp_path, monkeypatch):
     measured = []
 

@@ -214,7 +214,13 @@ def test_both_ends_keep_8_bits_unless_told_otherwise():
     assert weight_formats(structure, Precision.parse("wfp8afp8"), "8bit")[structure.heads[0]].kind is Kind.E4M3
 
 
-@pytest.mark.parametrize("changes", [{"bits": "w9a4"}, {"images": 0}, {"edges": "4bit"}, {"surprise": 1}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"bits": "w9a4"}, {"images": 0}, {"edges": "4bit"}, {"surprise": 1},
+        *({"bits": bits, "allocation": "sensitivity"} for bits in ("w4a8", "wfp8afp8", "wnvfp4anvfp4")),
+    ],
+)  # fmt: skip
 def test_configurations_that_cannot_be_are_refused(changes):
     with pytest.raises(ConfigurationError) as caught:
         build_config(QuantizeVitConfig, {"model": "m", "bits": "w4a4"} | changes)
