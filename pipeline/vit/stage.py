@@ -212,9 +212,9 @@ def begin_student(config: QuantizeVitConfig, vision: VisionModel, structure: Vit
     samples = sample_sites(vision, structure, parts_on(pixels, _BATCH, device), config.seed)
     first = to_device(pixels[:_BATCH], device)
 
-    def ranges(bits: Mapping[str, int]) -> dict[str, Quantizer]:
-        chosen = {site: choose_quantizer(values, bits[site], kinds[site]) for site, values in samples.items()}
-        return refine_ranges(vision, structure, chosen, bits, first)
+    def ranges(widths: Mapping[str, int]) -> dict[str, Quantizer]:
+        chosen = {site: choose_quantizer(values, widths[site], kinds[site]) for site, values in samples.items()}
+        return refine_ranges(vision, structure, chosen, widths, first)
 
     if config.allocation == "sensitivity":
         bits = allocate_bits(vision, structure, bits, ranges, first[:_COMPARED])
