@@ -1,13 +1,14 @@
 """Bit widths of activations by sensitivity: more where rounding changes the outputs most, fewer elsewhere.
 
-With 3 bits everywhere, attention probabilities and hidden activations alone cost most of the accuracy, while queries
-and keys could do with fewer. Here the mean width of an activation value stays as requested, and the widths minimize the
-sum of what each site adds to the distance of the outputs when it alone is rounded. That the effects of sites add up is
-an assumption; it is usual in allocations by sensitivity (HAWQ, arXiv 1905.03696; ZeroQ, arXiv 2001.00281).
+With 3 bits everywhere, attention probabilities and hidden activations cost most of the accuracy. Here the widths
+minimize the sum of what each site adds to the distance of the outputs when it alone is rounded, while the mean over all
+multiplications stays as requested: bits cost what they cost in bit operations (HAWQ-V3, arXiv 2011.10680). That the
+effects of sites add up is an assumption, which is usual in allocations by sensitivity (ZeroQ, arXiv 2001.00281).
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Final
 
@@ -43,10 +44,10 @@ def allocate_bits(
         pixels: normalized images `(N, 3, H, W)` that the outputs are compared on, on the model's device.
 
     Returns:
-        Widths by site. Their mean over all values of the sites below 8 bits is at most that of `bits`.
+        Widths by site. Their mean over the multiplications of sites below 8 bits is at most that of `bits`.
     """
     model = QuantizedVit(vision.model, vision.architecture, vision.preprocessing, structure, {}, {})
-    exact, sizes = model(pixels), _values(model, pixels[:1])
+    exact, sizes = model(pixels), multiplications(structure)
     costs: dict[str, dict[int, float]] = {site: {} for site, width in bits.items() if width < _EDGE}
     requested = max((bits[site] for site in costs), default=_EDGE)
     for width in range(max(_LEAST, requested - _FEWER), min(_EDGE, requested + _MORE) + 1):
@@ -67,7 +68,7 @@ def spend(costs: Costs, sizes: Mapping[str, int], budget: int) -> dict[str, int]
 
     Args:
         costs: by site and width.
-        sizes: number of values by site.
+        sizes: number of multiplications by site.
         budget: bits in all.
 
     Returns:
@@ -89,13 +90,12 @@ def spend(costs: Costs, sizes: Mapping[str, int], budget: int) -> dict[str, int]
         chosen[site] = width
 
 
-def _values(model: QuantizedVit, pixels: Tensor) -> dict[str, int]:
-    """Number of values of every activation site for one image."""
-    sizes: dict[str, int] = {}
-
-    def count(name: str, what: str, tensor: Tensor) -> None:
-        sizes[f"{name}.{'probs' if what == 'probs_in' else what}"] = tensor.numel()
-
-    model.activations = {}
-    model.watch(pixels, count)
-    return sizes
+def multiplications(structure: VitStructure) -> dict[str, int]:
+    """Number of multiplications in which the values of each activation site take part, for one image."""
+    counts: Counter[str] = Counter()
+    for linear in structure.linears:
+        counts[f"{linear.input_group}.input"] += linear.rows * linear.shape[0] * linear.shape[1]
+    for attention in structure.attentions:  # q with k, and probabilities with v
+        each = attention.windows * attention.heads * attention.queries * attention.tokens * attention.head_dim
+        counts.update({f"{attention.name}.{operand}": each for operand in ("q", "k", "probs", "v")})
+    return dict(counts)

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from itertools import product
 
 import numpy as np
 import pytest
 import torch
-from vit_families import family, random_pixels, vision_family
+from vit_families import NAMES, family, random_pixels, vision_family
 
 from fp8pipe.models.vision.quantized import QuantizedVit
 from fp8pipe.models.vision.structure import read_structure
 from fp8pipe.numerics.kinds import Precision
-from pipeline.vit.allocation import allocate_bits, spend
+from pipeline.vit.allocation import allocate_bits, multiplications, spend
 from pipeline.vit.initialise import activation_bits, choose_range, sample_sites
 
 
@@ -36,6 +37,22 @@ def test_large_sites_pay_more_and_a_step_may_be_of_several_bits():
     assert spend({"useless": {2: 1.0, 3: 1.5}}, {"useless": 1}, 100) == {"useless": 2}
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_multiplications_are_those_of_the_model(name):
+    vision = vision_family(family(name))
+    structure = read_structure(vision.model, vision.architecture.image_size)
+    model = QuantizedVit(vision.model, vision.architecture, vision.preprocessing, structure, {}, {})
+    groups = {linear.name: linear.input_group for linear in structure.linears if linear.kind == "linear"}
+    found, taken = multiplications(structure), Counter()
+    for layer, tensors in model.taps(random_pixels(family(name), 1)).items():
+        if layer in groups:
+            taken[f"{groups[layer]}.input"] += tensors["input"].numel() * tensors["output"].shape[-1]
+        elif "logits" in tensors:  # a logit is a sum over the width of q, and an output over the keys
+            taken[f"{layer}.q"] = taken[f"{layer}.k"] = tensors["logits"].numel() * tensors["q"].shape[-1]
+            taken[f"{layer}.probs"] = taken[f"{layer}.v"] = tensors["logits"].numel() * tensors["v"].shape[-1]
+    assert taken == {site: found[site] for site in taken}
+
+
 @pytest.mark.parametrize("name", ["timm-vit", "timm-dinov2"])
 def test_the_mean_width_stays_and_the_sum_of_distances_falls(name):
     vision = vision_family(family(name))
@@ -53,12 +70,9 @@ def test_the_mean_width_stays_and_the_sum_of_distances_falls(name):
     assert {found[site] for site in few} <= {2, 3, 4, 5}
     assert len({found[site] for site in few}) > 1
 
-    model = QuantizedVit(vision.model, vision.architecture, vision.preprocessing, structure, {}, {})
-    taken = {
-        f"{layer}.{'probs' if what == 'probs_in' else what}": tensor.numel()
-        for layer, tensors in model.taps(pixels[:1]).items() for what, tensor in tensors.items()
-    }  # fmt: skip
+    taken = multiplications(structure)
     assert sum(taken[site] * found[site] for site in few) <= 3 * sum(taken[site] for site in few)
+    model = QuantizedVit(vision.model, vision.architecture, vision.preprocessing, structure, {}, {})
 
     def distance(widths):
         total = 0.0
