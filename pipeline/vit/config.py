@@ -101,7 +101,7 @@ class QuantizeVitConfig(FrozenConfig):
     edges: Literal["8bit", "same"] = Field("8bit", description="Precision of patch embedding and head below 8 bits.")
     allocation: Literal["even", "sensitivity"] = Field(
         "even",
-        description="Bits of activations below 8: even, or more where the outputs depend on them, at the same mean.",
+        description="Bits of activations below 8: even, or more where outputs depend on them, at the same cost.",
     )
     seed: int = Field(0, ge=0, description="Seed of images, order and augmentation.")
     device: DeviceName = Field("auto", description=DEVICE_HELP)
